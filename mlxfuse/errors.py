@@ -1,0 +1,50 @@
+"""Every exception the package raises on purpose, and the exit code each one means."""
+
+from __future__ import annotations
+
+import os
+
+
+class MLXFuseError(Exception):
+    """Base class. ``exit_code`` is what the command line returns for it."""
+
+    exit_code = 1
+
+
+class ModelRefError(MLXFuseError):
+    """A model reference that names nothing, or names it ambiguously."""
+
+
+class UnsupportedError(MLXFuseError):
+    """A well-formed model whose architecture, tensor type or feature is not supported."""
+
+    exit_code = 3
+
+
+class GGUFError(MLXFuseError, ValueError):
+    """A malformed GGUF file.
+
+    Args:
+        path: the file.
+        what: what was expected and what was found.
+        offset: byte offset in the file where it was found, if one applies.
+    """
+
+    exit_code = 4
+
+    def __init__(self, path: str | os.PathLike[str], what: str, offset: int | None = None) -> None:
+        self.path = os.fspath(path)
+        self.what = what
+        self.offset = offset
+        where = "" if offset is None else f" at byte {offset}"
+        super().__init__(f"{self.path}{where}: {what}")
+
+
+class DownloadError(MLXFuseError):
+    """A download that could not start, finish or be verified."""
+
+    exit_code = 5
+
+
+class KernelError(MLXFuseError, RuntimeError):
+    """A Metal kernel that was demanded and cannot run, with the reason."""
