@@ -82,10 +82,10 @@ def resolve(
         ModelRefError: nothing has that name, or several things have.
         DownloadError: the file is not here and cannot be downloaded.
     """
-    if offline is None:
-        offline = _hub_offline() if ref is None or not Path(ref).exists() else False
     if ref is None:
-        return ensure_demo(progress=progress, offline=offline)
+        return ensure_demo(
+            progress=progress, offline=_hub_offline() if offline is None else offline
+        )
     path = Path(ref).expanduser()
     try:
         mode = path.stat().st_mode
@@ -100,7 +100,9 @@ def resolve(
     if revision and parsed.revision and revision != parsed.revision:
         raise ModelRefError(f"two revisions are given: {parsed.revision} and {revision}")
     wanted = Ref(parsed.repo, revision or parsed.revision, parsed.choice)
-    return _from_cache(wanted) if offline else _from_hub(wanted, progress)
+    if _hub_offline() if offline is None else offline:
+        return _from_cache(wanted)
+    return _from_hub(wanted, progress)
 
 
 def parse(ref: str) -> Ref:
@@ -212,18 +214,22 @@ def _hub_offline() -> bool:
 def _from_hub(ref: Ref, progress: Progress | None) -> Path:
     """Download what ``ref`` names, every shard at the same commit."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+    from huggingface_hub.errors import HfHubHTTPError
 
+    # The root error class of the HTTP library that this huggingface_hub uses.
+    transport_error = HfHubHTTPError.__bases__[0]
     try:
         info = HfApi().model_info(ref.repo, revision=ref.revision)
         commit = info.sha
         if not commit or not re.fullmatch(r"[0-9a-f]{40}", commit):
             raise DownloadError(f"{ref.repo}: the hub names no commit")
-        files = choose(ref, [s.rfilename for s in info.siblings or []])
+        files = choose(
+            ref, [s.rfilename for s in info.siblings or [] if isinstance(s.rfilename, str)]
+        )
         paths = [_file_from_hub(ref.repo, name, commit, progress) for name in files]
     except HfHubHTTPError as error:
         raise DownloadError(_refusal(ref, error)) from error
-    except (HTTPError, OSError) as error:
+    except (transport_error, OSError) as error:
         raise DownloadError(
             f"{ref.repo}: the hub cannot be reached ({error}); "
             "HF_HUB_OFFLINE=1 uses what is already downloaded"
@@ -262,7 +268,7 @@ def _file_from_hub(repo: str, name: str, commit: str, progress: Progress | None)
         try_to_load_from_cache,
     )
     from huggingface_hub.file_download import repo_folder_name
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     cached = try_to_load_from_cache(repo, name, revision=commit)
     if isinstance(cached, str):
