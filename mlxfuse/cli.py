@@ -12,9 +12,7 @@ import io
 import json
 import math
 import os
-import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -22,7 +20,6 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, Any, NoReturn, ParamSpec
 
 import typer
@@ -32,12 +29,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from . import __version__
 from .errors import MLXFuseError
+from .process import INTERRUPTED, fail, unexpected, watch_interrupts
 from .terminal import neutralize, one_line
 
-INTERRUPTED = 130
 PIPE_CLOSED = 141  # 128 + SIGPIPE, what a shell reports for any program
-# Seconds that Ctrl-C leaves the interpreter to unwind; one call into MLX can take far longer.
-GRACE = 1.0
 
 P = ParamSpec("P")
 
@@ -60,45 +55,13 @@ class DType(StrEnum):
 
 def main() -> NoReturn:
     """The ``mlxfuse`` command; exits with the codes of ``mlxfuse.errors``."""
-    _watch_interrupts()
-    sys.excepthook = _unexpected
+    watch_interrupts()
+    sys.excepthook = unexpected
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     # The command object, not the app: calling the app would install typer's own excepthook.
     typer.main.get_command(app)(prog_name="mlxfuse")
     raise SystemExit(0)
-
-
-def _watch_interrupts() -> None:
-    """Make Ctrl-C prompt even while the main thread is inside one long native call."""
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        return
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-
-    def watch() -> None:
-        while os.read(read, 1) != bytes([signal.SIGINT]):
-            pass
-        time.sleep(GRACE)
-        if os.isatty(2):
-            os.write(2, b"\x1b[?25h\n")  # a progress bar may have hidden the cursor
-        os._exit(INTERRUPTED)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _unexpected(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
-    """The hook for what is not an error of ours: one line, exit code 1."""
-    where = traceback.extract_tb(trace)[-1] if trace else None
-    place = f" ({Path(where.filename).name}:{where.lineno})" if where else ""
-    _fail(f"{kind.__name__}: {error}{place}; --debug shows the traceback")
-
-
-def _fail(message: str) -> None:
-    print(f"mlxfuse: {neutralize(message)}", file=sys.stderr)
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
@@ -121,7 +84,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
         except (MLXFuseError, OSError, MemoryError) as error:
             if debug:
                 traceback.print_exc()
-            _fail(str(error) or type(error).__name__)
+            fail(str(error) or type(error).__name__)
             raise typer.Exit(getattr(error, "exit_code", 1)) from None
 
     return wrapper
@@ -215,7 +178,7 @@ MODEL, SAMPLING, OUTPUT = "Model", "Sampling", "Output"
 ModelArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="[MODEL]",
+        metavar="MODEL",
         help="A .gguf file, a hub repository such as org/repo:Q4_K_M, or nothing for the demo "
         "model (SmolLM2 135M, a download of 93 MB).",
     ),

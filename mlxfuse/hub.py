@@ -11,6 +11,7 @@ import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from .demo import ensure_demo
 from .download import Progress, fetch
@@ -217,7 +218,7 @@ def _from_hub(ref: Ref, progress: Progress | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     # The root error class of the HTTP library that this huggingface_hub uses.
-    transport_error = HfHubHTTPError.__bases__[0]
+    transport_error = cast(type[Exception], HfHubHTTPError.__bases__[0])
     try:
         info = HfApi().model_info(ref.repo, revision=ref.revision)
         commit = info.sha
