@@ -8,7 +8,7 @@ models whose dense form does not fit in memory.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -57,7 +57,7 @@ def matmul(x: mx.array, weight: mx.array) -> mx.array:
     )
     if fast:
         try:
-            return _numpy_matmul(x, weight)
+            return cast(mx.array, _numpy_matmul(x, weight))
         except ValueError:
             # Inside mx.compile, mx.vmap or an export nothing has a value yet; a wrong
             # shape lands here too and gets MLX's own message below.
