@@ -76,9 +76,7 @@ BITS: NDArray[np.uint64] = _byte_bits().view(np.uint64)[:, 0]
 SIGNS: NDArray[np.uint64] = (1 - 2 * _byte_bits().astype(np.int8)).view(np.uint64)[:, 0]
 
 # IQ2 and IQ3 store seven signs; the eighth makes the number of minuses even.
-EVEN_SIGNS: NDArray[np.uint64] = SIGNS[
-    [i | (i.bit_count() & 1) << 7 for i in range(128)]
-]
+EVEN_SIGNS: NDArray[np.uint64] = SIGNS[[i | (i.bit_count() & 1) << 7 for i in range(128)]]
 
 # E8M0 to half its value (the codes are doubled): 2**(e - 128), the last two subnormal. e = 255 is
 # 2**127 as in ggml, not the NaN of the OCP specification.
