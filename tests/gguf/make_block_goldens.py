@@ -3,8 +3,9 @@ and libgguf do not both decode.
 
     pip install xllamacpp && python -m tests.gguf.make_block_goldens
 
-The wheel's shared library exports ggml's ``dequantize_row_*``. For each type there are a
-zero block, an edge block and random ones; ``TYPE`` holds the bytes and ``TYPE.weights`` what llama.cpp decodes.
+The wheel's shared library exports ggml's ``dequantize_row_*``. For each type there are a zero
+block, an edge block and random ones; ``TYPE`` holds the bytes and ``TYPE.weights`` what llama.cpp
+decodes.
 """
 
 from __future__ import annotations
