@@ -17,9 +17,9 @@ import mlx.core as mx
 import numpy as np
 
 from . import lint
-from .build import DEFAULT_VERSION, Build, compile_kernel
-from .errors import MslCompileError
-from .run import Buffer, Schedule, Size, launch
+from .build import DEFAULT_VERSION, Build, Library, compile_kernel
+from .errors import MslCompileError, MslRunError
+from .run import Buffer, Order, Report, Schedule, Size, launch
 
 _real_metal_kernel = mx.fast.metal_kernel
 
@@ -45,13 +45,20 @@ _NUMPY: dict[mx.Dtype, Any] = {
 class Options:
     """How emulated kernels are compiled and run; read at each launch.
 
-    ``version`` is ``__METAL_VERSION__``; ``lint`` adds the rules of ``lint.py`` to clang's own.
+    Attributes:
+        build: ``"fast"`` or ``"checked"``.
+        version: ``__METAL_VERSION__``.
+        lint: add the rules of ``lint.py`` to clang's own.
+        schedule: how threads are run.
+        orders: more thread orders to run a ``fast`` launch in. Its outputs must be the same bytes
+            in each, except of a kernel with atomic outputs, where float sums depend on the order.
     """
 
     build: Build = "fast"
     version: int = DEFAULT_VERSION
     lint: bool = True
     schedule: Schedule = field(default_factory=Schedule)
+    orders: tuple[Order, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -145,11 +152,13 @@ class EmulatedKernel:
         input_names: Sequence[str],
         output_names: Sequence[str],
         ensure_row_contiguous: bool,
+        atomic_outputs: bool,
     ) -> None:
         self.real = real
         self.input_names = tuple(input_names)
         self.output_names = tuple(output_names)
         self.ensure_row_contiguous = ensure_row_contiguous
+        self.atomic_outputs = atomic_outputs
         self._captures: dict[Any, Capture] = {}
 
     def _capture(self, inputs: Sequence[mx.array], call: Mapping[str, Any]) -> Capture:
@@ -194,6 +203,29 @@ class EmulatedKernel:
         flat = np.lib.stride_tricks.as_strided(view, (span,), (view.itemsize,))
         return np.ascontiguousarray(flat), np.array(steps, np.int64)
 
+    def _launch(self, library: Library, buffers: Sequence[Buffer], captured: Capture) -> Report:
+        """Run, in every order asked for; the outputs hold the first order's result."""
+        geometry = captured.grid, captured.threadgroup
+        written = [b for b in buffers if b.use != "in"]
+        initial = [b.array.copy() for b in written if b.use == "inout"]
+        report = launch(library, buffers, *geometry, options.schedule)
+        others = options.orders if library.build == "fast" and not self.atomic_outputs else ()
+        results = [b.array for b in written]
+        for order in others:
+            if order == options.schedule.order:
+                continue
+            for i, b in enumerate(written):
+                b.array = initial[i].copy() if initial else np.empty_like(b.array)
+            launch(library, buffers, *geometry, dataclasses.replace(options.schedule, order=order))
+            for b, expected in zip(written, results, strict=True):
+                if b.array.tobytes() != expected.tobytes():
+                    raise MslRunError(
+                        "order-dependent",
+                        f"order-dependent: output '{b.name}' of {library.name} differs between "
+                        f"the {options.schedule.order} and the {order} order of threads",
+                    )
+        return report
+
     def __call__(
         self,
         *,
@@ -221,15 +253,7 @@ class EmulatedKernel:
         captured = self._capture(arrays, call)
         if verbose:
             print(captured.source)
-        if options.lint:
-            errors = [
-                f
-                for f in lint.check(captured.source, captured.name, options.version)
-                if f.severity == "error"
-            ]
-            if errors:
-                raise MslCompileError("\n".join(f"{captured.name}:{f}" for f in errors))
-        library = compile_kernel(captured.source, captured.name, options.build, options.version)
+        library = _build(captured)
         buffers = self._inputs(captured, arrays)
         results = []
         for name, shape, dtype in zip(self.output_names, output_shapes, output_dtypes, strict=True):
@@ -238,7 +262,7 @@ class EmulatedKernel:
                 out[...] = to_numpy(mx.array(init_value).astype(dtype))
             buffers.append(Buffer(name, out, "out" if init_value is None else "inout"))
             results.append(out)
-        report = launch(library, buffers, captured.grid, captured.threadgroup, options.schedule)
+        report = self._launch(library, buffers, captured)
         elapsed = time.perf_counter() - start
         log.append(
             Launch(
@@ -250,6 +274,16 @@ class EmulatedKernel:
             )
         )
         return [_from_numpy(a, d) for a, d in zip(results, output_dtypes, strict=True)]
+
+
+def _build(captured: Capture) -> Library:
+    """Lint and compile under the current options."""
+    if options.lint:
+        findings = lint.check(captured.source, captured.name, options.version)
+        errors = [f for f in findings if f.severity == "error"]
+        if errors:
+            raise MslCompileError("\n".join(f"{captured.name}:{f}" for f in errors))
+    return compile_kernel(captured.source, captured.name, options.build, options.version)
 
 
 def metal_kernel(
@@ -273,7 +307,7 @@ def metal_kernel(
         atomic_outputs=atomic_outputs,
         **more,
     )
-    return EmulatedKernel(real, input_names, output_names, ensure_row_contiguous)
+    return EmulatedKernel(real, input_names, output_names, ensure_row_contiguous, atomic_outputs)
 
 
 def install() -> None:

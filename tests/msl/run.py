@@ -32,9 +32,9 @@ KINDS = (
     "unwritten-output",
     "runaway",
     "misaligned",
-)
-ORDERS = ("ascending", "descending", "random")
+)  # and "order-dependent", which emulate.py finds
 Order = Literal["ascending", "descending", "random"]
+ORDERS: tuple[Order, ...] = ("ascending", "descending", "random")
 Size = tuple[int, int, int]
 
 
