@@ -194,7 +194,7 @@ def write_atomically(path: Path, text: str) -> None:
     Path(temporary).replace(path)
 
 
-def _produce(path: Path, command: Sequence[str]) -> None:
+def produce(path: Path, command: Sequence[str]) -> None:
     """Run ``command -o TEMPORARY`` and rename the result to ``path``."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         result = Path(folder) / path.name
@@ -207,7 +207,7 @@ def _produce(path: Path, command: Sequence[str]) -> None:
 
 
 @functools.cache
-def _shim_hash() -> str:
+def shim_hash() -> str:
     files = sorted(p for p in INCLUDE.rglob("*") if p.is_file())
     return digest(*(f"{p.relative_to(INCLUDE)}\0{p.read_text(encoding='utf-8')}" for p in files))
 
@@ -216,7 +216,7 @@ def _shim_hash() -> str:
 def identity(build: Build, version: int) -> str:
     """Hash of everything but the kernel that decides what a compilation yields."""
     flags = (*compiler().command, compiler().version, *LANGUAGE, *target_flags(), *FLAGS[build])
-    return digest(*flags, _shim_hash(), prefix(version))
+    return digest(*flags, shim_hash(), prefix(version))
 
 
 @functools.cache
@@ -229,7 +229,7 @@ def runtime() -> Path:
     texts = [p.read_text(encoding="utf-8") for p in (*sources, folder / "msl.h")]
     path = cache_dir() / f"runtime-{digest(*command, *texts)}.so"
     if not path.exists():
-        _produce(path, [*command, *map(str, sources)])
+        produce(path, [*command, *map(str, sources)])
     return path
 
 
@@ -243,7 +243,7 @@ def precompiled(build: Build, version: int) -> Path:
         if not header.exists():
             write_atomically(header, prefix(version))
         command = clang(build, ("-Xclang", "-emit-pch", "-Xclang", "-fno-pch-timestamp"))
-        _produce(result, [*command, "-c", str(header)])
+        produce(result, [*command, "-c", str(header)])
     return result
 
 
@@ -290,9 +290,9 @@ def compile_kernel(
             text.write_text(translation.text, encoding="utf-8")
             included = ("-include-pch", str(precompiled(build, version)))
             compiled = text.with_suffix(".o")
-            _produce(compiled, [*clang(build, included), "-c", str(text)])
+            produce(compiled, [*clang(build, included), "-c", str(text)])
             linker = [_c_compiler(), "-shared", "-Wl,-z,defs", str(compiled), str(runtime()), "-lm"]
-            _produce(path, linker)
+            produce(path, linker)
     return Library(path, name, build, version, translation)
 
 

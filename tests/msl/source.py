@@ -306,11 +306,24 @@ _INSTANTIATION = re.compile(
 
 @dataclass(frozen=True)
 class Translation:
-    """A kernel for the front end: its text (what follows ``prefix``), parameters, call."""
+    """A kernel for the front end.
 
-    text: str
+    Attributes:
+        body: the kernel's own text, what follows ``prefix``.
+        wrapper: the entry point of the host route.
+        parameters: of the kernel, in order.
+        call: the kernel with its template arguments.
+    """
+
+    body: str
+    wrapper: str
     parameters: tuple[Parameter, ...]
     call: str
+
+    @property
+    def text(self) -> str:
+        """Body and wrapper."""
+        return self.body + self.wrapper
 
     @property
     def buffers(self) -> tuple[str, ...]:
@@ -328,4 +341,4 @@ def translate(source: str, name: str) -> Translation:
         explicit = f"template {instantiation['type']}{call};"
         body = source[: instantiation.start()] + explicit + source[instantiation.end() :]
     text = f'#line 1 "{KERNEL_FILE}"\n{rewrite(body)}\n#line 1 "{WRAPPER_FILE}"\n'
-    return Translation(text + _wrapper(found, call), found, call)
+    return Translation(text, _wrapper(found, call), found, call)
