@@ -4,6 +4,9 @@
 // A line `//@ name: a b` starts a section, which needs the sections a and b of the same file.
 // What precedes the first section always goes into a kernel's source; a section only on demand.
 
+// Loops that index a thread's own array: unrolled, so that the array stays in registers.
+#define UNROLL _Pragma("clang loop unroll(full)")
+
 // The same memory as elements of another type.
 template <typename U, typename T>
 METAL_FUNC const device U* elements(const device T* p) {

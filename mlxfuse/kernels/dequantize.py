@@ -32,11 +32,6 @@ def dequantize(
     return out
 
 
-def unit(segment: Segment) -> int:
-    """Consecutive weights that one lane decodes: ``width`` of the format's trait."""
-    return 16 if segment.format.name == "Q8_0" else 32
-
-
 def bindings(segment: Segment, suffix: str = "") -> tuple[tuple[str, ...], str]:
     """Input names of a segment's streams, and the Metal expression that gathers them."""
     held = [s for s in STREAMS if s in segment.arrays]
@@ -45,7 +40,7 @@ def bindings(segment: Segment, suffix: str = "") -> tuple[tuple[str, ...], str]:
 
 
 @cache
-def _program(format: str, held: tuple[str, ...], expression: str, gathered: bool) -> Program:
+def _program(trait: str, held: tuple[str, ...], expression: str, gathered: bool) -> Program:
     row = "uint(rows[to])" if gathered else "to"
     return Program(
         op="dequantize",
@@ -54,21 +49,21 @@ def _program(format: str, held: tuple[str, ...], expression: str, gathered: bool
         body=(
             "const uint i = thread_position_in_grid.x;\n"
             "const uint to = thread_position_in_grid.y;\n"
-            f"dequantize_unit<{format}, T>({expression}, out, min({row}, uint(size[0] - 1)), "
+            f"dequantize_unit<{trait}, T>({expression}, out, min({row}, uint(size[0] - 1)), "
             "uint(size[1]), i, to);\n"
         ),
-        parts=(f"formats.h:{format}", "dequantize.metal"),
+        parts=(f"formats.h:{trait}", "dequantize.metal"),
     )
 
 
 def _launch(segment: Segment, rows: mx.array | None, dtype: mx.Dtype) -> Launch:
     held, expression = bindings(segment)
-    units = segment.columns // unit(segment)
+    units = segment.columns // segment.unit
     count = segment.rows if rows is None else rows.size
     lead = (segment.rows,) if rows is None else rows.shape
     chosen = () if rows is None else (rows.reshape(-1),)
     return Launch(
-        program=_program(segment.format.name, held, expression, rows is not None),
+        program=_program(segment.trait, held, expression, rows is not None),
         arrays=(
             *(segment.arrays[s] for s in held),
             *chosen,
@@ -94,9 +89,8 @@ def _refuse(segment: Segment, rows: mx.array | None, dtype: mx.Dtype) -> str | N
 
 def _reference(segment: Segment, rows: mx.array | None, dtype: mx.Dtype) -> list[mx.array]:
     if rows is not None:
-        arrays = {s: a[rows.reshape(-1)] for s, a in segment.arrays.items()}
-        part = Segment(segment.format, segment.columns, arrays)
-        return [decode(part).reshape(*rows.shape, segment.columns).astype(dtype)]
+        taken = segment.take(rows.reshape(-1))
+        return [decode(taken).reshape(*rows.shape, segment.columns).astype(dtype)]
     return [decode(segment).astype(dtype)]
 
 
