@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
@@ -61,6 +62,11 @@ GEMMA2 = {
     "final_logit_softcapping": 4.0,
 }
 GEMMA3 = {"attention.sliding_window": 6, "rope.freq_base": 100.0}
+YARN = {
+    "rope.scaling.type": "yarn",
+    "rope.scaling.factor": 4.0,
+    "rope.scaling.original_context_length": 64,
+}
 PHI3 = {"rope.scaling.attn_factor": 1.25, "rope.dimension_count": 12}
 LONGROPE = {"rope_factors_long": 6, "rope_factors_short": 6}
 
@@ -79,6 +85,12 @@ CASES: dict[str, Case] = {
     "llama-biases": Case("llama", biases=("attn_q", "attn_k", "attn_v", "attn_output")),
     "qwen2": Case("qwen2", biases=("attn_q", "attn_k", "attn_v"), formats=Q4_MIX),
     "qwen2-fused-qkv": Case("qwen2", biases=("attn_qkv",), fused_qkv=True, untied=True),
+    "qwen2-yarn": Case(
+        "qwen2",
+        biases=("attn_q", "attn_k", "attn_v"),
+        keys={**YARN, "rope.scaling.yarn_beta_fast": 8.0, "rope.scaling.yarn_beta_slow": 0.5},
+    ),
+    "llama-yarn": Case("llama", keys={**YARN, "rope.scaling.attn_factor": 0.8}),
     "qwen3": Case("qwen3", head_dim=32, head_norms=True, formats={"": "Q8_0"}),
     "gemma2": Case(
         "gemma2",
@@ -249,7 +261,7 @@ def _blocks(random: np.random.RandomState, kind: str, shape: tuple[int, int]) ->
 def build(name: str, seed: int) -> Tiny:
     """The model `name` of CASES from `seed`: same seed, same bits, on any machine."""
     case = CASES[name]
-    random = np.random.RandomState(1000 * list(CASES).index(name) + seed)
+    random = np.random.RandomState(crc32(name.encode()) ^ seed)
     tensors: dict[str, tuple[np.ndarray, str]] = {}
     for full, shape in _shapes(case):
         short, suffix = full.removesuffix(".weight").removesuffix(".bias").split(".")[-1], full
