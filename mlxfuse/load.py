@@ -12,13 +12,16 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from . import memory
 from .errors import GGUFError, UnsupportedError
 from .gguf.blocks import dequantize
 from .gguf.reader import GGUFFile, open_gguf
 from .gguf.tokenizer import load_tokenizer
 from .hub import resolve
-from .models.config import Architecture, Config, Rope, read_config
+from .models import Architecture
+from .models.config import Config, Rope, read_config
 from .models.plan import Plan, RowSource, WeightPlan, plan
+from .nn.linear import Embedding, Linear, StreamedEmbedding, StreamedLinear
 from .nn.rope import FrequencyRoPE
 
 if TYPE_CHECKING:
@@ -73,11 +76,15 @@ def activation_dtype(arch: Architecture, dtype: mx.Dtype | str | None = None) ->
     return DTYPES[dtype]
 
 
-def build(file: GGUFFile, weights: Plan, dtype: mx.Dtype) -> nn.Module:
+def build(file: GGUFFile, weights: Plan, dtype: mx.Dtype, budget: int | None = None) -> nn.Module:
     """mlx-lm's model with the file's weights, evaluated layer by layer.
 
-    Host memory above the model itself: one tensor's bytes and, of the weight being made, one
-    chunk in float32 and a copy in ``dtype``.
+    Args:
+        budget: bytes of dense weights, by default half of the memory that is available; what
+            exceeds it stays in the mapped file and is dequantised at every call.
+
+    Host memory above the model itself: of the weight being made, one chunk in float32 and, if it
+    has several chunks, a copy.
     """
     config = weights.config
     module = import_module(config.architecture.module)
@@ -87,10 +94,14 @@ def build(file: GGUFFile, weights: Plan, dtype: mx.Dtype) -> nn.Module:
         model.sanitize({} if config.tied else {"lm_head.weight": None})
     _set_ropes(file, model, config)
     _check_parameters(model, weights)
+    left = memory.available() // 2 if budget is None else budget
     for part in (weights.outer, *weights.layers):
         for weight in part:
             parent, name = _parent(model, weight.module)
-            made = make_module(file, weight, dtype, getattr(parent, name), config)
+            nbytes = math.prod(weight.shape) * dtype.size
+            dense = nbytes <= left
+            left -= nbytes if dense else 0
+            made = make_module(file, weight, dtype, getattr(parent, name), config, dense=dense)
             setattr(parent, name, made)
             mx.eval(made.parameters())
     model.eval()
@@ -98,39 +109,69 @@ def build(file: GGUFFile, weights: Plan, dtype: mx.Dtype) -> nn.Module:
 
 
 def make_module(
-    file: GGUFFile, weight: WeightPlan, dtype: mx.Dtype, stock: nn.Module, config: Config
+    file: GGUFFile,
+    weight: WeightPlan,
+    dtype: mx.Dtype,
+    stock: nn.Module,
+    config: Config,
+    *,
+    dense: bool,
 ) -> nn.Module:
     """The one place where rows of the file become a module of the model.
 
     Args:
         stock: mlx-lm's module at that place, not evaluated; a norm keeps it for its epsilon.
+        dense: whether a matrix is dequantised now, or its rows at every call.
     """
+    rows = FileRows(file, weight.weight, mapped=not dense)
     if len(weight.shape) == 1:
-        values = _dense(file, weight.weight, mx.float32) - config.architecture.norm_offset
+        values = mx.array(rows(0, weight.shape[0]) - config.architecture.norm_offset)
         stock.weight = values.astype(dtype)
         return stock
+    shape = (weight.shape[0], weight.shape[1])
     if isinstance(stock, nn.Embedding):
-        stock.weight = _dense(file, weight.weight, dtype)
-        return stock
-    linear = nn.Linear(1, 1, bias=bool(weight.bias))
-    linear.weight = _dense(file, weight.weight, dtype)
+        if dense:
+            return Embedding(_dense(rows, shape, dtype))
+        return StreamedEmbedding(rows, shape, dtype)
+    bias = None
     if weight.bias:
-        linear.bias = _dense(file, weight.bias, dtype)
-    return linear
+        bias = mx.array(FileRows(file, weight.bias, mapped=False)(0, shape[0])).astype(dtype)
+    if dense:
+        return Linear(_dense(rows, shape, dtype), bias)
+    return StreamedLinear(rows, shape, bias)
 
 
-def _dense(file: GGUFFile, sources: tuple[RowSource, ...], dtype: mx.Dtype) -> mx.array:
-    """Rows of the file, dequantised in float32 and rounded to ``dtype``: [rows, columns]."""
+class FileRows:
+    """Rows of a weight as float32, dequantised at every call.
+
+    mapped: from the mapped file. False reads the bytes now, so that a file that has become
+    shorter is a GGUFError and no crash; at every call that would cost a copy.
+    """
+
+    def __init__(self, file: GGUFFile, sources: tuple[RowSource, ...], *, mapped: bool) -> None:
+        self._parts = [(s, s.bytes(file, mapped=mapped), s.order()) for s in sources]
+
+    def __call__(self, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of the model's weight, float32 [stop - start, columns]."""
+        found = []
+        for source, data, order in self._parts:
+            rows = slice(max(0, start), max(0, min(stop, len(data))))
+            start, stop = start - len(data), stop - len(data)
+            if rows.start < rows.stop:
+                # A fancy index copies the file's bytes of these rows, not the float rows.
+                picked = data[rows] if order is None else data[order[rows]]
+                shape = (len(picked), *source.shape[1:])
+                found.append(dequantize(picked, source.format, shape))
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+
+def _dense(rows: FileRows, shape: tuple[int, int], dtype: mx.Dtype) -> mx.array:
+    """A whole matrix in ``dtype``, a chunk of float32 at a time."""
+    step = max(1, CHUNK // shape[1])
     chunks = []
-    for source in sources:
-        data = source.read(file)
-        rest = source.shape[1:]
-        step = max(1, CHUNK // max(1, math.prod(rest)))
-        for start in range(0, len(data), step):
-            rows = data[start : start + step]
-            values = dequantize(rows, source.format, (len(rows), *rest))
-            chunks.append(mx.array(values).astype(dtype))
-            mx.eval(chunks[-1])
+    for start in range(0, shape[0], step):
+        chunks.append(mx.array(rows(start, min(start + step, shape[0]))).astype(dtype))
+        mx.eval(chunks[-1])
     return chunks[0] if len(chunks) == 1 else mx.concatenate(chunks)
 
 

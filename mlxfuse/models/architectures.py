@@ -132,7 +132,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         Architecture(
             name="gemma3",
-            module="mlx_lm.models.gemma3_text",
+            module="mlxfuse.models.gemma3",
             layer=_GEMMA_NORMS | _attention() | _QK_NORMS | _mlp(),
             groups=_GROUPS,
             norm_offset=1.0,

@@ -33,7 +33,7 @@ class Rope:
     factor    positions are divided by this (1: as they are).
     scale     q and k are multiplied by this.
     factors   tensor that divides the frequencies, [dims/2], or empty.
-    yarn      (original context, beta_fast, beta_slow) if the scaling is YaRN.
+    yarn      original context in tokens if the scaling is YaRN, else 0.
     """
 
     dims: int
@@ -41,7 +41,7 @@ class Rope:
     factor: float = 1.0
     scale: float = 1.0
     factors: str = ""
-    yarn: tuple[int, float, float] | None = None
+    yarn: int = 0
 
     @property
     def plain(self) -> bool:
@@ -51,22 +51,23 @@ class Rope:
         """Radians^-1 a position of each pair, float32 [dims/2]: what ``mx.fast.rope`` calls freqs.
 
         ``base^(2i/dims)``, times ``factors``; YaRN blends the interpolated and the extrapolated
-        frequency by a ramp over i (arXiv 2309.00071, section 3.2).
+        frequency by a ramp over i (arXiv 2309.00071, section 3.2) whose ends are the pairs that
+        make 32 turns and 1 turn over the original context, llama.cpp's values for every file.
         """
         extrapolated = self.base ** (np.arange(0, self.dims, 2, dtype=np.float64) / self.dims)
         if factors is not None:
             extrapolated = extrapolated * factors
         interpolated = extrapolated * self.factor
-        if self.yarn is None:
+        if not self.yarn:
             return interpolated.astype(np.float32)
-        context, fast, slow = self.yarn
 
         def pair(turns: float) -> float:
             """The pair that makes ``turns`` turns over the original context."""
-            return self.dims * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(self.base))
+            period = self.yarn / (turns * 2 * math.pi)
+            return self.dims * math.log(period) / (2 * math.log(self.base))
 
-        low = max(0, math.floor(pair(fast)))
-        high = min(self.dims - 1, math.ceil(pair(slow)))
+        low = max(0, math.floor(pair(32)))
+        high = min(self.dims - 1, math.ceil(pair(1)))
         ramp = np.clip((np.arange(self.dims // 2) - low) / max(0.001, high - low), 0, 1)
         return (1 / (ramp / interpolated + (1 - ramp) / extrapolated)).astype(np.float32)
 
@@ -314,14 +315,8 @@ def _rope(
             raise GGUFError(file.path, f"{factors} is missing")
         if tensor.shape != (dims // 2,):
             raise GGUFError(file.path, f"{factors} is {tensor.shape}; expected {(dims // 2,)}")
-    yarn = None
     if kind == "yarn":
-        yarn = (
-            original,
-            key.positive("rope.scaling.yarn_beta_fast", 32.0),
-            key.positive("rope.scaling.yarn_beta_slow", 1.0),
-        )
         if base <= 1:
             raise GGUFError(file.path, f"rope.freq_base is {base}; expected more than 1 for YaRN")
         scale *= 1 + 0.1 * math.log(factor) if factor > 1 else 1.0
-    return Rope(dims, base, factor, scale, factors, yarn)
+    return Rope(dims, base, factor, scale, factors, original if kind == "yarn" else 0)

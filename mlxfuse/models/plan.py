@@ -57,15 +57,13 @@ class RowSource:
         rows = np.arange(self.stop - self.start)
         return rows.reshape(self.heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
-    def read(self, file: GGUFFile) -> NDArray[np.uint8]:
-        """The file's bytes of these rows, uint8 [rows, bytes a row], in the model's order."""
-        if len(self.tensor.shape) == 1:
-            data = file.read(self.tensor).reshape(self.tensor.shape[0], -1)[self.start : self.stop]
-        else:
-            rows = slice(self.start, self.stop)
-            data = file.read(self.tensor, rows).reshape(self.stop - self.start, -1)
-        order = self.order()
-        return data if order is None else data[order]
+    def bytes(self, file: GGUFFile, *, mapped: bool) -> NDArray[np.uint8]:
+        """The rows in the file's order, uint8 [rows, bytes a row]; a view if ``mapped``."""
+        tensor, count = self.tensor, self.stop - self.start
+        if len(tensor.shape) == 1 or mapped:
+            data = file.view(tensor) if mapped else file.read(tensor)
+            return data.reshape(tensor.shape[0], -1)[self.start : self.stop]
+        return file.read(tensor, slice(self.start, self.stop)).reshape(count, -1)
 
 
 @dataclass(frozen=True, slots=True)
