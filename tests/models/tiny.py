@@ -23,6 +23,7 @@ SEEDS = (0, 1, 2)
 BOS, EOS, MERGED = 256, 257, 258
 VOCABULARY = 259  # 256 bytes, two control tokens, one merge: the least llama.cpp accepts
 
+QKV = ("attn_q", "attn_k", "attn_v")
 Q4_MIX = {"": "Q4_0", "attn_v": "Q8_0", "ffn_down": "Q5_0", "token_embd": "Q8_0"}
 K_MIX = {"": "Q4_K", "attn_v": "Q6_K", "ffn_down": "Q6_K", "token_embd": "Q6_K"}
 
@@ -77,17 +78,22 @@ CASES: dict[str, Case] = {
     "llama-rope-linear": Case(
         "llama", keys={"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
     ),
-    "llama-fused-qkv": Case("llama", fused_qkv=True, formats={"": "Q4_1", "token_embd": "Q5_1"}),
+    "llama-fused-qkv": Case(
+        "llama",
+        fused_qkv=True,
+        biases=("attn_qkv",),
+        formats={"": "Q4_1", "token_embd": "Q5_1"},
+    ),
     # The K-quants need rows of 256; head_dim is not hidden / heads, as in Mistral Nemo.
     "llama-k-quants": Case(
         "llama", layers=2, hidden=256, head_dim=32, heads=8, ffn=256, untied=True, formats=K_MIX
     ),
-    "llama-biases": Case("llama", biases=("attn_q", "attn_k", "attn_v", "attn_output")),
-    "qwen2": Case("qwen2", biases=("attn_q", "attn_k", "attn_v"), formats=Q4_MIX),
-    "qwen2-fused-qkv": Case("qwen2", biases=("attn_qkv",), fused_qkv=True, untied=True),
+    "llama-biases": Case("llama", biases=(*QKV, "attn_output")),
+    "qwen2": Case("qwen2", biases=QKV, formats=Q4_MIX),
+    "qwen2-fused-qkv": Case("qwen2", biases=QKV, fused_qkv=True, untied=True),
     "qwen2-yarn": Case(
         "qwen2",
-        biases=("attn_q", "attn_k", "attn_v"),
+        biases=QKV,
         keys={**YARN, "rope.scaling.yarn_beta_fast": 8.0, "rope.scaling.yarn_beta_slow": 0.5},
     ),
     "llama-yarn": Case("llama", keys={**YARN, "rope.scaling.attn_factor": 0.8}),
@@ -98,7 +104,7 @@ CASES: dict[str, Case] = {
         hidden=96,
         head_dim=32,
         post_norms=True,
-        keys=GEMMA2,
+        keys={**GEMMA2, "attention.sliding_window_pattern": 3},
         formats=Q4_MIX,
     ),
     # 46 and 62 layers are how llama.cpp knows the 27B models, whose query scale differs.
@@ -112,7 +118,7 @@ CASES: dict[str, Case] = {
         post_norms=True,
         keys=GEMMA2,
     ),
-    # As in released files: no pattern key, so five sliding layers to one global.
+    # No pattern key, as in released files: five sliding layers to one global.
     "gemma3": Case(
         "gemma3",
         layers=7,
@@ -131,7 +137,7 @@ CASES: dict[str, Case] = {
         post_norms=True,
         keys={
             **GEMMA3,
-            "attention.sliding_window_pattern": 2,
+            "attention.sliding_window_pattern": [True, True, False, True, True],
             "rope.freq_base_swa": 30.0,
             "rope.scaling.type": "linear",
             "rope.scaling.factor": 8.0,
@@ -173,6 +179,7 @@ CASES: dict[str, Case] = {
         factors=LONGROPE,
         keys={**PHI3, "rope.scaling.original_context_length": 8, "context_length": 512},
     ),
+    "phi3-separate-qkv": Case("phi3", fused_gate=True, formats={"": "BF16"}),
     "phi3-4k": Case(
         "phi3", fused_qkv=True, fused_gate=True, untied=True, keys={"context_length": 4096}
     ),
@@ -215,8 +222,8 @@ def _shapes(case: Case) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "output.weight", (VOCABULARY, hidden)
     for name, length in case.factors.items():
         yield f"{name}.weight", (length,)
-    rows = {"attn_qkv": q + 2 * kv} if case.fused_qkv else {"attn_q": q, "attn_k": kv, "attn_v": kv}
-    matrices = {name: (out, hidden) for name, out in rows.items()}
+    rows = {"attn_q": q, "attn_k": kv, "attn_v": kv, "attn_qkv": q + 2 * kv}
+    matrices = {name: (rows[name], hidden) for name in (("attn_qkv",) if case.fused_qkv else QKV)}
     matrices["attn_output"] = (hidden, q)
     if not case.fused_gate:
         matrices["ffn_gate"] = (ffn, hidden)
@@ -230,8 +237,8 @@ def _shapes(case: Case) -> Iterator[tuple[str, tuple[int, ...]]]:
     for layer in range(case.layers):
         for name, shape in matrices.items():
             yield f"blk.{layer}.{name}.weight", shape
-            if name in case.biases:
-                yield f"blk.{layer}.{name}.bias", shape[:1]
+        for name in case.biases:  # fused weights may have separate biases
+            yield f"blk.{layer}.{name}.bias", (rows.get(name, hidden),)
         for name, length in norms.items():
             yield f"blk.{layer}.{name}.weight", (length,)
 
@@ -320,6 +327,8 @@ def write(path: Path, tiny: Tiny, *, twin: bool = False) -> Path:
             writer.add_float32(key, value)
         elif isinstance(value, int):
             writer.add_uint32(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
         else:
             raise TypeError(f"{key}: no GGUF type chosen for {type(value).__name__}")
     writer.add_tokenizer_model("gpt2")
