@@ -29,7 +29,8 @@ _REPO = re.compile(
     rf"(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>[\w./-]+))?(?::(?P<choice>[^:]+))?", re.ASCII
 )
 _FILE_PAGE = re.compile(
-    rf"(?P<repo>{_NAME}/{_NAME})/(?:blob|resolve)/(?P<revision>[\w.-]+)/(?P<choice>[^?#]+)",
+    rf"(?P<repo>{_NAME}/{_NAME})/(?:blob|resolve)/(?P<revision>[\w.-]+)/(?P<choice>[^?#]+)"
+    r"(?:[?#].*)?",
     re.ASCII,
 )
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})")
@@ -89,13 +90,15 @@ def resolve(
         )
     path = Path(ref).expanduser()
     try:
-        mode = path.stat().st_mode
+        mode = path.stat().st_mode if ref else None
     except (OSError, ValueError):
         mode = None
     if mode is not None:
         if not stat.S_ISREG(mode):
             what = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
             raise ModelRefError(f"{one_line(ref)} is {what}; expected a .gguf file")
+        if revision:
+            raise ModelRefError(f"{one_line(ref)} is a file: a revision is for hub repositories")
         return path
     parsed = parse(ref)
     if revision and parsed.revision and revision != parsed.revision:
@@ -214,19 +217,13 @@ def _hub_offline() -> bool:
 
 def _from_hub(ref: Ref, progress: Progress | None) -> Path:
     """Download what ``ref`` names, every shard at the same commit."""
-    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     # The root error class of the HTTP library that this huggingface_hub uses.
     transport_error = cast(type[Exception], HfHubHTTPError.__bases__[0])
     try:
-        info = HfApi().model_info(ref.repo, revision=ref.revision)
-        commit = info.sha
-        if not commit or not re.fullmatch(r"[0-9a-f]{40}", commit):
-            raise DownloadError(f"{ref.repo}: the hub names no commit")
-        files = choose(
-            ref, [s.rfilename for s in info.siblings or [] if isinstance(s.rfilename, str)]
-        )
+        commit, names = _listing(ref)
+        files = choose(ref, names)
         paths = [_file_from_hub(ref.repo, name, commit, progress) for name in files]
     except HfHubHTTPError as error:
         raise DownloadError(_refusal(ref, error)) from error
@@ -236,6 +233,24 @@ def _from_hub(ref: Ref, progress: Progress | None) -> Path:
             "HF_HUB_OFFLINE=1 uses what is already downloaded"
         ) from error
     return paths[0]
+
+
+def _listing(ref: Ref) -> tuple[str, list[str]]:
+    """The commit that ``ref`` means now, and the names of its files."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        info = HfApi().model_info(ref.repo, revision=ref.revision)
+        names = [s.rfilename for s in info.siblings or []]
+        good = bool(re.fullmatch(r"[0-9a-f]{40}", info.sha or ""))
+    except HfHubHTTPError:
+        raise  # a refusal, some of which are ValueErrors too
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DownloadError(f"{ref.repo}: the hub's listing cannot be read ({error})") from error
+    if not good or not info.sha or not all(isinstance(name, str) for name in names):
+        raise DownloadError(f"{ref.repo}: the hub's listing has no commit or no file names")
+    return info.sha, names
 
 
 def _refusal(ref: Ref, error: OSError) -> str:
@@ -251,6 +266,8 @@ def _refusal(ref: Ref, error: OSError) -> str:
         return f"{ref.repo}: no such repository, or it is private and HF_TOKEN does not open it"
     if isinstance(error, RevisionNotFoundError):
         return f"{ref.repo} has no revision {ref.revision}"
+    if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+        return f"{ref.repo}: the hub refuses access; set HF_TOKEN to a token that may read it"
     return f"{ref.repo}: {one_line(str(error), 400)}"
 
 
@@ -269,7 +286,7 @@ def _file_from_hub(repo: str, name: str, commit: str, progress: Progress | None)
         try_to_load_from_cache,
     )
     from huggingface_hub.file_download import repo_folder_name
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+    from huggingface_hub.utils import build_hf_headers
 
     cached = try_to_load_from_cache(repo, name, revision=commit)
     if isinstance(cached, str):
@@ -311,7 +328,7 @@ def _from_cache(ref: Ref) -> Path:
         ]
     missing: ModelRefError | None = None
     for snapshot in sorted(snapshots, key=lambda s: s.last_modified, reverse=True):
-        names = {
+        names: dict[str, Path] = {
             f.file_path.relative_to(snapshot.snapshot_path).as_posix(): f.file_path
             for f in snapshot.files
         }

@@ -20,8 +20,9 @@ from mlxfuse.terminal import neutralize, one_line
         ("\u2028\u2029", "\\u2028\\u2029"),
         ("\ud800", "\\ud800"),
         ("line\n\ttab", "line\n\ttab"),
-        # The joiner inside one emoji, and the one that Persian needs, stay.
-        ("\U0001f468\u200d\U0001f4bb می\u200cخواهم", "\U0001f468\u200d\U0001f4bb می\u200cخواهم"),
+        # The joiner inside one emoji and the non-joiner of a Persian word stay.
+        ("\U0001f468\u200d\U0001f4bb", "\U0001f468\u200d\U0001f4bb"),
+        ("\u0645\u06cc\u200c\u062e", "\u0645\u06cc\u200c\u062e"),
     ],
 )
 def test_neutralize(text, shown):
