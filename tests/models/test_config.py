@@ -80,17 +80,19 @@ def test_defaults_are_llama_cpps(tmp_path: Path) -> None:
 def test_gemma2(tmp_path: Path) -> None:
     found = config(tmp_path, "gemma2")
     assert found.args["sliding_window"] == 6
-    assert found.args["sliding_window_pattern"] == 2
+    assert found.args["sliding_window_pattern"] == 3
     assert found.args["attn_logit_softcapping"] == 4.0
     assert found.args["query_pre_attn_scalar"] == 32  # head_dim, though hidden / heads is 24
     plain = config(
         tmp_path,
         "gemma2",
         attention__sliding_window=None,
+        attention__sliding_window_pattern=None,
         attn_logit_softcapping=None,
         final_logit_softcapping=None,
     )
     assert plain.args["sliding_window"] == 4096
+    assert plain.args["sliding_window_pattern"] == 2
     assert plain.args["attn_logit_softcapping"] == 50.0
     assert plain.args["final_logit_softcapping"] == 30.0
     assert config(tmp_path, "gemma2-27b").args["query_pre_attn_scalar"] == 24
