@@ -118,15 +118,19 @@ def byte_alphabet() -> dict[int, str]:
     return {**{b: chr(b) for b in plain}, **{b: chr(256 + n) for n, b in enumerate(rest)}}
 
 
+# No merge may make the text of a special token.
+_TRAINING = [text.replace("<|", "<").replace("|>", ">") for text in CORPUS]
+
+
 @functools.cache
 def _bpe_merges() -> list[tuple[str, str]]:
     table = byte_alphabet()
-    return _train([[table[b] for b in text.encode()] for text in CORPUS], 700)
+    return _train([[table[b] for b in text.encode()] for text in _TRAINING], 700)
 
 
 @functools.cache
 def _char_merges() -> list[tuple[str, str]]:
-    return _train([list("▁" + text.replace(" ", "▁").replace("\n", "")) for text in CORPUS], 500)
+    return _train([list("▁" + text.replace(" ", "▁").replace("\n", "")) for text in _TRAINING], 500)
 
 
 def _metadata(model: str, tokens: list[str], types: list[int], **more: Any) -> dict[str, Any]:
