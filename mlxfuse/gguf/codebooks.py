@@ -54,7 +54,7 @@ def grid(name: str) -> NDArray[np.int8]:
 
 
 @cache
-def packed_grid(name: str) -> NDArray[np.unsignedinteger]:
+def packed_grid(name: str) -> NDArray[np.uint64] | NDArray[np.uint32]:
     """`grid` with each entry as one unsigned integer, so that one gather fetches a whole entry.
 
     IQ1's grid holds -1, 0, 1 and is multiplied by 8 here: adding its delta of 1/8 is then +-1.
@@ -62,7 +62,7 @@ def packed_grid(name: str) -> NDArray[np.unsignedinteger]:
     table = grid(name)
     if name == "IQ1_S":
         table = table * np.int8(8)
-    return table.view(np.uint64 if table.shape[1] == 8 else np.uint32)[:, 0]
+    return table.view(np.uint64)[:, 0] if table.shape[1] == 8 else table.view(np.uint32)[:, 0]
 
 
 def _byte_bits() -> NDArray[np.uint8]:

@@ -313,7 +313,7 @@ def _tensor(cursor: Cursor, index: int, shard: int) -> tuple[Tensor, int]:
     start = cursor.position
     ne = [cursor.integer(I64, f"the shape of {show(name)}") for _ in range(dims)]
     # Axes of length 0 are legal; the others must still multiply to something that fits.
-    if any(n < 0 for n in ne) or math.prod(max(n, 1) for n in ne) >= 1 << 63:
+    if any(n < 0 for n in ne) or math.prod(max(n, 1) for n in ne) >= (1 << 63) - 1:
         cursor.fail(f"tensor {show(name)} has the impossible shape {tuple(ne[::-1])}", start)
     form = _format(cursor, name)
     columns = ne[0] if ne else 1

@@ -196,6 +196,8 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
         GGUFError: malformed; one of the shards is missing or does not belong to the set.
         UnsupportedError: a tensor type that ggml removed or that is newer than this package.
     """
+    if "\0" in os.fspath(path):
+        raise ModelRefError(f"{os.fspath(path)!r} holds a NUL and cannot be a path")
     with ExitStack() as stack:  # closes what is open if a later check fails
         first = _open_shard(Path(path), 0, stack)
         shards = [first]
@@ -211,40 +213,40 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     return GGUFFile(tuple(shards))
 
 
-def _regular_file(path: Path) -> IO[bytes]:
+def _map(path: Path, stack: ExitStack) -> tuple[IO[bytes], mmap.mmap]:
+    """A regular file (links are followed) and its mapping, both owned by ``stack``."""
     try:
         # Looked at before it is opened: opening a pipe waits, opening a device may act.
         if not stat.S_ISREG(path.stat().st_mode):
             kind = "a directory" if path.is_dir() else "not a regular file"
             raise ModelRefError(f"{path} is {kind}; a GGUF file expected")
-        return path.open("rb", buffering=0)
+        file = stack.enter_context(path.open("rb", buffering=0))
+        if not os.fstat(file.fileno()).st_size:
+            raise GGUFError(path, "the file is empty; download it again", 0)
+        return file, stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except OSError as error:
         raise ModelRefError(f"{path}: {error.strerror}; a GGUF file expected") from error
-    except ValueError as error:  # a NUL in the path
-        raise ModelRefError(f"{str(path)!r} cannot be a path: {error}") from error
 
 
 def _open_shard(path: Path, index: int, stack: ExitStack) -> _Shard:
     try:
-        file = stack.enter_context(_regular_file(path))
+        file, data = _map(path, stack)
     except ModelRefError as error:
         if not index:
             raise
         raise GGUFError(path, f"shard {index + 1} of the set cannot be opened: {error}") from error
-    if not os.fstat(file.fileno()).st_size:
-        raise GGUFError(path, "the file is empty; download it again", 0)
-    data = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     return _Shard(path, file, data, parse(path, data, index))
 
 
 def _number(shard: _Shard, key: str, default: int) -> int:
     """A ``split.`` key: an integer that is not negative."""
-    value = shard.header.metadata.get(key, default)
+    if key not in shard.header.metadata:
+        return default
+    value = shard.header.metadata[key]
     if type(value) is not int or value < 0:
+        found = value if type(value) is int else type(value).__name__
         at = shard.header.offsets[key]
-        raise GGUFError(
-            shard.path, f"{key}: an integer >= 0 expected, found {show(str(value))}", at
-        )
+        raise GGUFError(shard.path, f"{key}: an integer >= 0 expected, found {found}", at)
     return value
 
 

@@ -1,4 +1,4 @@
-"""Speed of our dequantisation against gguf-py's: ``python -m tests.bench.bench_dequantize [TYPE ...]``.
+"""Speed of dequantisation against gguf-py: ``python -m tests.bench.bench_dequantize [TYPE ...]``.
 
 MB/s of GGUF bytes read, one thread, median of alternated runs on a 2048 x 2048 tensor; ours writes
 to a fresh array each time, as gguf-py does.
