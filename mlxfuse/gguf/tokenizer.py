@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import get_json_schema
 
 from .. import chat_template as chat
 from .vocab import BYTE, CONTROL, UNKNOWN, UNUSED, USER_DEFINED, Vocab, read_vocab
@@ -130,7 +131,7 @@ class GGUFTokenizer(PreTrainedTokenizerFast):
             chat.render(
                 self.get_chat_template(chat_template, tools),
                 messages,
-                tools=tools,
+                tools=tools and [get_json_schema(t) if callable(t) else t for t in tools],
                 documents=documents,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
