@@ -52,6 +52,7 @@ CORPUS = [
     "∑∫√∞≠≤ ←→ €£¥₿ ™©®",
     "the cat sat on the mat and the dog ran to the end of the road",
     "aaaa aaaaaaa ababab baba",
+    "unmerged is a token that no merge makes, also as  unmerged",
 ]
 CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 USER_TOKENS = ["<think>", "</think>"]
@@ -118,15 +119,19 @@ def byte_alphabet() -> dict[int, str]:
     return {**{b: chr(b) for b in plain}, **{b: chr(256 + n) for n, b in enumerate(rest)}}
 
 
+# No merge may make the text of a special token.
+_TRAINING = [text.replace("<|", "<").replace("|>", ">") for text in CORPUS[:-1]]
+
+
 @functools.cache
 def _bpe_merges() -> list[tuple[str, str]]:
     table = byte_alphabet()
-    return _train([[table[b] for b in text.encode()] for text in CORPUS], 700)
+    return _train([[table[b] for b in text.encode()] for text in _TRAINING], 700)
 
 
 @functools.cache
 def _char_merges() -> list[tuple[str, str]]:
-    return _train([list("▁" + text.replace(" ", "▁").replace("\n", "")) for text in CORPUS], 500)
+    return _train([list("▁" + text.replace(" ", "▁").replace("\n", "")) for text in _TRAINING], 500)
 
 
 def _metadata(model: str, tokens: list[str], types: list[int], **more: Any) -> dict[str, Any]:
@@ -145,6 +150,7 @@ def bpe(pre: str, missing: str = "", **more: Any) -> dict[str, Any]:
     merges = [pair for pair in _bpe_merges() if not set(missing) & set("".join(pair))]
     special = [*CONTROL_TOKENS, *USER_TOKENS]
     normal = list(dict.fromkeys([*letters, *("".join(pair) for pair in merges)]))
+    normal += ["unmerged", "Ġunmerged"]
     types = [1] * len(normal) + [3] * len(CONTROL_TOKENS) + [4] * len(USER_TOKENS)
     tokens = [*normal, *special]
     return _metadata(
