@@ -232,6 +232,10 @@ def _vocab_size(file: GGUFFile) -> int:
     if embedding is None:
         raise GGUFError(file.path, "token_embd.weight is missing")
     rows = embedding.shape[0] if len(embedding.shape) == 2 else 0
+    if not rows:
+        raise GGUFError(
+            file.path, f"token_embd.weight has the shape {embedding.shape}; expected a row a token"
+        )
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     if isinstance(tokens, list) and len(tokens) != rows:
         raise GGUFError(

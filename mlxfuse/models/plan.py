@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import GGUFError, UnsupportedError
+from ..gguf.blocks import can_dequantize
 from .architectures import Weight
 from .config import Config
 
@@ -142,6 +143,8 @@ class _Finder:
             )
         if len(shape) == 1 and tensor.format.quantized:
             raise UnsupportedError(f"{name} is a vector of type {tensor.format.name}")
+        if not can_dequantize(tensor.format):
+            raise UnsupportedError(f"{name} is of type {tensor.format.name}, which is no weight's")
         self.used.add(name)
         return tensor
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlxfuse.demo import ensure_demo
 from mlxfuse.load import load
 from tests.models import tiny
 
@@ -30,7 +31,7 @@ Change = Callable[[tiny.Tiny], None]
 
 def logits(path: Path, prompt: np.ndarray, *schedules: str) -> list[np.ndarray]:
     """mlxfuse's float32 logits [prompt, vocabulary] for each of `schedules`."""
-    model, _ = load(path, dtype=mx.float32)
+    model, _ = load(path, dtype=mx.float32, context_length=256)
     results = []
     for schedule in schedules:
         rows, start, state = [], 0, make_prompt_cache(model)
@@ -167,3 +168,19 @@ def test_a_misread_file_is_noticed(name: str, change: Change, tmp_path: Path) ->
     nmse, kld = disagreement(got, want)
     assert nmse > CONTROL, f"NMSE only {nmse:.2e}"
     assert kld > CONTROL, f"mean KLD only {kld:.2e}"
+
+
+def test_the_demo_model_matches_llama_cpp() -> None:
+    """A real model: the last positions of a 30-token prompt, prefilled and then decoded."""
+    reference = golden("demo")
+    tokens, want = mx.array(reference["tokens"][None]), reference["logits"]
+    # Never downloaded here; without it this fails and says where to put it.
+    model, _ = load(ensure_demo(offline=True), dtype=mx.float32)
+    whole = model(tokens)[0, -len(want) :]
+    state, decoded = make_prompt_cache(model), len(want) - 1
+    rows = [model(tokens[:, :-decoded], cache=state)[0, -1:]]
+    rows += [model(tokens[:, i, None], cache=state)[0] for i in range(-decoded, 0)]
+    for got in (whole, mx.concatenate(rows)):
+        nmse, kld = disagreement(np.array(got), want)
+        assert nmse <= BOUND, f"NMSE {nmse:.2e}"
+        assert kld <= BOUND, f"mean KLD {kld:.2e}"

@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
@@ -22,6 +23,7 @@ SEEDS = (0, 1, 2)
 BOS, EOS, MERGED = 256, 257, 258
 VOCABULARY = 259  # 256 bytes, two control tokens, one merge: the least llama.cpp accepts
 
+QKV = ("attn_q", "attn_k", "attn_v")
 Q4_MIX = {"": "Q4_0", "attn_v": "Q8_0", "ffn_down": "Q5_0", "token_embd": "Q8_0"}
 K_MIX = {"": "Q4_K", "attn_v": "Q6_K", "ffn_down": "Q6_K", "token_embd": "Q6_K"}
 
@@ -61,6 +63,11 @@ GEMMA2 = {
     "final_logit_softcapping": 4.0,
 }
 GEMMA3 = {"attention.sliding_window": 6, "rope.freq_base": 100.0}
+YARN = {
+    "rope.scaling.type": "yarn",
+    "rope.scaling.factor": 4.0,
+    "rope.scaling.original_context_length": 64,
+}
 PHI3 = {"rope.scaling.attn_factor": 1.25, "rope.dimension_count": 12}
 LONGROPE = {"rope_factors_long": 6, "rope_factors_short": 6}
 
@@ -71,14 +78,25 @@ CASES: dict[str, Case] = {
     "llama-rope-linear": Case(
         "llama", keys={"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
     ),
-    "llama-fused-qkv": Case("llama", fused_qkv=True, formats={"": "Q4_1", "token_embd": "Q5_1"}),
+    "llama-fused-qkv": Case(
+        "llama",
+        fused_qkv=True,
+        biases=("attn_qkv",),
+        formats={"": "Q4_1", "token_embd": "Q5_1"},
+    ),
     # The K-quants need rows of 256; head_dim is not hidden / heads, as in Mistral Nemo.
     "llama-k-quants": Case(
         "llama", layers=2, hidden=256, head_dim=32, heads=8, ffn=256, untied=True, formats=K_MIX
     ),
-    "llama-biases": Case("llama", biases=("attn_q", "attn_k", "attn_v", "attn_output")),
-    "qwen2": Case("qwen2", biases=("attn_q", "attn_k", "attn_v"), formats=Q4_MIX),
-    "qwen2-fused-qkv": Case("qwen2", biases=("attn_qkv",), fused_qkv=True, untied=True),
+    "llama-biases": Case("llama", biases=(*QKV, "attn_output")),
+    "qwen2": Case("qwen2", biases=QKV, formats=Q4_MIX),
+    "qwen2-fused-qkv": Case("qwen2", biases=QKV, fused_qkv=True, untied=True),
+    "qwen2-yarn": Case(
+        "qwen2",
+        biases=QKV,
+        keys={**YARN, "rope.scaling.yarn_beta_fast": 8.0, "rope.scaling.yarn_beta_slow": 0.5},
+    ),
+    "llama-yarn": Case("llama", keys={**YARN, "rope.scaling.attn_factor": 0.8}),
     "qwen3": Case("qwen3", head_dim=32, head_norms=True, formats={"": "Q8_0"}),
     "gemma2": Case(
         "gemma2",
@@ -86,7 +104,7 @@ CASES: dict[str, Case] = {
         hidden=96,
         head_dim=32,
         post_norms=True,
-        keys=GEMMA2,
+        keys={**GEMMA2, "attention.sliding_window_pattern": 3},
         formats=Q4_MIX,
     ),
     # 46 and 62 layers are how llama.cpp knows the 27B models, whose query scale differs.
@@ -100,7 +118,7 @@ CASES: dict[str, Case] = {
         post_norms=True,
         keys=GEMMA2,
     ),
-    # As in released files: no pattern key, so five sliding layers to one global.
+    # No pattern key, as in released files: five sliding layers to one global.
     "gemma3": Case(
         "gemma3",
         layers=7,
@@ -119,7 +137,7 @@ CASES: dict[str, Case] = {
         post_norms=True,
         keys={
             **GEMMA3,
-            "attention.sliding_window_pattern": 2,
+            "attention.sliding_window_pattern": [True, True, False, True, True],
             "rope.freq_base_swa": 30.0,
             "rope.scaling.type": "linear",
             "rope.scaling.factor": 8.0,
@@ -161,6 +179,7 @@ CASES: dict[str, Case] = {
         factors=LONGROPE,
         keys={**PHI3, "rope.scaling.original_context_length": 8, "context_length": 512},
     ),
+    "phi3-separate-qkv": Case("phi3", fused_gate=True, formats={"": "BF16"}),
     "phi3-4k": Case(
         "phi3", fused_qkv=True, fused_gate=True, untied=True, keys={"context_length": 4096}
     ),
@@ -203,8 +222,8 @@ def _shapes(case: Case) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "output.weight", (VOCABULARY, hidden)
     for name, length in case.factors.items():
         yield f"{name}.weight", (length,)
-    rows = {"attn_qkv": q + 2 * kv} if case.fused_qkv else {"attn_q": q, "attn_k": kv, "attn_v": kv}
-    matrices = {name: (out, hidden) for name, out in rows.items()}
+    rows = {"attn_q": q, "attn_k": kv, "attn_v": kv, "attn_qkv": q + 2 * kv}
+    matrices = {name: (rows[name], hidden) for name in (("attn_qkv",) if case.fused_qkv else QKV)}
     matrices["attn_output"] = (hidden, q)
     if not case.fused_gate:
         matrices["ffn_gate"] = (ffn, hidden)
@@ -218,8 +237,8 @@ def _shapes(case: Case) -> Iterator[tuple[str, tuple[int, ...]]]:
     for layer in range(case.layers):
         for name, shape in matrices.items():
             yield f"blk.{layer}.{name}.weight", shape
-            if name in case.biases:
-                yield f"blk.{layer}.{name}.bias", shape[:1]
+        for name in case.biases:  # fused weights may have separate biases
+            yield f"blk.{layer}.{name}.bias", (rows.get(name, hidden),)
         for name, length in norms.items():
             yield f"blk.{layer}.{name}.weight", (length,)
 
@@ -249,7 +268,7 @@ def _blocks(random: np.random.RandomState, kind: str, shape: tuple[int, int]) ->
 def build(name: str, seed: int) -> Tiny:
     """The model `name` of CASES from `seed`: same seed, same bits, on any machine."""
     case = CASES[name]
-    random = np.random.RandomState(1000 * list(CASES).index(name) + seed)
+    random = np.random.RandomState(crc32(name.encode()) ^ seed)
     tensors: dict[str, tuple[np.ndarray, str]] = {}
     for full, shape in _shapes(case):
         short, suffix = full.removesuffix(".weight").removesuffix(".bias").split(".")[-1], full
@@ -308,6 +327,8 @@ def write(path: Path, tiny: Tiny, *, twin: bool = False) -> Path:
             writer.add_float32(key, value)
         elif isinstance(value, int):
             writer.add_uint32(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
         else:
             raise TypeError(f"{key}: no GGUF type chosen for {type(value).__name__}")
     writer.add_tokenizer_model("gpt2")
