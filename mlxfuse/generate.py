@@ -8,6 +8,12 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import stream_generate
+from mlx_lm.models.cache import (
+    KVCache,
+    RotatingKVCache,
+    can_trim_prompt_cache,
+    make_prompt_cache,
+)
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -101,13 +107,13 @@ def _render(tokenizer: TokenizerWrapper, settings: Settings, text: str) -> str:
     prefill = settings.prefill_response is not None
     if prefill:
         messages.append({"role": "assistant", "content": settings.prefill_response or ""})
-    rendered: str = tokenizer.apply_chat_template(
-        messages,
-        tokenize=False,
-        continue_final_message=prefill,
-        add_generation_prompt=not prefill,
-        **settings.chat_template_config,
-    )
+    # What the template may be told never overrides what is rendered.
+    values = dict(settings.chat_template_config) | {
+        "tokenize": False,
+        "continue_final_message": prefill,
+        "add_generation_prompt": not prefill,
+    }
+    rendered: str = tokenizer.apply_chat_template(messages, **values)
     return rendered
 
 
@@ -173,7 +179,9 @@ def generate(
         _expect_trimmable(model, prompt_cache)
         options |= {"draft_model": draft_model, "num_draft_tokens": settings.num_draft_tokens}
     else:
-        options |= {"max_kv_size": settings.max_kv_size, "prompt_progress_callback": on_prompt}
+        options["prompt_progress_callback"] = on_prompt
+        if settings.max_kv_size is not None:
+            options["prompt_cache"] = _bounded_cache(model, settings.max_kv_size)
 
     pieces: list[str] = []
     tokens: list[int] = []
@@ -199,9 +207,18 @@ def generate(
     )
 
 
-def _expect_trimmable(model: Any, prompt_cache: list[Any] | None) -> None:
-    from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
+def _bounded_cache(model: Any, size: int) -> list[Any]:
+    """The model's own caches, those without a window bounded to ``size`` tokens.
 
+    mlx-lm's ``max_kv_size`` does nothing for the models that make their own caches.
+    """
+    return [
+        RotatingKVCache(max_size=size, keep=4) if type(cache) is KVCache else cache
+        for cache in make_prompt_cache(model)
+    ]
+
+
+def _expect_trimmable(model: Any, prompt_cache: list[Any] | None) -> None:
     if not can_trim_prompt_cache(prompt_cache or make_prompt_cache(model)):
         raise UnsupportedError(
             "this model cannot be used with --draft-model: its cache cannot take tokens back"

@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import get_json_schema
 
 from .. import chat_template as chat
 from .vocab import BYTE, CONTROL, UNKNOWN, UNUSED, USER_DEFINED, Vocab, read_vocab
@@ -63,6 +64,7 @@ class GGUFTokenizer(PreTrainedTokenizerFast):
     def __init__(self, vocab: Vocab) -> None:
         # Set beforehand: transformers would deep-copy what it is given, by way of JSON.
         self._tokenizer = build_backend(vocab)
+        self._ids = vocab.ids
         templates: dict[str, str] | str | None = vocab.chat_templates or None
         if list(vocab.chat_templates) == ["default"]:
             templates = vocab.chat_templates["default"]
@@ -75,9 +77,26 @@ class GGUFTokenizer(PreTrainedTokenizerFast):
         self.pieces = _pieces(vocab)
         self.trim_space = vocab.is_spm and vocab.add_space_prefix
         self._hidden = frozenset(np.flatnonzero(np.isin(vocab.types, (CONTROL, UNKNOWN))).tolist())
+        swallowing = [re.escape(vocab.tokens[i]) for i in sorted(vocab.rstrip)]
+        # C's isspace, where an AddedToken's rstrip would take Unicode spaces as well.
+        self._rstrip = re.compile(f"({'|'.join(swallowing)})[ \\t-\\r]+") if swallowing else None
+
+    def get_vocab(self) -> dict[str, int]:
+        return dict(self._ids)
 
     def _encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> Any:
-        return super()._encode_plus(_well_formed(text), _well_formed(text_pair), **kwargs)
+        return super()._encode_plus(self._prepare(text), self._prepare(text_pair), **kwargs)
+
+    def _prepare(self, text: Any) -> Any:
+        """``text`` (or the strings in a list) as the backend takes it: surrogate pairs joined,
+        lone ones as U+FFFD, and no space after a token that swallows it."""
+        if isinstance(text, list | tuple):
+            return type(text)(map(self._prepare, text))
+        if not isinstance(text, str):
+            return text
+        if _SURROGATE.search(text):
+            text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        return self._rstrip.sub(r"\1", text) if self._rstrip else text
 
     def _decode(
         self, token_ids: int | list[int], skip_special_tokens: bool = False, **kwargs: Any
@@ -112,7 +131,7 @@ class GGUFTokenizer(PreTrainedTokenizerFast):
             chat.render(
                 self.get_chat_template(chat_template, tools),
                 messages,
-                tools=tools,
+                tools=tools and [get_json_schema(t) if callable(t) else t for t in tools],
                 documents=documents,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
@@ -171,7 +190,6 @@ def build_backend(vocab: Vocab) -> Tokenizer:
                 vocab.tokens[i],
                 normalized=False,
                 special=bool(vocab.types[i] != USER_DEFINED),
-                rstrip=i in vocab.rstrip,
             )
             for i in special
         ]
@@ -247,12 +265,13 @@ def _merges_by_score(vocab: Vocab) -> Iterator[tuple[str, str]]:
     """
     bytes_ = set(np.flatnonzero(vocab.types == BYTE).tolist())
     halves = {token for token, i in vocab.ids.items() if i not in bytes_}
-    scores = np.zeros(len(vocab.tokens)) if vocab.scores is None else -vocab.scores
-    for i in np.argsort(scores, kind="stable").tolist():
+    costs = np.zeros(len(vocab.tokens)) if vocab.scores is None else -vocab.scores
+    for i in np.argsort(costs, kind="stable").tolist():
         token = vocab.tokens[i]
         for k in range(1, len(token)):
-            if token[:k] in halves and token[k:] in halves:
-                yield token[:k], token[k:]
+            left = token[:k]
+            if left in halves and (right := token[k:]) in halves:
+                yield left, right
 
 
 def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
@@ -302,12 +321,3 @@ def _from_byte_alphabet(token: str) -> bytes:
         return token.translate(_TO_LATIN1).encode("latin-1")
     except UnicodeEncodeError:  # a token that was never byte-encoded
         return token.encode()
-
-
-def _well_formed(text: Any) -> Any:
-    """``text`` (or the strings in a list) with surrogate pairs joined and lone ones as U+FFFD."""
-    if isinstance(text, list | tuple):
-        return type(text)(_well_formed(part) for part in text)
-    if isinstance(text, str) and _SURROGATE.search(text):
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text

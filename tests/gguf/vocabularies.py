@@ -52,6 +52,7 @@ CORPUS = [
     "∑∫√∞≠≤ ←→ €£¥₿ ™©®",
     "the cat sat on the mat and the dog ran to the end of the road",
     "aaaa aaaaaaa ababab baba",
+    "unmerged is a token that no merge makes, also as  unmerged",
 ]
 CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 USER_TOKENS = ["<think>", "</think>"]
@@ -119,7 +120,7 @@ def byte_alphabet() -> dict[int, str]:
 
 
 # No merge may make the text of a special token.
-_TRAINING = [text.replace("<|", "<").replace("|>", ">") for text in CORPUS]
+_TRAINING = [text.replace("<|", "<").replace("|>", ">") for text in CORPUS[:-1]]
 
 
 @functools.cache
@@ -149,6 +150,7 @@ def bpe(pre: str, missing: str = "", **more: Any) -> dict[str, Any]:
     merges = [pair for pair in _bpe_merges() if not set(missing) & set("".join(pair))]
     special = [*CONTROL_TOKENS, *USER_TOKENS]
     normal = list(dict.fromkeys([*letters, *("".join(pair) for pair in merges)]))
+    normal += ["unmerged", "Ġunmerged"]
     types = [1] * len(normal) + [3] * len(CONTROL_TOKENS) + [4] * len(USER_TOKENS)
     tokens = [*normal, *special]
     return _metadata(
