@@ -104,8 +104,14 @@ CASES: dict[str, Case] = {
         hidden=96,
         head_dim=32,
         post_norms=True,
-        keys={**GEMMA2, "attention.sliding_window_pattern": 3},
+        keys=GEMMA2,
         formats=Q4_MIX,
+    ),
+    "gemma2-pattern": Case(
+        "gemma2",
+        layers=4,
+        post_norms=True,
+        keys={**GEMMA2, "attention.sliding_window_pattern": 3},
     ),
     # 46 and 62 layers are how llama.cpp knows the 27B models, whose query scale differs.
     "gemma2-27b": Case(
