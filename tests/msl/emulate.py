@@ -21,6 +21,7 @@ from .build import DEFAULT_VERSION, Build, Library, compile_kernel
 from .errors import MslCompileError, MslRunError
 from .run import Buffer, Order, Report, Schedule, Size, launch
 
+_NAME = "metal_kernel"
 _real_metal_kernel = mx.fast.metal_kernel
 
 # bfloat16 travels as its bits.
@@ -148,7 +149,7 @@ class EmulatedKernel:
 
     def __init__(
         self,
-        real: Callable[..., Any],
+        real: Any,
         input_names: Sequence[str],
         output_names: Sequence[str],
         ensure_row_contiguous: bool,
@@ -171,8 +172,8 @@ class EmulatedKernel:
         if key not in self._captures:
             self._captures[key] = capture(self.real, inputs, **call)
         found = self._captures[key]
-        geometry = {n: (*call[n], 1, 1)[:3] for n in ("grid", "threadgroup")}
-        return dataclasses.replace(found, **geometry)
+        grid, threadgroup = ((*call[n], 1, 1)[:3] for n in ("grid", "threadgroup"))
+        return dataclasses.replace(found, grid=grid, threadgroup=threadgroup)
 
     def _inputs(self, captured: Capture, inputs: Sequence[mx.array]) -> list[Buffer]:
         buffers = []
@@ -315,13 +316,13 @@ def install() -> None:
 
     A launch reads its inputs at once, which a traced array cannot give.
     """
-    mx.fast.metal_kernel = metal_kernel
+    setattr(mx.fast, _NAME, metal_kernel)
     mx.disable_compile()
 
 
 def uninstall() -> None:
     """Undo ``install``."""
-    mx.fast.metal_kernel = _real_metal_kernel
+    setattr(mx.fast, _NAME, _real_metal_kernel)
     mx.enable_compile()
 
 
