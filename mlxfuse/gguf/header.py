@@ -136,9 +136,9 @@ class Cursor:
 
     def number(self, layout: struct.Struct, what: str) -> int | float:
         self.need(layout.size, what)
-        (value,) = layout.unpack_from(self.data, self.position)
+        value: int | float = layout.unpack_from(self.data, self.position)[0]
         self.position += layout.size
-        return value  # type: ignore[no-any-return]  # struct returns tuple[Any, ...]
+        return value
 
     def integer(self, layout: struct.Struct, what: str) -> int:
         return int(self.number(layout, what))
@@ -277,9 +277,9 @@ def _pairs(cursor: Cursor, count: int) -> tuple[dict[str, Value], dict[str, int]
         offsets[key] = cursor.position
         metadata[key] = value = _value(cursor, kind, show(key))
         if key == "general.alignment":
-            if kind != UINT32:
+            if kind != UINT32 or not isinstance(value, int):
                 cursor.fail(f"'general.alignment' has value type {kind}; uint32 expected", start)
-            alignment = int(value)  # type: ignore[arg-type]  # a uint32, checked above
+            alignment = value
             if alignment.bit_count() != 1:
                 cursor.fail(f"'general.alignment' is {alignment}; a power of 2 expected", start)
     return metadata, offsets, alignment
