@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001
 """What ``tokenizer.ggml.pre`` means: the split patterns of byte-level BPE, by llama.cpp's names.
 
 A pattern list is applied in order, each to the pieces that the one before it left. The patterns

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import get_json_schema
 
 from .. import chat_template as chat
+from .spm import ScoreMerges, merges_by_score, needs_scores
 from .vocab import BYTE, CONTROL, UNKNOWN, UNUSED, USER_DEFINED, Vocab, read_vocab
 
 _SPACE = "\u2581"
@@ -156,7 +157,8 @@ class Detokenizer(StreamingDetokenizer):
         self.reset()
 
     def reset(self) -> None:
-        self.offset, self.text, self.tokens = 0, "", []
+        self.offset, self.text = 0, ""
+        self.tokens: list[int] = []
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add_token(self, token: int) -> None:
@@ -243,35 +245,22 @@ def _escaped(vocab: Vocab) -> Tokenizer:
 
 def _spm(vocab: Vocab) -> Tokenizer:
     unknown = vocab.special.get("unk")
+    scored = needs_scores(vocab)
     backend = Tokenizer(
         BPE(
             vocab=vocab.ids,
-            merges=list(_merges_by_score(vocab)),
+            merges=[] if scored else list(merges_by_score(vocab)),
             byte_fallback=True,
             unk_token=None if unknown is None else vocab.tokens[unknown],
+            ignore_merges=scored,
         )
     )
+    if scored:
+        backend.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(ScoreMerges(vocab))
     prefix = [normalizers.Prepend(_SPACE)] if vocab.add_space_prefix else []
     backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", _SPACE)])
     backend.decoder = _spm_decoder(trim=vocab.add_space_prefix)
     return backend
-
-
-def _merges_by_score(vocab: Vocab) -> Iterator[tuple[str, str]]:
-    """Every way to make a token of two others, best score first.
-
-    llama.cpp joins whichever neighbours make the best-scored token; as merges that is the same,
-    apart from the order among tokens of equal score.
-    """
-    bytes_ = set(np.flatnonzero(vocab.types == BYTE).tolist())
-    halves = {token for token, i in vocab.ids.items() if i not in bytes_}
-    costs = np.zeros(len(vocab.tokens)) if vocab.scores is None else -vocab.scores
-    for i in np.argsort(costs, kind="stable").tolist():
-        token = vocab.tokens[i]
-        for k in range(1, len(token)):
-            left = token[:k]
-            if left in halves and (right := token[k:]) in halves:
-                yield left, right
 
 
 def _split(pattern: str) -> pre_tokenizers.PreTokenizer:

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001
 """The vocabulary of a GGUF file: ``tokenizer.ggml.*`` checked and put into one record.
 
 Nothing here needs a tokenizer library; defaults, the end-of-generation set and the repairs of
@@ -23,11 +24,10 @@ _MODELS = ("gpt2", "llama", "gemma4")
 _LONGEST_TOKEN = 1024
 
 # Texts that end a generation whatever the metadata says.
-_EOG = frozenset(
-    """<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn>
-    <|endoftext|> </s> <|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos>
-    <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~[""".split()
-)
+_EOG_TEXTS = """<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn>
+<|endoftext|> </s> <|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos>
+<turn|> <|tool_response> <｜end▁of▁sentence｜> [e~["""
+_EOG = frozenset(_EOG_TEXTS.split())
 # The fill-in-the-middle tokens that end a generation, by the key that overrides their texts.
 _FIM_EOG = {
     "fim_pad_token_id": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
@@ -280,7 +280,9 @@ def _end_of_generation(
     return frozenset(eog)
 
 
-def _rstrip(metadata: Mapping[str, object], ids: Mapping[str, int], types: np.ndarray) -> frozenset[int]:
+def _rstrip(
+    metadata: Mapping[str, object], ids: Mapping[str, int], types: np.ndarray
+) -> frozenset[int]:
     """Special tokens that swallow the space after them: Phi-3's, known only by the model's name."""
     name = metadata.get("general.name")
     if not isinstance(name, str) or not any(phi in name.lower() for phi in ("phi-3", "phi3")):
@@ -291,9 +293,7 @@ def _rstrip(metadata: Mapping[str, object], ids: Mapping[str, int], types: np.nd
     return frozenset(found - {ids.get(t, -1) for t in ("<unk>", "<s>", "<|endoftext|>")})
 
 
-def _chat_templates(
-    metadata: Mapping[str, object], path: str | os.PathLike[str]
-) -> dict[str, str]:
+def _chat_templates(metadata: Mapping[str, object], path: str | os.PathLike[str]) -> dict[str, str]:
     """``tokenizer.chat_template`` as "default", ``tokenizer.chat_template.<name>`` as name."""
     prefix = "tokenizer.chat_template"
     found = {}

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001
 """Small vocabularies of every tokenizer family, and the texts they are compared on.
 
 They are trained here, by plain byte-pair counting on `CORPUS`, as whole texts: merges then run
@@ -7,9 +8,11 @@ across words, digits and punctuation, so that a wrong split pattern changes the 
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -46,6 +49,7 @@ CORPUS = [
     "。。。 ,,, ... !!!??",
     "<|im_start|>user\nhi<|im_end|>\n",
     " <|im_end|>  <|endoftext|>x",
+    "<|im_end|>  \n x <s> a</s> \u3000b",
     "\\n\\t\\\\ \"q\" 'q'",
     "a\tb\t\tc \t d",
     "1a2b3c 10x ABCdef123GHI",
@@ -93,7 +97,7 @@ def _train(words: list[list[str]], count: int) -> list[tuple[str, str]]:
     for _ in range(count):
         pairs: Counter[tuple[str, str]] = Counter()
         for word in words:
-            pairs.update(zip(word, word[1:], strict=False))
+            pairs.update(itertools.pairwise(word))
         best = max(pairs, key=lambda pair: (pairs[pair], pair))
         merges.append(best)
         words = [_join(word, best) for word in words]
@@ -144,14 +148,16 @@ def _metadata(model: str, tokens: list[str], types: list[int], **more: Any) -> d
     }
 
 
-def bpe(pre: str, missing: str = "", **more: Any) -> dict[str, Any]:
-    """Byte-level BPE with ``pre``; the alphabet lacks the characters of ``missing``."""
+def bpe(pre: str, missing: str = "", control: tuple[str, ...] = (), **more: Any) -> dict[str, Any]:
+    """Byte-level BPE with ``pre``; the alphabet lacks the characters of ``missing``, and the
+    tokens ``control`` come last."""
     letters = [c for c in byte_alphabet().values() if c not in missing]
     merges = [pair for pair in _bpe_merges() if not set(missing) & set("".join(pair))]
-    special = [*CONTROL_TOKENS, *USER_TOKENS]
+    special = [*CONTROL_TOKENS, *USER_TOKENS, *control]
     normal = list(dict.fromkeys([*letters, *("".join(pair) for pair in merges)]))
     normal += ["unmerged", "Ġunmerged"]
     types = [1] * len(normal) + [3] * len(CONTROL_TOKENS) + [4] * len(USER_TOKENS)
+    types += [3] * len(control)
     tokens = [*normal, *special]
     return _metadata(
         "gpt2",
@@ -191,3 +197,27 @@ def gemma4(**more: Any) -> dict[str, Any]:
     merges = [" ".join(pair) for pair in _char_merges()]
     ids = {"bos_token_id": 1, "eos_token_id": 2}
     return _metadata("gemma4", tokens + runs, types + [1] * 3, merges=merges, **ids, **more)
+
+
+_ENDS = ("<|eot_id|>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>")
+_ENDS += ("<eos>", "<turn|>", "[e~[")
+_HARMONY = ("<|return|>", "<|call|>", "<|end|>", "<|channel|>", "<|message|>", "<|start|>")
+
+
+def families(pres: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The metadata of every vocabulary that is compared with llama.cpp, by name."""
+    return {
+        **{f"bpe {pre}": bpe(pre) for pre in pres if pre != "gemma4"},
+        "bpe without pre": {k: v for k, v in bpe("").items() if not k.endswith(".pre")},
+        "bpe with bos and eos": bpe("qwen2", add_bos_token=True, add_eos_token=True),
+        "bpe without some bytes": bpe("qwen2", missing="eĠ\u00c3"),
+        "bpe, all ends": bpe("qwen2", control=(*_ENDS, "<|fim_pad|>", "<|repo_name|>")),
+        "bpe, harmony": bpe("gpt-4o", control=_HARMONY),
+        "bpe, solar": bpe("solar-open", control=("<|flush|>", "<|calls|>", "<|end|>")),
+        "bpe, tool response": bpe("qwen2", control=("<|tool_response>", "</s>")),
+        "spm": spm(),
+        "spm without prefix": spm(add_space_prefix=False),
+        "spm with eos": spm(add_bos_token=False, add_eos_token=True),
+        "spm phi-3": {**spm(), "general.name": "Phi-3 mini"},
+        "gemma4": gemma4(),
+    }
