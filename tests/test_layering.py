@@ -15,7 +15,9 @@ PACKAGE = Path(mlxfuse.__file__).parent
 # The layers, lowest first; a module imports from lower layers or from its own package.
 LAYERS = (
     ("errors", "env", "formats", "terminal"),
-    ("chat_template", "download", "process", "blas", "memory"),
+    ("template_budget", "download", "process", "blas", "memory"),
+    ("template_sandbox",),
+    ("chat_template",),
     ("gguf", "kernels"),
     ("demo",),
     ("hub", "nn"),
@@ -34,7 +36,7 @@ ONLY = {
     "huggingface_hub": {"hub"},
 }
 NO_MLX = {"errors", "env", "formats", "terminal", "process", "download", "demo", "hub", "gguf",
-          "inspect", "chat_template"}  # fmt: skip
+          "inspect", "chat_template", "template_budget", "template_sandbox", "blas", "memory"}  # fmt: skip
 HEAVY = ("mlx", "mlx_lm", "transformers", "tokenizers", "torch")
 
 
