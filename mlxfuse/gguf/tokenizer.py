@@ -55,7 +55,10 @@ def build_tokenizer(
         GGUFError, UnsupportedError: see `read_vocab`; ``path`` is only for their messages.
     """
     vocab = read_vocab(metadata, path)
-    return TokenizerWrapper(GGUFTokenizer(vocab), Detokenizer, eos_token_ids=vocab.eog)
+    wrapper = TokenizerWrapper(GGUFTokenizer(vocab), Detokenizer, eos_token_ids=vocab.eog)
+    # mlx-lm takes an apply_chat_template of one's own for a template.
+    wrapper.has_chat_template = bool(vocab.chat_templates)
+    return wrapper
 
 
 class GGUFTokenizer(PreTrainedTokenizerFast):
