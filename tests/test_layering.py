@@ -35,8 +35,10 @@ ONLY = {
     "requests": {"download", "demo"},
     "huggingface_hub": {"hub"},
 }
-NO_MLX = {"errors", "env", "formats", "terminal", "process", "download", "demo", "hub", "gguf",
-          "inspect", "chat_template", "template_budget", "template_sandbox", "blas", "memory"}  # fmt: skip
+NO_MLX = {
+    *("errors", "env", "formats", "terminal", "process", "download", "demo", "hub", "gguf"),
+    *("inspect", "chat_template", "template_budget", "template_sandbox", "blas", "memory"),
+}
 # Imported by a loaded model only.
 TOKENIZER = {"gguf.tokenizer", "gguf.spm"}
 HEAVY = ("mlx", "mlx_lm", "transformers", "tokenizers", "torch")
