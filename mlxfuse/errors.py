@@ -40,6 +40,12 @@ class GGUFError(MLXFuseError, ValueError):
         super().__init__(f"{self.path}{where}: {what}")
 
 
+class PromptCacheError(MLXFuseError, ValueError):
+    """A prompt-cache file that is malformed or was made with another model."""
+
+    exit_code = 4
+
+
 class DownloadError(MLXFuseError):
     """A download that could not start, finish or be verified."""
 

@@ -1,1 +1,7 @@
+"""GGUF architectures: their tables, their configuration and where each tensor goes."""
 
+from __future__ import annotations
+
+from .architectures import ARCHITECTURES, Architecture
+
+__all__ = ["ARCHITECTURES", "Architecture"]

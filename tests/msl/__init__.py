@@ -1,0 +1,88 @@
+"""The Metal test bench: runs the Metal source that MLX generates on a machine without Metal.
+
+clang compiles the exact text MLX hands to Metal (with a shim for ``<metal_stdlib>``) for the host;
+a runtime gives every GPU thread a fiber, so SIMD-groups and barriers behave as on the GPU. Two
+builds: ``fast`` and ``checked``, which also finds out-of-bounds accesses, races, uninitialised
+reads, divergence, misalignment, unwritten outputs and undefined behaviour. Apple's compiler,
+occupancy, memory model and speed are not exercised.
+
+Public names:
+
+* ``metal_kernel`` (same call as ``mx.fast.metal_kernel``), ``install()``, ``uninstall()``,
+  ``installed(build=..., order=...)``, ``using(...)``, ``options``, ``log`` (list of ``Launch``);
+* ``capture(kernel, inputs, **call) -> Capture``;
+* ``compile_kernel(source, name, build, version) -> Library``, ``BUILDS``;
+* ``launch(library, buffers, grid, threadgroup, schedule) -> Report``, ``Buffer``, ``Schedule``,
+  ``ORDERS``, ``KINDS``;
+* ``check(source, name, version) -> (Finding, ...)``, ``check_languages(source, name)``,
+  ``LANGUAGES``;
+* ``compiler()``, ``cache_dir()``, ``preamble()``;
+* ``MslError`` and its ``MslCompileError``, ``MslRunError`` (``.kind``), ``MslSetupError``.
+
+All imports inside are relative, so the package may be loaded from its path under any name. There
+must be one copy of ``options`` and ``log`` in a process: loaders look for ``MODULE_NAME`` in
+``sys.modules`` first, and the tests' conftest registers this package under it.
+"""
+
+from .build import BUILDS, Build, Compiler, Library, cache_dir, compile_kernel, compiler
+from .emulate import (
+    Capture,
+    EmulatedKernel,
+    Launch,
+    Options,
+    capture,
+    install,
+    installed,
+    log,
+    metal_kernel,
+    options,
+    to_numpy,
+    uninstall,
+    using,
+)
+from .errors import MslCompileError, MslError, MslRunError, MslSetupError
+from .lint import LANGUAGES, Finding, check, check_languages
+from .run import KINDS, ORDERS, Buffer, Report, Schedule, launch
+from .source import mlx_include, preamble
+
+MODULE_NAME = "_mlxfuse_msl"
+
+__all__ = [
+    "BUILDS",
+    "KINDS",
+    "LANGUAGES",
+    "MODULE_NAME",
+    "ORDERS",
+    "Buffer",
+    "Build",
+    "Capture",
+    "Compiler",
+    "EmulatedKernel",
+    "Finding",
+    "Launch",
+    "Library",
+    "MslCompileError",
+    "MslError",
+    "MslRunError",
+    "MslSetupError",
+    "Options",
+    "Report",
+    "Schedule",
+    "cache_dir",
+    "capture",
+    "check",
+    "check_languages",
+    "compile_kernel",
+    "compiler",
+    "install",
+    "installed",
+    "launch",
+    "log",
+    "metal_kernel",
+    "mlx_include",
+    "options",
+    "preamble",
+    "to_numpy",
+    "uninstall",
+    "using",
+]

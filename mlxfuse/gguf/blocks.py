@@ -1,0 +1,109 @@
+"""Dequantisation of every GGUF tensor type in numpy."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from mlxfuse.errors import UnsupportedError
+from mlxfuse.formats import Format
+from mlxfuse.gguf.decoders import DECODERS, Bytes, Decoded
+
+# Weights decoded at a time: under 2 MiB of scratch, near a core's caches, while numpy's cost
+# per call no longer shows.
+_CHUNK = 1 << 17
+
+
+def dequantize(
+    data: Bytes,
+    format: Format,
+    shape: tuple[int, ...],
+    *,
+    out: NDArray[Any] | None = None,
+    dtype: DTypeLike = np.float32,
+) -> NDArray[Any]:
+    """Decode a tensor, or any whole rows of one.
+
+    Quantised types, F16, BF16 and the small integers are exact in float32's arithmetic, equal to
+    gguf-py's and llama.cpp's; I32, I64 and F64 are rounded to nearest. Numpy releases the GIL in
+    the loops, so row ranges can be decoded in several threads.
+
+    Args:
+        data: uint8, C-contiguous, of any shape: the bytes as they lie in the file.
+        format: the tensor's type.
+        shape: row-major; the last axis is a multiple of ``format.block_size``.
+        out: C-contiguous float32 or float16 array of ``shape`` to write to.
+        dtype: float32 or float16, of the array made when ``out`` is not given. float16 rounds
+            each float32 result once; what leaves its range becomes infinite.
+
+    Returns:
+        ``out``, or a new array of ``shape``.
+
+    Raises:
+        ValueError: sizes, dtypes or contiguity that do not agree.
+        UnsupportedError: a type that holds no weights (Q8_1).
+    """
+    decode = DECODERS.get(format.name)
+    if decode is None:
+        raise UnsupportedError(
+            f"{format.name} is a type of intermediate activations and holds no weights"
+        )
+    _check_data(data, format, shape)
+    if out is None:
+        out = np.empty(shape, np.dtype(dtype))
+    if out.dtype not in (np.float32, np.float16):
+        raise ValueError(f"the output must be float32 or float16, not {out.dtype}")
+    if out.shape != shape or not out.flags.c_contiguous or not out.flags.writeable:
+        raise ValueError(
+            f"out must be a writable C-contiguous array of shape {shape}; it has shape "
+            f"{out.shape} and strides {out.strides}"
+        )
+    blocks = data.reshape(-1, format.type_size)
+    weights = out.reshape(-1, format.block_size)
+    step = max(1, _CHUNK // format.block_size)
+    # Infinite and NaN scales are decoded as they are; they are no reason to warn.
+    with np.errstate(all="ignore"):
+        for i in range(0, len(blocks), step):
+            _multiply_out(decode(blocks[i : i + step]), weights[i : i + step])
+    return out
+
+
+def can_dequantize(format: Format) -> bool:
+    """Whether `dequantize` decodes ``format``."""
+    return format.name in DECODERS
+
+
+def _check_data(data: Bytes, format: Format, shape: tuple[int, ...]) -> None:
+    if data.dtype != np.uint8 or not data.flags.c_contiguous:
+        raise ValueError(
+            f"{format.name} data must be a C-contiguous uint8 array, not {data.dtype} with "
+            f"strides {data.strides}"
+        )
+    if not shape or min(shape) < 0 or shape[-1] % format.block_size:
+        raise ValueError(
+            f"a {format.name} tensor needs rows of a multiple of {format.block_size} weights; "
+            f"its shape is {shape}"
+        )
+    nbytes = math.prod(shape[:-1]) * format.row_bytes(shape[-1])
+    if data.size != nbytes:
+        raise ValueError(
+            f"a {format.name} tensor of shape {shape} takes {nbytes} bytes; there are {data.size}"
+        )
+
+
+def _multiply_out(decoded: Decoded, out: NDArray[Any]) -> None:
+    codes, scales, offsets = decoded
+    if scales is None:
+        np.copyto(out, codes, casting="unsafe")
+        return
+    weights = out if out.dtype == np.float32 else np.empty(out.shape, np.float32)
+    np.copyto(weights, codes)
+    groups = weights.reshape(*scales.shape, -1)
+    np.multiply(groups, scales[..., None], out=groups)
+    if offsets is not None:
+        np.add(groups, offsets[..., None], out=groups)
+    if weights is not out:
+        np.copyto(out, weights, casting="unsafe")

@@ -1,0 +1,174 @@
+"""Decoding of streams in plain MLX operations: what the traits of ``metal/formats.h`` mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from .weight import Segment
+
+IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+E2M1_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+
+Scales = tuple[mx.array, mx.array | None]
+
+
+def decode(segment: Segment) -> mx.array:
+    """The weights in float32, ``[..., rows, columns]``, bit for bit as gguf-py gives them."""
+    name = segment.format.name
+    arrays = {s: a.reshape(-1, a.shape[-1]) for s, a in segment.arrays.items()}
+    codes = _CODES[name](arrays)
+    scale, bias = _SCALES[name](arrays)
+    # [rows, groups of one scale, weights of a group]
+    weights = scale[..., None] * codes.reshape(*scale.shape, -1)
+    if bias is not None:
+        weights = weights + bias[..., None]
+    lead = segment.arrays["codes"].shape[:-1]
+    return weights.reshape(*lead, segment.columns)
+
+
+def _unpack(words: mx.array, per_group: int, low: int, mask: int) -> mx.array:
+    """Bits of every weight from a plane of ``per_group`` words for 32 weights.
+
+    Returns uint32 ``[rows, groups, 2, 4, 4]``: weight ``16 h + 4 j + b`` at ``[..., h, j, b]``.
+    ``low`` is the plane's bits for each weight, which says how its quads are placed.
+    """
+    groups = words.reshape(words.shape[0], -1, per_group)
+    quads = []
+    for h in (0, 1):
+        for j in range(4):
+            word, at = {
+                4: (j, 4 * h),
+                2: (j % 2, 4 * h + 2 * (j // 2)),
+                1: (0, 4 * (j % 2) + 2 * h + j // 2),
+            }[low]
+            shifts = mx.array([at, at + 8, at + 16, at + 24], mx.uint32)
+            quads.append((groups[..., word, None] >> shifts) & mask)
+    return mx.stack(quads, axis=-2).reshape(*groups.shape[:2], 2, 4, 4)
+
+
+def _nibbles(a: dict[str, mx.array]) -> mx.array:
+    return _unpack(a["codes"], 4, 4, 15)
+
+
+def _pairs(words: mx.array) -> mx.array:
+    return _unpack(words, 2, 2, 3)
+
+
+def _bits(a: dict[str, mx.array]) -> mx.array:
+    return _unpack(a["high"], 1, 1, 1)
+
+
+def _fives(a: dict[str, mx.array]) -> mx.array:
+    return _nibbles(a) | _bits(a) << 4
+
+
+def _table(values: tuple[int, ...]) -> Callable[[dict[str, mx.array]], mx.array]:
+    def codes(a: dict[str, mx.array]) -> mx.array:
+        return mx.array(values, mx.float32)[_nibbles(a)]
+
+    return codes
+
+
+def _minus(
+    codes: Callable[[dict[str, mx.array]], mx.array], offset: int
+) -> Callable[[dict[str, mx.array]], mx.array]:
+    def centred(a: dict[str, mx.array]) -> mx.array:
+        return codes(a).astype(mx.float32) - offset
+
+    return centred
+
+
+_CODES: dict[str, Callable[[dict[str, mx.array]], mx.array]] = {
+    "Q4_0": _minus(_nibbles, 8),
+    "Q4_1": _minus(_nibbles, 0),
+    "Q5_0": _minus(_fives, 16),
+    "Q5_1": _minus(_fives, 0),
+    "Q8_0": lambda a: a["codes"].view(mx.int8).astype(mx.float32),
+    "Q2_K": lambda a: _pairs(a["codes"]).astype(mx.float32),
+    "Q3_K": _minus(lambda a: _pairs(a["codes"]) | _bits(a) << 2, 4),
+    "Q4_K": _minus(_nibbles, 0),
+    "Q5_K": _minus(_fives, 0),
+    "Q6_K": _minus(lambda a: _nibbles(a) | _pairs(a["high"]) << 4, 32),
+    "IQ4_NL": _table(IQ4_VALUES),
+    "IQ4_XS": _table(IQ4_VALUES),
+    "MXFP4": _table(E2M1_VALUES),
+}
+
+
+def _single(a: dict[str, mx.array]) -> Scales:
+    return a["scales"].astype(mx.float32), None
+
+
+def _with_bias(a: dict[str, mx.array]) -> Scales:
+    both = a["scales"].astype(mx.float32)
+    return both[:, 0::2], both[:, 1::2]
+
+
+def _q2_k(a: dict[str, mx.array]) -> Scales:
+    packed = a["scales"].view(mx.uint8)
+    d = a["supers"].astype(mx.float32)
+    scale = mx.repeat(d[:, 0::2], 16, axis=1) * (packed & 15)
+    return scale, -(mx.repeat(d[:, 1::2], 16, axis=1) * (packed >> 4))
+
+
+def _q3_k(a: dict[str, mx.array]) -> Scales:
+    packed = a["scales"].view(mx.uint8)
+    packed = packed.reshape(packed.shape[0], -1, 12)
+    low, high = packed[..., :8], packed[..., 8:]
+    four = mx.concatenate([low & 15, low >> 4], axis=-1)
+    two = mx.concatenate([(high >> s) & 3 for s in (0, 2, 4, 6)], axis=-1)
+    six = (four | two << 4).astype(mx.float32) - 32
+    d = a["supers"].astype(mx.float32)
+    return (d[..., None] * six).reshape(packed.shape[0], -1), None
+
+
+def _six_bits(a: dict[str, mx.array]) -> Scales:
+    blocks = a["scales"].reshape(a["scales"].shape[0], -1, 4)
+    d = blocks[..., :1].view(mx.float16).astype(mx.float32)
+    packed = blocks[..., 1:].view(mx.uint8)
+    x, y, z = packed[..., :4], packed[..., 4:8], packed[..., 8:]
+    scale = mx.concatenate([x & 63, (z & 15) | (x >> 2) & 48], axis=-1)
+    minimum = mx.concatenate([y & 63, (z >> 4) | (y >> 2) & 48], axis=-1)
+    rows = blocks.shape[0]
+    return (
+        (d[..., :1] * scale).reshape(rows, -1),
+        (-(d[..., 1:] * minimum)).reshape(rows, -1),
+    )
+
+
+def _q6_k(a: dict[str, mx.array]) -> Scales:
+    return mx.repeat(a["supers"].astype(mx.float32), 16, axis=1) * a["scales"].view(mx.int8), None
+
+
+def _iq4_xs(a: dict[str, mx.array]) -> Scales:
+    blocks = a["scales"].reshape(a["scales"].shape[0], -1, 2)
+    d = blocks[..., :1].view(mx.float16)[..., :1].astype(mx.float32)
+    g = mx.arange(8, dtype=mx.uint32)
+    six = (blocks[..., 1:] >> (4 * g)) & 15 | (blocks[..., :1] >> (16 + 2 * g) & 3) << 4
+    return (d * (six.astype(mx.float32) - 32)).reshape(blocks.shape[0], -1), None
+
+
+def _mxfp4(a: dict[str, mx.array]) -> Scales:
+    # 2^(e - 128), the scale that goes with twice the value; subnormal for e < 2.
+    e = a["scales"].astype(mx.uint32)
+    bits = mx.where(e < 2, mx.array(0x00200000, mx.uint32) << e, (e - 1) << 23)
+    return bits.view(mx.float32), None
+
+
+_SCALES: dict[str, Callable[[dict[str, mx.array]], Scales]] = {
+    "Q4_0": _single,
+    "Q4_1": _with_bias,
+    "Q5_0": _single,
+    "Q5_1": _with_bias,
+    "Q8_0": _single,
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
+    "Q4_K": _six_bits,
+    "Q5_K": _six_bits,
+    "Q6_K": _q6_k,
+    "IQ4_NL": _single,
+    "IQ4_XS": _iq4_xs,
+    "MXFP4": _mxfp4,
+}

@@ -1,0 +1,176 @@
+"""What a kernel is, and the one place that decides what runs: Metal, or the reference.
+
+A `Kernel` is a pure description: given arguments it names a program, a grid and outputs
+(`Launch`), or the reason why it cannot run. ``MLXFUSE_KERNELS`` chooses:
+
+* ``auto``: Metal where there is a Metal device, it is MLX's default device and nothing
+  speaks against it; else the reference in MLX operations. Every fallback is counted with its
+  reason, none raises.
+* ``metal``: as above, but a fallback raises `KernelError`.
+* ``reference``: always the reference.
+* ``emulated``: the Metal source, run on the CPU by the test bench of a checkout.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Generic, ParamSpec
+
+import mlx.core as mx
+
+from .. import env
+from ..errors import KernelError
+from ._source import checkout, header
+
+P = ParamSpec("P")
+
+MODES = ("auto", "metal", "reference", "emulated")
+
+launches: Counter[str] = Counter()
+"""Launches of each ``metal/<op>.metal`` since the start of the process, by op."""
+
+fallbacks: Counter[tuple[str, str]] = Counter()
+"""Calls that ran as reference although a kernel was wanted, by op and reason."""
+
+disabled: dict[Program, str] = {}
+"""Programs that must not run, with the reason; a failed self-test writes here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """The Metal source of one variant of a kernel.
+
+    op        stem of ``metal/<op>.metal``.
+    inputs    names of the input arrays in ``body``, in order.
+    outputs   names of the output arrays.
+    body      body of the Metal function: scratch declarations, if any, and one call.
+    parts     what ``body`` needs of ``metal/``; see `header`.
+    """
+
+    op: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    body: str
+    parts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One dispatch.
+
+    arrays       the inputs of the program, in order.
+    grid         threads, not threadgroups, along x, y and z.
+    threadgroup  threads of a threadgroup.
+    template     template arguments; never a length that grows, since each value compiles anew.
+    shapes       shape of each output.
+    dtypes       type of each output.
+    """
+
+    program: Program
+    arrays: tuple[mx.array, ...] = field(compare=False)
+    grid: tuple[int, int, int]
+    threadgroup: tuple[int, int, int]
+    template: tuple[tuple[str, mx.Dtype | int | bool], ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[mx.Dtype, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel(Generic[P]):
+    """A Metal kernel and its meaning in MLX operations; three functions of the same arguments.
+
+    name       stem of ``metal/<name>.metal``.
+    launch     the dispatch; reads shapes and types only, so it needs no GPU.
+    refuse     None, or why this call cannot run on Metal.
+    reference  the outputs, by MLX's own operations.
+    """
+
+    name: str
+    launch: Callable[P, Launch]
+    refuse: Callable[P, str | None]
+    reference: Callable[P, list[mx.array]]
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> list[mx.array]:
+        mode = env.get("MLXFUSE_KERNELS")
+        if mode == "reference":
+            return self.reference(*args, **kwargs)
+        reason = _unavailable(mode) or self.refuse(*args, **kwargs)
+        if reason is None:
+            launch = self.launch(*args, **kwargs)
+            reason = disabled.get(launch.program)
+            if reason is None:
+                launches[self.name] += 1
+                return run(launch, emulated=mode == "emulated")
+        if mode == "metal":
+            raise KernelError(f"{self.name} cannot run on Metal: {reason}")
+        fallbacks[self.name, reason] += 1
+        return self.reference(*args, **kwargs)
+
+
+def run(launch: Launch, *, emulated: bool = False) -> list[mx.array]:
+    """Dispatch, unconditionally."""
+    kernel = _compiled(launch.program, _bench() if emulated else mx.fast.metal_kernel)
+    outputs: list[mx.array] = kernel(
+        inputs=list(launch.arrays),
+        grid=launch.grid,
+        threadgroup=launch.threadgroup,
+        template=list(launch.template),
+        output_shapes=list(launch.shapes),
+        output_dtypes=list(launch.dtypes),
+    )
+    return outputs
+
+
+@cache
+def _compiled(program: Program, factory: Callable[..., Any]) -> Callable[..., list[mx.array]]:
+    kernel: Callable[..., list[mx.array]] = factory(
+        name=f"mlxfuse_{program.op}",
+        input_names=list(program.inputs),
+        output_names=list(program.outputs),
+        source=program.body,
+        header=header(program.parts),
+    )
+    return kernel
+
+
+def _unavailable(mode: str) -> str | None:
+    if mode == "emulated":
+        return None
+    if mode not in MODES:
+        raise KernelError(f"MLXFUSE_KERNELS is one of {', '.join(MODES)}; found {mode!r}")
+    if not mx.metal.is_available():
+        return "this MLX has no Metal device"
+    if mx.default_device() != mx.gpu:
+        return "MLX's default device is the CPU"
+    return None
+
+
+@cache
+def _bench() -> Callable[..., Any]:
+    """The test bench's stand-in for `mx.fast.metal_kernel`.
+
+    It is loaded by its path under a private name, so that no other ``tests`` package is ever
+    imported in its place.
+    """
+    folder = checkout() / "tests" / "msl"
+    name = "_mlxfuse_msl"
+    if not (folder / "emulate.py").is_file():
+        raise KernelError(
+            f"MLXFUSE_KERNELS=emulated needs a checkout: expected the test bench at {folder}"
+        )
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(
+            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    factory: Callable[..., Any] = importlib.import_module(f"{name}.emulate").metal_kernel
+    return factory

@@ -1,0 +1,146 @@
+"""Weights whose rows stay at their file's own bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from ..formats import Format
+
+STREAMS = ("codes", "high", "scales", "supers")
+
+_DTYPES: dict[str, mx.Dtype] = {
+    "uint8": mx.uint8,
+    "uint32": mx.uint32,
+    "float16": mx.float16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Rows of one format: the streams of `mlxfuse.formats` as MLX arrays.
+
+    format   a format with streams.
+    columns  weights of a row, K.
+    arrays   stream name -> array ``[rows, n]``, or ``[experts, rows, n]``.
+    """
+
+    format: Format
+    columns: int
+    arrays: Mapping[str, mx.array] = field(compare=False)
+
+    def __post_init__(self) -> None:
+        fmt = self.format
+        if not fmt.streams or self.columns % fmt.block_size:
+            raise ValueError(f"no streams of {fmt.name} with {self.columns} columns")
+        blocks = self.columns // fmt.block_size
+        lead = self.arrays["codes"].shape[:-1]
+        for stream in fmt.streams:
+            dtype = _DTYPES[stream.dtype]
+            shape = (*lead, blocks * stream.nbytes // dtype.size)
+            array = self.arrays[stream.name]
+            if array.shape != shape or array.dtype != dtype:
+                raise ValueError(
+                    f"stream {stream.name} of {fmt.name}: expected {dtype} of shape {shape}, "
+                    f"found {array.dtype} of shape {array.shape}"
+                )
+
+    @property
+    def name(self) -> str:
+        return self.format.name
+
+    @property
+    def trait(self) -> str:
+        """The decode trait of ``metal/formats.h``; also the section that holds it."""
+        return self.format.name
+
+    @property
+    def unit(self) -> int:
+        """Consecutive weights that one lane decodes: ``width`` of the trait."""
+        return 16 if self.format.name == "Q8_0" else 32
+
+    @property
+    def rows(self) -> int:
+        return self.arrays["codes"].shape[-2]
+
+    @property
+    def experts(self) -> int | None:
+        codes = self.arrays["codes"]
+        return codes.shape[0] if codes.ndim == 3 else None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.arrays[s.name].nbytes for s in self.format.streams)
+
+    def take(self, rows: mx.array | slice) -> Segment:
+        """Some of the rows, of the experts if there are any."""
+        return Segment(self.format, self.columns, {s: a[rows] for s, a in self.arrays.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows ``first`` to ``first + rows - 1`` of a segment: one of the joined matrices."""
+
+    segment: Segment
+    first: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """One matrix, or several that are multiplied by the same activations.
+
+    parts  the matrices in order, for example q, k and v; those of one format usually share a
+           segment, each of them lies in one.
+    """
+
+    parts: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ValueError("a weight has at least one part")
+        columns, experts = self.columns, self.experts
+        for part in self.parts:
+            segment = part.segment
+            if segment.columns != columns or segment.experts != experts:
+                raise ValueError(
+                    f"parts multiply the same activations: expected {columns} columns and "
+                    f"experts {experts}, found {segment.columns} and {segment.experts}"
+                )
+            if part.first < 0 or part.rows < 1 or part.first + part.rows > segment.rows:
+                raise ValueError(
+                    f"rows {part.first} to {part.first + part.rows} of a segment of {segment.rows}"
+                )
+
+    @classmethod
+    def whole(cls, segment: Segment) -> QuantizedWeight:
+        """All rows of one segment as one part."""
+        return cls((Part(segment, 0, segment.rows),))
+
+    @property
+    def columns(self) -> int:
+        return self.parts[0].segment.columns
+
+    @property
+    def experts(self) -> int | None:
+        return self.parts[0].segment.experts
+
+    @property
+    def rows(self) -> int:
+        """Rows of all parts together, N."""
+        return sum(p.rows for p in self.parts)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The different segments, in the order of their first part."""
+        return tuple({id(p.segment): p.segment for p in self.parts}.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(s.nbytes for s in self.segments)
+
+    def split(self) -> tuple[QuantizedWeight, ...]:
+        """Each part alone, over the same arrays."""
+        return tuple(QuantizedWeight((part,)) for part in self.parts)

@@ -1,0 +1,66 @@
+"""GGUF file -> mlx-lm model and tokenizer."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .gguf.reader import open_gguf
+from .gguf.tokenizer import load_tokenizer
+from .hub import resolve
+from .models import Architecture
+from .models.build import build
+from .models.config import read_config
+from .models.plan import plan
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+def load(
+    ref: str | os.PathLike[str] | None = None,
+    *,
+    dtype: mx.Dtype | str | None = None,
+    revision: str | None = None,
+    context_length: int | None = None,
+) -> tuple[nn.Module, TokenizerWrapper]:
+    """Load a GGUF file: the same pair as ``mlx_lm.load``.
+
+    Args:
+        ref: a path, ``org/repo[@revision]:Q4_K_M``, or None for the demo model.
+        dtype: type of activations and dense weights: float32, float16 or bfloat16. By default
+            float32 on CPU and, on Metal, float16 or, for the architectures whose residual stream
+            leaves its range, bfloat16.
+        revision: branch, tag or commit of the repository.
+        context_length: tokens the model will be used with, by default as many as it was made for.
+            Only ``longrope`` models (Phi-3) depend on it: above their original context they use
+            their long rotary factors, else the short ones, as llama.cpp does with ``-c``.
+
+    Raises:
+        ModelRefError: nothing has that name.
+        DownloadError: it cannot be downloaded.
+        GGUFError: the file is malformed, or its tensors contradict its metadata.
+        UnsupportedError: the architecture, a tensor type or a feature is not supported.
+    """
+    path = resolve(None if ref is None else os.fspath(ref), revision=revision)
+    with open_gguf(path) as file:
+        weights = plan(file, read_config(file, context_length))
+        tokenizer = load_tokenizer(file)
+        model = build(file, weights, activation_dtype(weights.config.architecture, dtype))
+    return model, tokenizer
+
+
+def activation_dtype(arch: Architecture, dtype: mx.Dtype | str | None = None) -> mx.Dtype:
+    """The type that ``load`` uses; see there."""
+    if isinstance(dtype, mx.Dtype):
+        dtype = str(dtype).removeprefix("mlx.core.")
+    if dtype is None:
+        dtype = arch.metal_dtype if mx.default_device() == mx.gpu else "float32"
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype}; expected {', '.join(DTYPES)}")
+    return DTYPES[dtype]

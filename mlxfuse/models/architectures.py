@@ -1,0 +1,156 @@
+"""GGUF architecture -> mlx-lm model, one table each. Data only: neither mlx nor mlx-lm is imported.
+
+Tensor names are those of llama.cpp (``gguf-py/gguf/constants.py``), module paths those of mlx-lm.
+Shapes are given by the names of sizes (see ``config.Config.sizes``), row-major.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """Where one GGUF tensor goes.
+
+    module  path of the mlx-lm module, below ``model.layers.N.`` for a layer's tensor.
+    shape   names of the sizes: two for a matrix, one for a norm.
+    bias    ``no``, ``optional`` or ``required``: whether NAME.bias may, must or must not be there.
+    heads   name of the size that counts the heads whose rotary rows may be stored in pairs.
+    """
+
+    module: str
+    shape: tuple[str, ...]
+    bias: str = "no"
+    heads: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """One supported value of ``general.architecture``.
+
+    name         as in the file.
+    module       Python module with mlx-lm's ``Model`` and ``ModelArgs``.
+    outer        tensors outside the layers.
+    layer        tensors of one layer, named without ``blk.N.``.
+    groups       name -> tensors with the same input, which a fused kernel reads as one weight.
+    paired_rope  rotary rows of q and k lie as pairs (2i, 2i+1) in the file and must be taken
+                 apart into halves (i, i + head_dim/2), the order mlx-lm rotates.
+    norm_offset  what the file's norm weights have on top of mlx-lm's.
+    metal_dtype  activation type on Metal unless the caller says otherwise.
+    rope_types   rotary scalings that are supported besides none.
+    """
+
+    name: str
+    module: str
+    layer: Mapping[str, Weight]
+    groups: Mapping[str, tuple[str, ...]]
+    outer: Mapping[str, Weight] = field(
+        default_factory=lambda: {
+            "token_embd": Weight("model.embed_tokens", ("vocab", "embd")),
+            "output_norm": Weight("model.norm", ("embd",)),
+            "output": Weight("lm_head", ("vocab", "embd")),
+        }
+    )
+    paired_rope: bool = False
+    norm_offset: float = 0.0
+    metal_dtype: str = "float16"
+    rope_types: tuple[str, ...] = ("linear", "yarn")
+
+
+_NORMS = {
+    "attn_norm": Weight("input_layernorm", ("embd",)),
+    "ffn_norm": Weight("post_attention_layernorm", ("embd",)),
+}
+# Gemma norms each branch before and after; its ffn_norm is not llama's.
+_GEMMA_NORMS = {
+    "attn_norm": Weight("input_layernorm", ("embd",)),
+    "post_attention_norm": Weight("post_attention_layernorm", ("embd",)),
+    "ffn_norm": Weight("pre_feedforward_layernorm", ("embd",)),
+    "post_ffw_norm": Weight("post_feedforward_layernorm", ("embd",)),
+}
+_QK_NORMS = {
+    "attn_q_norm": Weight("self_attn.q_norm", ("head",)),
+    "attn_k_norm": Weight("self_attn.k_norm", ("head",)),
+}
+_GROUPS = {"qkv": ("attn_q", "attn_k", "attn_v"), "gate_up": ("ffn_gate", "ffn_up")}
+
+
+def _attention(bias: str = "no", output_bias: str = "no") -> dict[str, Weight]:
+    return {
+        "attn_q": Weight("self_attn.q_proj", ("q", "embd"), bias, "heads"),
+        "attn_k": Weight("self_attn.k_proj", ("kv", "embd"), bias, "kv_heads"),
+        "attn_v": Weight("self_attn.v_proj", ("kv", "embd"), bias),
+        "attn_output": Weight("self_attn.o_proj", ("embd", "q"), output_bias),
+    }
+
+
+def _mlp(bias: str = "no") -> dict[str, Weight]:
+    return {
+        "ffn_gate": Weight("mlp.gate_proj", ("ff", "embd"), bias),
+        "ffn_up": Weight("mlp.up_proj", ("ff", "embd"), bias),
+        "ffn_down": Weight("mlp.down_proj", ("embd", "ff"), bias),
+    }
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    a.name: a
+    for a in (
+        # Mistral and SmolLM files say "llama" too. Their attention.sliding_window is not used,
+        # as in llama.cpp: every layer sees the whole context.
+        Architecture(
+            name="llama",
+            module="mlx_lm.models.llama",
+            layer=_NORMS | _attention("optional", "optional") | _mlp("optional"),
+            groups=_GROUPS,
+            paired_rope=True,
+            rope_types=("linear", "yarn", "llama3"),
+        ),
+        Architecture(
+            name="qwen2",
+            module="mlx_lm.models.qwen2",
+            layer=_NORMS | _attention("required") | _mlp(),
+            groups=_GROUPS,
+        ),
+        Architecture(
+            name="qwen3",
+            module="mlx_lm.models.qwen3",
+            layer=_NORMS | _attention() | _QK_NORMS | _mlp(),
+            groups=_GROUPS,
+        ),
+        # Gemma's residual stream leaves float16's range (65504): mlx-lm clips it there
+        # (gemma3_text.clip_residual) and its authors trained and publish it in bfloat16.
+        Architecture(
+            name="gemma2",
+            module="mlxfuse.models.gemma2",
+            layer=_GEMMA_NORMS | _attention() | _mlp(),
+            groups=_GROUPS,
+            norm_offset=1.0,
+            metal_dtype="bfloat16",
+            rope_types=("linear",),
+        ),
+        Architecture(
+            name="gemma3",
+            module="mlxfuse.models.gemma3",
+            layer=_GEMMA_NORMS | _attention() | _QK_NORMS | _mlp(),
+            groups=_GROUPS,
+            norm_offset=1.0,
+            metal_dtype="bfloat16",
+            rope_types=("linear",),
+        ),
+        Architecture(
+            name="phi3",
+            module="mlx_lm.models.phi3",
+            layer={
+                **_NORMS,
+                "attn_qkv": Weight("self_attn.qkv_proj", ("qkv", "embd")),
+                "attn_output": Weight("self_attn.o_proj", ("embd", "q")),
+                "ffn_up": Weight("mlp.gate_up_proj", ("gate_up", "embd")),
+                "ffn_down": Weight("mlp.down_proj", ("embd", "ff")),
+            },
+            groups={"qkv": ("attn_qkv",), "gate_up": ("ffn_up",)},
+            rope_types=("linear", "longrope"),
+        ),
+    )
+}

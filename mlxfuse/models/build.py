@@ -1,0 +1,171 @@
+"""Rows of a GGUF file -> the modules of mlx-lm's model."""
+
+from __future__ import annotations
+
+import math
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from .. import memory
+from ..errors import GGUFError, UnsupportedError
+from ..gguf.blocks import dequantize
+from ..nn.linear import Embedding, Linear, StreamedEmbedding, StreamedLinear
+from ..nn.rope import FrequencyRoPE
+from .config import Config, Rope
+from .plan import Plan, RowSource, WeightPlan
+
+if TYPE_CHECKING:
+    from ..gguf.reader import GGUFFile
+
+# float32 values that are dequantised at a time: 256 MiB.
+CHUNK = 1 << 26
+
+
+def build(file: GGUFFile, weights: Plan, dtype: mx.Dtype, budget: int | None = None) -> nn.Module:
+    """mlx-lm's model with the file's weights, evaluated layer by layer.
+
+    Args:
+        budget: bytes of dense weights, by default half of the memory that is available; what
+            exceeds it stays in the mapped file and is dequantised at every call.
+
+    Host memory above the model itself: of the weight being made, one chunk in float32 and, if it
+    has several chunks, a copy.
+    """
+    config = weights.config
+    module = import_module(config.architecture.module)
+    model: nn.Module = module.Model(module.ModelArgs.from_dict(config.args))
+    if hasattr(model, "sanitize"):
+        # gemma3 learns here, from the names of the weights, whether its output head is tied.
+        model.sanitize({} if config.tied else {"lm_head.weight": None})
+    _set_ropes(file, model, config)
+    _check_parameters(model, weights)
+    left = memory.available() // 2 if budget is None else budget
+    for part in (weights.outer, *weights.layers):
+        for weight in part:
+            parent, name = _parent(model, weight.module)
+            nbytes = math.prod(weight.shape) * dtype.size
+            dense = len(weight.shape) == 1 or nbytes <= left
+            left -= nbytes if dense else 0
+            made = make_module(file, weight, dtype, getattr(parent, name), config, dense=dense)
+            setattr(parent, name, made)
+            mx.eval(made.parameters())
+    model.eval()
+    return model
+
+
+def make_module(
+    file: GGUFFile,
+    weight: WeightPlan,
+    dtype: mx.Dtype,
+    stock: nn.Module,
+    config: Config,
+    *,
+    dense: bool,
+) -> nn.Module:
+    """The one place where rows of the file become a module of the model.
+
+    Args:
+        stock: mlx-lm's module at that place, not evaluated; a norm keeps it for its epsilon.
+        dense: whether a matrix is dequantised now, or its rows at every call.
+    """
+    rows = FileRows(file, weight.weight, mapped=not dense)
+    if len(weight.shape) == 1:
+        values = mx.array(rows(0, weight.shape[0]) - config.architecture.norm_offset)
+        stock.weight = values.astype(dtype)
+        return stock
+    shape = (weight.shape[0], weight.shape[1])
+    if isinstance(stock, nn.Embedding):
+        if dense:
+            return Embedding(_dense(rows, shape, dtype))
+        return StreamedEmbedding(rows, shape, dtype)
+    bias = None
+    if weight.bias:
+        bias = mx.array(FileRows(file, weight.bias, mapped=False)(0, shape[0])).astype(dtype)
+    if dense:
+        return Linear(_dense(rows, shape, dtype), bias)
+    return StreamedLinear(rows, shape, bias)
+
+
+class FileRows:
+    """Rows of a weight as float32, dequantised at every call.
+
+    mapped: from the mapped file. False reads the bytes now, so that a file that has become
+    shorter is a GGUFError and no crash; at every call that would cost a copy.
+    """
+
+    def __init__(self, file: GGUFFile, sources: tuple[RowSource, ...], *, mapped: bool) -> None:
+        self._parts = [(s, s.bytes(file, mapped=mapped), s.order()) for s in sources]
+
+    def __call__(self, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of the model's weight, float32 [stop - start, columns]."""
+        found = []
+        for source, data, order in self._parts:
+            rows = slice(max(0, start), max(0, min(stop, len(data))))
+            start, stop = start - len(data), stop - len(data)
+            if rows.start < rows.stop:
+                # A fancy index copies the file's bytes of these rows, not the float rows.
+                picked = data[rows] if order is None else data[order[rows]]
+                shape = (len(picked), *source.shape[1:])
+                found.append(dequantize(picked, source.format, shape))
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+
+def _dense(rows: FileRows, shape: tuple[int, int], dtype: mx.Dtype) -> mx.array:
+    """A whole matrix in ``dtype``, a chunk of float32 at a time."""
+    step = max(1, CHUNK // shape[1])
+    chunks = []
+    for start in range(0, shape[0], step):
+        chunks.append(mx.array(rows(start, min(start + step, shape[0]))).astype(dtype))
+        mx.eval(chunks[-1])
+    return chunks[0] if len(chunks) == 1 else mx.concatenate(chunks)
+
+
+def _set_ropes(file: GGUFFile, model: nn.Module, config: Config) -> None:
+    """Give every attention the rotary embedding of the file, not one that mlx-lm derives."""
+    whole = _rope(file, config.rope)
+    sliding = whole if config.rope_swa is None else _rope(file, config.rope_swa)
+    period = config.args.get("sliding_window_pattern", 1)
+    for i, layer in enumerate(model.layers):
+        layer.self_attn.rope = whole if i % period == period - 1 else sliding
+
+
+def _rope(file: GGUFFile, rope: Rope) -> nn.Module:
+    if rope.plain:
+        return nn.RoPE(rope.dims, traditional=False, base=rope.base)
+    factors = None
+    if rope.factors:
+        tensor = file.tensors[rope.factors]
+        factors = dequantize(file.read(tensor), tensor.format, tensor.shape)
+        if not np.all(factors > 0):
+            raise GGUFError(file.path, f"{rope.factors} has values that are not positive")
+    return FrequencyRoPE(mx.array(rope.periods(factors)), rope.scale)
+
+
+def _parent(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    *parents, name = path.split(".")
+    module: Any = model
+    for part in parents:
+        module = module[int(part)] if isinstance(module, list) else module[part]
+    return module, name
+
+
+def _check_parameters(model: nn.Module, weights: Plan) -> None:
+    """mlx-lm's model has exactly the weights that the file will fill, in the same shapes."""
+    filled = {f"{w.module}.weight": w.shape for p in (weights.outer, *weights.layers) for w in p}
+    parameters: Any = tree_flatten(model.parameters())
+    expected = {
+        name: value.shape
+        for name, value in parameters
+        if not name.endswith(".bias")  # a linear has the biases that the file has
+    }
+    if wrong := sorted(filled.items() ^ expected.items()):
+        name, _ = wrong[0]
+        raise UnsupportedError(
+            f"this version of mlx-lm has another {weights.config.architecture.name} model: "
+            f"{name} is {filled.get(name)} in the file and {expected.get(name)} in mlx-lm"
+        )

@@ -1,0 +1,219 @@
+"""Which rows of the file make up which weight of the model; numpy only.
+
+``plan`` pairs every tensor of a file with a weight of the model and checks shapes before a byte of
+a weight is read.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import GGUFError, UnsupportedError
+from ..gguf.blocks import can_dequantize
+from .architectures import Weight
+from .config import Config
+
+if TYPE_CHECKING:
+    from ..formats import Format
+    from ..gguf.reader import GGUFFile, Tensor
+
+LAYER_NAME = re.compile(r"blk\.(\d{1,9})\.(.+)")
+# llama.cpp's one tensor for q, k and v: their rows one after the other.
+FUSED_QKV = "attn_qkv"
+QKV = ("attn_q", "attn_k", "attn_v")
+
+
+@dataclass(frozen=True, slots=True)
+class RowSource:
+    """Consecutive rows of one tensor, in the order in which the model wants them.
+
+    start, stop  rows of the tensor; for a vector its elements.
+    heads        if not 0, the rows are those of so many heads whose rotary pairs (2i, 2i + 1)
+                 have to become halves (i, i + d/2). Rows are whole blocks in every GGUF type, so
+                 the order is changed on the file's bytes and is exact.
+    """
+
+    tensor: Tensor
+    start: int
+    stop: int
+    heads: int = 0
+
+    @property
+    def format(self) -> Format:
+        return self.tensor.format
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.stop - self.start, *self.tensor.shape[1:])
+
+    def order(self) -> NDArray[np.intp] | None:
+        """Index of the file's row for each row of the model, or None if they are the same."""
+        if not self.heads:
+            return None
+        rows = np.arange(self.stop - self.start)
+        return rows.reshape(self.heads, -1, 2).swapaxes(1, 2).reshape(-1)
+
+    def bytes(self, file: GGUFFile, *, mapped: bool) -> NDArray[np.uint8]:
+        """The rows in the file's order, uint8 [rows, bytes a row]; a view if ``mapped``."""
+        tensor, count = self.tensor, self.stop - self.start
+        if len(tensor.shape) == 1 or mapped:
+            data = file.view(tensor) if mapped else file.read(tensor)
+            return data.reshape(tensor.shape[0], -1)[self.start : self.stop]
+        return file.read(tensor, slice(self.start, self.stop)).reshape(count, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPlan:
+    """One module of the model and the rows that fill it.
+
+    module  full path, for example ``model.layers.0.self_attn.q_proj``.
+    weight  its rows, from one or several tensors, one after the other.
+    bias    likewise, or empty.
+    group   path of the fused group it belongs to, for example ``model.layers.0.qkv``, or empty.
+    """
+
+    module: str
+    weight: tuple[RowSource, ...]
+    bias: tuple[RowSource, ...] = ()
+    group: str = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(s.shape[0] for s in self.weight), *self.weight[0].shape[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that is read from a file: the weights outside the layers, then layer by layer."""
+
+    config: Config
+    outer: tuple[WeightPlan, ...]
+    layers: tuple[tuple[WeightPlan, ...], ...]
+
+
+class _Finder:
+    """Looks tensors up, checks their shapes and remembers which were used."""
+
+    def __init__(self, file: GGUFFile, config: Config) -> None:
+        self.file = file
+        self.sizes = config.sizes
+        self.paired = config.architecture.paired_rope
+        self.used: set[str] = {name for name in (config.rope.factors,) if name}
+
+    def rows(self, prefix: str, name: str, weight: Weight, suffix: str) -> tuple[RowSource, ...]:
+        """The rows of ``PREFIX NAME.SUFFIX``, also out of or put together into ``attn_qkv``."""
+        shape = tuple(self.sizes[s] for s in weight.shape)
+        if suffix == "bias":
+            shape = shape[:1]
+        tensors = self.file.tensors
+        fused = f"{prefix}{FUSED_QKV}.{suffix}"
+        if f"{prefix}{name}.{suffix}" in tensors:
+            tensor = self._checked(f"{prefix}{name}.{suffix}", shape)
+            return (self._source(tensor, 0, shape[0], weight),)
+        if name in QKV and fused in tensors:
+            tensor = self._checked(fused, (self.sizes["qkv"], *shape[1:]))
+            start = sum(self._part_rows(part) for part in QKV[: QKV.index(name)])
+            return (self._source(tensor, start, start + shape[0], weight),)
+        parts = [f"{prefix}{part}.{suffix}" for part in QKV]
+        if name == FUSED_QKV and all(part in tensors for part in parts):
+            return tuple(
+                self._source(
+                    self._checked(full, (self._part_rows(part), *shape[1:])),
+                    0,
+                    self._part_rows(part),
+                    weight,
+                )
+                for part, full in zip(QKV, parts, strict=True)
+            )
+        return ()
+
+    def _part_rows(self, part: str) -> int:
+        return self.sizes["q" if part == "attn_q" else "kv"]
+
+    def _checked(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = self.file.tensors[name]
+        if tensor.shape != shape:
+            raise GGUFError(
+                self.file.path, f"{name} has the shape {tensor.shape}; expected {shape}"
+            )
+        if len(shape) == 1 and tensor.format.quantized:
+            raise UnsupportedError(f"{name} is a vector of type {tensor.format.name}")
+        if not can_dequantize(tensor.format):
+            raise UnsupportedError(f"{name} is of type {tensor.format.name}, which is no weight's")
+        self.used.add(name)
+        return tensor
+
+    def _source(self, tensor: Tensor, start: int, stop: int, weight: Weight) -> RowSource:
+        heads = self.sizes[weight.heads] if self.paired and weight.heads else 0
+        return RowSource(tensor, start, stop, heads)
+
+    def weight(self, prefix: str, name: str, weight: Weight, module: str, group: str) -> WeightPlan:
+        rows = self.rows(prefix, name, weight, "weight")
+        if not rows:
+            raise GGUFError(self.file.path, f"{prefix}{name}.weight is missing")
+        bias: tuple[RowSource, ...] = ()
+        if weight.bias != "no":
+            bias = self.rows(prefix, name, weight, "bias")
+            if weight.bias == "required" and not bias:
+                raise GGUFError(self.file.path, f"{prefix}{name}.bias is missing")
+        return WeightPlan(module, rows, bias, group)
+
+
+def plan(file: GGUFFile, config: Config) -> Plan:
+    """Pair a file's tensors with the model's weights.
+
+    Raises:
+        GGUFError: a tensor is missing or its shape does not follow from the metadata.
+        UnsupportedError: the file has a tensor that this architecture does not use.
+    """
+    arch = config.architecture
+    _check_layers(file, config.layers)
+    find = _Finder(file, config)
+    outer = tuple(
+        find.weight("", name, weight, weight.module, "")
+        for name, weight in arch.outer.items()
+        if not (config.tied and name == "output")
+    )
+    group_of = {name: group for group, names in arch.groups.items() for name in names}
+    layers = []
+    for i in range(config.layers):
+        at = f"model.layers.{i}"
+        layers.append(
+            tuple(
+                find.weight(
+                    f"blk.{i}.",
+                    name,
+                    weight,
+                    f"{at}.{weight.module}",
+                    f"{at}.{group_of[name]}" if name in group_of else "",
+                )
+                for name, weight in arch.layer.items()
+            )
+        )
+    # A longrope file has two sets of factors, of which one is used.
+    find.used |= {"rope_factors_long.weight", "rope_factors_short.weight"}
+    unused = [name for name in file.tensors if name not in find.used]
+    if unused:
+        raise UnsupportedError(
+            f"{len(unused)} of the file's tensors have no place in {arch.name}: "
+            + ", ".join(unused[:4])
+            + (", ..." if len(unused) > 4 else "")
+        )
+    return Plan(config, outer, tuple(layers))
+
+
+def _check_layers(file: GGUFFile, layers: int) -> None:
+    """The file has exactly the layers it says, so a huge count costs nothing."""
+    found = {int(m[1]) for m in map(LAYER_NAME.fullmatch, file.tensors) if m}
+    if len(found) != layers or max(found) != layers - 1:
+        last = max(found, default=-1)
+        raise GGUFError(
+            file.path,
+            f"block_count is {layers}, but tensors of {len(found)} layers are there, "
+            f"the last of them {last}",
+        )

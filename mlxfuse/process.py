@@ -1,0 +1,51 @@
+"""The edge of the process: Ctrl-C, errors nobody expected, messages on stderr."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from types import TracebackType
+
+from .terminal import neutralize
+
+INTERRUPTED = 130
+# Seconds that Ctrl-C leaves the interpreter to unwind; one call into MLX can take far longer.
+GRACE = 1.0
+
+
+def watch_interrupts() -> None:
+    """Make Ctrl-C prompt even while the main thread is inside one long native call."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while os.read(read, 1) != bytes([signal.SIGINT]):
+            pass
+        time.sleep(GRACE)
+        if os.isatty(2):
+            os.write(2, b"\x1b[?25h\n")  # a progress bar may have hidden the cursor
+        os._exit(INTERRUPTED)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def unexpected(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """The hook for what is not an error of ours: one line, exit code 1."""
+    where = traceback.extract_tb(trace)[-1] if trace else None
+    place = f" ({Path(where.filename).name}:{where.lineno})" if where else ""
+    fail(f"{kind.__name__}: {error}{place}; --debug shows the traceback")
+
+
+def fail(message: str) -> None:
+    """Print one message on stderr, safe for a terminal."""
+    print(f"mlxfuse: {neutralize(message)}", file=sys.stderr)

@@ -1,0 +1,114 @@
+"""Prompt-cache files, as ``mlx_lm.cache_prompt`` writes them, read without trusting them.
+
+A cache file names classes, shapes and positions that end up in attention. Each is compared
+with what the model itself would make, before the cache is used.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache, RotatingKVCache, load_prompt_cache, make_prompt_cache
+from safetensors import SafetensorError, safe_open
+
+from .errors import ModelRefError, PromptCacheError
+from .terminal import one_line
+
+CLASSES = (KVCache, RotatingKVCache)
+
+
+def expect_model(path: Path, ref: str | None) -> None:
+    """Refuse a file that says it was made with another model than ``ref``.
+
+    Raises:
+        ModelRefError: another model, or there is no such file.
+        PromptCacheError: it is not a prompt-cache file.
+    """
+    made_with = _metadata(path).get("model")
+    if made_with is not None and made_with != ref:
+        raise ModelRefError(
+            f"{path} was made with the model {one_line(made_with)!r}; name the same model"
+        )
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """The file's own metadata.
+
+    Raises:
+        ModelRefError: there is no such file.
+        PromptCacheError: it is no safetensors file, or holds classes that are not known.
+    """
+    if not path.is_file():
+        raise ModelRefError(f"{path}: no such prompt-cache file")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            flat: dict[str, str] = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise PromptCacheError(f"{path}: not a prompt-cache file: {error}") from error
+    # mlx-lm flattens [metadata, class names, scalars] to keys such as 0.model and 1.3.
+    known = {c.__name__ for c in CLASSES}
+    names = {value for key, value in flat.items() if key.startswith("1.")}
+    if not names or not names <= known:
+        unknown = ", ".join(sorted(names - known)) or "none"
+        raise PromptCacheError(
+            f"{path}: expected caches of the classes {', '.join(sorted(known))}, found {unknown}"
+        )
+    return {key[2:]: value for key, value in flat.items() if key.startswith("0.")}
+
+
+def read(path: Path, *models: Any) -> list[Any]:
+    """The caches of ``models``, one a layer, the models one after the other.
+
+    Raises:
+        PromptCacheError: malformed, or its layers, heads or positions are not the models'.
+    """
+    try:
+        caches: list[Any] = load_prompt_cache(str(path))
+    except (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise PromptCacheError(f"{path}: not a prompt-cache file: {error}") from error
+    fresh = [cache for model in models for cache in _fresh(model)]
+    if len(caches) != len(fresh):
+        raise PromptCacheError(
+            f"{path}: expected {len(fresh)} layers, found {len(caches)}; "
+            "it was made with another model"
+        )
+    for layer, (found, expected) in enumerate(zip(caches, fresh, strict=True)):
+        if problem := _problem(found, expected):
+            raise PromptCacheError(f"{path}: layer {layer}: {problem}")
+    return caches
+
+
+def _fresh(model: Any) -> list[Any]:
+    """The model's own caches after one token: they have the shapes to expect."""
+    caches: list[Any] = make_prompt_cache(model)
+    model(mx.zeros((1, 1), mx.int32), cache=caches)
+    return caches
+
+
+def _problem(found: Any, expected: Any) -> str | None:
+    for name in ("keys", "values"):
+        array, like = getattr(found, name), getattr(expected, name)
+        if not isinstance(array, mx.array) or not mx.issubdtype(array.dtype, mx.floating):
+            return f"its {name} are not an array of a floating type"
+        # Axis 2 counts positions; the others are the model's own.
+        if array.ndim != 4 or array.shape[:2] + array.shape[3:] != like.shape[:2] + like.shape[3:]:
+            return f"expected {name} of shape {like.shape} but for axis 2, found {array.shape}"
+    positions = found.keys.shape[2]
+    if found.values.shape[2] != positions:
+        return f"{positions} positions of keys, {found.values.shape[2]} of values"
+    if isinstance(expected, RotatingKVCache) and (
+        not isinstance(found, RotatingKVCache) or found.max_size != expected.max_size
+    ):
+        return f"expected a sliding window of {expected.max_size}"
+    rotating = isinstance(found, RotatingKVCache)
+    fields = ("offset", "keep", "max_size", "_idx") if rotating else ("offset",)
+    if not all(type(getattr(found, name)) is int for name in fields):
+        return f"{', '.join(fields)} must be integers"
+    if rotating:
+        fits = 0 <= found.keep < found.max_size and 0 <= found._idx <= positions
+        fits = fits and found._idx <= found.offset
+    else:
+        fits = 0 <= found.offset <= positions
+    return None if fits else f"its state does not fit its {positions} positions"

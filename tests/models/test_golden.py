@@ -1,0 +1,185 @@
+"""Every architecture against llama.cpp: logits of tiny random files, and what breaks them.
+
+The golden logits are llama.cpp's on the F32 twin of each file (see `make_golden.py`); mlxfuse
+loads the quantised file itself. The negative controls change the file in the way a loader could
+misread it, so a loader with that fault would compute what mlxfuse computes here, and the check
+must notice.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlxfuse.load import load
+from tests.models import tiny
+
+GOLDEN = Path(__file__).parent / "golden"
+BOUND = 1e-4  # both for NMSE and for mean KLD (nats)
+CONTROL = 100 * BOUND
+
+# Tokens per call: all at once; prefill past the window in two pieces, then decode; decode only.
+SCHEDULES = {"whole": [24], "chunks": [10, 6] + [1] * 8, "steps": [1] * 24}
+
+Change = Callable[[tiny.Tiny], None]
+
+
+def logits(path: Path, prompt: np.ndarray, *schedules: str) -> list[np.ndarray]:
+    """mlxfuse's float32 logits [prompt, vocabulary] for each of `schedules`."""
+    model, _ = load(path, dtype=mx.float32, context_length=256)
+    results = []
+    for schedule in schedules:
+        rows, start, state = [], 0, make_prompt_cache(model)
+        for count in SCHEDULES[schedule]:
+            rows.append(model(mx.array(prompt[None, start : start + count]), cache=state)[0])
+            mx.eval(rows[-1])
+            start += count
+        results.append(np.array(mx.concatenate(rows)))
+    return results
+
+
+def disagreement(got: np.ndarray, want: np.ndarray) -> tuple[float, float]:
+    """(NMSE of the logits less their mean over the vocabulary, mean KLD(want, got) in nats)."""
+    got, want = (x - x.mean(-1, keepdims=True) for x in (got, want.astype(np.float64)))
+    nmse = ((got - want) ** 2).sum() / (want**2).sum()
+    log_got, log_want = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (got, want))
+    return float(nmse), float((np.exp(log_want) * (log_want - log_got)).sum(-1).mean())
+
+
+@cache
+def golden(name: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        return dict(file)
+
+
+def model_of(name: str, seed: int) -> tuple[tiny.Tiny, np.ndarray]:
+    """The model and llama.cpp's logits for its prompt."""
+    model, reference = tiny.build(name, seed), golden(name)
+    index = tiny.SEEDS.index(seed)
+    assert model.digest() == reference["digest"][index], "weights changed: run make_golden.py"
+    assert np.array_equal(model.prompt, reference["tokens"][index])
+    return model, reference["logits"][index]
+
+
+@pytest.mark.parametrize("seed", tiny.SEEDS)
+@pytest.mark.parametrize("name", tiny.CASES)
+def test_logits_match_llama_cpp(name: str, seed: int, tmp_path: Path) -> None:
+    model, want = model_of(name, seed)
+    assert want.astype(np.float32).std() >= 1
+    assert len(model.prompt) > model.metadata.get(f"{model.case.arch}.attention.sliding_window", 0)
+    path = tiny.write(tmp_path / "model.gguf", model)
+    for schedule, got in zip(SCHEDULES, logits(path, model.prompt, *SCHEDULES), strict=True):
+        nmse, kld = disagreement(got, want)
+        assert nmse <= BOUND, f"{schedule}: NMSE {nmse:.2e}"
+        assert kld <= BOUND, f"{schedule}: mean KLD {kld:.2e}"
+
+
+def edit(tensor: str, change: Callable[[np.ndarray], np.ndarray]) -> Change:
+    """Change the data of the tensors called `tensor`, in every layer."""
+
+    def apply(model: tiny.Tiny) -> None:
+        for name, (data, kind) in model.tensors.items():
+            if name.removesuffix(".weight").split(".", 2)[-1] == tensor:
+                model.tensors[name] = change(data), kind
+
+    return apply
+
+
+def set_key(key: str, value: object) -> Change:
+    def apply(model: tiny.Tiny) -> None:
+        full = f"{model.case.arch}.{key}"
+        if value is None:
+            del model.metadata[full]
+        else:
+            model.metadata[full] = value
+
+    return apply
+
+
+def wrong_rope_layout(model: tiny.Tiny) -> None:
+    """Interleave the halves of every q and k head, rows of packed blocks and biases alike."""
+    case = model.case
+    width, heads = case.head_dim, case.heads + case.kv_heads
+    order = np.arange(width).reshape(2, -1).T.ravel()
+    rows = (np.arange(heads)[:, None] * width + order).ravel()
+    for name, (data, kind) in model.tensors.items():
+        short = name.split(".")[-2]
+        if short in ("attn_q", "attn_k"):
+            model.tensors[name] = data[rows[: len(data)]], kind
+        elif short == "attn_qkv":
+            model.tensors[name] = np.concatenate([data[rows], data[len(rows) :]]), kind
+
+
+def controls(name: str) -> Iterator[tuple[str, Change]]:
+    """What a loader could get wrong in this case, each as a change of the file."""
+    model = tiny.build(name, tiny.SEEDS[0])
+    case = model.case
+    yield "rope-layout", wrong_rope_layout
+    unused = "rope_factors_short" if name == "phi3-long" else "rope_factors_long"
+    for tensor in sorted(
+        {full.removesuffix(".weight").split(".", 2)[-1] for full in model.tensors}
+    ):
+        if tensor.endswith(".bias"):
+            yield f"no-{tensor}", edit(tensor, np.zeros_like)
+        elif "norm" in tensor or (tensor.startswith("rope_") and tensor != unused):
+            yield f"no-{tensor}", edit(tensor, np.ones_like)
+    keys = {key.removeprefix(f"{case.arch}."): value for key, value in model.metadata.items()}
+    window = keys.get("attention.sliding_window")
+    if window and case.arch != "phi3":
+        yield "window-shorter", set_key("attention.sliding_window", window - 1)
+        yield "window-longer", set_key("attention.sliding_window", window + 1)
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if key in keys:
+            yield f"no-{key}", set_key(key, 1e4)
+    if "rope.scaling.factor" in keys:
+        yield "no-rope-scaling", set_key("rope.scaling.factor", 1.0)
+    if "rope.scaling.attn_factor" in keys:
+        yield "no-attn-factor", set_key("rope.scaling.attn_factor", 1.0)
+    if case.arch == "gemma3":
+        if "rope.freq_base_swa" in keys:
+            yield "no-local-rope-base", set_key("rope.freq_base_swa", None)
+        else:
+            yield "one-rope-base", set_key("rope.freq_base", 1e4)
+    if name.endswith("27b"):
+        # 1/sqrt(head_dim) in place of 1/sqrt(hidden / heads)
+        ratio = np.float32((case.hidden / case.heads / case.head_dim) ** 0.5)
+        queries = "attn_q_norm" if case.head_norms else "attn_q"
+        yield "query-scale", edit(queries, lambda data: data * ratio)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        pytest.param(name, change, id=f"{name}-{what}")
+        for name in tiny.CASES
+        for what, change in controls(name)
+    ],
+)
+def test_a_misread_file_is_noticed(name: str, change: Change, tmp_path: Path) -> None:
+    model, want = model_of(name, tiny.SEEDS[0])
+    change(model)
+    path = tiny.write(tmp_path / "model.gguf", model)
+    (got,) = logits(path, model.prompt, "whole")
+    nmse, kld = disagreement(got, want)
+    assert nmse > CONTROL, f"NMSE only {nmse:.2e}"
+    assert kld > CONTROL, f"mean KLD only {kld:.2e}"
+
+
+def test_the_demo_model_matches_llama_cpp(demo: Path) -> None:
+    """A real model: the last positions of a 30-token prompt, prefilled and then decoded."""
+    reference = golden("demo")
+    tokens, want = mx.array(reference["tokens"][None]), reference["logits"]
+    # Never downloaded here; without it this fails and says where to put it.
+    model, _ = load(demo, dtype=mx.float32)
+    whole = model(tokens)[0, -len(want) :]
+    state, decoded = make_prompt_cache(model), len(want) - 1
+    rows = [model(tokens[:, :-decoded], cache=state)[0, -1:]]
+    rows += [model(tokens[:, i, None], cache=state)[0] for i in range(-decoded, 0)]
+    for got in (whole, mx.concatenate(rows)):
+        nmse, kld = disagreement(np.array(got), want)
+        assert nmse <= BOUND, f"NMSE {nmse:.2e}"
+        assert kld <= BOUND, f"mean KLD {kld:.2e}"

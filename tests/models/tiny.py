@@ -1,0 +1,358 @@
+"""Tiny random GGUF files, one recipe (`CASES`) for each thing an architecture can do differently.
+
+A recipe and a seed give the same bytes on every machine: the numbers come from the frozen
+`numpy.random.RandomState` stream and no libm function is used. `write` puts the file on disk,
+`write(..., twin=True)` its F32 twin: the dequantised weights stored as F32, which llama.cpp
+evaluates in float32 where it would round the activations of a quantised file to int8.
+
+Weights have unit gain, so logits have a standard deviation above 1: with the customary 0.02
+attention is uniform, the embedding decides, and a wrong rope layout or window goes unnoticed.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter, TokenType
+from gguf.quants import dequantize, quantize
+
+SEEDS = (0, 1, 2)
+BOS, EOS, MERGED = 256, 257, 258
+VOCABULARY = 259  # 256 bytes, two control tokens, one merge: the least llama.cpp accepts
+
+QKV = ("attn_q", "attn_k", "attn_v")
+Q4_MIX = {"": "Q4_0", "attn_v": "Q8_0", "ffn_down": "Q5_0", "token_embd": "Q8_0"}
+K_MIX = {"": "Q4_K", "attn_v": "Q6_K", "ffn_down": "Q6_K", "token_embd": "Q6_K"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model. `keys` are metadata under the architecture's prefix and override the usual ones.
+
+    `formats` maps a tensor's short name (`attn_q`) to a GGUF type, "" being the default; vectors
+    are always F32. `prompt` is a number of tokens.
+    """
+
+    arch: str
+    layers: int = 3
+    hidden: int = 64
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    ffn: int = 96
+    prompt: int = 24
+    fused_qkv: bool = False
+    fused_gate: bool = False
+    untied: bool = False
+    biases: tuple[str, ...] = ()
+    head_norms: bool = False
+    post_norms: bool = False
+    factors: Mapping[str, int] = field(default_factory=dict)  # rope factor tensor -> length
+    keys: Mapping[str, object] = field(default_factory=dict)
+    formats: Mapping[str, str] = field(default_factory=lambda: {"": "F32"})
+
+
+# Caps and rope bases are smaller than in released models, so that 24 tokens of random weights
+# feel them.
+GEMMA2 = {
+    "attention.sliding_window": 6,
+    "attn_logit_softcapping": 4.0,
+    "final_logit_softcapping": 4.0,
+}
+GEMMA3 = {"attention.sliding_window": 6, "rope.freq_base": 100.0}
+YARN = {
+    "rope.scaling.type": "yarn",
+    "rope.scaling.factor": 4.0,
+    "rope.scaling.original_context_length": 64,
+}
+PHI3 = {"rope.scaling.attn_factor": 1.25, "rope.dimension_count": 12}
+LONGROPE = {"rope_factors_long": 6, "rope_factors_short": 6}
+
+CASES: dict[str, Case] = {
+    "llama": Case("llama", formats={"": "Q8_0"}),
+    "llama-q4": Case("llama", untied=True, formats=Q4_MIX),
+    "llama-rope-freqs": Case("llama", factors={"rope_freqs": 8}, formats={"": "F16"}),
+    "llama-rope-linear": Case(
+        "llama", keys={"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+    ),
+    "llama-fused-qkv": Case(
+        "llama",
+        fused_qkv=True,
+        biases=("attn_qkv",),
+        formats={"": "Q4_1", "token_embd": "Q5_1"},
+    ),
+    # The K-quants need rows of 256; head_dim is not hidden / heads, as in Mistral Nemo.
+    "llama-k-quants": Case(
+        "llama", layers=2, hidden=256, head_dim=32, heads=8, ffn=256, untied=True, formats=K_MIX
+    ),
+    "llama-biases": Case("llama", biases=(*QKV, "attn_output")),
+    "qwen2": Case("qwen2", biases=QKV, formats=Q4_MIX),
+    "qwen2-fused-qkv": Case("qwen2", biases=QKV, fused_qkv=True, untied=True),
+    "qwen2-yarn": Case(
+        "qwen2",
+        biases=QKV,
+        keys={**YARN, "rope.scaling.yarn_beta_fast": 8.0, "rope.scaling.yarn_beta_slow": 0.5},
+    ),
+    "llama-yarn": Case("llama", keys={**YARN, "rope.scaling.attn_factor": 0.8}),
+    "qwen3": Case("qwen3", head_dim=32, head_norms=True, formats={"": "Q8_0"}),
+    "gemma2": Case(
+        "gemma2",
+        layers=4,
+        hidden=96,
+        head_dim=32,
+        post_norms=True,
+        keys=GEMMA2,
+        formats=Q4_MIX,
+    ),
+    "gemma2-pattern": Case(
+        "gemma2",
+        layers=4,
+        post_norms=True,
+        keys={**GEMMA2, "attention.sliding_window_pattern": 3},
+    ),
+    # 46 and 62 layers are how llama.cpp knows the 27B models, whose query scale differs.
+    "gemma2-27b": Case(
+        "gemma2",
+        layers=46,
+        hidden=48,
+        heads=2,
+        kv_heads=1,
+        ffn=32,
+        post_norms=True,
+        keys=GEMMA2,
+    ),
+    # No pattern key, as in released files: five sliding layers to one global.
+    "gemma3": Case(
+        "gemma3",
+        layers=7,
+        hidden=96,
+        head_dim=32,
+        head_norms=True,
+        post_norms=True,
+        keys=GEMMA3,
+        formats={"": "Q8_0"},
+    ),
+    "gemma3-rope-linear": Case(
+        "gemma3",
+        layers=5,
+        hidden=96,
+        head_norms=True,
+        post_norms=True,
+        keys={
+            **GEMMA3,
+            "attention.sliding_window_pattern": [True, True, False, True, True],
+            "rope.freq_base_swa": 30.0,
+            "rope.scaling.type": "linear",
+            "rope.scaling.factor": 8.0,
+        },
+    ),
+    "gemma3-27b": Case(
+        "gemma3",
+        layers=62,
+        hidden=48,
+        heads=2,
+        kv_heads=1,
+        ffn=32,
+        head_norms=True,
+        post_norms=True,
+        keys=GEMMA3,
+    ),
+    # llama.cpp takes the long factors when the context exceeds the original one, and ignores
+    # phi3's sliding window.
+    "phi3": Case(
+        "phi3",
+        hidden=64,
+        fused_qkv=True,
+        fused_gate=True,
+        untied=True,
+        factors=LONGROPE,
+        keys={
+            **PHI3,
+            "rope.scaling.original_context_length": 512,
+            "attention.sliding_window": 6,
+            "context_length": 1024,
+        },
+        formats=Q4_MIX,
+    ),
+    "phi3-long": Case(
+        "phi3",
+        fused_qkv=True,
+        fused_gate=True,
+        untied=True,
+        factors=LONGROPE,
+        keys={**PHI3, "rope.scaling.original_context_length": 8, "context_length": 512},
+    ),
+    "phi3-separate-qkv": Case("phi3", fused_gate=True, formats={"": "BF16"}),
+    "phi3-4k": Case(
+        "phi3", fused_qkv=True, fused_gate=True, untied=True, keys={"context_length": 4096}
+    ),
+}
+
+
+@dataclass
+class Tiny:
+    """A model in memory. Tests change `metadata` or `tensors` to make negative controls.
+
+    `metadata` holds full keys; `tensors` maps a name to (float32 array or packed rows, type name).
+    """
+
+    case: Case
+    metadata: dict[str, object]
+    tensors: dict[str, tuple[np.ndarray, str]]
+    prompt: np.ndarray
+
+    def weights(self, name: str) -> np.ndarray:
+        """The values the file means, as float32 (ne order reversed: rows first)."""
+        data, kind = self.tensors[name]
+        if kind == "F32":
+            return data
+        return dequantize(data, GGMLQuantizationType[kind]).astype(np.float32)
+
+    def digest(self) -> str:
+        """SHA-256 over every weight: tells a changed generator from a wrong model."""
+        digest = hashlib.sha256(repr(sorted(self.metadata.items())).encode())
+        for name in sorted(self.tensors):
+            digest.update(name.encode() + self.weights(name).tobytes())
+        return digest.hexdigest()
+
+
+def _shapes(case: Case) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, ffn = case.hidden, case.ffn
+    q, kv = case.heads * case.head_dim, case.kv_heads * case.head_dim
+    yield "token_embd.weight", (VOCABULARY, hidden)
+    yield "output_norm.weight", (hidden,)
+    if case.untied:
+        yield "output.weight", (VOCABULARY, hidden)
+    for name, length in case.factors.items():
+        yield f"{name}.weight", (length,)
+    rows = {"attn_q": q, "attn_k": kv, "attn_v": kv, "attn_qkv": q + 2 * kv}
+    matrices = {name: (rows[name], hidden) for name in (("attn_qkv",) if case.fused_qkv else QKV)}
+    matrices["attn_output"] = (hidden, q)
+    if not case.fused_gate:
+        matrices["ffn_gate"] = (ffn, hidden)
+    matrices["ffn_up"] = (ffn * (2 if case.fused_gate else 1), hidden)
+    matrices["ffn_down"] = (hidden, ffn)
+    norms = {"attn_norm": hidden, "ffn_norm": hidden}
+    if case.head_norms:
+        norms |= {"attn_q_norm": case.head_dim, "attn_k_norm": case.head_dim}
+    if case.post_norms:
+        norms |= {"post_attention_norm": hidden, "post_ffw_norm": hidden}
+    for layer in range(case.layers):
+        for name, shape in matrices.items():
+            yield f"blk.{layer}.{name}.weight", shape
+        for name in case.biases:  # fused weights may have separate biases
+            yield f"blk.{layer}.{name}.bias", (rows.get(name, hidden),)
+        for name, length in norms.items():
+            yield f"blk.{layer}.{name}.weight", (length,)
+
+
+def _blocks(random: np.random.RandomState, kind: str, shape: tuple[int, int]) -> np.ndarray:
+    """Random valid Q4_K or Q6_K rows of about unit gain: uint8 [rows, packed bytes].
+
+    gguf-py cannot quantise to these types, and another quantiser's search may round differently
+    from one machine to the next.
+    """
+    rows, columns = shape
+    blocks = rows * columns // 256
+    gain = columns**-0.5
+    if kind == "Q4_K":  # d, dmin, 12 bytes of 6-bit scales and minima, 128 bytes of codes
+        packed = random.randint(0, 256, (blocks, 144), dtype=np.uint8)
+        # weight = d * scale * code - dmin * minimum; code averages 7.5, so dmin = 7.5 d centres it
+        packed[:, :4] = np.array([gain / 260, 7.5 * gain / 260], np.float16).view(np.uint8)
+    elif kind == "Q6_K":  # low bits, high bits, 16 int8 scales, d
+        packed = random.randint(0, 256, (blocks, 210), dtype=np.uint8)
+        packed[:, 192:208] = random.randint(-60, 61, (blocks, 16)).astype(np.int8).view(np.uint8)
+        packed[:, 208:] = np.array([gain / 650], np.float16).view(np.uint8)
+    else:
+        raise ValueError(f"no random blocks for {kind}")
+    return packed.reshape(rows, -1)
+
+
+def build(name: str, seed: int) -> Tiny:
+    """The model `name` of CASES from `seed`: same seed, same bits, on any machine."""
+    case = CASES[name]
+    random = np.random.RandomState(crc32(name.encode()) ^ seed)
+    tensors: dict[str, tuple[np.ndarray, str]] = {}
+    for full, shape in _shapes(case):
+        short, suffix = full.removesuffix(".weight").removesuffix(".bias").split(".")[-1], full
+        if short.startswith("rope_"):
+            tensors[full] = random.uniform(1, 6, shape).astype(np.float32), "F32"
+        elif len(shape) == 1:
+            low, high = (-1.5, 1.5) if suffix.endswith(".bias") else (0.2, 2.2)
+            tensors[full] = random.uniform(low, high, shape).astype(np.float32), "F32"
+        else:
+            kind = case.formats.get(short, case.formats[""])
+            if kind in ("Q4_K", "Q6_K"):
+                tensors[full] = _blocks(random, kind, shape), kind
+                continue
+            # Uniform of standard deviation gain / sqrt(columns); sharper attention than 1.
+            gain = 1.4 if short in ("attn_q", "attn_k", "attn_qkv", "token_embd", "output") else 1.0
+            bound = gain * (3 / shape[1]) ** 0.5
+            values = random.uniform(-bound, bound, shape).astype(np.float32)
+            if kind != "F32":
+                values = quantize(values, GGMLQuantizationType[kind])
+            tensors[full] = values, kind
+    prompt = random.randint(0, 256, case.prompt).astype(np.int32)
+    return Tiny(case, _metadata(case), tensors, prompt)
+
+
+def _metadata(case: Case) -> dict[str, object]:
+    keys: dict[str, object] = {
+        "context_length": 256,
+        "embedding_length": case.hidden,
+        "block_count": case.layers,
+        "feed_forward_length": case.ffn,
+        "attention.head_count": case.heads,
+        "attention.head_count_kv": case.kv_heads,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.freq_base": 10000.0,
+        "rope.dimension_count": case.head_dim,
+    }
+    if case.head_dim != case.hidden // case.heads:
+        keys |= {"attention.key_length": case.head_dim, "attention.value_length": case.head_dim}
+    return {f"{case.arch}.{key}": value for key, value in (keys | dict(case.keys)).items()}
+
+
+def _byte_tokens() -> list[str]:
+    """GPT-2's printable stand-in for every byte: itself, or the next character after U+0100."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    spare = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]
+
+
+def write(path: Path, tiny: Tiny, *, twin: bool = False) -> Path:
+    """Write `tiny` as a GGUF file, or its F32 twin, with the minimal vocabulary; returns `path`."""
+    writer = GGUFWriter(path, tiny.case.arch)
+    for key, value in tiny.metadata.items():
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
+        else:
+            raise TypeError(f"{key}: no GGUF type chosen for {type(value).__name__}")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([*_byte_tokens(), "<|bos|>", "<|eos|>", "ab"])
+    kinds = [TokenType.NORMAL] * 256 + [TokenType.CONTROL] * 2 + [TokenType.NORMAL]
+    writer.add_token_types(kinds)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(BOS)
+    writer.add_eos_token_id(EOS)
+    writer.add_add_bos_token(False)
+    for name, (data, kind) in tiny.tensors.items():
+        if twin or kind == "F32":
+            writer.add_tensor(name, np.ascontiguousarray(tiny.weights(name)))
+        else:
+            writer.add_tensor(name, data, raw_dtype=GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

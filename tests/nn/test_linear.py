@@ -1,0 +1,112 @@
+"""The CPU linear layers against float64, in and out of MLX's transformations."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from mlxfuse import blas
+from mlxfuse.nn import linear
+
+
+@pytest.fixture(params=["numpy", "mlx"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to multiply, whatever BLAS this machine has."""
+    monkeypatch.setattr(blas, "numpy_is_faster", lambda: request.param == "numpy")
+    return request.param
+
+
+def _case(n: int = 37, k: int = 24, shape: tuple[int, ...] = (2, 3)) -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((*shape, k)).astype(np.float32)
+    w = rng.standard_normal((n, k)).astype(np.float32)
+    return x, w, rng.standard_normal(n).astype(np.float32)
+
+
+def _close(y: mx.array, want: np.ndarray) -> None:
+    np.testing.assert_allclose(np.array(y, np.float64), want, rtol=0, atol=2e-5)
+
+
+def test_numpy_path_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w, _ = _case()
+    calls = []
+    monkeypatch.setattr(linear, "_numpy_matmul", lambda a, b: calls.append(1) or a @ b.T)
+    for faster in (True, False):
+        monkeypatch.setattr(blas, "numpy_is_faster", lambda faster=faster: faster)
+        with mx.stream(mx.cpu):
+            linear.matmul(mx.array(x), mx.array(w))
+    expected = 1 if mx.default_device() == mx.cpu else 0
+    assert len(calls) == expected
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3), (0,), (2, 0)])
+def test_linear_matches_float64(path: str, shape: tuple[int, ...]) -> None:
+    x, w, b = _case(shape=shape)
+    want = x.astype(np.float64) @ w.T.astype(np.float64)
+    _close(linear.Linear(mx.array(w))(mx.array(x)), want)
+    _close(linear.Linear(mx.array(w), mx.array(b))(mx.array(x)), want + b)
+
+
+def test_updated_weight_is_seen(path: str) -> None:
+    x, w, _ = _case()
+    layer = linear.Linear(mx.array(w))
+    layer(mx.array(x))
+    layer.update({"weight": mx.array(2 * w)})
+    _close(layer(mx.array(x)), 2 * (x.astype(np.float64) @ w.T))
+
+
+def test_inside_compile_vmap_and_grad(path: str) -> None:
+    x, w, _ = _case()
+    layer, stock = linear.Linear(mx.array(w)), nn.Linear(24, 37, bias=False)
+    stock.update({"weight": mx.array(w)})
+    a = mx.array(x)
+    _close(mx.compile(layer)(a), np.array(stock(a)))
+    _close(mx.vmap(layer)(a), np.array(stock(a)))
+
+    def loss(module: nn.Module, value: mx.array) -> mx.array:
+        return (module(value) ** 2).sum()
+
+    for argnum in (0, 1):
+        if argnum == 1:
+            got = mx.grad(lambda v: loss(layer, v))(a)
+            want = mx.grad(lambda v: loss(stock, v))(a)
+        else:
+            got = nn.value_and_grad(layer, loss)(layer, a)[1]["weight"]
+            want = nn.value_and_grad(stock, loss)(stock, a)[1]["weight"]
+        np.testing.assert_allclose(np.array(got), np.array(want), rtol=1e-4, atol=1e-3)
+
+
+def test_wrong_shape_gets_mlx_message(path: str) -> None:
+    with pytest.raises(ValueError, match="matmul"):
+        mx.eval(linear.matmul(mx.zeros((2, 5)), mx.zeros((3, 4))))
+
+
+def test_streamed_matches_dense(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w, b = _case()
+    monkeypatch.setattr(linear, "_CHUNK_BYTES", 5 * 4 * 24)  # 5 rows a chunk: ragged end
+    asked = []
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        asked.append((start, stop))
+        return w[start:stop]
+
+    want = x.astype(np.float64) @ w.T
+    _close(linear.StreamedLinear(rows, w.shape, mx.array(b))(mx.array(x)), want + b)
+    assert asked[:2] == [(0, 5), (5, 10)]
+    assert asked[-1] == (35, 37)
+    embedding = linear.StreamedEmbedding(rows, w.shape, mx.float32)
+    _close(embedding.as_linear(mx.array(x)), want)
+    ids = mx.array([[3, 36, 3], [0, 1, 36]])
+    np.testing.assert_array_equal(np.array(embedding(ids)), w[np.array(ids)])
+
+
+def test_switch_turns_numpy_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blas, "in_use", lambda: "reference")
+    assert blas.numpy_is_faster()
+    monkeypatch.setenv("MLXFUSE_CPU_BLAS", "0")
+    assert not blas.numpy_is_faster()
+    monkeypatch.delenv("MLXFUSE_CPU_BLAS")
+    monkeypatch.setattr(blas, "in_use", lambda: "openblas")
+    assert not blas.numpy_is_faster()

@@ -1,0 +1,53 @@
+"""Writes the tables of README.md that come from the code: ``python -m tests.readme``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mlxfuse import env
+from mlxfuse.formats import FORMATS
+from mlxfuse.models import ARCHITECTURES
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def tables() -> dict[str, str]:
+    """Name of a generated block -> its Markdown."""
+    stored = [f for f in FORMATS.values() if f.name not in ("Q8_1", "Q8_K")]
+    return {
+        "architectures": _table(
+            ("GGUF architecture", "mlx-lm class", "activations on Metal"),
+            [
+                (f"`{a.name}`", f"`{a.module}`", a.metal_dtype)
+                for a in sorted(ARCHITECTURES.values(), key=lambda a: a.name)
+            ],
+        ),
+        "formats": _table(
+            ("type", "bits a weight", "kernel"),
+            [(f.name, f"{f.bits_per_weight:g}", "yes" if f.streams else "") for f in stored],
+        ),
+        "environment": _table(
+            ("variable", "default", "meaning"),
+            [(f"`{k}`", d or "unset", meaning) for k, (d, meaning) in env.VARIABLES.items()],
+        ),
+    }
+
+
+def render(text: str) -> str:
+    """``text`` with each generated block made anew; a block without a table is an error."""
+    made = tables()
+
+    def block(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{made[match[2]]}\n<!-- end -->"
+
+    return re.sub(r"(<!-- generated: (\w+) -->).*?<!-- end -->", block, text, flags=re.S)
+
+
+if __name__ == "__main__":
+    README.write_text(render(README.read_text()))

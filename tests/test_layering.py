@@ -1,0 +1,153 @@
+"""Imports go downwards only, and the light commands load nothing heavy."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mlxfuse
+
+PACKAGE = Path(mlxfuse.__file__).parent
+
+# The layers, lowest first; a module imports from lower layers or from its own package.
+LAYERS = (
+    ("errors", "env", "formats", "terminal"),
+    ("template_budget", "download", "process", "blas", "memory"),
+    ("template_sandbox",),
+    ("chat_template",),
+    ("gguf", "kernels"),
+    ("demo",),
+    ("hub", "nn"),
+    ("models", "fusion"),
+    ("load", "export", "inspect", "prompt_cache", "generate"),
+    ("bench", "doctor"),
+    ("cli",),
+    ("__main__",),
+)
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+# Third-party packages that only some modules may import at all.
+ONLY = {
+    "typer": {"cli"},
+    "rich": {"cli"},
+    "requests": {"download", "demo"},
+    "huggingface_hub": {"hub"},
+}
+NO_MLX = {"errors", "env", "formats", "terminal", "process", "download", "demo", "hub", "gguf",
+          "inspect", "chat_template", "template_budget", "template_sandbox", "blas", "memory"}  # fmt: skip
+HEAVY = ("mlx", "mlx_lm", "transformers", "tokenizers", "torch")
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".")
+        yield name.removesuffix(".__init__"), path
+
+
+def imports(source, module, is_package):
+    """(absolute name, imported at module level) of every import, relative ones resolved."""
+    tree = ast.parse(source)
+    top = set(ast.walk(ast.Module([n for n in tree.body if not _is_definition(n)], [])))
+    package = ["mlxfuse", *module.split(".")] if module != "__init__" else ["mlxfuse", ""]
+    package = package if is_package and module != "__init__" else package[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node in top
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield f"{stem}.{alias.name}", node in top
+
+
+def _is_definition(node):
+    is_check = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+    return is_check or isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)
+
+
+def violations(name, source, is_package=False):
+    area = name.split(".")[0]
+    if area == "__init__":
+        return []
+    found = []
+    for target, at_top in imports(source, name, is_package):
+        parts = target.split(".")
+        if parts[0] in ONLY and area not in ONLY[parts[0]]:
+            found.append(f"{name} imports {target}")
+        if parts[0] in HEAVY and at_top and area in NO_MLX and name != "gguf.tokenizer":
+            found.append(f"{name} imports {target} at module level")
+        if parts[0] != "mlxfuse" or len(parts) < 2 or parts[1] == area:
+            continue
+        if parts[1] in RANK and RANK[parts[1]] >= RANK[area]:
+            found.append(f"{name} imports {target}, which is not below it")
+        if parts[1] not in RANK and parts[1] != "__version__":
+            found.append(f"{name} imports {target}, which has no layer")
+    return found
+
+
+def test_every_module_has_a_layer():
+    areas = {name.split(".")[0] for name, _ in modules()} - {"__init__"}
+    assert areas <= set(RANK)
+
+
+def test_imports_go_downwards():
+    found = []
+    for name, path in modules():
+        source = path.read_text(encoding="utf-8")
+        found += violations(name, source, path.name == "__init__.py")
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("gguf.reader", "from ..kernels import x"),
+        ("gguf.reader", "import mlx.core as mx"),
+        ("kernels.matmul", "from mlxfuse.gguf import blocks"),
+        ("errors", "from .hub import resolve"),
+        ("load", "def f():\n    from .cli import main"),
+        ("hub", "import typer"),
+        ("inspect", "from mlx import core"),
+        ("nn.linear", "from ..load import load"),
+        ("load", "from .nowhere import x"),
+    ],
+)
+def test_a_wrong_import_is_noticed(name, source):
+    assert violations(name, source)
+
+
+def loaded(*args):
+    """The heavy packages in a process that ran ``mlxfuse`` with ``args``."""
+    code = (
+        "import atexit, json, sys\n"
+        f"names = {HEAVY!r}\n"
+        "atexit.register(lambda: print('HEAVY', json.dumps("
+        "[n for n in names if n in sys.modules]), file=sys.stderr))\n"
+        "import mlxfuse\n"
+        f"sys.argv = ['mlxfuse', *{list(args)!r}]\n"
+        "if len(sys.argv) > 1:\n"
+        "    from mlxfuse.cli import main\n"
+        "    main()\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False,
+        cwd=PACKAGE.parent,
+    )  # fmt: skip
+    heavy = json.loads(process.stderr.rpartition("HEAVY")[2])
+    return process.returncode, process.stdout, heavy
+
+
+def test_light_commands_load_nothing_heavy(tmp_path):
+    from .models import tiny
+
+    path = tiny.write(tmp_path / "m.gguf", tiny.build("llama", 0))
+    assert loaded() == (0, "", [])
+    for args in (["--help"], ["--version"], ["generate", "--help"], ["inspect", str(path)]):
+        code, out, heavy = loaded(*args)
+        assert (code, heavy) == (0, []), args
+        assert out
+    # Control: what generates does load them.
+    assert "mlx" in loaded("generate", str(path), "-m", "1", "--ignore-chat-template")[2]
