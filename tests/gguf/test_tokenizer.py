@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 from mlxfuse.errors import GGUFError, UnsupportedError
 from mlxfuse.gguf import tokenizer as tokenizer_module
 from mlxfuse.gguf.pretokenizers import PRE
+from mlxfuse.gguf.reader import open_gguf
 from mlxfuse.gguf.tokenizer import build_tokenizer, load_tokenizer
 from mlxfuse.gguf.vocab import read_vocab
 
@@ -47,9 +49,19 @@ def test_tokens_are_llama_cpps(name: str) -> None:
     assert sorted(tokenizer.eos_token_ids) == GOLDEN["families"][name]["eog"]
 
 
+def test_the_demo_models_tokens_are_llama_cpps(demo: Path) -> None:
+    with open_gguf(demo) as file:
+        tokenizer = load_tokenizer(file)
+    for text, expected in zip(GOLDEN["texts"], golden("demo model"), strict=True):
+        assert tokenizer.encode(text) == expected, text
+        if "<" not in text:
+            assert tokenizer.decode(expected) == text
+    assert sorted(tokenizer.eos_token_ids) == GOLDEN["families"]["demo model"]["eog"]
+
+
 def test_golden_covers_every_pre_and_tells_them_apart() -> None:
     # A wrong pattern in the table would show: no two different entries have the same tokens.
-    assert set(GOLDEN["families"]) == set(FAMILIES)
+    assert set(GOLDEN["families"]) == {*FAMILIES, "demo model"}
     distinct = {pre: name for name, pre in PRE.items() if name != "gemma4"}
     for (_, first), (_, second) in itertools.combinations(distinct.items(), 2):
         assert golden(f"bpe {first}") != golden(f"bpe {second}"), (first, second)
@@ -251,6 +263,27 @@ def test_malformed_metadata_is_a_gguf_error(
     with pytest.raises(GGUFError, match=re.escape(message).replace(r"\.\*", ".*")) as caught:
         build_tokenizer(metadata, "some/file.gguf")
     assert str(caught.value).startswith("some/file.gguf: ")
+
+
+def test_mutated_metadata_raises_only_our_errors() -> None:
+    rng = random.Random(1)
+    numbers = [np.zeros(1000, "f4"), np.full(1000, -np.inf, "f4"), np.ones(1000, bool), np.eye(2)]
+    values = [0, -1, 2**40, True, 1.5, "", "gpt2", "llama", [], ["a", "a"], ["", ""], [1], {}]
+    values += [None, ["a b"] * 3, [" "] * 2, *numbers]
+    optional = ("add_bos_token", "add_eos_token", "eot_token_id", "fim_sep_token_id", "scores")
+    outcomes = set()
+    for _ in range(300):
+        metadata = dict(rng.choice([FAMILIES["bpe qwen2"], FAMILIES["spm"], FAMILIES["gemma4"]]))
+        keys = [*metadata, *(f"tokenizer.ggml.{key}" for key in optional)]
+        for key in rng.sample(keys, rng.randint(1, 3)):
+            metadata[key] = rng.choice(values)
+        try:
+            tokenizer = build_tokenizer(metadata, "test.gguf")
+            tokenizer.decode(tokenizer.encode("hi <s> é\n"))
+            outcomes.add("built")
+        except (GGUFError, UnsupportedError) as error:
+            outcomes.add(type(error).__name__)
+    assert outcomes == {"built", "GGUFError", "UnsupportedError"}
 
 
 def test_a_token_of_absurd_length_is_refused() -> None:
