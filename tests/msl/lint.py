@@ -313,7 +313,7 @@ def _diagnostics(text: str, version: int) -> Iterator[Finding]:
 def _check(source: str, name: str, version: int) -> list[Finding]:
     translation = translate(source, name)
     with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
-        text = Path(folder) / "kernel.clcpp"
+        text = Path(folder) / KERNEL_FILE
         text.write_text(translation.text, encoding="utf-8")
         included = ("-include-pch", str(precompiled("fast", version)))
         tree = ("-fsyntax-only", "-Xclang", "-ast-dump=json", *_WARNINGS)
