@@ -60,6 +60,7 @@ _ANALYZER = (
 )
 _CPP17 = "[-Wpre-c++17-compat]"
 _DIAGNOSTIC = re.compile(r"^(\S+?):(\d+):\d+: (?:fatal )?(error|warning|note): (.*)$", re.M)
+_KERNEL = re.compile(r"\[\[\s*kernel\s*\]\]\s*void\s+(\w+)")
 _GENERIC_POINTER = re.compile(r"__generic\b[^&*]*\*")
 _GENERIC_REFERENCE = re.compile(r"__generic\b[^&*]*&")
 _POINTER_REFERENCE = re.compile(r"\*\s*__generic\s*&")
@@ -90,8 +91,8 @@ class _Context:
 class _Walker:
     """One walk over an AST; ``findings`` has what it found."""
 
-    def __init__(self, kernel: str, version: int) -> None:
-        self.kernel, self.version = kernel, version
+    def __init__(self, kernels: set[str], version: int) -> None:
+        self.kernels, self.version = kernels, version
         self.findings: list[Finding] = []
         self.file, self.line, self.line_of_file = "", 0, 0
         self.names: dict[str, str] = {}
@@ -206,7 +207,7 @@ class _Walker:
             yield f"program scope variable '{name}' must reside in constant address space"
 
     def _in_kernel(self, context: _Context) -> bool:
-        return context.function is not None and self.names.get(context.function) == self.kernel
+        return context.function is not None and self.names[context.function] in self.kernels
 
     def _function(self, node: Node, context: _Context) -> Iterator[str]:
         if node["kind"] not in _FUNCTIONS or node.get("isImplicit"):
@@ -330,10 +331,12 @@ def _check(source: str, name: str, version: int) -> list[Finding]:
     findings = list(_diagnostics(done.stderr, version))
     if done.returncode == 0:
         findings += _diagnostics(analysed.stderr, version)
-        walker = _Walker(name, version)
+        walker = _Walker(set(_KERNEL.findall(source)), version)
         walker.walk(json.loads(done.stdout), _Context())
         walker.find_recursion()
         findings += walker.findings
+    elif not any(f.severity == "error" for f in findings):  # e.g. in the entry point
+        findings.append(Finding(0, "error", done.stderr.strip()))
     return sorted(set(findings))
 
 
