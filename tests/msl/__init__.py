@@ -14,6 +14,7 @@ Public names:
 * ``compile_kernel(source, name, build, version) -> Library``, ``BUILDS``;
 * ``launch(library, buffers, grid, threadgroup, schedule) -> Report``, ``Buffer``, ``Schedule``,
   ``ORDERS``, ``KINDS``;
+* ``counting() -> [Counts, ...]``, ``Traffic``: what launches read and write;
 * ``check(source, name, version) -> (Finding, ...)``, ``check_languages(source, name)``,
   ``LANGUAGES``;
 * ``compiler()``, ``cache_dir()``, ``preamble()``;
@@ -31,6 +32,7 @@ from .emulate import (
     Launch,
     Options,
     capture,
+    counting,
     install,
     installed,
     log,
@@ -40,6 +42,7 @@ from .emulate import (
     uninstall,
     using,
 )
+from .counts import Counts, Traffic
 from .errors import MslCompileError, MslError, MslRunError, MslSetupError
 from .lint import LANGUAGES, Finding, check, check_languages
 from .run import KINDS, ORDERS, Buffer, Report, Schedule, launch
@@ -57,6 +60,7 @@ __all__ = [
     "Build",
     "Capture",
     "Compiler",
+    "Counts",
     "EmulatedKernel",
     "Finding",
     "Launch",
@@ -68,12 +72,14 @@ __all__ = [
     "Options",
     "Report",
     "Schedule",
+    "Traffic",
     "cache_dir",
     "capture",
     "check",
     "check_languages",
     "compile_kernel",
     "compiler",
+    "counting",
     "install",
     "installed",
     "launch",
