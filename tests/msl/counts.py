@@ -1,7 +1,7 @@
-"""What a launch moves and does, counted by the checked build: figures that need no clock.
+"""What a launch moves and does, counted by the build for it: figures that need no clock.
 
 A load of a SIMD-group is what its lanes load at one place of the program, each for the n-th time.
-The compiler that decides how wide a load is, and whether one is left out, is clang at ``-O1``, not
+The compiler that decides how wide a load is, and whether one is left out, is clang at ``-O2``, not
 Apple's; caches are not modelled. The same launch always gives the same figures.
 """
 

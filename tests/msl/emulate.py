@@ -48,13 +48,13 @@ class Options:
     """How emulated kernels are compiled and run; read at each launch.
 
     Attributes:
-        build: ``"fast"`` or ``"checked"``.
+        build: ``"fast"``, ``"checked"`` or ``"counted"``.
         version: ``__METAL_VERSION__``.
         lint: add the rules of ``lint.py`` to clang's own.
         schedule: how threads are run.
         orders: more thread orders to run a ``fast`` launch in. Its outputs must be the same bytes
             in each, except of a kernel with atomic outputs, where float sums depend on the order.
-        count: count what a ``checked`` launch moves.
+        count: count what a launch moves; not in ``fast``.
     """
 
     build: Build = "fast"
@@ -105,7 +105,7 @@ def counting() -> Iterator[list[Counts]]:
     """Count what emulated launches move; after the block the list has an entry for each."""
     counted: list[Counts] = []
     first = len(log)
-    with using(build="checked", count=True):
+    with using(build="counted", count=True):
         yield counted
     counted += [entry.counts for entry in log[first:] if entry.counts is not None]
 

@@ -171,7 +171,8 @@ def launch(
         grid: threads along each axis (``dispatchThreads``).
         threadgroup: threads of a threadgroup along each axis.
         schedule: how threads are run.
-        count: count what is read and written; needs the checked build.
+        count: count what is read and written; needs a build that reports accesses, and
+            ``"counted"`` for figures that mean something.
 
     Raises:
         MslRunError: what was found, with buffer, thread and source line.
@@ -182,8 +183,8 @@ def launch(
         raise ValueError(f"buffers {[b.name for b in buffers]}; the kernel takes {list(names)}")
     if len(buffers) > 31:
         raise MslRunError("launch", f"{len(buffers)} buffer arguments; Metal allows 31")
-    if count and library.build != "checked":
-        raise ValueError(f"the {library.build} build does not see accesses; count in 'checked'")
+    if count and library.build == "fast":
+        raise ValueError("the fast build does not report accesses; count in 'counted'")
     _, entry, low, high = load(library.path)
     arguments = (_Buffer * max(1, len(buffers)))()
     for argument, b in zip(arguments, buffers, strict=False):
@@ -198,7 +199,7 @@ def launch(
         order=ORDERS.index(schedule.order),
         seed=schedule.seed,
         threads=schedule.threads,
-        checked=library.build == "checked",
+        checked=library.build != "fast",
         flush_denormals=schedule.flush_denormals,
         tg_limit=schedule.threadgroup_bytes,
         seconds=schedule.seconds,
