@@ -9,6 +9,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from .ptx import UNROLLED, compile_ptx
+
+_FUNCTION = re.compile(r"^[ \t]*(?:\.visible |\.weak )?\.(?:func|entry)[^;{]*\{(.*?)^\}", re.M | re.S)
 _LABEL = re.compile(r"^(\$\w+):")
 _BRANCH = re.compile(r"^(@!?%p\d+\s+)?bra(?:\.uni)?\s+(\$\w+);")
 _BYTES = re.compile(r"^(?:@!?%p\d+\s+)?ld\.global(?:\.nc)?(?:\.v(\d))?\.[a-z](\d+)\s")
@@ -38,9 +41,7 @@ class Loop:
     loads: int
 
 
-def _blocks(ptx: str) -> list[_Block]:
-    text = ptx[ptx.index(".entry") :]
-    body = text[text.index("{") + 1 : text.rindex("}")]
+def _blocks(body: str) -> list[_Block]:
     blocks = [_Block()]
     labels: dict[str, int] = {}
     jumps: list[tuple[int, str]] = []
@@ -120,8 +121,25 @@ def _natural_loops(blocks: list[_Block]) -> list[set[int]]:
 
 
 def inner_loops(ptx: str) -> list[Loop]:
-    """The innermost loops of the only entry point of a PTX text, in no particular order."""
-    blocks = _blocks(ptx)
+    """The innermost loops of all functions of a PTX text, in no particular order."""
+    return [loop for body in _FUNCTION.findall(ptx) for loop in _inner_loops(_blocks(body))]
+
+
+def largest_loop(source: str, name: str) -> Loop:
+    """The innermost loop of a kernel that reads the most in one iteration.
+
+    Raises:
+        ValueError: no loop of the kernel reads device memory.
+        MslSetupError: without CUDA's libdevice.
+    """
+    loops = inner_loops(compile_ptx(source, name, options=UNROLLED))
+    loop = max(loops, key=lambda loop: loop.load_bytes, default=Loop(0, 0, 0))
+    if not loop.load_bytes:
+        raise ValueError(f"no loop of {name} reads device memory")
+    return loop
+
+
+def _inner_loops(blocks: list[_Block]) -> list[Loop]:
     loops = _natural_loops(blocks)
     found = []
     for loop in loops:
