@@ -26,6 +26,7 @@ must be one copy of ``options`` and ``log`` in a process: loaders look for ``MOD
 """
 
 from .build import BUILDS, Build, Compiler, Library, cache_dir, compile_kernel, compiler
+from .counts import Counts, Traffic
 from .emulate import (
     Capture,
     EmulatedKernel,
@@ -42,7 +43,6 @@ from .emulate import (
     uninstall,
     using,
 )
-from .counts import Counts, Traffic
 from .errors import MslCompileError, MslError, MslRunError, MslSetupError
 from .lint import LANGUAGES, Finding, check, check_languages
 from .run import KINDS, ORDERS, Buffer, Report, Schedule, launch

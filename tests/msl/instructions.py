@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 
 from .ptx import UNROLLED, compile_ptx
 
-_FUNCTION = re.compile(r"^[ \t]*(?:\.visible |\.weak )?\.(?:func|entry)[^;{]*\{(.*?)^\}", re.M | re.S)
+_FUNCTION = re.compile(
+    r"^[ \t]*(?:\.visible |\.weak )?\.(?:func|entry)[^;{]*\{(.*?)^\}", re.M | re.S
+)
 _LABEL = re.compile(r"^(\$\w+):")
 _BRANCH = re.compile(r"^(@!?%p\d+\s+)?bra(?:\.uni)?\s+(\$\w+);")
 _BYTES = re.compile(r"^(?:@!?%p\d+\s+)?ld\.global(?:\.nc)?(?:\.v(\d))?\.[a-z](\d+)\s")

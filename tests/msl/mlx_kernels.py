@@ -109,9 +109,7 @@ def qmm_t(x: mx.array, weight: Affine) -> Case:
     """``affine_qmm_t``, the tiled kernel of 32 x 32 outputs a threadgroup of 128 threads."""
     (m, k), n = x.shape, weight.codes.shape[0]
     aligned = "true" if n % 32 == 0 else "false"
-    source = instantiate(
-        "affine_qmm_t", x.dtype, weight.group_size, weight.bits, aligned, "false"
-    )
+    source = instantiate("affine_qmm_t", x.dtype, weight.group_size, weight.bits, aligned, "false")
     sizes = (("K", k), ("N", n), ("M", m))
     grid = (32 * -(-n // 32), 2 * -(-m // 32), 2)
     return Case("affine_qmm_t", source, x, weight, sizes, grid, (32, 2, 2))

@@ -146,9 +146,7 @@ LOOP = "float v = 0; for (int j = 0; j < n[0]; j++) { v += %s; } y[i] = v;"
 
 
 def loop_of(expression):
-    captured = msl.capture(
-        kernel(LOOP % expression), [mx.arange(1024.0), mx.array([3])], **call()
-    )
+    captured = msl.capture(kernel(LOOP % expression), [mx.arange(1024.0), mx.array([3])], **call())
     return instructions.largest_loop(captured.source, captured.name)
 
 
