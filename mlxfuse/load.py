@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -11,15 +13,31 @@ import mlx.nn as nn
 from .gguf.reader import open_gguf
 from .gguf.tokenizer import load_tokenizer
 from .hub import resolve
+from .kernels import unavailable
 from .models import Architecture
 from .models.build import build
 from .models.config import read_config
 from .models.plan import plan
+from .models.streams import Account
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What loading did, as ``model.load_report``.
+
+    seconds      wall-clock time of each step: header, tokenizer, read, relayout, dequantize,
+                 self-test; a step that was not needed is absent.
+    dequantized  quantised type without a kernel -> [matrices, bytes in the file, bytes in memory];
+                 0 bytes in memory if they are dequantised at every call.
+    """
+
+    seconds: dict[str, float]
+    dequantized: dict[str, list[int]]
 
 
 def load(
@@ -47,11 +65,18 @@ def load(
         GGUFError: the file is malformed, or its tensors contradict its metadata.
         UnsupportedError: the architecture, a tensor type or a feature is not supported.
     """
+    account = Account()
+    quantized = unavailable() is None
     path = resolve(None if ref is None else os.fspath(ref), revision=revision)
-    with open_gguf(path) as file:
-        weights = plan(file, read_config(file, context_length))
-        tokenizer = load_tokenizer(file)
-        model = build(file, weights, activation_dtype(weights.config.architecture, dtype))
+    with ExitStack() as stack:
+        with account.time("header"):
+            file = stack.enter_context(open_gguf(path))
+            weights = plan(file, read_config(file, context_length))
+        with account.time("tokenizer"):
+            tokenizer = load_tokenizer(file)
+        chosen = activation_dtype(weights.config.architecture, dtype)
+        model = build(file, weights, chosen, quantized=quantized, account=account)
+    model.load_report = LoadReport(dict(account.seconds), account.dequantized)
     return model, tokenizer
 
 

@@ -1,0 +1,140 @@
+"""Linear and embedding layers whose weights stay at their file's bytes: `QuantizedWeight`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..kernels.dequantize import dequantize
+from ..kernels.quantized_matmul import quantized_matmul
+from ..kernels.weight import QuantizedWeight
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a layer's rows lie: they are parts ``first`` and following of ``whole``."""
+
+    whole: QuantizedWeight
+    first: int = 0
+
+
+class _Holder(nn.Module):
+    """Holds the streams of a weight.
+
+    They are in the module's tree, where MLX-LM adds up what a model takes, but they are not
+    parameters: `set_dtype` would convert the scales, and no optimiser can change them.
+    """
+
+    def __init__(self, weight: QuantizedWeight) -> None:
+        super().__init__()
+        self.weight = weight
+        self._streams = [dict(segment.arrays) for segment in weight.segments]
+        self.eval()
+
+    def _extra_repr(self) -> str:
+        formats = dict.fromkeys(segment.name for segment in self.weight.segments)
+        return f"{self.weight.columns} -> {self.weight.rows}, {' and '.join(formats)}"
+
+
+class QuantizedLinear(_Holder):
+    """``x @ weight.T + bias``, for float16, bfloat16 and float32 activations.
+
+    Args:
+        weight: ``[N, K]``; its parts are N rows in all, one after the other.
+        bias: ``[N]``.
+        place: the weight that these rows are a view of, by default ``weight``.
+    """
+
+    def __init__(
+        self, weight: QuantizedWeight, bias: mx.array | None = None, place: Place | None = None
+    ) -> None:
+        super().__init__(weight)
+        self.place = place or Place(weight)
+        if bias is not None:
+            self.bias = bias
+
+    def __call__(
+        self, x: mx.array, *, residual: mx.array | None = None, activation: str | None = None
+    ) -> mx.array:
+        """x ``[..., K]`` -> ``[..., N]``; see `quantized_matmul` for the epilogues."""
+        (y,) = quantized_matmul(
+            x, self.weight, bias=self._bias, residual=residual, activation=activation
+        )
+        return y
+
+    @property
+    def _bias(self) -> mx.array | None:
+        return self.bias if "bias" in self else None
+
+
+class FusedQuantizedLinear(QuantizedLinear):
+    """Several linears of the same input in one dispatch; no weight is copied."""
+
+    @classmethod
+    def join(cls, linears: Sequence[QuantizedLinear]) -> FusedQuantizedLinear:
+        """The rows of ``linears`` one after the other.
+
+        Where they are the views of one whole weight, it is that weight: its formats' rows are
+        together, which the gated activations need. Missing biases are zeros.
+        """
+        whole = linears[0].place.whole
+        parts = [part for linear in linears for part in linear.weight.parts]
+        at, together = 0, True
+        for linear in linears:
+            together &= linear.place.whole is whole and linear.place.first == at
+            at += len(linear.weight.parts)
+        weight = whole if together and at == len(whole.parts) else QuantizedWeight(tuple(parts))
+        return cls(weight, join_biases(linears))
+
+    def split(self, x: mx.array) -> tuple[mx.array, ...]:
+        """One contiguous result for each part, all by one dispatch."""
+        return quantized_matmul(x, self.weight, bias=self._bias, split=True)
+
+
+def join_biases(linears: Sequence[nn.Module]) -> mx.array | None:
+    """The biases one after the other, zeros for a linear that has none; None if none has."""
+    given = [linear.bias for linear in linears if "bias" in linear]
+    if not given:
+        return None
+    joined = mx.concatenate(
+        [
+            linear.bias if "bias" in linear else mx.zeros(rows(linear), given[0].dtype)
+            for linear in linears
+        ]
+    )
+    mx.eval(joined)
+    return joined
+
+
+def rows(linear: nn.Module) -> int:
+    """Columns of the result of a linear layer, quantised or not."""
+    if isinstance(linear, QuantizedLinear):
+        return linear.weight.rows
+    return cast(int, linear.weight.shape[0])
+
+
+class QuantizedEmbedding(_Holder):
+    """Rows are decoded when they are looked up; ``as_linear`` multiplies by the same bytes.
+
+    Args:
+        weight: ``[vocabulary, K]``, of one part.
+        dtype: of the rows that a look-up gives.
+    """
+
+    def __init__(self, weight: QuantizedWeight, dtype: mx.Dtype) -> None:
+        super().__init__(weight)
+        self._dtype = dtype
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        """ids, integers of any shape -> ``[*ids.shape, K]``."""
+        (segment,) = self.weight.segments
+        return dequantize(segment, ids, self._dtype)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """x ``[..., K]`` -> ``[..., vocabulary]``: a tied output head."""
+        (y,) = quantized_matmul(x, self.weight)
+        return y
