@@ -309,8 +309,7 @@ def generate_command(
     # mlx-lm prints warnings on stdout.
     with redirect_stdout(sys.stderr):
         from . import generate as engine
-        from . import prompt_cache
-        from . import kernels
+        from . import kernels, prompt_cache
         from .load import load
 
         if prompt_cache_file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import mlx.nn as nn
 
+from .fusion import PatchReport, patch_model
+from .fusion.patch import chosen
 from .gguf.reader import open_gguf
 from .gguf.tokenizer import load_tokenizer
 from .hub import resolve
@@ -34,10 +37,12 @@ class LoadReport:
                  self-test; a step that was not needed is absent.
     dequantized  quantised type without a kernel -> [matrices, bytes in the file, bytes in memory];
                  0 bytes in memory if they are dequantised at every call.
+    patch        what was fused.
     """
 
     seconds: dict[str, float]
     dequantized: dict[str, list[int]]
+    patch: PatchReport
 
 
 def load(
@@ -46,6 +51,7 @@ def load(
     dtype: mx.Dtype | str | None = None,
     revision: str | None = None,
     context_length: int | None = None,
+    fuse: str | Iterable[str] = "auto",
 ) -> tuple[nn.Module, TokenizerWrapper]:
     """Load a GGUF file: the same pair as ``mlx_lm.load``.
 
@@ -58,6 +64,9 @@ def load(
         context_length: tokens the model will be used with, by default as many as it was made for.
             Only ``longrope`` models (Phi-3) depend on it: above their original context they use
             their long rotary factors, else the short ones, as llama.cpp does with ``-c``.
+        fuse: what `patch_model` fuses: ``auto``, ``all``, ``off`` or names. Matrices of the types
+            that have a kernel stay as they are in the file where kernels run, or where something
+            is to be fused; elsewhere they are dequantised.
 
     Raises:
         ModelRefError: nothing has that name.
@@ -66,7 +75,7 @@ def load(
         UnsupportedError: the architecture, a tensor type or a feature is not supported.
     """
     account = Account()
-    quantized = unavailable() is None
+    quantized = unavailable() is None or bool(chosen(fuse))
     path = resolve(None if ref is None else os.fspath(ref), revision=revision)
     with ExitStack() as stack:
         with account.time("header"):
@@ -74,9 +83,10 @@ def load(
             weights = plan(file, read_config(file, context_length))
         with account.time("tokenizer"):
             tokenizer = load_tokenizer(file)
-        chosen = activation_dtype(weights.config.architecture, dtype)
-        model = build(file, weights, chosen, quantized=quantized, account=account)
-    model.load_report = LoadReport(dict(account.seconds), account.dequantized)
+        activations = activation_dtype(weights.config.architecture, dtype)
+        model = build(file, weights, activations, quantized=quantized, account=account)
+    patch = patch_model(model, fuse)
+    model.load_report = LoadReport(dict(account.seconds), account.dequantized, patch)
     return model, tokenizer
 
 

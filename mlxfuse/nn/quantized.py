@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..kernels.dequantize import dequantize
 from ..kernels.quantized_matmul import quantized_matmul
-from ..kernels.weight import QuantizedWeight
+from ..kernels.weight import Part, QuantizedWeight
+from .linear import GATED, join_biases
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +62,9 @@ class QuantizedLinear(_Holder):
     ) -> mx.array:
         """x ``[..., K]`` -> ``[..., N]``; see `quantized_matmul` for the epilogues."""
         (y,) = quantized_matmul(
-            x, self.weight, bias=self._bias, residual=residual, activation=activation
+            x, self.weight, bias=self.get("bias"), residual=residual, activation=activation
         )
         return y
-
-    @property
-    def _bias(self) -> mx.array | None:
-        return self.bias if "bias" in self else None
 
 
 class FusedQuantizedLinear(QuantizedLinear):
@@ -82,39 +78,41 @@ class FusedQuantizedLinear(QuantizedLinear):
         together, which the gated activations need. Missing biases are zeros.
         """
         whole = linears[0].place.whole
-        parts = [part for linear in linears for part in linear.weight.parts]
         at, together = 0, True
         for linear in linears:
             together &= linear.place.whole is whole and linear.place.first == at
             at += len(linear.weight.parts)
-        weight = whole if together and at == len(whole.parts) else QuantizedWeight(tuple(parts))
-        return cls(weight, join_biases(linears))
+        if not together or at != len(whole.parts):
+            whole = QuantizedWeight(tuple(p for linear in linears for p in linear.weight.parts))
+        return cls(whole, join_biases(linears, [linear.weight.rows for linear in linears]))
+
+    @classmethod
+    def cut(cls, linear: QuantizedLinear, rows: Sequence[int]) -> FusedQuantizedLinear | None:
+        """One linear as several of so many ``rows``; None if their ends are inside a format's."""
+        parts, left = [], list(linear.weight.parts)
+        for count in rows:
+            if not left or left[0].rows < count:
+                return None
+            part = left.pop(0)
+            parts.append(Part(part.segment, part.first, count))
+            if part.rows > count:
+                left.insert(0, Part(part.segment, part.first + count, part.rows - count))
+        return None if left else cls(QuantizedWeight(tuple(parts)), linear.get("bias"))
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The format of each part."""
+        return tuple(part.segment.name for part in self.weight.parts)
 
     def split(self, x: mx.array) -> tuple[mx.array, ...]:
         """One contiguous result for each part, all by one dispatch."""
-        return quantized_matmul(x, self.weight, bias=self._bias, split=True)
+        return quantized_matmul(x, self.weight, bias=self.get("bias"), split=True)
 
-
-def join_biases(linears: Sequence[nn.Module]) -> mx.array | None:
-    """The biases one after the other, zeros for a linear that has none; None if none has."""
-    given = [linear.bias for linear in linears if "bias" in linear]
-    if not given:
-        return None
-    joined = mx.concatenate(
-        [
-            linear.bias if "bias" in linear else mx.zeros(rows(linear), given[0].dtype)
-            for linear in linears
-        ]
-    )
-    mx.eval(joined)
-    return joined
-
-
-def rows(linear: nn.Module) -> int:
-    """Columns of the result of a linear layer, quantised or not."""
-    if isinstance(linear, QuantizedLinear):
-        return linear.weight.rows
-    return cast(int, linear.weight.shape[0])
+    def gated(self, x: mx.array, activation: str) -> mx.array:
+        """``act(gate) * up``, in the same dispatch if gate and up have one format."""
+        if len(self.weight.segments) > 1:
+            return GATED[activation](*self.split(x))
+        return self(x, activation=activation)
 
 
 class QuantizedEmbedding(_Holder):
