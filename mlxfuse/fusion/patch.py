@@ -25,7 +25,6 @@ _JOINED = {
     "gate_up": (("gate_proj", "up_proj"), "gate_up"),
 }
 _WHOLE = {"qkv": "qkv_proj", "gate_up": "gate_up_proj"}
-_DENSE = (nn.Linear, Linear)
 
 Fused = FusedQuantizedLinear | FusedLinear
 
@@ -42,7 +41,7 @@ class _Change:
     def undo(self) -> None:
         fused = self.module.pop(self.joined, None)
         if isinstance(fused, FusedLinear):
-            fused.hand_back(list(self.linears.values()))
+            fused.hand_back([x for x in self.linears.values() if isinstance(x, nn.Linear)])
         for name, linear in self.linears.items():
             self.module[name] = linear
         self.module.__class__ = self.cls
@@ -176,39 +175,46 @@ def _fuse_linears(fusion: str, module: nn.Module, uses: Counter[int]) -> _Change
 
 
 def _join(linears: Sequence[nn.Module]) -> Fused | str:
-    kinds = {type(linear) for linear in linears}
-    if kinds == {QuantizedLinear}:
-        if len({linear.weight.columns for linear in linears}) > 1:
+    quantized = [x for x in linears if isinstance(x, QuantizedLinear) and _known(x)]
+    dense = [x for x in linears if isinstance(x, nn.Linear) and _known(x)]
+    if len(quantized) == len(linears):
+        if len({x.weight.columns for x in quantized}) > 1:
             return "its linears have different inputs"
-        return FusedQuantizedLinear.join(linears)
-    if not kinds <= set(_DENSE):
+        return FusedQuantizedLinear.join(quantized)
+    if len(dense) < len(linears):
         return "its linears are " + " and ".join(sorted({_kind(x) for x in linears}))
-    if len({(linear.weight.dtype, linear.weight.shape[1]) for linear in linears}) > 1:
+    if len({(x.weight.dtype, x.weight.shape[1]) for x in dense}) > 1:
         return "its linears have different types or inputs"
-    return FusedLinear.join(linears)
+    return FusedLinear.join(dense)
 
 
 def _cut(module: nn.Module, fusion: str, linear: nn.Module) -> Fused | str:
-    if type(linear) is not QuantizedLinear and type(linear) not in _DENSE:
+    if not _known(linear):
         return f"its linear is {_kind(linear)}"
-    if type(linear) is QuantizedLinear:
-        total = linear.weight.rows
-    else:
-        total = linear.weight.shape[0]
+    quantized = isinstance(linear, QuantizedLinear)
+    total = linear.weight.rows if quantized else linear.weight.shape[0]
+    parts = [total // 2] * 2
     if fusion == "qkv":
         head = total // (module.n_heads + 2 * module.n_kv_heads)
-        rows = [head * n for n in (module.n_heads, module.n_kv_heads, module.n_kv_heads)]
-    else:
-        rows = [total // 2] * 2
-    fused = FusedQuantizedLinear if type(linear) is QuantizedLinear else FusedLinear
-    return fused.cut(linear, rows) or "its matrix has other rows than its parts"
+        parts = [head * n for n in (module.n_heads, module.n_kv_heads, module.n_kv_heads)]
+    made: Fused | None = None
+    if isinstance(linear, QuantizedLinear):
+        made = FusedQuantizedLinear.cut(linear, parts)
+    elif isinstance(linear, nn.Linear):
+        made = FusedLinear.cut(linear, parts)
+    return made or "its matrix has other rows than its parts"
+
+
+def _known(linear: nn.Module) -> bool:
+    """A layer that does nothing but multiply and add its bias: no LoRA, no subclass."""
+    return type(linear) in (QuantizedLinear, Linear, nn.Linear)
 
 
 def _kind(linear: nn.Module) -> str:
     """What a linear is, for a reason."""
-    if type(linear) is QuantizedLinear:
-        return "quantised"
-    return "dense" if type(linear) in _DENSE else type(linear).__name__
+    if not _known(linear):
+        return type(linear).__name__
+    return "quantised" if isinstance(linear, QuantizedLinear) else "dense"
 
 
 def _fuse_block(module: nn.Module) -> _Change | str:
