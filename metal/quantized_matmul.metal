@@ -106,7 +106,8 @@ METAL_FUNC uint weight_row(Part a, Part b, uint row, uint r, uint slots) {
   return a.first + row + r;
 }
 
-// Lane r of the SIMD-group holds the sum of slot r; writes the outputs of one row of x.
+// Lane r of the SIMD-group holds the sum of slot r, all of them inside W; writes the outputs of
+// one row of x.
 template <typename E, int slots, typename T, typename B, typename R>
 METAL_FUNC void write_rows(
     float sum, Part a, Part b, uint row, uint to, uint lane, B bias, R added, device T* out) {
@@ -116,7 +117,7 @@ METAL_FUNC void write_rows(
   if (gated) {
     up = simd_shuffle_down(sum, ushort(slots / 2));
   }
-  if (lane < count && row + lane < a.rows) {
+  if (lane < count) {
     const uint n = row + lane;
     float v = E::Activation::apply(E::add_bias(sum, bias, a.bias + n));
     if (gated) {
