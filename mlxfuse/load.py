@@ -86,6 +86,8 @@ def load(
         activations = activation_dtype(weights.config.architecture, dtype)
         model = build(file, weights, activations, quantized=quantized, account=account)
     patch = patch_model(model, fuse)
+    if patch.self_test_seconds:
+        account.seconds["self-test"] = patch.self_test_seconds
     model.load_report = LoadReport(dict(account.seconds), account.dequantized, patch)
     return model, tokenizer
 
