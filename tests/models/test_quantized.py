@@ -141,6 +141,8 @@ def test_a_type_without_a_kernel_is_reported(tmp_path: Path) -> None:
     loaded, _ = load(path, fuse="all")
     report = loaded.load_report
     assert report.dequantized == {"TQ1_0": [1, shape[0] * 54, shape[0] * 256 * 4]}
+    assert report.lines()[-1] == "TQ1_0 has no kernel: 1 matrices of 0.0 MB take 0.1 MB"
+    assert report.lines()[0].startswith("Fused: qkv 1/2 (1 mixed: q4_k, q6_k), gate/up 2/2")
     assert isinstance(loaded.layers[1].self_attn.q_proj, QuantizedLinear)
     reason = "its linears are dense and quantised"
     assert ("qkv", "model.layers.1.self_attn", reason) in report.patch.skipped
