@@ -43,6 +43,9 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    from . import blas
+
+    blas.preload()  # before mlx is imported
     value = getattr(import_module(f".{module}", __name__), name)
     globals()[name] = value
     return value

@@ -72,7 +72,7 @@ def render(
         raise UnsupportedError(f"the chat template fails: {_describe(error)}") from error
     finally:
         ACTIVE.reset(token)
-    return _cut_end(text, chat) if continue_final_message else text
+    return _cut_end(text) if continue_final_message else text
 
 
 @functools.lru_cache(maxsize=16)
@@ -129,7 +129,8 @@ def _plain(value: Any, depth: int = 0) -> Any:
     return _plain(dump(), depth + 1) if callable(dump) else f"<{type(value).__name__}>"
 
 
-_END = "<mlxfuse:end-of-message>"
+# Ends with a space: a template that trims takes it away, and would have trimmed the message.
+_END = "<mlxfuse:end-of-message> "
 
 
 def _mark_end(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -138,10 +139,8 @@ def _mark_end(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*chat[:-1], {**chat[-1], "content": chat[-1]["content"] + _END}]
 
 
-def _cut_end(text: str, chat: list[dict[str, Any]]) -> str:
-    cut = text.rfind(_END)
+def _cut_end(text: str) -> str:
+    cut = text.rfind(_END.rstrip())
     if cut < 0:
         raise MLXFuseError("the chat template drops the last message, so it cannot be continued")
-    # A template that trims would have left no space before what the reply goes on with.
-    trims = chat[-1]["content"].removesuffix(_END) not in text[:cut]
-    return text[:cut].rstrip() if trims else text[:cut]
+    return text[:cut] if text.startswith(_END, cut) else text[:cut].rstrip()

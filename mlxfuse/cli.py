@@ -298,7 +298,7 @@ def generate_command(
     path = _resolve(ref, revision, shown)
     draft_path = _resolve(draft_model, None, shown) if draft_model else None
 
-    _quiet_imports()
+    _before_imports()
     stdout = sys.stdout
     on_terminal = stdout.isatty()
 
@@ -379,8 +379,11 @@ def _load_draft(path: Path, tokenizer: Any) -> Any:
     return draft
 
 
-def _quiet_imports() -> None:
-    """transformers advises to install torch, which is not needed here."""
+def _before_imports() -> None:
+    """What must come before mlx and transformers, which advises to install torch."""
+    from . import blas
+
+    blas.preload()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 

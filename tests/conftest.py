@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
+from mlxfuse.demo import demo_path
 from tests import msl
 
 METAL = mx.metal.is_available()
@@ -44,3 +46,12 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
     with msl.installed(build=request.param, orders=msl.ORDERS):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def demo() -> Path:
+    """The demo model, which must have been fetched: tests never download."""
+    path = demo_path()
+    if not path.is_file():
+        pytest.fail(f"the demo model is not at {path}: run `mlxfuse inspect` once to fetch it")
+    return path

@@ -284,9 +284,6 @@ def test_two_processes_at_once(pin, cache, index, tmp_path):
     assert left(cache) == [".lock", demo.NAME]
 
 
-@pytest.mark.demo
-def test_the_cached_model_is_the_pinned_one():
-    path = demo.demo_path()
-    if not path.exists():
-        pytest.skip("the demo model is not in the cache")
-    assert sha256(path.read_bytes()) == demo.GGUF_SHA256
+def test_the_cached_model_is_the_pinned_one(request):
+    pinned = demo.GGUF_SHA256
+    assert sha256(request.getfixturevalue("demo").read_bytes()) == pinned

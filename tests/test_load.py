@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlxfuse.errors import GGUFError, ModelRefError, UnsupportedError
+from mlxfuse.generate import Settings, encode_prompt
 from mlxfuse.gguf.reader import open_gguf
 from mlxfuse.load import activation_dtype, load
 from mlxfuse.models import ARCHITECTURES, build
@@ -230,3 +231,9 @@ def test_a_file_that_shrinks_while_it_loads_is_an_error(
 def test_no_such_file(tmp_path: Path) -> None:
     with pytest.raises(ModelRefError):
         load(tmp_path / "nosuch.gguf")
+
+
+def test_a_model_without_a_template_gets_the_plain_prompt(tmp_path: Path) -> None:
+    _, tokenizer = load(tiny.write(tmp_path / "model.gguf", tiny.build("llama", 0)))
+    assert not tokenizer.has_chat_template
+    assert encode_prompt(tokenizer, Settings(prompt="ab")) == tokenizer.encode("ab")

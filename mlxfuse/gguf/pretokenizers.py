@@ -89,6 +89,8 @@ PRE: dict[str, Pre] = {
     ),
     **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe"), Pre((_LLAMA3,))),
     "glm4": Pre((_LLAMA3,), ignore_merges=True),
+    # Numbers apart first: all spaces before one stay together.
+    "minicpm5": Pre((r"\p{N}{1,3}", _LLAMA3), ignore_merges=True),
     **dict.fromkeys(
         (
             *("gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "exaone4", "mpt", "olmo", "jais"),
@@ -104,10 +106,12 @@ PRE: dict[str, Pre] = {
         _DIGITS_GPT2,
     ),
     **dict.fromkeys(
-        ("qwen2", "deepseek-r1-qwen", "kormo", "megrez", "stablelm2", "hunyuan", "solar-open"),
+        (
+            *("qwen2", "deepseek-r1-qwen", "kormo", "megrez", "stablelm2", "hunyuan", "grok-2"),
+            *("solar-open", "bailingmoe", "bailingmoe2", "llada-moe"),
+        ),
         Pre((_QWEN2,)),
     ),
-    "grok-2": Pre((_QWEN2,)),
     "qwen35": Pre((_QWEN35,)),
     **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "minimax-m2"), Pre((_GPT4O,))),
     "tekken": Pre((_TEKKEN,), add_bos=True, ignore_merges=True),
@@ -129,16 +133,8 @@ PRE: dict[str, Pre] = {
     "falcon": Pre((r"[\p{P}$+<=>\^~|`]+", _GPT2, "[0-9][0-9][0-9]")),
     **dict.fromkeys(("bloom", "gpt3-finnish", "poro-chat"), Pre((_BLOOM,))),
     "viking": Pre((_BLOOM, r"\p{N}")),
-    **dict.fromkeys(
-        ("bailingmoe", "bailingmoe2", "llada-moe"),
-        Pre((rf"{_CONTRACTION}|{_WORD}|\p{{N}}|{_SYMBOLS}|\s*[\r\n]|\s+(?!\S)|\s+",)),
-    ),
     "seed-coder": Pre(
         (rf"{_CONTRACTION}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}",),
-    ),
-    "minicpm5": Pre(
-        (r"\p{N}{1,3}", rf"{_CONTRACTION}|{_WORD}|\p{{N}}+|{_SYMBOLS}|{_SPACES}"),
-        ignore_merges=True,
     ),
     # The escaped space is a letter to nobody: lines are merged whole.
     "gemma4": Pre((r"[^\n]+|\n+",), add_bos=True, ignore_merges=True, byte_level=False),

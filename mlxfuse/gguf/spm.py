@@ -10,11 +10,8 @@ import heapq
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-from tokenizers import NormalizedString, PreTokenizedString
 
 from .vocab import BYTE, NORMAL, Vocab
-
-_CHUNK = 512
 
 
 def needs_scores(vocab: Vocab) -> bool:
@@ -68,35 +65,3 @@ def segment(text: str, ids: Mapping[str, int], scores: Sequence[float]) -> list[
         consider(before[left], left)
         consider(left, after[left])
     return [len(symbol) for symbol in symbols if symbol]
-
-
-class ScoreMerges:
-    """A ``tokenizers`` pre-tokenizer that cuts text into the pieces `segment` finds."""
-
-    def __init__(self, vocab: Vocab) -> None:
-        self._ids = vocab.ids
-        self._scores = [0.0] * len(vocab.tokens) if vocab.scores is None else vocab.scores.tolist()
-
-    def pre_tokenize(self, text: PreTokenizedString) -> None:
-        text.split(self._split)
-
-    def _split(self, _: int, text: NormalizedString) -> list[NormalizedString]:
-        # A slice costs as much as the string it is cut from: cut large, then small.
-        lengths = segment(str(text.normalized), self._ids, self._scores)
-        pieces: list[NormalizedString] = []
-        start = 0
-        for first in range(0, len(lengths), _CHUNK):
-            part = lengths[first : first + _CHUNK]
-            chunk = _cut(text, start, sum(part))
-            start += sum(part)
-            at = 0
-            for length in part:
-                pieces.append(_cut(chunk, at, length))
-                at += length
-        return pieces
-
-
-def _cut(text: NormalizedString, start: int, length: int) -> NormalizedString:
-    piece = text[start : start + length]
-    assert piece is not None  # None stands for a range outside the text
-    return piece

@@ -14,18 +14,28 @@ from typing import Any, Protocol
 
 import numpy as np
 from mlx_lm.tokenizer_utils import StreamingDetokenizer, TokenizerWrapper
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    NormalizedString,
+    PreTokenizedString,
+    Regex,
+    Tokenizer,
+    decoders,
+    normalizers,
+    pre_tokenizers,
+)
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import get_json_schema
 
 from .. import chat_template as chat
-from .spm import ScoreMerges, merges_by_score, needs_scores
+from .spm import merges_by_score, needs_scores, segment
 from .vocab import BYTE, CONTROL, UNKNOWN, UNUSED, USER_DEFINED, Vocab, read_vocab
 
 _SPACE = "\u2581"
 _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
+_CHUNK = 512
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -55,7 +65,10 @@ def build_tokenizer(
         GGUFError, UnsupportedError: see `read_vocab`; ``path`` is only for their messages.
     """
     vocab = read_vocab(metadata, path)
-    return TokenizerWrapper(GGUFTokenizer(vocab), Detokenizer, eos_token_ids=vocab.eog)
+    wrapper = TokenizerWrapper(GGUFTokenizer(vocab), Detokenizer, eos_token_ids=vocab.eog)
+    # mlx-lm takes an apply_chat_template of one's own for a template.
+    wrapper.has_chat_template = bool(vocab.chat_templates)
+    return wrapper
 
 
 class GGUFTokenizer(PreTrainedTokenizerFast):
@@ -256,11 +269,43 @@ def _spm(vocab: Vocab) -> Tokenizer:
         )
     )
     if scored:
-        backend.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(ScoreMerges(vocab))
+        backend.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(_ScoreMerges(vocab))
     prefix = [normalizers.Prepend(_SPACE)] if vocab.add_space_prefix else []
     backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", _SPACE)])
     backend.decoder = _spm_decoder(trim=vocab.add_space_prefix)
     return backend
+
+
+class _ScoreMerges:
+    """A ``tokenizers`` pre-tokenizer that cuts text into the pieces `segment` finds."""
+
+    def __init__(self, vocab: Vocab) -> None:
+        self._ids = vocab.ids
+        self._scores = [0.0] * len(vocab.tokens) if vocab.scores is None else vocab.scores.tolist()
+
+    def pre_tokenize(self, text: PreTokenizedString) -> None:
+        text.split(self._split)
+
+    def _split(self, _: int, text: NormalizedString) -> list[NormalizedString]:
+        # A slice costs as much as the string it is cut from: cut large, then small.
+        lengths = segment(str(text.normalized), self._ids, self._scores)
+        pieces: list[NormalizedString] = []
+        start = 0
+        for first in range(0, len(lengths), _CHUNK):
+            part = lengths[first : first + _CHUNK]
+            chunk = _cut(text, start, sum(part))
+            start += sum(part)
+            at = 0
+            for length in part:
+                pieces.append(_cut(chunk, at, length))
+                at += length
+        return pieces
+
+
+def _cut(text: NormalizedString, start: int, length: int) -> NormalizedString:
+    piece = text[start : start + length]
+    assert piece is not None  # None stands for a range outside the text
+    return piece
 
 
 def _split(pattern: str) -> pre_tokenizers.PreTokenizer:

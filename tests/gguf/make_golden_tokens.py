@@ -3,6 +3,7 @@
     python -m tests.gguf.make_golden_tokens            # rewrite the file
     python -m tests.gguf.make_golden_tokens --fuzz N   # compare N texts a family; writes nothing
 
+The demo model's own vocabulary is among them: fetch it first, with `mlxfuse inspect`.
 Needs the ``xllamacpp`` wheel, whose library exports llama.cpp's C API; the test suite does not.
 """
 
@@ -20,13 +21,16 @@ import gguf
 import numpy as np
 import xllamacpp
 
+from mlxfuse.demo import demo_path
 from mlxfuse.gguf.pretokenizers import PRE
+from mlxfuse.gguf.reader import open_gguf
 from mlxfuse.gguf.tokenizer import build_tokenizer
 
 from . import vocabularies
 
 GOLDEN = Path(__file__).with_name("golden_tokens.json")
 TEXTS, SEED = 40, 7
+DEMO = "demo model"
 
 _PARAMS_SIZE = 80
 _VOCAB_ONLY = 72  # byte offset of vocab_only in llama_model_params of llama.cpp in 2026
@@ -137,9 +141,12 @@ def main() -> int:
     different = 0
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "vocab.gguf"
-        for name, metadata in vocabularies.families(PRE).items():
-            write_vocab(path, metadata)
-            vocab = LlamaVocab(path)
+        with open_gguf(demo_path()) as demo:
+            families = {**vocabularies.families(PRE), DEMO: dict(demo.metadata)}
+        for name, metadata in families.items():
+            if name != DEMO:
+                write_vocab(path, metadata)
+            vocab = LlamaVocab(demo_path() if name == DEMO else path)
             if args.fuzz:
                 different += compare(name, metadata, vocab, fuzzed)
                 continue

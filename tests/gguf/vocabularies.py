@@ -56,6 +56,8 @@ CORPUS = [
     "∑∫√∞≠≤ ←→ €£¥₿ ™©®",
     "the cat sat on the mat and the dog ran to the end of the road",
     "aaaa aaaaaaa ababab baba",
+    "One.\nTwo.\nThree!\n\n(a)\n(b)\n\nWhat?!\n\n",
+    "x  23   45    678",
     "unmerged is a token that no merge makes, also as  unmerged",
 ]
 CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -182,6 +184,9 @@ def _sentencepiece_tokens() -> tuple[list[str], list[int]]:
     return tokens, types
 
 
+SPM_SIZE = len(_sentencepiece_tokens()[0])
+
+
 def spm(**more: Any) -> dict[str, Any]:
     """SentencePiece BPE: scores fall with the order of the merges, bytes as a fallback."""
     tokens, types = _sentencepiece_tokens()
@@ -218,6 +223,7 @@ def families(pres: Iterable[str]) -> dict[str, dict[str, Any]]:
         "spm": spm(),
         "spm without prefix": spm(add_space_prefix=False),
         "spm with eos": spm(add_bos_token=False, add_eos_token=True),
+        "spm of equal scores": {**spm(), "tokenizer.ggml.scores": np.full(SPM_SIZE, -1e3, "f4")},
         "spm phi-3": {**spm(), "general.name": "Phi-3 mini"},
         "gemma4": gemma4(),
     }

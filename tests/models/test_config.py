@@ -80,7 +80,8 @@ def test_defaults_are_llama_cpps(tmp_path: Path) -> None:
 def test_gemma2(tmp_path: Path) -> None:
     found = config(tmp_path, "gemma2")
     assert found.args["sliding_window"] == 6
-    assert found.args["sliding_window_pattern"] == 3
+    assert found.args["sliding_window_pattern"] == 2
+    assert config(tmp_path, "gemma2-pattern").args["sliding_window_pattern"] == 3
     assert found.args["attn_logit_softcapping"] == 4.0
     assert found.args["query_pre_attn_scalar"] == 32  # head_dim, though hidden / heads is 24
     plain = config(

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlxfuse.demo import ensure_demo
 from mlxfuse.load import load
 from tests.models import tiny
 
@@ -170,12 +169,12 @@ def test_a_misread_file_is_noticed(name: str, change: Change, tmp_path: Path) ->
     assert kld > CONTROL, f"mean KLD only {kld:.2e}"
 
 
-def test_the_demo_model_matches_llama_cpp() -> None:
+def test_the_demo_model_matches_llama_cpp(demo: Path) -> None:
     """A real model: the last positions of a 30-token prompt, prefilled and then decoded."""
     reference = golden("demo")
     tokens, want = mx.array(reference["tokens"][None]), reference["logits"]
     # Never downloaded here; without it this fails and says where to put it.
-    model, _ = load(ensure_demo(offline=True), dtype=mx.float32)
+    model, _ = load(demo, dtype=mx.float32)
     whole = model(tokens)[0, -len(want) :]
     state, decoded = make_prompt_cache(model), len(want) - 1
     rows = [model(tokens[:, :-decoded], cache=state)[0, -1:]]
