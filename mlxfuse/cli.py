@@ -314,6 +314,8 @@ def generate_command(
 
         if prompt_cache_file:
             prompt_cache.expect_model(prompt_cache_file, ref)
+        kernels.launches.clear()
+        kernels.fallbacks.clear()
         start = time.perf_counter()
         loaded, tokenizer = load(path, dtype=dtype and dtype.value)
         draft = _load_draft(draft_path, tokenizer) if draft_path else None
@@ -353,7 +355,7 @@ def generate_command(
             "model": str(path),
             **asdict(result),
             "load_seconds": load_seconds,
-            "load": asdict(loaded.load_report),
+            "load": loaded.load_report.as_dict(),
             "kernels": kernels.counts(),
         }
         print(json.dumps(record))
@@ -361,7 +363,7 @@ def generate_command(
     print()
     if shown:
         print(f"{result.footer()}", file=sys.stderr)
-        for line in kernels.summary():
+        for line in (*loaded.load_report.lines(), *kernels.summary()):
             print(line, file=sys.stderr)
 
 
