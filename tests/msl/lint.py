@@ -240,7 +240,8 @@ class _Walker:
                 yield "compound assignment to bfloat computes in float and converts back implicitly"
         if kind in _CASTS and node.get("castKind") == "BitCast":
             full = node.get("type", {}).get("desugaredQualType", "") + type_
-            if "vector_type" in full:
+            # A pointer to vectors may be cast: it is how memory is read 16 bytes at a time.
+            if "vector_type" in full and "*" not in type_:
                 yield f"vector cast to {type_}: write the conversion as a constructor call"
         if kind == "CXXMemberCallExpr":
             yield from self._member_call(node)

@@ -136,6 +136,7 @@ static void check_threadgroup(const Access *a) {
       Target t = {v->name, &w->tg_cells[a->addr - (uint64_t)w->tg_memory],
                   a->addr - (uint64_t)v->ptr, 0};
       check_cells(a, &t);
+      msl_count_access(msl_run_state->buffer_count, 0, a->size, a->write, a->pc);
       return;
     }
     if (!nearest || distance(a->addr, v->ptr, v->size) <
@@ -164,6 +165,7 @@ static void check_device(const Access *a) {
       } else if (a->write) {
         msl_fail(READ_ONLY, a->pc, a->addr, "write to read-only buffer '%s'", b->name);
       }
+      msl_count_access(i, offset, a->size, a->write, a->pc);
       return;
     }
     if (!nearest || distance(a->addr, b->ptr, b->size) <
@@ -172,7 +174,10 @@ static void check_device(const Access *a) {
   }
   uint64_t sgs = a->addr - (uint64_t)w->sgs;
   if (sgs < w->sg_count * sizeof(Simdgroup)) return;  // a SIMD-group function reads its table
-  if (!a->write && a->addr >= run->options.code_lo && a->addr < run->options.code_hi) return;
+  if (!a->write && a->addr >= run->options.code_lo && a->addr < run->options.code_hi) {
+    msl_count_access(run->buffer_count + 1, 0, a->size, false, a->pc);
+    return;
+  }
   msl_fail(OUT_OF_BOUNDS, a->pc, a->addr,
            "out-of-bounds %s of %u bytes at offset %lld of buffer '%s' (%llu bytes)", verb(a),
            a->size, nearest ? (long long)(a->addr - (uint64_t)nearest->ptr) : 0,

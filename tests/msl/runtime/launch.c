@@ -129,6 +129,7 @@ static void run_group(Worker *w, uint64_t group) {
     msl_switch(&w->main_sp, f->sp);
     w->current = NULL;
   }
+  if (msl_run_state->options.traffic && !w->failed) msl_count_threadgroup();
 }
 
 // ---- workers --------------------------------------------------------------------------------------------------
@@ -281,6 +282,8 @@ static void *worker_main(void *seed) {
   if (w) {
     run->report->switches += w->switches;
     run->report->exchanges += w->exchanges;
+    run->report->tg_barriers += w->tg_barriers;
+    run->report->sg_barriers += w->sg_barriers;
   }
   run->running--;
   pthread_cond_signal(&run->idle);
@@ -432,8 +435,11 @@ EXPORT int msl_run(Entry entry, Buffer *buffers, uint32_t count, const uint32_t 
   if (run.options.threads > run.total) run.options.threads = (uint32_t)run.total;
   bool ok = true;
   for (uint32_t i = 0; i < count && ok; i++) ok = guard(&run, i, &guarded[i]);
+  bool counting = options->traffic;
+  if (ok && counting) ok = msl_count_start();
   if (ok) run_workers(&run);
   else internal_error("cannot map a buffer");
+  if (counting) msl_count_end();
   if (options->checked && !report->kind) check_outputs_written(&run);
   for (uint32_t i = 0; i < count && !report->kind; i++)
     if (buffers[i].writable) check_margins(&buffers[i], &guarded[i]);
