@@ -309,7 +309,7 @@ def generate_command(
     # mlx-lm prints warnings on stdout.
     with redirect_stdout(sys.stderr):
         from . import generate as engine
-        from . import prompt_cache
+        from . import kernels, prompt_cache
         from .load import load
 
         if prompt_cache_file:
@@ -349,12 +349,20 @@ def generate_command(
             write=None if as_json else write,
         )
     if as_json:
-        record = {"model": str(path), **asdict(result), "load_seconds": load_seconds}
+        record = {
+            "model": str(path),
+            **asdict(result),
+            "load_seconds": load_seconds,
+            "load": asdict(loaded.load_report),
+            "kernels": kernels.counts(),
+        }
         print(json.dumps(record))
         return
     print()
     if shown:
         print(f"{result.footer()}", file=sys.stderr)
+        for line in kernels.summary():
+            print(line, file=sys.stderr)
 
 
 def _load_draft(path: Path, tokenizer: Any) -> Any:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from .errors import MslCompileError, MslSetupError
-from .source import ENTRY, Translation, prefix, translate
+from .source import ENTRY, KERNEL_FILE, Translation, prefix, translate
 
 Build = Literal["fast", "checked", "counted"]
 BUILDS: tuple[Build, ...] = ("fast", "checked")  # what tests run in; "counted" is for figures
@@ -47,7 +47,8 @@ LANGUAGE = (
     *("-Wno-unknown-attributes", "-Wno-explicit-specialization-storage-class", "-Wno-psabi"),
     *("-Wno-pass-failed", "-Wno-unused-function", "-Wno-keyword-compat"),
 )
-_COMMON = ("-g1", "-ftrivial-auto-var-init=pattern", "-fPIC", "-fvisibility=hidden")
+# GNU addr2line 2.40 loses the inlined frames of DWARF 5.
+_COMMON = ("-g1", "-gdwarf-4", "-ftrivial-auto-var-init=pattern", "-fPIC", "-fvisibility=hidden")
 _ASAN = (
     "asan-instrumentation-with-call-threshold=0",  # a call for every access
     "asan-mapping-offset=0x7fff8000",
@@ -291,7 +292,7 @@ def compile_kernel(
     path = cache_dir() / f"{stem}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
-            text = Path(folder) / "kernel.clcpp"
+            text = Path(folder) / KERNEL_FILE
             text.write_text(translation.text, encoding="utf-8")
             included = ("-include-pch", str(precompiled(build, version)))
             compiled = text.with_suffix(".o")

@@ -127,6 +127,9 @@ class _Report(ctypes.Structure):
     )
 
 
+_NO_THREAD = 2**32 - 1
+
+
 def where(library: Library, pc: int) -> str:
     """Source lines of an address, innermost first, without those of the shim."""
     low = load(library.path)[2]
@@ -143,7 +146,7 @@ def where(library: Library, pc: int) -> str:
 def _explain(library: Library, report: _Report) -> MslRunError:
     kind = KINDS[report.kind]
     text = f"{kind}: {report.message.decode(errors='replace')}\n  in {library.name}"
-    if kind not in ("unwritten-output", "launch", "internal"):
+    if kind not in ("unwritten-output", "launch", "internal") and report.thread != _NO_THREAD:
         text += (
             f", threadgroup {tuple(report.tg)}, thread {report.thread} "
             f"(simdgroup {report.simdgroup}, lane {report.lane})"

@@ -251,26 +251,25 @@ SET_SHADOW(f3)
 SET_SHADOW(f5)
 SET_SHADOW(f8)
 
-#define UB(name, text)                                                         \
-  EXPORT void __ubsan_handle_##name##_minimal(void) {                          \
-    if (msl_worker && msl_worker->current)                                     \
-      msl_fail(UNDEFINED, CALLER, 0, "undefined behaviour: %s", text); \
+#define UB(name, kind, text)                                                \
+  EXPORT void __ubsan_handle_##name##_minimal(void) {                       \
+    if (msl_worker && msl_worker->current) msl_fail(kind, CALLER, 0, text); \
   }
-UB(out_of_bounds, "array index out of bounds")
-UB(type_mismatch, "misaligned or null access")
-UB(alignment_assumption, "misaligned access")
-UB(shift_out_of_bounds, "shift amount out of range")
-UB(divrem_overflow, "division by zero or overflow")
-UB(add_overflow, "signed integer overflow in +")
-UB(sub_overflow, "signed integer overflow in -")
-UB(mul_overflow, "signed integer overflow in *")
-UB(negate_overflow, "signed overflow in negation")
-UB(float_cast_overflow, "float-to-integer conversion out of range")
-UB(pointer_overflow, "pointer overflow")
-UB(builtin_unreachable, "unreachable code")
-UB(missing_return, "missing return")
-UB(load_invalid_value, "invalid bool or enum value")
-UB(invalid_builtin, "clz or ctz of zero")
+UB(out_of_bounds, OUT_OF_BOUNDS, "array index out of bounds")
+UB(type_mismatch, MISALIGNED, "misaligned or null access")
+UB(alignment_assumption, MISALIGNED, "misaligned access")
+UB(shift_out_of_bounds, UNDEFINED, "shift amount out of range")
+UB(divrem_overflow, UNDEFINED, "division by zero or overflow")
+UB(add_overflow, UNDEFINED, "signed integer overflow in +")
+UB(sub_overflow, UNDEFINED, "signed integer overflow in -")
+UB(mul_overflow, UNDEFINED, "signed integer overflow in *")
+UB(negate_overflow, UNDEFINED, "signed overflow in negation")
+UB(float_cast_overflow, UNDEFINED, "float-to-integer conversion out of range")
+UB(pointer_overflow, UNDEFINED, "pointer overflow")
+UB(builtin_unreachable, UNDEFINED, "unreachable code")
+UB(missing_return, UNDEFINED, "missing return")
+UB(load_invalid_value, UNDEFINED, "invalid bool or enum value")
+UB(invalid_builtin, UNDEFINED, "clz or ctz of zero")
 
 // ---- atomics ------------------------------------------------------------------------------------------------
 // kind: 0 load, 1 store, 2 read-modify-write. A checked build runs on one host thread: no lock there.

@@ -19,6 +19,7 @@ enum {
   MAX_VARIABLES = 256,     // threadgroup variables of a kernel
   MAX_VALUE = 64,          // bytes a SIMD-group function may exchange
   TG_BYTES = 1 << 17,      // arena for threadgroup variables and their red zones
+  NO_THREAD = -1,          // of a report: it is not known which
   MEM_DEVICE = 1,          // metal::mem_flags
   MEM_THREADGROUP = 2,
   MEM_MEETING = 0x100,     // the checked build's own barrier, in simdgroup_load and the like
@@ -122,7 +123,7 @@ typedef struct {
   bool failed;
   uint64_t accesses, switches, exchanges, tg_barriers, sg_barriers, random;
   sigjmp_buf jump;
-  uint64_t fault_addr;
+  uint64_t fault_addr, fault_pc;
 } Worker;
 
 typedef struct {
