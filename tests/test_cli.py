@@ -471,6 +471,28 @@ def test_inspect_tells_what_goes_together(tmp_path, name, qkv, gate):
         assert found["fusion"][group] == [{"kind": kind, "types": types, "layers": layers}]
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: m.metadata.pop("llama.block_count"), "the key 'llama.block_count' is missing"),
+        (lambda m: m.metadata.update({"llama.expert_count": 4}), "mixture-of-experts models of"),
+        (lambda m: m.tensors.pop("blk.1.ffn_up.weight"), "blk.1.ffn_up.weight is missing"),
+        (lambda m: m.metadata.update({"tokenizer.ggml.add_eos_token": 1}), "tokenizer.ggml.add_e"),
+    ],
+)
+def test_inspect_tells_what_generate_would_refuse(tmp_path, change, reason):
+    made = tiny.build("llama", 0)
+    change(made)
+    path = tiny.write(tmp_path / "m.gguf", made)
+    found = json.loads(invoke("inspect", path, "--json").stdout)
+    assert found["supported"] is False
+    assert [r[: len(reason)] for r in found["unsupported"]] == [reason]
+    shown = invoke("inspect", path).stdout
+    assert "supported     no, see below\n" in shown
+    assert f"\nnot supported: {reason}" in shown
+    assert invoke("generate", path).exit_code in (3, 4)
+
+
 def test_inspect_for_people_is_safe_to_print(tmp_path):
     made = tiny.build("llama", 0)
     made.metadata["general.name"] = "[bold]evil\x1b[31m\u202ename\n2[/]"
