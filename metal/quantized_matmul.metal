@@ -1,7 +1,7 @@
 // y = epilogue(x W^T) for W in any format of formats.h; float32 accumulation.
 //
 // W is one or more parts (row ranges: q, k and v; gate and up), each in one set of streams.
-// `size` holds the units of a row of W, the rows of x, the rows of x before the next one is
+// `size` holds K, the rows of x, the rows of x before the next one is
 // used (experts: outputs for each row of x; else 1), then six numbers for each part: its first
 // row in its streams, its rows, its first tile in the grid, its first column in its output, the
 // columns of that output and its first column in the bias.
@@ -208,7 +208,7 @@ METAL_FUNC void vector_tile(
   constexpr uint slots = 4;
   constexpr uint least = E::Activation::gated ? 2 : 1;
   constexpr uint count = E::Activation::gated ? slots / 2 : slots;
-  const uint units = uint(size[0]);
+  const uint units = uint(size[0]) / F::width;
   const device T* from = x + ulong(tile.y / uint(size[2])) * units * F::width;
   const uint row = ((tile.x - a.tile) * 2 + group) * count;
   if (row + count <= a.rows) {
@@ -300,7 +300,7 @@ METAL_FUNC void batch_tile(
   constexpr uint slots = 2;
   constexpr uint least = E::Activation::gated ? 2 : 1;
   constexpr uint count = E::Activation::gated ? slots / 2 : slots;
-  const uint units = uint(size[0]);
+  const uint units = uint(size[0]) / F::width;
   const uint rows = uint(size[1]);
   const uint row = ((tile.x - a.tile) * 2 + group) * count;
   const uint to = tile.y * many;

@@ -280,7 +280,7 @@ def generate_command(
     with redirect_stdout(sys.stderr), status_line(shown and not as_json) as say:
         say(f"loading {path.name}")
         from . import generate as engine
-        from . import prompt_cache
+        from . import kernels, prompt_cache
         from .load import load
 
         if prompt_cache_file:
@@ -323,12 +323,20 @@ def generate_command(
             note=fail if shown else None,
         )
     if as_json:
-        record = {"model": str(path), **asdict(result), "load_seconds": load_seconds}
+        record = {
+            "model": str(path),
+            **asdict(result),
+            "load_seconds": load_seconds,
+            "load": asdict(loaded.load_report),
+            "kernels": kernels.counts(),
+        }
         print(json.dumps(record))
         return
     print()
     if shown:
         print(f"{result.footer()}", file=sys.stderr)
+        for line in kernels.summary():
+            print(line, file=sys.stderr)
 
 
 def _load_draft(path: Path, tokenizer: Any) -> Any:

@@ -3,23 +3,46 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from .fusion import PatchReport, patch_model
+from .fusion.patch import chosen
 from .gguf.reader import open_gguf
 from .gguf.tokenizer import load_tokenizer
 from .hub import resolve
+from .kernels import unavailable
 from .models import Architecture
 from .models.build import build
 from .models.config import read_config
 from .models.plan import plan
+from .models.streams import Account
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What loading did, as ``model.load_report``.
+
+    seconds      wall-clock time of each step: header, tokenizer, read, relayout, dequantize,
+                 self-test; a step that was not needed is absent.
+    dequantized  quantised type without a kernel -> [matrices, bytes in the file, bytes in memory];
+                 0 bytes in memory if they are dequantised at every call.
+    patch        what was fused.
+    """
+
+    seconds: dict[str, float]
+    dequantized: dict[str, list[int]]
+    patch: PatchReport
 
 
 def load(
@@ -28,6 +51,7 @@ def load(
     dtype: mx.Dtype | str | None = None,
     revision: str | None = None,
     context_length: int | None = None,
+    fuse: str | Iterable[str] = "auto",
 ) -> tuple[nn.Module, TokenizerWrapper]:
     """Load a GGUF file: the same pair as ``mlx_lm.load``.
 
@@ -40,6 +64,9 @@ def load(
         context_length: tokens the model will be used with, by default as many as it was made for.
             Only ``longrope`` models (Phi-3) depend on it: above their original context they use
             their long rotary factors, else the short ones, as llama.cpp does with ``-c``.
+        fuse: what `patch_model` fuses: ``auto``, ``all``, ``off`` or names. Matrices of the types
+            that have a kernel stay as they are in the file where kernels run, or where something
+            is to be fused; elsewhere they are dequantised.
 
     Raises:
         ModelRefError: nothing has that name.
@@ -47,11 +74,19 @@ def load(
         GGUFError: the file is malformed, or its tensors contradict its metadata.
         UnsupportedError: the architecture, a tensor type or a feature is not supported.
     """
+    account = Account()
+    quantized = unavailable() is None or bool(chosen(fuse))
     path = resolve(None if ref is None else os.fspath(ref), revision=revision)
-    with open_gguf(path) as file:
-        weights = plan(file, read_config(file, context_length))
-        tokenizer = load_tokenizer(file)
-        model = build(file, weights, activation_dtype(weights.config.architecture, dtype))
+    with ExitStack() as stack:
+        with account.time("header"):
+            file = stack.enter_context(open_gguf(path))
+            weights = plan(file, read_config(file, context_length))
+        with account.time("tokenizer"):
+            tokenizer = load_tokenizer(file)
+        activations = activation_dtype(weights.config.architecture, dtype)
+        model = build(file, weights, activations, quantized=quantized, account=account)
+    patch = patch_model(model, fuse)
+    model.load_report = LoadReport(dict(account.seconds), account.dequantized, patch)
     return model, tokenizer
 
 

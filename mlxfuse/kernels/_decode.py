@@ -17,11 +17,11 @@ Scales = tuple[mx.array, mx.array | None]
 def decode(segment: Segment) -> mx.array:
     """The weights in float32, ``[..., rows, columns]``, bit for bit as gguf-py gives them."""
     name = segment.format.name
-    arrays = {s: a.reshape(-1, a.shape[-1]) for s, a in segment.arrays.items()}
+    arrays = {s: a.flatten(0, -2) for s, a in segment.arrays.items()}
     codes = _CODES[name](arrays)
     scale, bias = _SCALES[name](arrays)
     # [rows, groups of one scale, weights of a group]
-    weights = scale[..., None] * codes.reshape(*scale.shape, -1)
+    weights = scale[..., None] * codes.reshape(*scale.shape, segment.columns // scale.shape[1])
     if bias is not None:
         weights = weights + bias[..., None]
     lead = segment.arrays["codes"].shape[:-1]
@@ -34,7 +34,7 @@ def _unpack(words: mx.array, per_group: int, low: int, mask: int) -> mx.array:
     Returns uint32 ``[rows, groups, 2, 4, 4]``: weight ``16 h + 4 j + b`` at ``[..., h, j, b]``.
     ``low`` is the plane's bits for each weight, which says how its quads are placed.
     """
-    groups = words.reshape(words.shape[0], -1, per_group)
+    groups = words.reshape(words.shape[0], words.shape[1] // per_group, per_group)
     quads = []
     for h in (0, 1):
         for j in range(4):
@@ -115,7 +115,7 @@ def _q2_k(a: dict[str, mx.array]) -> Scales:
 
 def _q3_k(a: dict[str, mx.array]) -> Scales:
     packed = a["scales"].view(mx.uint8)
-    packed = packed.reshape(packed.shape[0], -1, 12)
+    packed = packed.reshape(packed.shape[0], packed.shape[1] // 12, 12)
     low, high = packed[..., :8], packed[..., 8:]
     four = mx.concatenate([low & 15, low >> 4], axis=-1)
     two = mx.concatenate([(high >> s) & 3 for s in (0, 2, 4, 6)], axis=-1)

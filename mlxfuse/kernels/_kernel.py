@@ -112,6 +112,24 @@ class Kernel(Generic[P]):
         return self.reference(*args, **kwargs)
 
 
+def counts() -> dict[str, dict[str, int]]:
+    """`launches` and `fallbacks` so far, the latter by ``"op: reason"``."""
+    return {
+        "launches": dict(sorted(launches.items())),
+        "fallbacks": {f"{op}: {reason}": n for (op, reason), n in sorted(fallbacks.items())},
+    }
+
+
+def summary() -> list[str]:
+    """`counts` in words, one line for what ran and one for each reason of a fallback."""
+    where = "emulated on the CPU" if env.get("MLXFUSE_KERNELS") == "emulated" else "on Metal"
+    ran = ", ".join(f"{op}.metal {n} times" for op, n in sorted(launches.items()))
+    return [f"Kernels {where}: {ran}"] * bool(ran) + [
+        f"Without its kernel: {op} {n} times: {reason}"
+        for (op, reason), n in sorted(fallbacks.items())
+    ]
+
+
 def run(launch: Launch, *, emulated: bool = False) -> list[mx.array]:
     """Dispatch, unconditionally."""
     kernel = _compiled(launch.program, _bench() if emulated else mx.fast.metal_kernel)
@@ -136,6 +154,21 @@ def _compiled(program: Program, factory: Callable[..., Any]) -> Callable[..., li
         header=header(program.parts),
     )
     return kernel
+
+
+def unavailable() -> str | None:
+    """None where kernels can run now, on Metal or emulated; else why they cannot.
+
+    Raises:
+        KernelError: ``MLXFUSE_KERNELS`` has no such value, or is ``metal`` without a device.
+    """
+    mode = env.get("MLXFUSE_KERNELS")
+    if mode == "reference":
+        return "MLXFUSE_KERNELS is reference"
+    reason = _unavailable(mode)
+    if reason is not None and mode == "metal":
+        raise KernelError(f"kernels cannot run on Metal: {reason}")
+    return reason
 
 
 def _unavailable(mode: str) -> str | None:
@@ -172,5 +205,5 @@ def _bench() -> Callable[..., Any]:
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         spec.loader.exec_module(module)
-    factory: Callable[..., Any] = importlib.import_module(f"{name}.emulate").metal_kernel
+    factory: Callable[..., Any] = sys.modules[name].metal_kernel
     return factory

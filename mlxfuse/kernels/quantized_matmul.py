@@ -190,7 +190,7 @@ def _size(call: _Call, parts: tuple[Part, ...], per_group: int) -> tuple[mx.arra
     """The `size` input of the kernel, and the threadgroups along the weight's rows."""
     weight = call.weight
     given = call.x.size // call.x.shape[-1]
-    numbers = [weight.columns // weight.parts[0].segment.unit, call.rows, call.rows // given]
+    numbers = [weight.columns, call.rows, call.rows // given]
     tile = column = 0
     for part in weight.parts:
         width = part.rows if call.split else call.widths[0]

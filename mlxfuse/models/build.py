@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,11 @@ from .. import memory
 from ..errors import GGUFError, UnsupportedError
 from ..gguf.blocks import dequantize
 from ..nn.linear import Embedding, Linear, StreamedEmbedding, StreamedLinear
+from ..nn.quantized import Place, QuantizedEmbedding, QuantizedLinear
 from ..nn.rope import FrequencyRoPE
 from .config import Config, Rope
 from .plan import Plan, RowSource, WeightPlan
+from .streams import Account, StreamLoader, part_of
 
 if TYPE_CHECKING:
     from ..gguf.reader import GGUFFile
@@ -26,17 +29,28 @@ if TYPE_CHECKING:
 CHUNK = 1 << 26
 
 
-def build(file: GGUFFile, weights: Plan, dtype: mx.Dtype, budget: int | None = None) -> nn.Module:
+def build(
+    file: GGUFFile,
+    weights: Plan,
+    dtype: mx.Dtype,
+    budget: int | None = None,
+    *,
+    quantized: bool = False,
+    account: Account | None = None,
+) -> nn.Module:
     """mlx-lm's model with the file's weights, evaluated layer by layer.
 
     Args:
         budget: bytes of dense weights, by default half of the memory that is available; what
             exceeds it stays in the mapped file and is dequantised at every call.
+        quantized: keep matrices of the types that have a kernel as the file has them.
+        account: adds up what it costs.
 
-    Host memory above the model itself: of the weight being made, one chunk in float32 and, if it
-    has several chunks, a copy.
+    Host memory above the model itself: of the weight (with ``quantized``, the fused group) being
+    made, the file's bytes or one chunk in float32 and, if it has several chunks, a copy.
     """
     config = weights.config
+    account = account or Account()
     module = import_module(config.architecture.module)
     model: nn.Module = module.Model(module.ModelArgs.from_dict(config.args))
     if hasattr(model, "sanitize"):
@@ -45,17 +59,72 @@ def build(file: GGUFFile, weights: Plan, dtype: mx.Dtype, budget: int | None = N
     _set_ropes(file, model, config)
     _check_parameters(model, weights)
     left = memory.available() // 2 if budget is None else budget
-    for part in (weights.outer, *weights.layers):
-        for weight in part:
-            parent, name = _parent(model, weight.module)
-            nbytes = math.prod(weight.shape) * dtype.size
-            dense = len(weight.shape) == 1 or nbytes <= left
-            left -= nbytes if dense else 0
-            made = make_module(file, weight, dtype, getattr(parent, name), config, dense=dense)
-            setattr(parent, name, made)
-            mx.eval(made.parameters())
+    with StreamLoader(file, account) as loader:
+        for group in _groups(weights):
+            if quantized and _has_kernel(group):
+                _place_quantized(loader, model, group, dtype)
+                continue
+            for weight in group:
+                parent, name = _parent(model, weight.module)
+                nbytes = math.prod(weight.shape) * dtype.size
+                dense = len(weight.shape) == 1 or nbytes <= left
+                left -= nbytes if dense else 0
+                with account.time("dequantize"):
+                    made = make_module(
+                        file, weight, dtype, getattr(parent, name), config, dense=dense
+                    )
+                    setattr(parent, name, made)
+                    mx.eval(made.parameters())
+                if quantized:
+                    _note(account, weight, nbytes if dense else 0)
     model.eval()
     return model
+
+
+def _groups(weights: Plan) -> Iterator[Sequence[WeightPlan]]:
+    """The weights that share one `QuantizedWeight`; alone where that cannot be."""
+    for layer in (weights.outer, *weights.layers):
+        groups: dict[str, list[WeightPlan]] = {}
+        for weight in layer:
+            groups.setdefault(weight.group or weight.module, []).append(weight)
+        for group in groups.values():
+            if _has_kernel(group):
+                yield group
+            else:
+                yield from ([weight] for weight in group)
+
+
+def _has_kernel(group: Sequence[WeightPlan]) -> bool:
+    return all(
+        len(weight.shape) == 2 and source.format.kernel
+        for weight in group
+        for source in weight.weight
+    )
+
+
+def _place_quantized(
+    loader: StreamLoader, model: nn.Module, group: Sequence[WeightPlan], dtype: mx.Dtype
+) -> None:
+    """One `QuantizedWeight` for the group, and a layer over its rows for each member."""
+    whole = loader.weight([source for weight in group for source in weight.weight])
+    for i, weight in enumerate(group):
+        parent, name = _parent(model, weight.module)
+        if isinstance(getattr(parent, name), nn.Embedding):
+            setattr(parent, name, QuantizedEmbedding(whole, dtype))
+            continue
+        rows = whole if len(group) == 1 else part_of(whole, i)
+        bias = _bias(loader.file, weight, dtype) if weight.bias else None
+        setattr(parent, name, QuantizedLinear(rows, bias, Place(whole, i)))
+
+
+def _note(account: Account, weight: WeightPlan, nbytes: int) -> None:
+    """A matrix whose type has no kernel, unless it is dense in the file too."""
+    names = {s.format.name for s in weight.weight if s.format.quantized}
+    if names:
+        entry = account.dequantized.setdefault(" and ".join(sorted(names)), [0, 0, 0])
+        stored = sum(s.shape[0] * s.format.row_bytes(s.shape[1]) for s in weight.weight)
+        for j, amount in enumerate((1, stored, nbytes)):
+            entry[j] += amount
 
 
 def make_module(
@@ -83,12 +152,14 @@ def make_module(
         if dense:
             return Embedding(_dense(rows, shape, dtype))
         return StreamedEmbedding(rows, shape, dtype)
-    bias = None
-    if weight.bias:
-        bias = mx.array(FileRows(file, weight.bias, mapped=False)(0, shape[0])).astype(dtype)
+    bias = _bias(file, weight, dtype) if weight.bias else None
     if dense:
         return Linear(_dense(rows, shape, dtype), bias)
     return StreamedLinear(rows, shape, bias)
+
+
+def _bias(file: GGUFFile, weight: WeightPlan, dtype: mx.Dtype) -> mx.array:
+    return mx.array(FileRows(file, weight.bias, mapped=False)(0, weight.shape[0])).astype(dtype)
 
 
 class FileRows:

@@ -14,6 +14,7 @@ Public names:
 * ``compile_kernel(source, name, build, version) -> Library``, ``BUILDS``;
 * ``launch(library, buffers, grid, threadgroup, schedule) -> Report``, ``Buffer``, ``Schedule``,
   ``ORDERS``, ``KINDS``;
+* ``counting() -> [Counts, ...]``, ``Traffic``: what launches read and write;
 * ``check(source, name, version) -> (Finding, ...)``, ``check_languages(source, name)``,
   ``LANGUAGES``;
 * ``compiler()``, ``cache_dir()``, ``preamble()``;
@@ -25,12 +26,14 @@ must be one copy of ``options`` and ``log`` in a process: loaders look for ``MOD
 """
 
 from .build import BUILDS, Build, Compiler, Library, cache_dir, compile_kernel, compiler
+from .counts import Counts, Traffic
 from .emulate import (
     Capture,
     EmulatedKernel,
     Launch,
     Options,
     capture,
+    counting,
     install,
     installed,
     log,
@@ -57,6 +60,7 @@ __all__ = [
     "Build",
     "Capture",
     "Compiler",
+    "Counts",
     "EmulatedKernel",
     "Finding",
     "Launch",
@@ -68,12 +72,14 @@ __all__ = [
     "Options",
     "Report",
     "Schedule",
+    "Traffic",
     "cache_dir",
     "capture",
     "check",
     "check_languages",
     "compile_kernel",
     "compiler",
+    "counting",
     "install",
     "installed",
     "launch",

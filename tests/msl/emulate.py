@@ -18,6 +18,7 @@ import numpy as np
 
 from . import lint
 from .build import DEFAULT_VERSION, Build, Library, compile_kernel
+from .counts import Counts
 from .errors import MslCompileError, MslRunError
 from .run import Buffer, Order, Report, Schedule, Size, launch
 
@@ -47,12 +48,13 @@ class Options:
     """How emulated kernels are compiled and run; read at each launch.
 
     Attributes:
-        build: ``"fast"`` or ``"checked"``.
+        build: ``"fast"``, ``"checked"`` or ``"counted"``.
         version: ``__METAL_VERSION__``.
         lint: add the rules of ``lint.py`` to clang's own.
         schedule: how threads are run.
         orders: more thread orders to run a ``fast`` launch in. Its outputs must be the same bytes
             in each, except of a kernel with atomic outputs, where float sums depend on the order.
+        count: count what a launch moves; not in ``fast``.
     """
 
     build: Build = "fast"
@@ -60,17 +62,22 @@ class Options:
     lint: bool = True
     schedule: Schedule = field(default_factory=Schedule)
     orders: tuple[Order, ...] = ()
+    count: bool = False
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch as logged: kernel, geometry, threadgroup memory in bytes, seconds of host time."""
+    """A launch as logged: kernel, geometry, threadgroup memory in bytes, seconds of host time.
+
+    ``counts`` is what it moved, inside ``counting``.
+    """
 
     name: str
     grid: Size
     threadgroup: Size
     threadgroup_bytes: int
     seconds: float
+    counts: Counts | None = None
 
 
 options = Options()
@@ -91,6 +98,16 @@ def using(**changes: Any) -> Iterator[Options]:
     finally:
         for f in dataclasses.fields(Options):
             setattr(options, f.name, getattr(before, f.name))
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[list[Counts]]:
+    """Count what emulated launches move; after the block the list has an entry for each."""
+    counted: list[Counts] = []
+    first = len(log)
+    with using(build="counted", count=True):
+        yield counted
+    counted += [entry.counts for entry in log[first:] if entry.counts is not None]
 
 
 @dataclass(frozen=True)
@@ -209,7 +226,7 @@ class EmulatedKernel:
         geometry = captured.grid, captured.threadgroup
         written = [b for b in buffers if b.use != "in"]
         initial = [b.array.copy() for b in written if b.use == "inout"]
-        report = launch(library, buffers, *geometry, options.schedule)
+        report = launch(library, buffers, *geometry, options.schedule, options.count)
         others = options.orders if library.build == "fast" and not self.atomic_outputs else ()
         results = [b.array for b in written]
         for order in others:
@@ -272,6 +289,7 @@ class EmulatedKernel:
                 captured.threadgroup,
                 report.threadgroup_bytes,
                 elapsed,
+                report.counts,
             )
         )
         return [_from_numpy(a, d) for a, d in zip(results, output_dtypes, strict=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 from .build import DEFAULT_VERSION, cache_dir, clang, digest, identity, precompiled
 from .build import write_atomically as write
-from .source import WRAPPER_FILE, translate
+from .source import KERNEL_FILE, WRAPPER_FILE, translate
 
 Node = dict[str, Any]
 
@@ -47,8 +48,19 @@ _WARNINGS = (
     *("-Wconditional-uninitialized", "-Warray-bounds", "-Wshift-count-overflow", "-Wreturn-type"),
     *("-Wunsequenced", "-Wfor-loop-analysis", "-Wimplicit-fallthrough", "-Wtautological-compare"),
 )
+# Of those, and of the analyzer's: what is a bug whenever it is right.
+_CERTAIN = re.compile(
+    r"\[(-Wuninitialized|-Warray-bounds|-Wshift-count-overflow|-Wreturn-type|-Wunsequenced|"
+    r"core\.uninitialized\.\w+|core\.CallAndMessage|core\.UndefinedBinaryOperatorResult)\]$"
+)
+# clang's static analyzer follows paths, so it also knows arrays and what a callee leaves unset.
+_ANALYZER = (
+    *("--analyze", "-Xclang", "-analyzer-output=text", "-Xclang", "-analyzer-checker=core"),
+    *("-Xclang", "-analyzer-config", "-Xclang", "unroll-loops=true"),
+)
 _CPP17 = "[-Wpre-c++17-compat]"
-_DIAGNOSTIC = re.compile(r"^(\S+?):(\d+):\d+: (?:fatal )?(error|warning): (.*)$", re.M)
+_DIAGNOSTIC = re.compile(r"^(\S+?):(\d+):\d+: (?:fatal )?(error|warning|note): (.*)$", re.M)
+_KERNEL = re.compile(r"\[\[\s*kernel\s*\]\]\s*void\s+(\w+)")
 _GENERIC_POINTER = re.compile(r"__generic\b[^&*]*\*")
 _GENERIC_REFERENCE = re.compile(r"__generic\b[^&*]*&")
 _POINTER_REFERENCE = re.compile(r"\*\s*__generic\s*&")
@@ -79,12 +91,12 @@ class _Context:
 class _Walker:
     """One walk over an AST; ``findings`` has what it found."""
 
-    def __init__(self, kernel: str, version: int) -> None:
-        self.kernel, self.version = kernel, version
+    def __init__(self, kernels: set[str], version: int) -> None:
+        self.kernels, self.version = kernels, version
         self.findings: list[Finding] = []
-        self.file, self.line = "", 0  # clang's JSON leaves out what did not change
+        self.file, self.line, self.line_of_file = "", 0, 0
         self.names: dict[str, str] = {}
-        self.calls: dict[str, set[str]] = {}
+        self.calls: dict[str, dict[str, int]] = {}  # function, what it calls, in which line
         self.alias: dict[str, str] = {}  # redeclarations of a function
 
     def walk(self, node: Node, context: _Context) -> None:
@@ -93,12 +105,12 @@ class _Walker:
         file, line = self._position(node)
         if not node.get("isImplicit") and node["kind"] in _FUNCTIONS:
             context = self._enter_function(node, context)
-        if not file.startswith(WRAPPER_FILE):
+        if file == KERNEL_FILE:
             for rule in (self._statement, self._declaration, self._function, self._expression):
                 for message in rule(node, context):
                     severity, _, text = message.rpartition("|")
                     self.findings.append(Finding(line, "warning" if severity else "error", text))
-        self._note_calls(node, context)
+        self._note_calls(node, context, line)
         inner_scope = context.program_scope and node["kind"] in _SCOPES
         for child in node.get("inner", []):
             self.walk(child, _Context(context.function, inner_scope))
@@ -109,8 +121,13 @@ class _Walker:
         for key in ("spellingLoc", "expansionLoc"):
             if key in location:
                 self._note_location(location[key])
-        self.file = location.get("file", self.file)
-        self.line = location.get("line", self.line)
+        if "offset" not in location:
+            return
+        # clang's JSON leaves out what did not change; "presumed" is what ``#line`` says.
+        self.line_of_file = location.get("line", self.line_of_file)
+        self.file = location.get("presumedFile", location.get("file", self.file))
+        renamed = self.file in (KERNEL_FILE, WRAPPER_FILE)
+        self.line = location.get("presumedLine", self.line if renamed else self.line_of_file)
 
     def _position(self, node: Node) -> tuple[str, int]:
         location, span = node.get("loc", {}), node.get("range", {})
@@ -128,17 +145,17 @@ class _Walker:
         identity_ = self.alias.get(previous, previous) if previous else None
         function = self.alias[node["id"]] = identity_ or node["id"]
         self.names[function] = node.get("name", "")
-        self.calls.setdefault(function, set())
+        self.calls.setdefault(function, {})
         return _Context(function, context.program_scope)
 
-    def _note_calls(self, node: Node, context: _Context) -> None:
+    def _note_calls(self, node: Node, context: _Context, line: int) -> None:
         if context.function is None:
             return
         referenced = node.get("referencedDecl", {})
         if node["kind"] == "DeclRefExpr" and referenced.get("kind") in _FUNCTIONS:
-            self.calls.setdefault(context.function, set()).add(referenced["id"])
+            self.calls[context.function].setdefault(referenced["id"], line)
         if node["kind"] == "MemberExpr" and node.get("referencedMemberDecl"):
-            self.calls.setdefault(context.function, set()).add(node["referencedMemberDecl"])
+            self.calls[context.function].setdefault(node["referencedMemberDecl"], line)
 
     # -- rules: each yields messages; "warning|..." for the lesser ones
 
@@ -190,7 +207,7 @@ class _Walker:
             yield f"program scope variable '{name}' must reside in constant address space"
 
     def _in_kernel(self, context: _Context) -> bool:
-        return context.function is not None and self.names.get(context.function) == self.kernel
+        return context.function is not None and self.names[context.function] in self.kernels
 
     def _function(self, node: Node, context: _Context) -> Iterator[str]:
         if node["kind"] not in _FUNCTIONS or node.get("isImplicit"):
@@ -223,7 +240,8 @@ class _Walker:
                 yield "compound assignment to bfloat computes in float and converts back implicitly"
         if kind in _CASTS and node.get("castKind") == "BitCast":
             full = node.get("type", {}).get("desugaredQualType", "") + type_
-            if "vector_type" in full:
+            # A pointer to vectors may be cast: it is how memory is read 16 bytes at a time.
+            if "vector_type" in full and "*" not in type_:
                 yield f"vector cast to {type_}: write the conversion as a constructor call"
         if kind == "CXXMemberCallExpr":
             yield from self._member_call(node)
@@ -246,7 +264,10 @@ class _Walker:
     # -- over the whole tree
 
     def find_recursion(self) -> None:
-        graph = {f: {self.alias.get(g, g) for g in gs} for f, gs in self.calls.items()}
+        graph = {
+            f: {self.alias.get(g, g): line for g, line in gs.items()}
+            for f, gs in self.calls.items()
+        }
         finished: set[str] = set()
         for root in graph:
             path: list[str] = []
@@ -262,43 +283,61 @@ class _Walker:
                     finished.add(path.pop())
                 elif callee in path:
                     text = f"recursive call ({self.names[function]} -> {self.names[callee]})"
-                    self.findings.append(Finding(0, "error", text))
+                    self.findings.append(Finding(graph[function][callee], "error", text))
                 else:
                     path.append(callee)
                     stack.append((callee, iter(graph[callee])))
 
 
 def _diagnostics(text: str, version: int) -> Iterator[Finding]:
-    for file, line, severity, message in _DIAGNOSTIC.findall(text):
-        if file.startswith(WRAPPER_FILE) or "double precision constant requires" in message:
+    found = _DIAGNOSTIC.findall(text)
+    line = "0"
+    for i, (file, own_line, severity, message) in enumerate(found):
+        if severity == "note" or "double precision constant requires" in message:
             continue
+        # What is wrong in a template of the shim was asked for by a line of the kernel; clang names
+        # it in a note, once for all that this line asks for.
+        if file == KERNEL_FILE:
+            line = own_line
+        elif file == WRAPPER_FILE:
+            continue
+        else:
+            notes = itertools.takewhile(lambda d: d[2] == "note", found[i + 1 :])
+            line = next((n[1] for n in notes if n[0] == KERNEL_FILE), line)
         if _CPP17 in message:
             # Metal accepts `if constexpr` in every version, and MLX uses it throughout.
             if version >= 400 or "constexpr if" in message:
                 continue
             severity, message = "error", f"C++17 feature (Metal before 4.0 is C++14): {message}"
-        yield Finding(int(line), severity, message)
+        yield Finding(int(line), "error" if _CERTAIN.search(message) else severity, message)
 
 
 def _check(source: str, name: str, version: int) -> list[Finding]:
     translation = translate(source, name)
     with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
-        text = Path(folder) / "kernel.clcpp"
+        text = Path(folder) / KERNEL_FILE
         text.write_text(translation.text, encoding="utf-8")
         included = ("-include-pch", str(precompiled("fast", version)))
-        tree = ("-fsyntax-only", "-Xclang", "-ast-dump=json")
-        done = subprocess.run(
-            [*clang("fast", included), *tree, *_WARNINGS, str(text)],
-            capture_output=True,
-            text=True,
-            check=False,
+        tree = ("-fsyntax-only", "-Xclang", "-ast-dump=json", *_WARNINGS)
+        analysis = (*_ANALYZER, "-o", str(Path(folder) / "analysis"))
+        done, analysed = (
+            subprocess.run(
+                [*clang("fast", included), *what, str(text)],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            for what in (tree, analysis)
         )
     findings = list(_diagnostics(done.stderr, version))
     if done.returncode == 0:
-        walker = _Walker(name, version)
+        findings += _diagnostics(analysed.stderr, version)
+        walker = _Walker(set(_KERNEL.findall(source)), version)
         walker.walk(json.loads(done.stdout), _Context())
         walker.find_recursion()
         findings += walker.findings
+    elif not any(f.severity == "error" for f in findings):  # e.g. in the entry point
+        findings.append(Finding(0, "error", done.stderr.strip()))
     return sorted(set(findings))
 
 

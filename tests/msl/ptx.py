@@ -83,8 +83,20 @@ def libdevice() -> Path:
     raise MslSetupError("the PTX route needs CUDA's libdevice.10.bc: set CUDA_HOME")
 
 
-def compile_ptx(source: str, name: str, version: int = DEFAULT_VERSION) -> str:
+# Loops over a thread's own arrays unrolled, as a GPU compiler must; loops over memory left alone.
+UNROLLED = tuple(
+    part
+    for option in ("threshold=10000", "runtime=false", "allow-partial=false")
+    for part in ("-mllvm", f"-unroll-{option}")
+)
+
+
+def compile_ptx(
+    source: str, name: str, version: int = DEFAULT_VERSION, options: tuple[str, ...] = ()
+) -> str:
     """PTX of a kernel whose entry point is ``ENTRY`` and takes the buffers in order.
+
+    ``options`` are added to clang's.
 
     Raises:
         MslCompileError: with clang's messages.
@@ -101,6 +113,7 @@ def compile_ptx(source: str, name: str, version: int = DEFAULT_VERSION) -> str:
         *("-mlink-builtin-bitcode", str(libdevice())),
     ):
         command += ["-Xclang", option]
+    command += options
     path = cache_dir() / f"ptx-{digest(*command, compiler().version, shim_hash(), text)}.ptx"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .build import Library, load, load_runtime
+from .counts import Counts, CTraffic
 from .errors import MslRunError
 from .source import KERNEL_FILE
 
@@ -70,11 +71,15 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Report:
-    """What a launch used: threadgroup memory in bytes, SIMD-group operations, fiber switches."""
+    """What a launch used: threadgroup memory in bytes, SIMD-group operations, fiber switches.
+
+    ``counts`` is what it moved, if that was asked for.
+    """
 
     threadgroup_bytes: int
     exchanges: int
     switches: int
+    counts: Counts | None = None
 
 
 class _Buffer(ctypes.Structure):
@@ -99,6 +104,7 @@ class _Options(ctypes.Structure):
         ("pad", ctypes.c_uint32),
         ("code_lo", ctypes.c_uint64),
         ("code_hi", ctypes.c_uint64),
+        ("traffic", ctypes.POINTER(CTraffic)),
     )
 
 
@@ -115,8 +121,13 @@ class _Report(ctypes.Structure):
         ("addr", ctypes.c_uint64),
         ("switches", ctypes.c_uint64),
         ("exchanges", ctypes.c_uint64),
+        ("tg_barriers", ctypes.c_uint64),
+        ("sg_barriers", ctypes.c_uint64),
         ("message", ctypes.c_char * 1024),
     )
+
+
+_NO_THREAD = 2**32 - 1
 
 
 def where(library: Library, pc: int) -> str:
@@ -135,7 +146,7 @@ def where(library: Library, pc: int) -> str:
 def _explain(library: Library, report: _Report) -> MslRunError:
     kind = KINDS[report.kind]
     text = f"{kind}: {report.message.decode(errors='replace')}\n  in {library.name}"
-    if kind not in ("unwritten-output", "launch", "internal"):
+    if kind not in ("unwritten-output", "launch", "internal") and report.thread != _NO_THREAD:
         text += (
             f", threadgroup {tuple(report.tg)}, thread {report.thread} "
             f"(simdgroup {report.simdgroup}, lane {report.lane})"
@@ -153,6 +164,7 @@ def launch(
     grid: Size,
     threadgroup: Size,
     schedule: Schedule | None = None,
+    count: bool = False,
 ) -> Report:
     """Run one dispatch; outputs are written into their arrays.
 
@@ -162,6 +174,8 @@ def launch(
         grid: threads along each axis (``dispatchThreads``).
         threadgroup: threads of a threadgroup along each axis.
         schedule: how threads are run.
+        count: count what is read and written; needs a build that reports accesses, and
+            ``"counted"`` for figures that mean something.
 
     Raises:
         MslRunError: what was found, with buffer, thread and source line.
@@ -172,6 +186,8 @@ def launch(
         raise ValueError(f"buffers {[b.name for b in buffers]}; the kernel takes {list(names)}")
     if len(buffers) > 31:
         raise MslRunError("launch", f"{len(buffers)} buffer arguments; Metal allows 31")
+    if count and library.build == "fast":
+        raise ValueError("the fast build does not report accesses; count in 'counted'")
     _, entry, low, high = load(library.path)
     arguments = (_Buffer * max(1, len(buffers)))()
     for argument, b in zip(arguments, buffers, strict=False):
@@ -186,13 +202,16 @@ def launch(
         order=ORDERS.index(schedule.order),
         seed=schedule.seed,
         threads=schedule.threads,
-        checked=library.build == "checked",
+        checked=library.build != "fast",
         flush_denormals=schedule.flush_denormals,
         tg_limit=schedule.threadgroup_bytes,
         seconds=schedule.seconds,
         code_lo=low,
         code_hi=high,
     )
+    traffic = (CTraffic * (len(buffers) + 2))()
+    if count:
+        options.traffic = traffic
     report = _Report()
     sizes = ctypes.c_uint32 * 3
     if load_runtime().msl_run(
@@ -205,4 +224,16 @@ def launch(
         ctypes.byref(report),
     ):
         raise _explain(library, report)
-    return Report(report.tg_bytes, report.exchanges, report.switches)
+    counts = None
+    if count:
+        *of_buffers, of_threadgroup, of_tables = (t.copy() for t in traffic)
+        counts = Counts(
+            buffers=dict(zip(names, of_buffers, strict=True)),
+            threadgroup=of_threadgroup,
+            tables=of_tables,
+            threadgroup_bytes=report.tg_bytes,
+            barriers=report.tg_barriers,
+            simdgroup_barriers=report.sg_barriers,
+            simd_operations=report.exchanges,
+        )
+    return Report(report.tg_bytes, report.exchanges, report.switches, counts)

@@ -112,6 +112,7 @@ class _Rewriter:
         self.classes = set(re.findall(r"\b(?:struct|class)\s+(\w+)", source))
         self.out: list[str] = []
         self.variables = 0
+        self.scopes = ["0"]  # where the last threadgroup variable in each open brace ends
 
     def run(self) -> str:
         i = 0
@@ -134,6 +135,10 @@ class _Rewriter:
                 i = end
                 continue
             statement_start = token in ("{", "}", ";")
+            if token == "{":
+                self.scopes.append(self.scopes[-1])
+            elif token == "}" and len(self.scopes) > 1:
+                self.scopes.pop()
             self.out.append(token)
             i += 1
         return "".join(self.out)
@@ -158,11 +163,11 @@ class _Rewriter:
             name = _DECLARATOR.match(declarator)
             if name is None:
                 return None
-            previous = f"__tge_{self.variables - 1}" if self.variables else "0"
             self.out.append(
                 f"typedef {match[1]} __tgt_{name[1]} {name[2]}; "
-                f"MSL_TG_DECL({self.variables}, {previous}, {name[1]}) "
+                f"MSL_TG_DECL({self.variables}, {self.scopes[-1]}, {name[1]}) "
             )
+            self.scopes[-1] = f"__tge_{self.variables}"
             self.variables += 1
         self.out.append("\n" * "".join(self.tokens[start:end]).count("\n"))
         return end + 1

@@ -136,6 +136,7 @@ static void check_threadgroup(const Access *a) {
       Target t = {v->name, &w->tg_cells[a->addr - (uint64_t)w->tg_memory],
                   a->addr - (uint64_t)v->ptr, 0};
       check_cells(a, &t);
+      msl_count_access(msl_run_state->buffer_count, 0, a->size, a->write, a->pc);
       return;
     }
     if (!nearest || distance(a->addr, v->ptr, v->size) <
@@ -164,6 +165,7 @@ static void check_device(const Access *a) {
       } else if (a->write) {
         msl_fail(READ_ONLY, a->pc, a->addr, "write to read-only buffer '%s'", b->name);
       }
+      msl_count_access(i, offset, a->size, a->write, a->pc);
       return;
     }
     if (!nearest || distance(a->addr, b->ptr, b->size) <
@@ -172,7 +174,10 @@ static void check_device(const Access *a) {
   }
   uint64_t sgs = a->addr - (uint64_t)w->sgs;
   if (sgs < w->sg_count * sizeof(Simdgroup)) return;  // a SIMD-group function reads its table
-  if (!a->write && a->addr >= run->options.code_lo && a->addr < run->options.code_hi) return;
+  if (!a->write && a->addr >= run->options.code_lo && a->addr < run->options.code_hi) {
+    msl_count_access(run->buffer_count + 1, 0, a->size, false, a->pc);
+    return;
+  }
   msl_fail(OUT_OF_BOUNDS, a->pc, a->addr,
            "out-of-bounds %s of %u bytes at offset %lld of buffer '%s' (%llu bytes)", verb(a),
            a->size, nearest ? (long long)(a->addr - (uint64_t)nearest->ptr) : 0,
@@ -246,26 +251,25 @@ SET_SHADOW(f3)
 SET_SHADOW(f5)
 SET_SHADOW(f8)
 
-#define UB(name, text)                                                         \
-  EXPORT void __ubsan_handle_##name##_minimal(void) {                          \
-    if (msl_worker && msl_worker->current)                                     \
-      msl_fail(UNDEFINED, CALLER, 0, "undefined behaviour: %s", text); \
+#define UB(name, kind, text)                                                \
+  EXPORT void __ubsan_handle_##name##_minimal(void) {                       \
+    if (msl_worker && msl_worker->current) msl_fail(kind, CALLER, 0, text); \
   }
-UB(out_of_bounds, "array index out of bounds")
-UB(type_mismatch, "misaligned or null access")
-UB(alignment_assumption, "misaligned access")
-UB(shift_out_of_bounds, "shift amount out of range")
-UB(divrem_overflow, "division by zero or overflow")
-UB(add_overflow, "signed integer overflow in +")
-UB(sub_overflow, "signed integer overflow in -")
-UB(mul_overflow, "signed integer overflow in *")
-UB(negate_overflow, "signed overflow in negation")
-UB(float_cast_overflow, "float-to-integer conversion out of range")
-UB(pointer_overflow, "pointer overflow")
-UB(builtin_unreachable, "unreachable code")
-UB(missing_return, "missing return")
-UB(load_invalid_value, "invalid bool or enum value")
-UB(invalid_builtin, "clz or ctz of zero")
+UB(out_of_bounds, OUT_OF_BOUNDS, "array index out of bounds")
+UB(type_mismatch, MISALIGNED, "misaligned or null access")
+UB(alignment_assumption, MISALIGNED, "misaligned access")
+UB(shift_out_of_bounds, UNDEFINED, "shift amount out of range")
+UB(divrem_overflow, UNDEFINED, "division by zero or overflow")
+UB(add_overflow, UNDEFINED, "signed integer overflow in +")
+UB(sub_overflow, UNDEFINED, "signed integer overflow in -")
+UB(mul_overflow, UNDEFINED, "signed integer overflow in *")
+UB(negate_overflow, UNDEFINED, "signed overflow in negation")
+UB(float_cast_overflow, UNDEFINED, "float-to-integer conversion out of range")
+UB(pointer_overflow, UNDEFINED, "pointer overflow")
+UB(builtin_unreachable, UNDEFINED, "unreachable code")
+UB(missing_return, UNDEFINED, "missing return")
+UB(load_invalid_value, UNDEFINED, "invalid bool or enum value")
+UB(invalid_builtin, UNDEFINED, "clz or ctz of zero")
 
 // ---- atomics ------------------------------------------------------------------------------------------------
 // kind: 0 load, 1 store, 2 read-modify-write. A checked build runs on one host thread: no lock there.

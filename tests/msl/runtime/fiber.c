@@ -173,7 +173,10 @@ static void meet(State state, void *site, uint32_t flags) {
                me->lane, msl_state_name(state), other->lane, msl_state_name(other->state));
     }
   }
-  if (state == IN_SG_BARRIER) count_epochs(s->epoch, flags);
+  if (state == IN_SG_BARRIER) {
+    count_epochs(s->epoch, flags);
+    w->sg_barriers += !(flags & MEM_MEETING);
+  }
   if (state == IN_SIMD) {
     s->exchange[s->parity].mask = lanes_waiting(s);
     s->parity ^= 1;
@@ -225,6 +228,7 @@ EXPORT void __msl_threadgroup_barrier(uint32_t flags) {
     }
   }
   count_epochs(w->epoch, flags);
+  w->tg_barriers++;
   w->arrived = 0;
   for (uint32_t i = 0; i < w->size; i++) w->fibers[i].state = READY;
   if (msl_run_state->options.order) msl_to_main();

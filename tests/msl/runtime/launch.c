@@ -129,17 +129,26 @@ static void run_group(Worker *w, uint64_t group) {
     msl_switch(&w->main_sp, f->sp);
     w->current = NULL;
   }
+  if (msl_run_state->options.traffic && !w->failed) msl_count_threadgroup();
 }
 
 // ---- workers --------------------------------------------------------------------------------------------------
+static uint64_t interrupted_at(const ucontext_t *context) {
+#if defined(__x86_64__)
+  return (uint64_t)context->uc_mcontext.gregs[REG_RIP];
+#else
+  return context->uc_mcontext.pc;
+#endif
+}
+
 static void on_signal(int signal_number, siginfo_t *info, void *context) {
-  (void)context;
   Worker *w = msl_worker;
   if (!w) {  // not ours
     signal(signal_number, SIG_DFL);
     return;
   }
   w->fault_addr = (uint64_t)info->si_addr;
+  w->fault_pc = interrupted_at(context);
   siglongjmp(w->jump, signal_number);
 }
 
@@ -153,7 +162,10 @@ static const char *signal_text(int number) {
 static void report_signal(Worker *w, int number) {
   Fiber *f = w->current;
   w->current = NULL;
-  msl_fail(FAULT, NULL, w->fault_addr, "%s at address 0x%llx (thread %u of threadgroup %u,%u,%u)",
+  bool in_kernel = w->fault_pc >= msl_run_state->options.code_lo &&
+                   w->fault_pc < msl_run_state->options.code_hi;
+  // A report's place is a return address, one past what it points at.
+  msl_fail(FAULT, in_kernel ? (void *)(w->fault_pc + 1) : NULL, w->fault_addr, "%s at address 0x%llx (thread %u of threadgroup %u,%u,%u)",
            signal_text(number), (unsigned long long)w->fault_addr, f ? f->thread : 0u,
            w->group_pos[0], w->group_pos[1], w->group_pos[2]);
   if (f) {
@@ -270,6 +282,8 @@ static void *worker_main(void *seed) {
   if (w) {
     run->report->switches += w->switches;
     run->report->exchanges += w->exchanges;
+    run->report->tg_barriers += w->tg_barriers;
+    run->report->sg_barriers += w->sg_barriers;
   }
   run->running--;
   pthread_cond_signal(&run->idle);
@@ -313,20 +327,26 @@ static void run_workers(Run *run) {
 }
 
 // ---- buffers ----------------------------------------------------------------------------------------------------
-typedef struct { uint8_t *mapping, *original; size_t bytes; } Guarded;
+typedef struct { uint8_t *mapping, *original, *start, *end; size_t bytes; } Guarded;
+enum { MARGIN = 0xff };
 
 // A copy that ends right before an inaccessible page (up to 16 bytes of alignment), so that overruns
-// fault even in unchecked builds. Outputs start as NaN; inputs are read-only.
+// fault even in unchecked builds; a write to the margins between page and copy is seen afterwards.
+// Outputs start as NaN; inputs are read-only.
 static bool guard(Run *run, uint32_t i, Guarded *g) {
   Buffer *b = &run->buffers[i];
   size_t page = (size_t)sysconf(_SC_PAGESIZE);
   size_t body = b->size ? (b->size + page - 1) / page * page : page;
-  *g = (Guarded){NULL, b->ptr, body + 2 * page};
+  *g = (Guarded){.original = b->ptr, .bytes = body + 2 * page};
   uint8_t *m = mmap(NULL, g->bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (m == MAP_FAILED) return false;
   g->mapping = m;
+  g->start = m + page;
+  g->end = g->start + body;
   mprotect(m + page, body, PROT_READ | PROT_WRITE);
   uint8_t *copy = m + page + ((body - b->size) & ~(size_t)15);
+  memset(g->start, MARGIN, (size_t)(copy - g->start));
+  memset(copy + b->size, MARGIN, (size_t)(g->end - copy) - b->size);
   if (!b->writable || b->initialised) memcpy(copy, b->ptr, b->size);
   else memset(copy, 0xff, b->size);
   if (!b->writable) mprotect(m + page, body, PROT_READ);
@@ -348,6 +368,20 @@ static void unguard(Run *run, uint32_t i, const Guarded *g) {
   if (run->cells[i]) munmap(run->cells[i], b->size * sizeof(Cell) + 1);
   munmap(g->mapping, g->bytes);
   b->ptr = g->original;
+}
+
+static void check_margins(const Buffer *b, const Guarded *g) {
+  Report *r = msl_run_state->report;
+  for (const uint8_t *p = g->start; p < g->end && !r->kind; p++) {
+    if (p == b->ptr) p += b->size;
+    if (p == g->end || *p == MARGIN) continue;
+    r->kind = OUT_OF_BOUNDS;
+    r->thread = NO_THREAD;
+    snprintf(r->message, sizeof r->message,
+             "a write changed the byte at offset %lld of buffer '%s' (%llu bytes); the checked build "
+             "says where",
+             (long long)(p - b->ptr), b->name, (unsigned long long)b->size);
+  }
 }
 
 static void check_outputs_written(Run *run) {
@@ -401,9 +435,14 @@ EXPORT int msl_run(Entry entry, Buffer *buffers, uint32_t count, const uint32_t 
   if (run.options.threads > run.total) run.options.threads = (uint32_t)run.total;
   bool ok = true;
   for (uint32_t i = 0; i < count && ok; i++) ok = guard(&run, i, &guarded[i]);
+  bool counting = options->traffic;
+  if (ok && counting) ok = msl_count_start();
   if (ok) run_workers(&run);
   else internal_error("cannot map a buffer");
+  if (counting) msl_count_end();
   if (options->checked && !report->kind) check_outputs_written(&run);
+  for (uint32_t i = 0; i < count && !report->kind; i++)
+    if (buffers[i].writable) check_margins(&buffers[i], &guarded[i]);
   for (uint32_t i = 0; i < count; i++) unguard(&run, i, &guarded[i]);
   msl_run_state = NULL;
   pthread_mutex_unlock(&one);

@@ -19,8 +19,10 @@ enum {
   MAX_VARIABLES = 256,     // threadgroup variables of a kernel
   MAX_VALUE = 64,          // bytes a SIMD-group function may exchange
   TG_BYTES = 1 << 17,      // arena for threadgroup variables and their red zones
+  NO_THREAD = -1,          // of a report: it is not known which
   MEM_DEVICE = 1,          // metal::mem_flags
   MEM_THREADGROUP = 2,
+  MEM_MEETING = 0x100,     // the checked build's own barrier, in simdgroup_load and the like
 };
 
 // Kinds of report; run.py has their names in the same order.
@@ -43,6 +45,15 @@ typedef struct {
   const char *name;
   uint32_t writable, initialised;
 } Buffer;
+// Of each buffer, then of threadgroup memory and of the library's constant tables. What follows
+// `write_bytes` is counted for buffers only; what follows `distinct_written` for loads only.
+typedef struct {
+  uint64_t loads, stores, read_bytes, write_bytes;  // by single lanes
+  uint64_t distinct_read, distinct_written;         // bytes of the buffer
+  uint64_t group_loads, group_bytes;                // by SIMD-groups: a byte many lanes load is one
+  uint64_t short_segments, short_ideal;             // 32 bytes: touched, fewest for as many bytes
+  uint64_t long_segments, long_ideal;               // 128 bytes
+} Traffic;
 typedef struct {
   uint32_t order;           // 0 ascending, 1 descending, 2 random (seed)
   uint32_t seed, threads, checked, flush_denormals;
@@ -50,10 +61,11 @@ typedef struct {
   uint32_t seconds;         // time limit
   uint32_t pad;
   uint64_t code_lo, code_hi;  // the library's own mapping: constant tables live there
+  Traffic *traffic;           // where a checked build counts, or NULL
 } Options;
 typedef struct {
   uint32_t kind, tg[3], thread, lane, simdgroup, tg_bytes;
-  uint64_t pc, other_pc, addr, switches, exchanges;
+  uint64_t pc, other_pc, addr, switches, exchanges, tg_barriers, sg_barriers;
   char message[1024];
 } Report;
 
@@ -109,9 +121,9 @@ typedef struct {
   uint32_t group, group_pos[3];
   uint32_t last_hit;        // index of the buffer found last
   bool failed;
-  uint64_t accesses, switches, exchanges, random;
+  uint64_t accesses, switches, exchanges, tg_barriers, sg_barriers, random;
   sigjmp_buf jump;
-  uint64_t fault_addr;
+  uint64_t fault_addr, fault_pc;
 } Worker;
 
 typedef struct {
@@ -143,4 +155,8 @@ void msl_fail(enum Kind kind, void *pc, uint64_t addr, const char *format, ...)
     __attribute__((format(printf, 4, 5)));
 const char *msl_state_name(State state);
 uint64_t msl_random(Worker *w);
+bool msl_count_start(void);
+void msl_count_access(uint32_t place, uint64_t offset, uint32_t size, bool write, void *pc);
+void msl_count_threadgroup(void);
+void msl_count_end(void);
 #endif

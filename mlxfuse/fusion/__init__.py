@@ -1,0 +1,8 @@
+"""Fused forms put over the modules of a model, and taken off again."""
+
+from __future__ import annotations
+
+from .patch import FUSIONS, patch_model, unpatch_model
+from .report import PatchReport
+
+__all__ = ["FUSIONS", "PatchReport", "patch_model", "unpatch_model"]

@@ -1,0 +1,107 @@
+"""What decoding moves: ``python -m tests.bench.bench_traffic [FORMAT ...]``.
+
+x of one row in float16 times a weight of N rows and K columns, on the test bench; MLX's own kernels
+for its 4- and 8-bit weights in groups of 64 stand beside. Columns:
+
+* bytes: distinct bytes moved over weight + x + outputs;
+* codes: how often each code byte is read by lanes; scales: by SIMD-groups;
+* coalescing: fewest 32-byte segments over those that code loads touch;
+* x: values of x that lanes read, over weights;
+* threadgroup: bytes read from and written to threadgroup memory, over weights;
+* SIMD: SIMD-group operations, over outputs.
+
+The second table has the instructions of one iteration of the inner loop in PTX, loads and stores
+left out, over weights, and against affine_qmv_fast. The figures are counts, not times: they do not
+depend on the machine.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import mlx.core as mx
+
+from tests import msl
+from tests.kernels import traffic
+from tests.msl import mlx_kernels, ptx
+
+ROWS = 128
+COLUMNS = (576, 640, 896, 2048, 4096, 8192, 14336)
+QMV_MULTIPLE = 512  # of K, for affine_qmv_fast: 32 lanes of 16 weights
+TILE = 32  # rows of x that affine_qmm_t reads the weight once for
+DTYPE = mx.float16
+
+
+def _figures(found: traffic.Moved) -> str:
+    memory = found.counts.threadgroup
+    return (
+        f"{found.code_reads:.2f} | {found.scale_fetches:.2f} | {found.coalescing:.2f} "
+        f"| {found.x_values_per_weight(DTYPE):.3f} "
+        f"| {(memory.read_bytes + memory.write_bytes) / found.weights:.1f} "
+    )
+
+
+def _simd(found: traffic.Moved) -> float:
+    outputs = sum(t.distinct_written for t in found.counts.buffers.values()) // DTYPE.size
+    return found.counts.simd_operations / outputs
+
+
+def _print(name: str, measured: list[tuple[int, traffic.Moved]]) -> None:
+    """One line for each run of K with the same figures; bytes and SIMD are the most of them."""
+    for figures, group in itertools.groupby(measured, key=lambda m: _figures(m[1])):
+        found = list(group)
+        columns = ", ".join(str(k) for k, _ in found)
+        most = max(m.distinct_ratio for _, m in found)
+        simd = max(_simd(m) for _, m in found)
+        print(f"| {name} | {columns} | {most:.4f} | {figures}| {simd:.2f} |")
+
+
+def moved(names: list[str]) -> None:
+    """The first table."""
+    print("| kernel | K | bytes | codes | scales | coalescing | x | threadgroup | SIMD |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name in names:
+        block = traffic.BY_NAME[name].block_size
+        whole = [k for k in COLUMNS if k % block == 0]
+        _print(name, [(k, traffic.moved(name, ROWS, k, DTYPE)) for k in whole])
+    for name, make, multiple, rows in (
+        ("affine_qmv_fast", mlx_kernels.qmv_fast, QMV_MULTIPLE, 1),
+        ("affine_qmm_t", mlx_kernels.qmm_t, 64, TILE),
+    ):
+        for bits in (4, 8):
+            cases = [
+                (k, make(mx.zeros((rows, k), DTYPE), traffic.affine(ROWS, k, bits)))
+                for k in COLUMNS
+                if k % multiple == 0
+            ]
+            moved = [(k, traffic.moved_by(case)) for k, case in cases]
+            _print(f"{name} {bits}-bit, M = {rows}", moved)
+
+
+def loops(names: list[str]) -> None:
+    """The second table."""
+    try:
+        ptx.libdevice()
+    except msl.MslSetupError as e:
+        print(f"no instruction counts: {e}")
+        return
+    mlx = traffic.loop_of_mlx(4).instructions
+    print("| kernel | instructions per weight | / affine_qmv_fast 4-bit |")
+    print("|---|---|---|")
+    for name in names:
+        found = traffic.loop(name, DTYPE).instructions
+        print(f"| {name} | {found:.2f} | {found / mlx:.2f} |")
+    for bits in (4, 8):
+        found = traffic.loop_of_mlx(bits).instructions
+        print(f"| affine_qmv_fast {bits}-bit | {found:.2f} | {found / mlx:.2f} |")
+
+
+def main(names: list[str]) -> None:
+    moved(names)
+    print()
+    loops(names)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or list(traffic.FORMATS))

@@ -1,0 +1,243 @@
+"""Patched models compute what the unpatched do, hold nothing twice and come back as they were."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tuner.lora import LoRALinear
+
+from mlxfuse.fusion import FUSIONS, patch_model, unpatch_model
+from mlxfuse.kernels import fallbacks, launches
+from mlxfuse.load import load
+from mlxfuse.nn.attention import FusedAttention
+from mlxfuse.nn.mlp import FusedBlock, FusedMLP
+from mlxfuse.nn.quantized import FusedQuantizedLinear, QuantizedLinear
+from tests import msl
+from tests.models import tiny
+
+# One quantised case for each architecture, then K-quants, a fused tensor with biases, dense ones.
+QUANTIZED = ("llama-q4", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
+ALL = (*QUANTIZED, "llama-k-quants", "llama-fused-qkv", "llama-biases", "phi3-long")
+# Sums of 96 products in float32, in another order.
+BOUND = 3e-6
+
+
+@pytest.fixture(params=["reference", "emulated"])
+def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("MLXFUSE_KERNELS", request.param)
+    launches.clear()
+    fallbacks.clear()
+    if request.param == "reference":
+        yield request.param
+        return
+    with msl.installed(build="fast"):
+        yield request.param
+
+
+def write(path: Path, name: str) -> Path:
+    return tiny.write(path / "m.gguf", tiny.build(name, 0))
+
+
+def logits(model: nn.Module, *counts: int) -> np.ndarray:
+    """Of `counts` tokens a call, one call after the other; float32 [tokens, vocabulary]."""
+    tokens = mx.array(np.random.RandomState(1).randint(0, 256, (1, sum(counts))))
+    rows, start, state = [], 0, make_prompt_cache(model)
+    for count in counts:
+        rows.append(model(tokens[:, start : start + count], cache=state)[0].astype(mx.float32))
+        mx.eval(rows[-1])
+        start += count
+    return np.array(mx.concatenate(rows))
+
+
+def apart(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+def streams(model: nn.Module) -> dict[str, np.ndarray]:
+    """Every array of the tree, parameters or not."""
+    return {
+        name: np.array(value) for name, value in tree_flatten(model) if isinstance(value, mx.array)
+    }
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_patched_logits_are_the_unpatched(name: str, mode: str, tmp_path: Path) -> None:
+    model, _ = load(write(tmp_path, name), fuse="all")
+    # Prefill above the limit of the batch kernels, a small batch, one token.
+    schedule = (34, 5, 1)
+    got = logits(model, *schedule)
+    fused = launches["quantized_matmul"]
+    unpatch_model(model)
+    want = logits(model, *schedule)
+    assert apart(got, want) <= BOUND
+    assert not fallbacks
+    if mode == "emulated" and name in QUANTIZED:
+        # The two calls below the limit: qkv, o, gate and up, down in a layer, and the head.
+        layers = len(model.layers)
+        assert fused == 2 * (4 * layers + 1)
+        assert launches["quantized_matmul"] - fused == 2 * (
+            (4 if name == "phi3" else 7) * layers + 1
+        )
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_the_decode_is_bit_identical_but_for_the_activation(name: str, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, msl.installed(build="fast"):
+        patch.setenv("MLXFUSE_KERNELS", "emulated")
+        model, _ = load(write(tmp_path, name), fuse="qkv")
+        got = logits(model, 1, 1)
+        unpatch_model(model)
+        assert np.array_equal(got, logits(model, 1, 1))
+
+
+def test_a_wrong_fusion_is_noticed(mode: str, tmp_path: Path) -> None:
+    """Control: gate and up, or k and v, in each other's place."""
+    path = write(tmp_path, "qwen3")
+    want = logits(load(path, fuse="off")[0], 5, 1)
+    for joined in ("mlp.gate_up", "self_attn.qkv"):
+        model, _ = load(path, fuse="all")
+        parent, name = joined.split(".")
+        whole = model.layers[1][parent][name].weight
+        parts = (*whole.parts[:-2], whole.parts[-1], whole.parts[-2])
+        model.layers[1][parent][name] = FusedQuantizedLinear(type(whole)(parts))
+        assert apart(logits(model, 5, 1), want) > 1000 * BOUND
+
+
+def test_the_other_activation_types(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
+    path = write(tmp_path, "qwen2")
+    with msl.installed(build="fast"):
+        want = logits(load(path, fuse="off")[0], 5, 1)
+        for dtype, bound in (("float16", 5e-3), ("bfloat16", 5e-2)):
+            model, _ = load(path, fuse="all", dtype=dtype)
+            assert str(model(mx.array([[1]])).dtype) == f"mlx.core.{dtype}"
+            assert 1e-5 < apart(logits(model, 5, 1), want) < bound
+    assert not fallbacks
+
+
+@pytest.mark.parametrize("name", ["llama-q4", "llama-fused-qkv", "llama-biases", "phi3-long"])
+def test_unpatching_gives_the_same_modules_and_bytes(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path, name)
+    model, _ = load(path, fuse="all")
+    unpatch_model(model)
+    plain = {path: (id(m), type(m)) for path, m in model.named_modules()}
+    before, bytes_before = streams(model), mx.get_active_memory()
+    report = patch_model(model, "all")
+    assert [tally.total for tally in report.tallies.values()] == [len(model.layers)] * 3
+    assert mx.get_active_memory() <= bytes_before * 1.001
+    assert type(model.layers[0]) is FusedBlock
+    assert type(model.layers[0].self_attn) is FusedAttention
+    assert type(model.layers[0].mlp) is FusedMLP
+    assert not {"q_proj", "qkv_proj", "gate_proj"} & model.layers[0].self_attn.keys()
+    # Nothing is lost and nothing is there twice.
+    assert sum(a.nbytes for a in streams(model).values()) == sum(a.nbytes for a in before.values())
+    unpatch_model(model)
+    assert {path: (id(m), type(m)) for path, m in model.named_modules()} == plain
+    after = streams(model)
+    assert after.keys() == before.keys()
+    assert all(after[n].tobytes() == before[n].tobytes() for n in before)
+    assert mx.get_active_memory() <= bytes_before * 1.001
+    unpatch_model(model)  # nothing left to do
+
+
+def test_patching_twice_changes_nothing(tmp_path: Path) -> None:
+    model, _ = load(write(tmp_path, "qwen3"), fuse="all")
+    modules = [id(m) for _, m in model.named_modules()]
+    assert patch_model(model, "qkv") is model.load_report.patch
+    assert [id(m) for _, m in model.named_modules()] == modules
+
+
+def test_the_report_says_what_is_mixed(tmp_path: Path) -> None:
+    model, _ = load(write(tmp_path, "llama-q4"), fuse="all")
+    lines = "qkv 3/3 (3 mixed: q4_0, q8_0), gate/up 3/3, residual 3/3"
+    assert str(model.load_report.patch) == lines
+    model, _ = load(write(tmp_path, "gemma3"), fuse="all")
+    assert str(model.load_report.patch) == "qkv 7/7, gate/up 7/7"
+
+
+def test_the_choice_of_fusions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, "llama-q4")
+    for fuse, text in (
+        ("auto", "nothing fused"),
+        ("off", "nothing fused"),
+        ("gate_up", "gate/up 3/3"),
+        (["qkv", "gate_up"], "qkv 3/3 (3 mixed: q4_0, q8_0), gate/up 3/3"),
+        (
+            "residual",
+            "residual 0/3\nresidual not fused in 3: its attention or its MLP is not fused",
+        ),
+    ):
+        assert str(load(path, fuse=fuse)[0].load_report.patch) == text
+    with pytest.raises(ValueError, match="auto, all, off or of qkv, gate_up, residual; found qvk"):
+        load(path, fuse="qvk,gate_up")
+    monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
+    assert tuple(load(path)[0].load_report.patch.tallies) == FUSIONS
+
+
+class Other(QuantizedLinear):
+    pass
+
+
+def lora(model: nn.Module) -> None:
+    model.layers[1].self_attn.k_proj = LoRALinear.from_base(nn.Linear(64, 32))
+
+
+def subclassed(model: nn.Module) -> None:
+    model.layers[1].self_attn.v_proj.__class__ = Other
+
+
+def aliased(model: nn.Module) -> None:
+    model.layers[1].self_attn.q_proj = model.layers[0].self_attn.q_proj
+
+
+def streamed(model: nn.Module) -> None:
+    model.layers[1].self_attn.v_proj = nn.Linear(64, 32, bias=False)
+
+
+def attention_subclassed(model: nn.Module) -> None:
+    attention = model.layers[1].self_attn
+    attention.__class__ = type("Attention", (llama.Attention,), {"__module__": llama.__name__})
+
+
+@pytest.mark.parametrize(
+    ("change", "places", "reason"),
+    [
+        (lora, [1], "its linears are LoRALinear and quantised"),
+        (subclassed, [1], "its linears are Other and quantised"),
+        (aliased, [0, 1], "q_proj is used in several places"),
+        (streamed, [1], "its linears are dense and quantised"),
+        (attention_subclassed, [1], "mlx_lm.models.llama.Attention is not a class that is known"),
+    ],
+)
+def test_what_is_not_certain_is_left_alone(
+    change: object, places: list[int], reason: str, tmp_path: Path
+) -> None:
+    model, _ = load(write(tmp_path, "llama-q4"), fuse="all")
+    unpatch_model(model)
+    change(model)
+    want = logits(model, 3, 1)
+    report = patch_model(model, "all")
+    found = [s for s in report.skipped if s[0] == "qkv"]
+    assert found == [("qkv", f"model.layers.{i}.self_attn", reason) for i in places]
+    assert len(report.tallies["qkv"].fused) == 3 - len(places)
+    assert [s[0] for s in report.skipped].count("residual") == len(places)
+    assert apart(logits(model, 3, 1), want) <= BOUND
+
+
+def test_another_mlx_lm_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = load(write(tmp_path, "llama-q4"), fuse="all")
+    unpatch_model(model)
+
+    def changed(self: nn.Module, x: mx.array) -> mx.array:
+        return self.down_proj(self.gate_proj(x) * self.up_proj(x))
+
+    monkeypatch.setattr(llama.MLP, "__call__", changed)
+    report = patch_model(model, "all")
+    assert not report.tallies["gate_up"].fused
+    assert "this version of mlx-lm has another mlx_lm.models.llama.MLP.__call__" in str(report)

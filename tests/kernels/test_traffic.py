@@ -1,0 +1,96 @@
+"""What decoding one token moves, counted: nothing twice, in whole segments, no more than MLX."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+
+from mlxfuse.kernels import _kernel
+from tests import msl
+from tests.kernels import traffic
+from tests.msl import mlx_kernels, ptx
+
+ROWS = 64
+# Every format with K as in real models: whole and partial passes of 32 lanes over a row.
+SHAPES = [
+    (name, columns)
+    for name in traffic.FORMATS
+    for columns in (576, 896, 2048, 14336)
+    if columns % traffic.BY_NAME[name].block_size == 0
+]
+
+
+@pytest.fixture(scope="module")
+def qmv_fast():
+    """affine_qmv_fast on the bench."""
+    case = mlx_kernels.qmv_fast(mx.zeros((1, 2048), mx.float16), traffic.affine(ROWS, 2048))
+    return traffic.moved_by(case)
+
+
+@pytest.mark.parametrize(("name", "columns"), SHAPES)
+def test_nothing_is_moved_twice(name, columns, qmv_fast):
+    # Enough rows for the 36 bytes of `size` not to matter.
+    rows = max(ROWS, (1 << 17) // columns // 8 * 8)
+    found = traffic.moved(name, rows, columns)
+    assert {t.times_read for t in found.codes} == {1.0}
+    # A byte that lanes of one SIMD-group load together is one; rows are no two SIMD-groups'.
+    assert {t.times_fetched for t in found.scales} == {1.0}
+    assert 1.0 <= found.distinct_ratio <= 1.001
+    assert found.x_loads_per_weight <= qmv_fast.x_loads_per_weight
+    assert found.x_values_per_weight(mx.float16) <= qmv_fast.x_values_per_weight(mx.float16)
+    if columns >= 2048:
+        assert found.coalescing >= 0.9
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
+def test_the_type_of_x_changes_only_its_bytes(dtype):
+    half, other = (traffic.moved("Q4_K", ROWS, 2048, d) for d in (mx.float16, dtype))
+    assert (other.codes, other.scales) == (half.codes, half.scales)
+    assert other.x.loads == half.x.loads
+    assert other.x.read_bytes == half.x.read_bytes * dtype.size // 2
+
+
+def test_ragged_rows_read_the_rest_once():
+    found = traffic.moved("Q4_0", 67, 576)
+    assert {t.times_read for t in found.codes + found.scales} == {1.0}
+
+
+@pytest.fixture
+def overlapping(monkeypatch):
+    """The kernel with passes over a row that overlap by half."""
+    whole = _kernel.header
+    step = "base += 32"
+
+    def header(parts):
+        assert step in whole(parts)
+        return whole(parts).replace(step, "base += 16")
+
+    monkeypatch.setattr(_kernel, "header", header)
+    _kernel._compiled.cache_clear()
+    yield
+    _kernel._compiled.cache_clear()
+
+
+@pytest.mark.usefixtures("overlapping")
+def test_a_kernel_that_reads_twice_is_seen():
+    found = traffic.moved("Q4_0", ROWS, 2048)
+    # 64 units a row: the first 16 are read once, the others twice.
+    assert found.code_reads == found.scale_fetches == (16 + 2 * 48) / 64
+    assert found.x_values_per_weight(mx.float16) == 0.25 * 112 / 64
+    assert found.distinct_ratio <= 1.001
+
+
+@pytest.mark.parametrize("name", traffic.FORMATS)
+def test_instructions_of_the_inner_loop(name):
+    """Per weight, against affine_qmv_fast for 4-bit weights: at most 1.15 times as many."""
+    try:
+        ptx.libdevice()
+    except msl.MslSetupError as e:
+        pytest.skip(str(e))
+    ours, mlx = traffic.loop(name), traffic.loop_of_mlx(4)
+    assert ours.instructions <= 1.15 * mlx.instructions
+    # It is the loop that was meant: it loads what the launch loads.
+    found = traffic.moved(name, ROWS, 2048)
+    read = found.x.read_bytes + sum(t.read_bytes for t in found.codes + found.scales)
+    assert ours.load_bytes == read / found.weights
+    assert mlx.load_bytes == (16 * 2 + 4 * (8 + 2 + 2)) / 64

@@ -1,0 +1,173 @@
+"""What one row of x times a quantised weight moves, on the test bench: ours beside MLX's own."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlxfuse.formats import BY_NAME
+from mlxfuse.gguf.relayout import stream_shapes
+from mlxfuse.kernels import _kernel
+from mlxfuse.kernels._source import header
+from mlxfuse.kernels.quantized_matmul import KERNEL, _Call
+from mlxfuse.kernels.weight import QuantizedWeight, Segment
+from tests import msl
+from tests.msl.instructions import largest_loop
+from tests.msl.mlx_kernels import Affine, Case, qmv_fast
+
+FORMATS = tuple(f.name for f in BY_NAME.values() if f.kernel)
+SLOTS = 4  # rows of W that a SIMD-group multiplies at once, here and in affine_qmv_fast
+_DTYPES = {"uint8": mx.uint8, "uint32": mx.uint32, "float16": mx.float16}
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Figures of one product ``[1, K] x [N, K]``.
+
+    Attributes:
+        codes: traffic of each stream of code bits, ``scales`` of each stream of scales.
+        least: bytes of weight, x and outputs.
+        counts: of the whole launch.
+        weights: N K.
+    """
+
+    counts: msl.Counts
+    codes: tuple[msl.Traffic, ...]
+    scales: tuple[msl.Traffic, ...]
+    least: int
+    weights: int
+
+    @property
+    def x(self) -> msl.Traffic:
+        return self.counts.buffers["x"]
+
+    @property
+    def distinct_ratio(self) -> float:
+        """Distinct bytes moved over the fewest possible."""
+        return self.counts.distinct_bytes / self.least
+
+    @property
+    def code_reads(self) -> float:
+        """How often lanes read a code byte, in the worst stream."""
+        return max(t.times_read for t in self.codes)
+
+    @property
+    def scale_fetches(self) -> float:
+        """How often SIMD-groups read a scale byte, in the worst stream."""
+        return max(t.times_fetched for t in self.scales)
+
+    @property
+    def coalescing(self) -> float:
+        """Of code loads, in 32-byte segments, in the worst stream."""
+        return min(t.coalescing for t in self.codes)
+
+    @property
+    def x_loads_per_weight(self) -> float:
+        return self.x.loads / self.weights
+
+    def x_values_per_weight(self, dtype: mx.Dtype) -> float:
+        """Values of x that lanes read, over weights."""
+        return self.x.read_bytes / dtype.size / self.weights
+
+
+def zeros(name: str, rows: int, columns: int) -> QuantizedWeight:
+    """A weight of a format; addresses do not depend on its values."""
+    fmt = BY_NAME[name]
+    shapes = stream_shapes(fmt, rows, columns)
+    arrays = {s.name: mx.zeros(shapes[s.name], _DTYPES[s.dtype]) for s in fmt.streams}
+    return QuantizedWeight.whole(Segment(fmt, columns, arrays))
+
+
+def launch_of(name: str, rows: int, columns: int, dtype: mx.Dtype) -> _kernel.Launch:
+    """The vector kernel's dispatch."""
+    x = mx.zeros((1, columns), dtype)
+    call = _Call(x, zeros(name, rows, columns), None, None, None, False, None)
+    return KERNEL.launch(call)
+
+
+def moved(name: str, rows: int, columns: int, dtype: mx.Dtype = mx.float16) -> Moved:
+    """Our vector kernel."""
+    launch = launch_of(name, rows, columns, dtype)
+    with msl.installed(), msl.counting() as found:
+        _kernel.run(launch)
+    (counts,) = found
+    streams = {n: t for n, t in counts.buffers.items() if n not in ("x", "size", "out0")}
+    codes = [n for n in streams if n.startswith(("codes", "high"))]
+    return Moved(
+        counts,
+        tuple(streams[n] for n in codes),
+        tuple(t for n, t in streams.items() if n not in codes),
+        zeros(name, rows, columns).nbytes + (columns + rows) * dtype.size,
+        rows * columns,
+    )
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One iteration of a kernel's inner loop, in PTX.
+
+    Attributes:
+        instructions: without loads and stores, over the weights that a lane multiplies.
+        load_bytes: that a lane loads, over the same.
+    """
+
+    instructions: float
+    load_bytes: float
+
+
+def _loop(source: str, name: str, weights: int) -> Loop:
+    found = largest_loop(source, name)
+    return Loop(found.instructions / weights, found.load_bytes / weights)
+
+
+def loop(name: str, dtype: mx.Dtype = mx.float16) -> Loop:
+    """Our vector kernel's."""
+    launch = launch_of(name, 256, 2048, dtype)
+    program = launch.program
+    kernel = msl.metal_kernel(
+        name=program.op,
+        input_names=program.inputs,
+        output_names=program.outputs,
+        source=program.body,
+        header=header(program.parts),
+    )
+    captured = msl.capture(
+        kernel,
+        launch.arrays,
+        grid=launch.grid,
+        threadgroup=launch.threadgroup,
+        template=list(launch.template),
+        output_shapes=list(launch.shapes),
+        output_dtypes=list(launch.dtypes),
+    )
+    unit = zeros(name, 8, 2048).parts[0].segment.unit
+    return _loop(captured.source, captured.name, SLOTS * unit)
+
+
+@functools.cache
+def loop_of_mlx(bits: int) -> Loop:
+    """affine_qmv_fast's: two 32-bit words of codes for each lane and row."""
+    case = qmv_fast(mx.zeros((1, 2048), mx.float16), affine(8, 2048, bits))
+    return _loop(case.source, case.name, SLOTS * 64 // bits)
+
+
+@functools.cache
+def affine(rows: int, columns: int, bits: int = 4, dtype: mx.Dtype = mx.float16) -> Affine:
+    """A weight in MLX's format, groups of 64."""
+    return Affine(*mx.quantize(mx.zeros((rows, columns), dtype), 64, bits), 64, bits)
+
+
+def moved_by(case: Case) -> Moved:
+    """A kernel of MLX; MLX's arguments of 4 bytes each count as moved."""
+    y, report = case.run("counted", count=True)
+    assert report.counts is not None
+    buffers = report.counts.buffers
+    return Moved(
+        report.counts,
+        (buffers["w"],),
+        (buffers["scales"], buffers["biases"]),
+        case.weight.nbytes + case.x.nbytes + y.nbytes,
+        y.shape[1] * case.x.shape[1],
+    )
