@@ -144,10 +144,9 @@ def _small_matmul(call: Call) -> tuple[Call]:
         taken = slice(part.first, part.first + min(part.rows, _ROWS))
         rows.setdefault(id(part.segment), []).append(taken)
     segments = {
-        id(s): Segment(
-            s.format,
-            s.columns,
-            {
+        id(s): replace(
+            s,
+            arrays={
                 n: mx.concatenate([a[..., r, :] for r in rows[id(s)]], axis=-2)
                 for n, a in s.arrays.items()
             },
