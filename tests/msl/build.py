@@ -87,10 +87,11 @@ _RUNTIME_FLAGS = (
 
 @dataclass(frozen=True)
 class Compiler:
-    """A clang: how to call it, its version line, and which choice it was."""
+    """A clang: how to call it, its version line and number, and which choice it was."""
 
     command: tuple[str, ...]
     version: str
+    major: int
     choice: str
 
     def __str__(self) -> str:
@@ -109,7 +110,7 @@ def _probe(command: Sequence[str], choice: str) -> Compiler | None:
     # Apple numbers its clang differently.
     if found is None or "Apple" in line or int(found[1]) < OLDEST_CLANG:
         return None
-    return Compiler(tuple(command), line.strip(), choice)
+    return Compiler(tuple(command), line.strip(), int(found[1]), choice)
 
 
 @functools.cache
@@ -232,6 +233,7 @@ def runtime() -> Path:
     sources = sorted(folder.glob("*.c"))
     features = [f for f in target_flags() if f.startswith("-m")]
     command = [_c_compiler(), *_RUNTIME_FLAGS, *features, f"-I{folder}"]
+    command.append(f"-DCLANG={compiler().major}")
     texts = [p.read_text(encoding="utf-8") for p in (*sources, folder / "msl.h")]
     path = cache_dir() / f"runtime-{digest(*command, *texts)}.so"
     if not path.exists():

@@ -120,7 +120,7 @@ BUGS = {
         "out-of-bounds",
         "array index out of bounds",
         "acc[r + (blocks > 1)]",
-        "wrong | unnoticed",
+        "wrong | unnoticed | order-dependent",
     ),
     "private array overrun through a pointer": bug(
         "q4_k",
@@ -128,7 +128,7 @@ BUGS = {
         "out-of-bounds",
         "on a thread-private variable",
         "fill(acc",
-        "wrong | unnoticed",
+        "wrong | unnoticed | order-dependent",
         "inline void fill(thread float* p, int n) {\n  for (int i = 0; i < n; i++) p[i] = 0;\n}\n",
     ),
     # -- races and barriers
