@@ -12,27 +12,29 @@ import pytest
 from mlx_lm.generate import generate_step
 
 from mlxfuse import generate
-from mlxfuse.demo import ensure_demo
 from mlxfuse.kernels import fallbacks, launches
 from mlxfuse.load import load
 
 ROOT = Path(__file__).parent.parent
 
 
-def greedy(count: int) -> list[int]:
-    model, tokenizer = load(ensure_demo(offline=True))
+def greedy(demo: Path, count: int) -> list[int]:
+    model, tokenizer = load(demo)
     prompt = generate.encode_prompt(tokenizer, generate.Settings(prompt="hello"))
     steps = generate_step(mx.array(prompt), model, max_tokens=count)
     return [int(token) for token, _ in steps]
 
 
 @pytest.mark.slow
-@pytest.mark.demo
-def test_the_first_tokens_are_the_reference_paths(monkeypatch: pytest.MonkeyPatch) -> None:
-    want = greedy(8)
+def test_the_first_tokens_are_the_reference_paths(
+    demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = greedy(demo, 8)
     monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
+    launches.clear()  # other tests launch too
+    fallbacks.clear()
     start = time.perf_counter()
-    got = greedy(8)
+    got = greedy(demo, 8)
     seconds = time.perf_counter() - start
     assert got == want
     assert seconds < 180
@@ -42,10 +44,9 @@ def test_the_first_tokens_are_the_reference_paths(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
-@pytest.mark.demo
-def test_the_command_says_what_ran() -> None:
+def test_the_command_says_what_ran(demo: Path) -> None:
     found = subprocess.run(
-        [sys.executable, "-m", "mlxfuse", "generate", str(ensure_demo(offline=True)), "-m", "2"],
+        [sys.executable, "-m", "mlxfuse", "generate", str(demo), "-m", "2"],
         capture_output=True,
         text=True,
         timeout=180,

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map, tree_reduce
 
-from mlxfuse.demo import ensure_demo
 from mlxfuse.errors import GGUFError
 from mlxfuse.gguf.reader import open_gguf
 from mlxfuse.gguf.relayout import restore
@@ -164,18 +163,16 @@ def test_a_file_that_shrinks_while_it_loads_is_an_error(
         quantised(path)
 
 
-@pytest.mark.demo
-def test_the_demo_model_takes_its_files_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_model_takes_its_files_bytes(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Resident bytes after load, and the steps that are timed."""
-    path = ensure_demo(offline=True)
     monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
-    with open_gguf(path) as file:
+    with open_gguf(demo) as file:
         stored = sum(t.nbytes for t in file.tensors.values())
     # Other tests' models, and their buffers, which MLX reuses for smaller arrays.
     gc.collect()
     mx.clear_cache()
     before = mx.get_active_memory()
-    model, _ = load(path)
+    model, _ = load(demo)
     assert stored <= mx.get_active_memory() - before <= 1.001 * stored
     assert str(model.load_report.patch).startswith("qkv 30/30")
     assert model.load_report.seconds.keys() == {
