@@ -18,7 +18,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .load import load
+    from .loader import load
 
 __version__ = "0.1.0"
 
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 # Public name -> the module that defines it; resolved on first use (PEP 562).
-_LAZY = {"load": "load"}
+_LAZY = {"load": "loader"}
 
 
 def __getattr__(name: str) -> object:

@@ -199,6 +199,10 @@ def generate_command(
     dtype: Annotated[
         DType | None, _model("Type of the activations (default: by architecture and device).")
     ] = None,
+    fuse: Annotated[
+        str,
+        _model("What to fuse: auto (all where kernels run), all, off, or qkv,gate_up,residual."),
+    ] = "auto",
     draft_model: Annotated[
         str | None, _model("A smaller model with the same vocabulary, for speculative decoding.")
     ] = None,
@@ -281,14 +285,20 @@ def generate_command(
         say(f"loading {path.name}")
         from . import generate as engine
         from . import kernels, prompt_cache
-        from .load import load
+        from .fusion import chosen
+        from .loader import load
+
+        try:
+            chosen(fuse)
+        except ValueError as error:
+            raise typer.BadParameter(f"--fuse: {error}") from None
 
         if prompt_cache_file:
             prompt_cache.expect_model(prompt_cache_file, ref)
         kernels.launches.clear()
         kernels.fallbacks.clear()
         start = time.perf_counter()
-        loaded, tokenizer = load(path, dtype=dtype and dtype.value)
+        loaded, tokenizer = load(path, dtype=dtype and dtype.value, fuse=fuse)
         draft = _load_draft(draft_path, tokenizer) if draft_path else None
         load_seconds = time.perf_counter() - start
         say("reading the prompt")
@@ -342,7 +352,7 @@ def generate_command(
 
 
 def _load_draft(path: Path, tokenizer: Any) -> Any:
-    from .load import load
+    from .loader import load
 
     draft, draft_tokenizer = load(path)
     if draft_tokenizer.vocab_size != tokenizer.vocab_size:

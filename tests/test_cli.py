@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import mlxfuse
 from mlxfuse.cli import app
 from mlxfuse.generate import _bounded_cache
-from mlxfuse.load import load
+from mlxfuse.loader import load
 from mlxfuse.terminal import neutralize
 
 from .models import tiny
@@ -542,3 +542,13 @@ def test_inspect_for_people_is_safe_to_print(tmp_path):
     result = invoke("inspect", path)
     assert "name          [bold]evil\\x1b[31m\\u202ename\\x0a2[/]\n" in result.stdout
     assert "q|k|v            Q8_0                    0-2\n" in result.stdout
+
+
+def test_fuse_takes_known_names(model):
+    bad = invoke("generate", model, "--fuse", "qkv,nosuch")
+    assert bad.exit_code == 2
+    assert bad.stdout == ""
+    assert "nosuch" in bad.stderr
+    assert answer(model, "--fuse", "off", "-m", "2", *RAW)["load"]["fused"] == "nothing fused"
+    fused = answer(model, "--fuse", "qkv", "-m", "2", *RAW)["load"]["fused"]
+    assert re.fullmatch(r"qkv (\d+)/\1", fused)

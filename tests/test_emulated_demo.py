@@ -13,7 +13,7 @@ from mlx_lm.generate import generate_step
 
 from mlxfuse import generate
 from mlxfuse.kernels import fallbacks, launches
-from mlxfuse.load import load
+from mlxfuse.loader import load
 
 ROOT = Path(__file__).parent.parent
 

@@ -22,7 +22,7 @@ LAYERS = (
     ("demo",),
     ("hub", "nn"),
     ("models", "fusion"),
-    ("load", "export", "inspect", "prompt_cache", "generate"),
+    ("loader", "export", "inspect", "prompt_cache", "generate"),
     ("bench", "doctor"),
     ("cli",),
     ("__main__",),
@@ -112,11 +112,11 @@ def test_imports_go_downwards():
         ("gguf.reader", "import mlx.core as mx"),
         ("kernels.matmul", "from mlxfuse.gguf import blocks"),
         ("errors", "from .hub import resolve"),
-        ("load", "def f():\n    from .cli import main"),
+        ("loader", "def f():\n    from .cli import main"),
         ("hub", "import typer"),
         ("inspect", "from mlx import core"),
         ("nn.linear", "from ..load import load"),
-        ("load", "from .nowhere import x"),
+        ("loader", "from .nowhere import x"),
     ],
 )
 def test_a_wrong_import_is_noticed(name, source):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .patch import FUSIONS, patch_model, unpatch_model
+from .patch import FUSIONS, chosen, patch_model, unpatch_model
 from .report import PatchReport
 
-__all__ = ["FUSIONS", "PatchReport", "patch_model", "unpatch_model"]
+__all__ = ["FUSIONS", "PatchReport", "chosen", "patch_model", "unpatch_model"]

@@ -54,7 +54,7 @@ def work(contestant: str, path: str) -> None:
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
 
-    from mlxfuse.load import load
+    from mlxfuse.loader import load
 
     model, _ = load(path, dtype="float32")
     if contestant != "mlxfuse":

@@ -9,7 +9,7 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlxfuse.fusion import unpatch_model
-from mlxfuse.load import load
+from mlxfuse.loader import load
 from tests.dispatches import dispatches
 from tests.models import tiny
 

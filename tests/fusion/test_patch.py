@@ -14,7 +14,7 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from mlxfuse.fusion import FUSIONS, patch_model, unpatch_model
 from mlxfuse.kernels import fallbacks, launches
-from mlxfuse.load import load
+from mlxfuse.loader import load
 from mlxfuse.nn.attention import FusedAttention
 from mlxfuse.nn.mlp import FusedBlock, FusedMLP
 from mlxfuse.nn.quantized import FusedQuantizedLinear, QuantizedLinear

@@ -12,7 +12,7 @@ import pytest
 from mlxfuse.fusion import patch_model
 from mlxfuse.fusion.patch import unpatch_model
 from mlxfuse.kernels import _kernel, fallbacks, self_test
-from mlxfuse.load import load
+from mlxfuse.loader import load
 from mlxfuse.nn.quantized import QuantizedLinear
 from tests import msl
 from tests.models import tiny

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlxfuse.load import load
+from mlxfuse.loader import load
 from tests.models import tiny
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -14,7 +14,7 @@ from mlxfuse.errors import GGUFError
 from mlxfuse.gguf.reader import open_gguf
 from mlxfuse.gguf.relayout import restore
 from mlxfuse.kernels.dequantize import dequantize
-from mlxfuse.load import load
+from mlxfuse.loader import load
 from mlxfuse.models import streams
 from mlxfuse.nn.quantized import QuantizedEmbedding, QuantizedLinear
 from tests.models import tiny

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import mlx.nn as nn
 
-from .fusion import PatchReport, patch_model
-from .fusion.patch import chosen
+from .errors import UnsupportedError
+from .fusion import PatchReport, chosen, patch_model
 from .gguf.reader import open_gguf
 from .gguf.tokenizer import load_tokenizer
 from .hub import resolve
@@ -94,7 +94,11 @@ def load(
     with ExitStack() as stack:
         with account.time("header"):
             file = stack.enter_context(open_gguf(path))
-            weights = plan(file, read_config(file, context_length))
+            try:
+                weights = plan(file, read_config(file, context_length))
+            except UnsupportedError as error:
+                named = str(path) in str(error)
+                raise (error if named else UnsupportedError(f"{path}: {error}")) from None
         with account.time("tokenizer"):
             tokenizer = load_tokenizer(file)
         activations = activation_dtype(weights.config.architecture, dtype)

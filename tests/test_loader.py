@@ -15,7 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlxfuse.errors import GGUFError, ModelRefError, UnsupportedError
 from mlxfuse.generate import Settings, encode_prompt
 from mlxfuse.gguf.reader import open_gguf
-from mlxfuse.load import activation_dtype, load
+from mlxfuse.loader import activation_dtype, load
 from mlxfuse.models import ARCHITECTURES, build
 from mlxfuse.models.config import read_config
 from mlxfuse.models.plan import plan
