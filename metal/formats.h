@@ -148,12 +148,16 @@ struct SixBits {
   float b;
   SixBits() = default;
   SixBits(uint4 block, uint g) {
+    // Groups 0 to 3: 6 bits of x and y. 4 to 7: 4 bits of z, 2 high bits of x and y.
     const uint at = 8 * (g & 3);
+    const bool late = g > 3;
+    const uint low = late ? 15 : 63;
+    const uint high = late ? 48 : 0;
     const uint x = block.y >> at;
     const uint y = block.z >> at;
     const uint z = block.w >> at;
-    const uint scale = g < 4 ? x & 63 : (z & 15) | ((x >> 2) & 48);
-    const uint minimum = g < 4 ? y & 63 : ((z >> 4) & 15) | ((y >> 2) & 48);
+    const uint scale = (metal::select(x, z, late) & low) | ((x >> 2) & high);
+    const uint minimum = (metal::select(y, z >> 4, late) & low) | ((y >> 2) & high);
     const half2 d = as_type<half2>(block.x);
     s = float(d.x) * float(scale);
     b = -float(d.y) * float(minimum);
@@ -373,5 +377,77 @@ struct MXFP4 : Table<E2M1Values>, Single<0> {
   MXFP4(P p, uint first, uint i) {
     index.w = elements<uint4>(p.codes)[first + i];
     s = e8m0_half(p.scales[first + i]);
+  }
+};
+
+//@ Packed:
+// Nibbles in the order of the weights, 8 to a word.
+struct Packed {
+  static constexpr constant int width = 32;
+  uint4 w;
+  static constexpr int shift(int i) {
+    return 4 * (i & 7);
+  }
+  float code(int i) const {
+    return float(w[(i >> 3) & 3] & (15u << shift(i)));
+  }
+  float4 quad(int q) const {
+    const uint v = w[(q >> 1) & 3] >> (16 * (q & 1));
+    return float4(uint4(v, v >> 4, v >> 8, v >> 12) & uint4(15));
+  }
+};
+
+//@ Affine4: Packed Biased
+// MLX's own affine weights: codes, scales and (as `supers`) biases of each `group` weights.
+template <int group>
+struct Affine4 : Packed, Biased {
+  template <typename P>
+  Affine4(P p, uint first, uint i) {
+    w = elements<uint4>(p.codes)[first + i];
+    s = float(p.scales[(first + i) / (group / 32)]);
+    b = float(p.supers[(first + i) / (group / 32)]);
+  }
+};
+
+//@ Affine8: Biased
+template <int group>
+struct Affine8 : Biased {
+  static constexpr constant int width = 16;
+  uint4 w;
+  template <typename P>
+  Affine8(P p, uint first, uint i) {
+    w = elements<uint4>(p.codes)[first + i];
+    s = float(p.scales[(first + i) / (group / 16)]);
+    b = float(p.supers[(first + i) / (group / 16)]);
+  }
+  static constexpr int shift(int i) {
+    return 8 * (i & 3);
+  }
+  float code(int i) const {
+    return float(w[i >> 2] & (255u << shift(i)));
+  }
+  float4 quad(int q) const {
+    return bytes(w[q]);
+  }
+};
+
+//@ MLXMXFP4: E2M1Values E8M0 Single
+// MLX's mxfp4: the values of MXFP4 in the order of the weights.
+struct MLXMXFP4 : Single<0> {
+  static constexpr constant int width = 32;
+  uint4 w;
+  template <typename P>
+  MLXMXFP4(P p, uint first, uint i) {
+    w = elements<uint4>(p.codes)[first + i];
+    s = e8m0_half(p.scales[first + i]);
+  }
+  static constexpr int shift(int) {
+    return 0;
+  }
+  float code(int i) const {
+    return E2M1Values::at((w[(i >> 3) & 3] >> (4 * (i & 7))) & 15u);
+  }
+  float4 quad(int q) const {
+    return float4(code(4 * q), code(4 * q + 1), code(4 * q + 2), code(4 * q + 3));
   }
 };

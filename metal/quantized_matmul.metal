@@ -106,7 +106,8 @@ METAL_FUNC uint weight_row(Part a, Part b, uint row, uint r, uint slots) {
   return a.first + row + r;
 }
 
-// Lane r of the SIMD-group holds the sum of slot r; writes the outputs of one row of x.
+// Lane r of the SIMD-group holds the sum of slot r, all of them inside W; writes the outputs of
+// one row of x.
 template <typename E, int slots, typename T, typename B, typename R>
 METAL_FUNC void write_rows(
     float sum, Part a, Part b, uint row, uint to, uint lane, B bias, R added, device T* out) {
@@ -116,7 +117,7 @@ METAL_FUNC void write_rows(
   if (gated) {
     up = simd_shuffle_down(sum, ushort(slots / 2));
   }
-  if (lane < count && row + lane < a.rows) {
+  if (lane < count) {
     const uint n = row + lane;
     float v = E::Activation::apply(E::add_bias(sum, bias, a.bias + n));
     if (gated) {
@@ -309,5 +310,117 @@ METAL_FUNC void batch_tile(
         p, x, a, b, row, units, to, rows, lane, bias, added, out);
   } else if (row < a.rows) {
     batch_slots<F, E, least, many>(p, x, a, b, row, units, to, rows, lane, bias, added, out);
+  }
+}
+
+//@ tiles: rows
+// 32 rows of x by 64 rows of W (gated: 32 of the gate, 32 of up) for 4 SIMD-groups, K in steps
+// of 64. Each thread decodes the 32 weights of one row of the tile.
+constant constexpr int tile_pitch = 72;
+
+template <typename F, typename E, typename T, typename P, typename S, typename B, typename R>
+METAL_FUNC void matrix_tile(
+    P p, const device T* x, S size, Part a, Part b, uint3 tile, uint me, uint group, B bias,
+    R added, device T* out, threadgroup float* scratch) {
+  constexpr bool gated = E::Activation::gated;
+  constexpr uint count = gated ? 32 : 64;
+  const uint columns = uint(size[0]);
+  const uint units = columns / F::width;
+  const uint rows = uint(size[1]);
+  const uint to = tile.y * 32;
+  const uint row = (tile.x - a.tile) * count;
+  threadgroup T* xs = (threadgroup T*)scratch;
+  threadgroup T* ws = xs + 32 * tile_pitch;
+  const uint m = me / 4;
+  const uint from = 16 * (me % 4);
+  const uint n = me / 2;
+  const uint at = 32 * (me % 2);
+  const bool x_inside = to + m < rows;
+  const bool w_inside = row + n % count < a.rows;
+  const uint first = weight_row<gated>(a, b, row, n, 64) * units;
+  const uint sm = 16 * (group / 2);
+  const uint sn = 32 * (group % 2);
+  simdgroup_matrix<float, 8, 8> sums[2][4];
+  UNROLL
+  for (int i = 0; i < 2; i++) {
+    UNROLL
+    for (int j = 0; j < 4; j++) {
+      sums[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+    }
+  }
+  for (uint k = 0; k < columns; k += 64) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    threadgroup vec<T, 4>* px = (threadgroup vec<T, 4>*)(xs + m * tile_pitch + from);
+    const bool x_here = x_inside && k + from < columns;
+    UNROLL
+    for (int q = 0; q < 4; q++) {
+      px[q] = x_here ? *(const device vec<T, 4>*)(x + ulong(to + m) * columns + k + from + 4 * q)
+                     : vec<T, 4>(T(0));
+    }
+    threadgroup vec<T, 4>* pw = (threadgroup vec<T, 4>*)(ws + n * tile_pitch + at);
+    UNROLL
+    for (int u = 0; u < 32 / F::width; u++) {
+      if (w_inside && k + at < columns) {
+        const F f(p, first, (k + at) / F::width + u);
+        UNROLL
+        for (int q = 0; q < F::width / 4; q++) {
+          float4 v = f.scale(q >> 2) * (f.quad(q) - float(F::offset));
+          if (F::biased) {
+            v += f.bias(q >> 2);
+          }
+          pw[u * (F::width / 4) + q] = vec<T, 4>(v);
+        }
+      } else {
+        UNROLL
+        for (int q = 0; q < F::width / 4; q++) {
+          pw[u * (F::width / 4) + q] = vec<T, 4>(T(0));
+        }
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    UNROLL
+    for (int kk = 0; kk < 64; kk += 8) {
+      simdgroup_matrix<T, 8, 8> mx[2];
+      simdgroup_matrix<T, 8, 8> mw[4];
+      UNROLL
+      for (int i = 0; i < 2; i++) {
+        simdgroup_load(mx[i], xs + (sm + 8 * i) * tile_pitch + kk, tile_pitch);
+      }
+      UNROLL
+      for (int j = 0; j < 4; j++) {
+        simdgroup_load(
+            mw[j], ws + (sn + 8 * j) * tile_pitch + kk, tile_pitch, ulong2(0, 0), true);
+      }
+      UNROLL
+      for (int i = 0; i < 2; i++) {
+        UNROLL
+        for (int j = 0; j < 4; j++) {
+          simdgroup_multiply_accumulate(sums[i][j], mx[i], mw[j], sums[i][j]);
+        }
+      }
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  UNROLL
+  for (int i = 0; i < 2; i++) {
+    UNROLL
+    for (int j = 0; j < 4; j++) {
+      simdgroup_store(
+          sums[i][j], scratch + (sm + 8 * i) * tile_pitch + sn + 8 * j, tile_pitch);
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (uint e = me; e < 32 * count; e += 128) {
+    const uint ym = e / count;
+    const uint yn = e % count;
+    if (to + ym < rows && row + yn < a.rows) {
+      const threadgroup float* y = scratch + ym * tile_pitch + yn;
+      float v = E::Activation::apply(E::add_bias(y[0], bias, a.bias + row + yn));
+      if (gated) {
+        v *= E::add_bias(y[32], bias, b.bias + row + yn);
+      }
+      const ulong where = ulong(to + ym) * a.stride + a.column + row + yn;
+      out[where] = E::template finish<T>(v, added, where);
+    }
   }
 }

@@ -1,4 +1,4 @@
-"""Run any GGUF file in MLX at the file's own precision, with fused Metal kernels.
+"""Run GGUF files in MLX at the file's own precision, with fused Metal kernels.
 
 Importing this package is cheap: mlx, mlx-lm and transformers are imported when
 ``load`` is first used.

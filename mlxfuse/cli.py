@@ -15,21 +15,19 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, ParamSpec
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from . import __version__
 from .errors import MLXFuseError
 from .process import INTERRUPTED, fail, unexpected, watch_interrupts
+from .progress import download_bar, status_line
 from .terminal import neutralize, one_line
 
 PIPE_CLOSED = 141  # 128 + SIGPIPE, what a shell reports for any program
@@ -90,39 +88,10 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
     return wrapper
 
 
-@contextmanager
-def _progress(shown: bool) -> Iterator[Callable[[str, int, int | None], None] | None]:
-    """A bar on a terminal, one line a file elsewhere, nothing where ``shown`` is false."""
-    if not shown:
-        yield None
-        return
-    console = Console(stderr=True)
-    tasks: dict[str, Any] = {}
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-    )
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-
-        def update(label: str, done: int, total: int | None) -> None:
-            if label not in tasks:
-                tasks[label] = bar.add_task(escape(one_line(label, 60)), total=total)
-                if not console.is_terminal:
-                    size = f" ({total / 1e6:.0f} MB)" if total else ""
-                    print(f"downloading {one_line(label)}{size}", file=sys.stderr)
-            bar.update(tasks[label], completed=done)
-
-        yield update
-
-
 def _resolve(ref: str | None, revision: str | None, shown: bool) -> Path:
     from .hub import resolve
 
-    with _progress(shown) as progress:
+    with download_bar(shown) as progress:
         return resolve(ref, revision=revision, progress=progress)
 
 
@@ -303,21 +272,26 @@ def generate_command(
     on_terminal = stdout.isatty()
 
     def write(piece: str) -> None:
+        say(None)
         stdout.write(neutralize(piece) if on_terminal else piece)
         stdout.flush()
 
     # mlx-lm prints warnings on stdout.
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr), status_line(shown and not as_json) as say:
+        say(f"loading {path.name}")
         from . import generate as engine
         from . import kernels, prompt_cache
         from .load import load
 
         if prompt_cache_file:
             prompt_cache.expect_model(prompt_cache_file, ref)
+        kernels.launches.clear()
+        kernels.fallbacks.clear()
         start = time.perf_counter()
         loaded, tokenizer = load(path, dtype=dtype and dtype.value)
         draft = _load_draft(draft_path, tokenizer) if draft_path else None
         load_seconds = time.perf_counter() - start
+        say("reading the prompt")
         models = [loaded] if draft is None else [loaded, draft]
         result = engine.generate(
             loaded,
@@ -347,13 +321,15 @@ def generate_command(
             if prompt_cache_file
             else None,
             write=None if as_json else write,
+            on_prompt=lambda done, total: say(f"reading the prompt: {done:,} of {total:,} tokens"),
+            note=fail if shown else None,
         )
     if as_json:
         record = {
             "model": str(path),
             **asdict(result),
             "load_seconds": load_seconds,
-            "load": asdict(loaded.load_report),
+            "load": loaded.load_report.as_dict(),
             "kernels": kernels.counts(),
         }
         print(json.dumps(record))
@@ -361,7 +337,7 @@ def generate_command(
     print()
     if shown:
         print(f"{result.footer()}", file=sys.stderr)
-        for line in kernels.summary():
+        for line in (*loaded.load_report.lines(), *kernels.summary()):
             print(line, file=sys.stderr)
 
 

@@ -140,6 +140,7 @@ def generate(
     prompt_cache: list[Any] | None = None,
     write: Callable[[str], None] | None = None,
     on_prompt: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Result:
     """Generate one answer.
 
@@ -149,6 +150,7 @@ def generate(
         prompt_cache: what ``mlxfuse.prompt_cache.read`` returned; the prompt follows it.
         write: called with each piece of text as it is there.
         on_prompt: called as (prompt tokens processed, prompt tokens).
+        note: called with what the user should know about the answer to come.
 
     Raises:
         UnsupportedError: the model's cache cannot do what was asked.
@@ -158,6 +160,12 @@ def generate(
         mx.random.seed(settings.seed)
     add_eos_tokens(tokenizer, settings.extra_eos_token)
     prompt = encode_prompt(tokenizer, settings, after_cache=prompt_cache is not None)
+    context = getattr(getattr(model, "args", None), "max_position_embeddings", None)
+    if note and context and len(prompt) > context:
+        note(
+            f"the prompt has {len(prompt):,} tokens, the model was made for {context:,}; "
+            "expect a poor answer, or shorten the prompt"
+        )
     newline = tokenizer.encode("\n", add_special_tokens=False)
     sampler = make_sampler(
         settings.temp,
@@ -208,12 +216,14 @@ def generate(
 
 
 def _bounded_cache(model: Any, size: int) -> list[Any]:
-    """The model's own caches, those without a window bounded to ``size`` tokens.
+    """The model's own caches, those that would hold more than ``size`` tokens bounded to it.
 
     mlx-lm's ``max_kv_size`` does nothing for the models that make their own caches.
     """
     return [
-        RotatingKVCache(max_size=size, keep=4) if type(cache) is KVCache else cache
+        RotatingKVCache(max_size=size, keep=4)
+        if type(cache) is KVCache or getattr(cache, "max_size", 0) > size
+        else cache
         for cache in make_prompt_cache(model)
     ]
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from .errors import GGUFError, UnsupportedError
 from .gguf.reader import GGUFFile, Tensor, open_gguf
+from .gguf.vocab import read_vocab
 from .models import ARCHITECTURES
+from .models.config import read_config
+from .models.plan import plan
 from .terminal import one_line
 
 # Tensors that one kernel can compute together: the group's name -> its members, in order.
@@ -40,19 +44,14 @@ def inspect(path: Path) -> dict[str, Any]:
         architecture = file.architecture
         layers = file.get(f"{architecture}.block_count", int, default=0)
         types = _types(file)
-        supported = architecture in ARCHITECTURES
-        unsupported = []
-        if not supported:
-            unsupported.append(
-                f"architecture {architecture}; supported: {', '.join(sorted(ARCHITECTURES))}"
-            )
+        unsupported = _unsupported(file)
         return {
             "file": str(file.path),
             "shards": len(file.paths),
             "size": file.size,
             "gguf_version": file.version,
             "architecture": architecture,
-            "supported": supported,
+            "supported": not unsupported,
             "name": file.get("general.name", str, default=""),
             "parameters": sum(prod(t.shape) for t in file.tensors.values()),
             "layers": layers,
@@ -67,6 +66,24 @@ def inspect(path: Path) -> dict[str, Any]:
             "fusion": _fusion(file),
             "unsupported": unsupported,
         }
+
+
+def _unsupported(file: GGUFFile) -> list[str]:
+    """Why ``load`` would refuse the file, as far as the header tells; empty if it would not."""
+    if file.architecture not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        return [f"architecture {file.architecture}; supported: {known}"]
+    checks: tuple[Callable[[], object], ...] = (
+        lambda: plan(file, read_config(file)),
+        lambda: read_vocab(file.metadata, file.path),
+    )
+    reasons = []
+    for check in checks:
+        try:
+            check()
+        except (GGUFError, UnsupportedError) as error:
+            reasons.append(str(error).removeprefix(f"{file.path}: "))
+    return reasons
 
 
 def _types(file: GGUFFile) -> list[dict[str, Any]]:
@@ -127,11 +144,12 @@ def render(summary: Mapping[str, Any]) -> str:
     """``inspect``'s result for people, safe to print on a terminal."""
     tokenizer = summary["tokenizer"]
     kind = "/".join(one_line(tokenizer[k], 40) for k in ("model", "pre") if tokenizer[k])
-    support = "supported" if summary["supported"] else "not supported"
+    support = "yes" if summary["supported"] else "no, see below"
     rows = [
         ("file", one_line(summary["file"], 1000)),
         ("name", one_line(summary["name"]) or "-"),
-        ("architecture", f"{one_line(summary['architecture'], 60)} ({support})"),
+        ("architecture", one_line(summary["architecture"], 60)),
+        ("supported", support),
         ("size", f"{_bytes(summary['size'])} in {summary['shards']} file(s)"),
         ("parameters", f"{summary['parameters']:,} in {summary['layers']} layers"),
         ("context", f"{summary['context_length']:,} tokens"),

@@ -44,6 +44,20 @@ class LoadReport:
     dequantized: dict[str, list[int]]
     patch: PatchReport
 
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        seconds = {name.replace("-", "_"): value for name, value in self.seconds.items()}
+        return {"seconds": seconds, "dequantized": self.dequantized, "fused": str(self.patch)}
+
+    def lines(self) -> list[str]:
+        """What a user should know: what was fused and what takes more memory than its file."""
+        fused = [f"Fused: {self.patch}"] if self.patch.tallies else []
+        return fused + [
+            f"{name} has no kernel: {count} matrices of {stored / 1e6:.1f} MB "
+            + (f"take {held / 1e6:.1f} MB" if held else "are dequantised at every call")
+            for name, (count, stored, held) in self.dequantized.items()
+        ]
+
 
 def load(
     ref: str | os.PathLike[str] | None = None,
@@ -86,6 +100,8 @@ def load(
         activations = activation_dtype(weights.config.architecture, dtype)
         model = build(file, weights, activations, quantized=quantized, account=account)
     patch = patch_model(model, fuse)
+    if patch.self_test_seconds:
+        account.seconds["self-test"] = patch.self_test_seconds
     model.load_report = LoadReport(dict(account.seconds), account.dequantized, patch)
     return model, tokenizer
 

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import mlxfuse
 from mlxfuse.cli import app
+from mlxfuse.generate import _bounded_cache
 from mlxfuse.load import load
 from mlxfuse.terminal import neutralize
 
@@ -355,16 +356,57 @@ def test_a_terminal_gets_no_control_characters(model):
     process = start("generate", *args, "--verbose", "False", stdout=slave)
     os.close(slave)
     shown = b""
-    while True:
-        try:
-            piece = os.read(master, 4096)
-        except OSError:  # Linux reports the closed other side of a pty as EIO
-            break
-        if not piece:
-            break
+    while piece := _read_terminal(master):
         shown += piece
     assert process.wait(timeout=60) == 0
     assert shown.decode().replace("\r\n", "\n") == neutralize(text) + "\n"
+
+
+def on_terminal(*args):
+    """What a command shows on a terminal that is its stderr, and its stdout."""
+    master, slave = pty.openpty()
+    process = start(*args, stderr=slave, env={"TERM": "xterm", "COLUMNS": "100"})
+    os.close(slave)
+    shown = b""
+    while piece := _read_terminal(master):
+        shown += piece
+    stdout = process.stdout.read()
+    assert process.wait(timeout=60) == 0
+    return shown.decode(), stdout
+
+
+def _read_terminal(master):
+    try:
+        return os.read(master, 4096)
+    except OSError:  # Linux reports the closed other side of a pty as EIO
+        return b""
+
+
+def test_a_terminal_sees_what_is_being_done(model, tmp_path):
+    args = ("generate", model, "-p", "Hello", "-m", "3", *RAW)
+    shown, stdout = on_terminal(*args)
+    assert "loading tiny.gguf" in shown
+    assert "\x1b[?25h" in shown, "the cursor is shown again"
+    # The line is gone before the footer.
+    assert "\x1b[2K" in shown[: shown.index("Prompt: 5 tokens")]
+    assert "loading" not in shown[shown.index("Prompt: 5 tokens") :]
+    piped = invoke(*args)
+    assert stdout.decode() == piped.stdout
+    assert "loading" not in piped.stderr
+    assert "ing" not in on_terminal(*args, "--json")[0]
+    assert on_terminal(*args, "--verbose", "False")[0] == ""
+
+
+def test_a_prompt_beyond_the_context_is_told(model):
+    told = invoke("generate", model, "-p", "x" * 257, "-m", "1", *RAW)
+    assert "the prompt has 257 tokens, the model was made for 256" in told.stderr
+    assert "made for" not in invoke("generate", model, "-p", "x" * 256, "-m", "1", *RAW).stderr
+
+
+def test_a_bounded_cache_bounds_sliding_windows_too(tmp_path):
+    loaded, _ = load(tiny.write(tmp_path / "m.gguf", tiny.build("gemma2", 0)))
+    assert {cache.max_size for cache in _bounded_cache(loaded, 5)} == {5}
+    assert sorted({cache.max_size for cache in _bounded_cache(loaded, 50)}) == [6, 50]
 
 
 def test_a_closed_pipe_is_quiet(model):
@@ -469,6 +511,28 @@ def test_inspect_tells_what_goes_together(tmp_path, name, qkv, gate):
     layers = list(range(tiny.CASES[name].layers))
     for group, (kind, types) in (("q|k|v", qkv), ("gate|up", gate)):
         assert found["fusion"][group] == [{"kind": kind, "types": types, "layers": layers}]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: m.metadata.pop("llama.block_count"), "the key 'llama.block_count' is missing"),
+        (lambda m: m.metadata.update({"llama.expert_count": 4}), "mixture-of-experts models of"),
+        (lambda m: m.tensors.pop("blk.1.ffn_up.weight"), "blk.1.ffn_up.weight is missing"),
+        (lambda m: m.metadata.update({"tokenizer.ggml.add_eos_token": 1}), "tokenizer.ggml.add_e"),
+    ],
+)
+def test_inspect_tells_what_generate_would_refuse(tmp_path, change, reason):
+    made = tiny.build("llama", 0)
+    change(made)
+    path = tiny.write(tmp_path / "m.gguf", made)
+    found = json.loads(invoke("inspect", path, "--json").stdout)
+    assert found["supported"] is False
+    assert [r[: len(reason)] for r in found["unsupported"]] == [reason]
+    shown = invoke("inspect", path).stdout
+    assert "supported     no, see below\n" in shown
+    assert f"\nnot supported: {reason}" in shown
+    assert invoke("generate", path).exit_code in (3, 4)
 
 
 def test_inspect_for_people_is_safe_to_print(tmp_path):

@@ -15,7 +15,7 @@ PACKAGE = Path(mlxfuse.__file__).parent
 # The layers, lowest first; a module imports from lower layers or from its own package.
 LAYERS = (
     ("errors", "env", "formats", "terminal"),
-    ("template_budget", "download", "process", "blas", "memory"),
+    ("template_budget", "download", "process", "progress", "blas", "memory"),
     ("template_sandbox",),
     ("chat_template",),
     ("gguf", "kernels"),
@@ -31,13 +31,13 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # Third-party packages that only some modules may import at all.
 ONLY = {
     "typer": {"cli"},
-    "rich": {"cli"},
+    "rich": {"progress"},
     "requests": {"download", "demo"},
     "huggingface_hub": {"hub"},
 }
 NO_MLX = {
-    *("errors", "env", "formats", "terminal", "process", "download", "demo", "hub", "gguf"),
-    *("inspect", "chat_template", "template_budget", "template_sandbox", "blas", "memory"),
+    *("errors", "env", "formats", "terminal", "process", "progress", "download", "demo", "hub"),
+    *("gguf", "inspect", "chat_template", "template_budget", "template_sandbox", "blas", "memory"),
 }
 # Imported by a loaded model only.
 TOKENIZER = {"gguf.tokenizer", "gguf.spm"}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
-from ..kernels import unavailable
+from .. import env
+from ..kernels import self_test, unavailable
 from ..nn.attention import FusedAttention
 from ..nn.linear import FusedLinear, Linear
 from ..nn.mlp import FusedMLP
@@ -75,8 +78,6 @@ def patch_model(model: nn.Module, fuse: str | Iterable[str] = "auto") -> PatchRe
     if isinstance(patch, _Patch):
         return patch.report
     patch = _Patch([], PatchReport())
-    if not names:
-        return patch.report
     uses = Counter(id(module) for _, module in _modules(model))
     places = sorted(_modules(model), key=lambda item: _natural(item[0]))
     for name in names:
@@ -98,8 +99,26 @@ def patch_model(model: nn.Module, fuse: str | Iterable[str] = "auto") -> PatchRe
             tally.fused.append(module[made.joined].formats if made.joined else ())
         if tally.total:
             patch.report.tallies[name] = tally
-    model._mlxfuse_patch = patch
+    if names:
+        model._mlxfuse_patch = patch
+    _self_test(model, patch.report)
     return patch.report
+
+
+def _self_test(model: nn.Module, report: PatchReport) -> None:
+    """Try the kernel variants that the model uses, unless they are emulated or cannot run."""
+    quantised = any(isinstance(m, QuantizedLinear) for _, m in _modules(model))
+    if not quantised or env.get("MLXFUSE_KERNELS") == "emulated" or unavailable() is not None:
+        return
+    start = time.perf_counter()
+
+    def run() -> None:
+        for length in self_test.LENGTHS:
+            model(mx.zeros((1, length), mx.int32))
+
+    disabled = self_test.check(self_test.calls(run))
+    report.disabled = {program.op: reason for program, reason in disabled.items()}
+    report.self_test_seconds = time.perf_counter() - start
 
 
 def unpatch_model(model: nn.Module) -> None:

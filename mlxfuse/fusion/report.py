@@ -32,20 +32,24 @@ class Tally:
 class PatchReport:
     """Result of `patch_model`; ``str`` gives the lines that are shown.
 
-    tallies  fusion -> what was fused.
-    skipped  (fusion, path of the module, reason) for every place that was not.
+    tallies            fusion -> what was fused.
+    skipped            (fusion, path of the module, reason) for every place that was not.
+    disabled           kernel -> why its self-test failed; its calls run as reference.
+    self_test_seconds  time that the self-tests of kernel variants took.
     """
 
     tallies: dict[str, Tally] = field(default_factory=dict)
     skipped: list[tuple[str, str, str]] = field(default_factory=list)
+    disabled: dict[str, str] = field(default_factory=dict)
+    self_test_seconds: float = 0.0
 
     def __str__(self) -> str:
-        if not self.tallies:
-            return "nothing fused"
-        lines = [", ".join(f"{LABELS[name]} {tally}" for name, tally in self.tallies.items())]
+        tallies = (f"{LABELS[name]} {tally}" for name, tally in self.tallies.items())
+        lines = [", ".join(tallies) or "nothing fused"]
         reasons = Counter((name, reason) for name, _, reason in self.skipped)
         lines += [
             f"{LABELS[name]} not fused in {count}: {reason}"
             for (name, reason), count in reasons.items()
         ]
+        lines += [f"{name} is not used: {reason}" for name, reason in self.disabled.items()]
         return "\n".join(lines)

@@ -165,7 +165,11 @@ class Cursor:
         start = self.position
         count = self.integer(I64, f"the number of {what}")
         if not 0 <= count <= self.left // least:
-            self.fail(f"{count} {what} announced; {self.left} bytes are left for them", start)
+            self.fail(
+                f"truncated or corrupt: {count} {what} announced, {self.left} bytes are left for "
+                "them; download the file again",
+                start,
+            )
         return count
 
 
@@ -205,7 +209,9 @@ def _array(cursor: Cursor, what: str) -> list[str] | NDArray[np.generic]:
     least = 8 if kind == STRING else SCALARS[kind].size
     if count > min(MAX_LENGTH, cursor.left // least):
         cursor.fail(
-            f"{what} announces {count} elements; {cursor.left} bytes are left for them", start
+            f"truncated or corrupt: {what} announces {count} elements, {cursor.left} bytes are "
+            "left for them; download the file again",
+            start,
         )
     if kind == STRING:
         return _strings(cursor, count, what)

@@ -95,14 +95,14 @@ class _Reader:
         return bool(value)
 
     def token_id(self, key: str, size: int) -> int | None:
+        """An id; None where it is absent or outside the vocabulary, as llama.cpp takes those."""
         value = self.get(key)
         if value is None:
             return None
         if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
             self.fail(key, f"expected a token id, found {type(value).__name__}")
-        if not 0 <= value < size:
-            self.fail(key, f"id {value} is outside the vocabulary of {size} tokens")
-        return int(value)
+        # Padding ids one past the end, or -1 as uint32, are common in files.
+        return int(value) if 0 <= value < size else None
 
     def strings(self, key: str, why: str) -> list[str]:
         value = self.get(key)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from .weight import Segment
+from .weight import AffineSegment, AnySegment
 
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 E2M1_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
@@ -14,8 +14,20 @@ E2M1_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 Scales = tuple[mx.array, mx.array | None]
 
 
-def decode(segment: Segment) -> mx.array:
+def decode(segment: AnySegment) -> mx.array:
     """The weights in float32, ``[..., rows, columns]``, bit for bit as gguf-py gives them."""
+    if isinstance(segment, AffineSegment):
+        scales, biases = segment.arrays["scales"], segment.arrays.get("supers")
+        if biases is not None:
+            scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+        return mx.dequantize(
+            segment.arrays["codes"],
+            scales,
+            biases,
+            group_size=segment.group_size,
+            bits=segment.bits,
+            mode=segment.mode,
+        ).astype(mx.float32)
     name = segment.format.name
     arrays = {s: a.flatten(0, -2) for s, a in segment.arrays.items()}
     codes = _CODES[name](arrays)

@@ -16,7 +16,8 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Generic, ParamSpec
@@ -96,6 +97,8 @@ class Kernel(Generic[P]):
     reference: Callable[P, list[mx.array]]
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> list[mx.array]:
+        if _recorders:
+            return self._record(*args, **kwargs)
         mode = env.get("MLXFUSE_KERNELS")
         if mode == "reference":
             return self.reference(*args, **kwargs)
@@ -110,6 +113,27 @@ class Kernel(Generic[P]):
             raise KernelError(f"{self.name} cannot run on Metal: {reason}")
         fallbacks[self.name, reason] += 1
         return self.reference(*args, **kwargs)
+
+    def _record(self, *args: P.args, **kwargs: P.kwargs) -> list[mx.array]:
+        """Note the call; zeros that are never computed stand for its outputs."""
+        if self.refuse(*args, **kwargs) is not None:
+            return self.reference(*args, **kwargs)
+        _recorders[-1].append((self, args))
+        launch = self.launch(*args, **kwargs)
+        return [mx.zeros(s, d) for s, d in zip(launch.shapes, launch.dtypes, strict=True)]
+
+
+_recorders: list[list[tuple[Kernel[Any], tuple[Any, ...]]]] = []
+
+
+@contextmanager
+def recording(found: list[tuple[Kernel[Any], tuple[Any, ...]]]) -> Iterator[None]:
+    """Within, calls that could be launched are added to ``found`` instead."""
+    _recorders.append(found)
+    try:
+        yield
+    finally:
+        _recorders.pop()
 
 
 def counts() -> dict[str, dict[str, int]]:

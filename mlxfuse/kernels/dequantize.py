@@ -8,13 +8,13 @@ import mlx.core as mx
 
 from ._decode import decode
 from ._kernel import Kernel, Launch, Program
-from .weight import STREAMS, Segment
+from .weight import STREAMS, AnySegment
 
 FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 
 
 def dequantize(
-    segment: Segment, rows: mx.array | None = None, dtype: mx.Dtype = mx.float32
+    segment: AnySegment, rows: mx.array | None = None, dtype: mx.Dtype = mx.float32
 ) -> mx.array:
     """Decode a matrix, or the rows of it that are asked for.
 
@@ -32,7 +32,12 @@ def dequantize(
     return out
 
 
-def bindings(segment: Segment, suffix: str = "") -> tuple[tuple[str, ...], str]:
+def section(trait: str) -> str:
+    """The part of the Metal sources that holds a trait."""
+    return f"formats.h:{trait.partition('<')[0]}"
+
+
+def bindings(segment: AnySegment, suffix: str = "") -> tuple[tuple[str, ...], str]:
     """Input names of a segment's streams, and the Metal expression that gathers them."""
     held = [s for s in STREAMS if s in segment.arrays]
     names = [f"{s}{suffix}" if s in held else f"codes{suffix}" for s in STREAMS]
@@ -52,11 +57,11 @@ def _program(trait: str, held: tuple[str, ...], expression: str, gathered: bool)
             f"dequantize_unit<{trait}, T>({expression}, out, min({row}, uint(size[0] - 1)), "
             "uint(size[1]), i, to);\n"
         ),
-        parts=(f"formats.h:{trait}", "dequantize.metal"),
+        parts=(section(trait), "dequantize.metal"),
     )
 
 
-def _launch(segment: Segment, rows: mx.array | None, dtype: mx.Dtype) -> Launch:
+def _launch(segment: AnySegment, rows: mx.array | None, dtype: mx.Dtype) -> Launch:
     held, expression = bindings(segment)
     units = segment.columns // segment.unit
     count = segment.rows if rows is None else rows.size
@@ -77,7 +82,7 @@ def _launch(segment: Segment, rows: mx.array | None, dtype: mx.Dtype) -> Launch:
     )
 
 
-def _refuse(segment: Segment, rows: mx.array | None, dtype: mx.Dtype) -> str | None:
+def _refuse(segment: AnySegment, rows: mx.array | None, dtype: mx.Dtype) -> str | None:
     if dtype not in FLOATS:
         return f"results are float16, bfloat16 or float32, not {dtype}"
     if segment.experts is not None:
@@ -87,7 +92,7 @@ def _refuse(segment: Segment, rows: mx.array | None, dtype: mx.Dtype) -> str | N
     return None
 
 
-def _reference(segment: Segment, rows: mx.array | None, dtype: mx.Dtype) -> list[mx.array]:
+def _reference(segment: AnySegment, rows: mx.array | None, dtype: mx.Dtype) -> list[mx.array]:
     if rows is not None:
         taken = segment.take(rows.reshape(-1))
         return [decode(taken).reshape(*rows.shape, segment.columns).astype(dtype)]

@@ -10,8 +10,8 @@ import mlx.core as mx
 
 from ._decode import decode
 from ._kernel import Kernel, Launch, Program
-from .dequantize import FLOATS, bindings, dequantize
-from .weight import Part, QuantizedWeight
+from .dequantize import FLOATS, bindings, dequantize, section
+from .weight import AffineSegment, AnySegment, Part, QuantizedWeight
 
 MAX_BATCH = 8
 """Rows of x that one decoded unit of the weight is used for."""
@@ -20,6 +20,10 @@ MAX_VECTOR_ROWS = 32
 """Rows of x up to which the weight is read again for every `MAX_BATCH` of them. Above, it is
 dequantised once and multiplied by `mx.matmul`: at 4.5 bits a weight that moves 8 times the
 weight's bytes, as much as 8 readings. Not measured on a Mac."""
+
+LARGE = "dequantize"
+"""What runs above `MAX_VECTOR_ROWS`: ``dequantize``, or ``tiles``, the kernel that decodes tile by
+tile, which stays off until a Mac has measured it faster."""
 
 _GATED = {"swiglu": "Silu", "geglu": "Gelu", "geglu_tanh": "GeluTanh"}
 _PLAIN = {"silu": "Silu", "gelu": "Gelu", "gelu_tanh": "GeluTanh", "relu2": "Relu2"}
@@ -71,10 +75,10 @@ def quantized_matmul(
 
 
 def route(rows: int, gathered: bool = False) -> str:
-    """How ``rows`` rows of x are multiplied: ``vector``, ``batch`` or ``dequantize``."""
+    """How ``rows`` rows of x are multiplied: ``vector``, ``batch`` or `LARGE`."""
     if rows == 1 or gathered:
         return "vector"
-    return "batch" if rows <= MAX_VECTOR_ROWS else "dequantize"
+    return "batch" if rows <= MAX_VECTOR_ROWS else LARGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +150,11 @@ def _launch(call: _Call) -> Launch:
     many = 1
     if kind == "batch":
         many = -(-call.rows // -(-call.rows // MAX_BATCH))
-    # Rows of the weight for each threadgroup of 2 SIMD-groups; gated, rows of each part.
-    per_group = (8 if kind == "vector" else 4) // (2 if call.gated else 1)
+    elif kind == "tiles":
+        many = 32
+    # Rows of the weight and threads of a threadgroup; gated, half as many rows of each part.
+    per_group, threads = {"vector": (8, 64), "batch": (4, 64), "tiles": (64, 128)}[kind]
+    per_group //= 2 if call.gated else 1
     segments = weight.segments
     parts = weight.parts[:1] if call.gated else weight.parts
     size, tiles = _size(call, parts, per_group)
@@ -174,8 +181,8 @@ def _launch(call: _Call) -> Launch:
     return Launch(
         program=program,
         arrays=(*arrays, *(_as(n, a, x.dtype) for n, a in given.items()), x, size),
-        grid=(tiles * 64, -(-call.rows // many), 1),
-        threadgroup=(64, 1, 1),
+        grid=(tiles * threads, -(-call.rows // many), 1),
+        threadgroup=(threads, 1, 1),
         template=(("T", x.dtype),),
         shapes=tuple((call.rows, n) for n in call.widths),
         dtypes=(x.dtype,) * len(call.widths),
@@ -230,7 +237,11 @@ def _program(
     )
     lines = ["const uint3 tile = threadgroup_position_in_grid;"]
     lines += ["const uint group = simdgroup_index_in_threadgroup;"]
-    lines += ["const uint lane = thread_index_in_simdgroup;"]
+    if kind == "tiles":
+        lines += ["const uint me = thread_index_in_threadgroup;"]
+        lines += ["threadgroup float scratch[96 * tile_pitch * sizeof(T) / 4];"]
+    else:
+        lines += ["const uint lane = thread_index_in_simdgroup;"]
     if gated or len(of_part) == 1:
         lines += ["const uint j = 0;"]
     else:
@@ -248,9 +259,13 @@ def _program(
                 # All parts of one segment lie in each expert's matrix.
                 skip = f"uint(experts[tile.y]) * uint(codes{s}_shape[1])"
             call = f"vector_tile<{trait}, {epilogue}>({streams}, x, size, a, b, {skip}, tile, "
-        else:
+        elif kind == "batch":
             call = f"batch_tile<{trait}, {epilogue}, {many}>({streams}, x, size, a, b, tile, "
-        call += f"group, lane, {bias}, {residual}, out);"
+        else:
+            call = f"matrix_tile<{trait}, {epilogue}>({streams}, x, size, a, b, tile, "
+        where = "me, group" if kind == "tiles" else "group, lane"
+        scratch = ", scratch" if kind == "tiles" else ""
+        call += f"{where}, {bias}, {residual}, out{scratch});"
         here = [f"j == {j}" for j, of in enumerate(of_part) if of == s]
         lines += [f"if ({' || '.join(here)}) {{ {call} }}" if len(traits) > 1 else call]
     sections = [kind, *([] if act == "None" else [act]), *(["Gated"] if gated else [])]
@@ -260,7 +275,7 @@ def _program(
         outputs=tuple(f"out{i}" for i in range(outputs)),
         body="\n".join(lines) + "\n",
         parts=(
-            *(f"formats.h:{t}" for t in dict.fromkeys(traits)),
+            *dict.fromkeys(section(t) for t in traits),
             *(f"quantized_matmul.metal:{s}" for s in sections),
         ),
     )
@@ -296,12 +311,7 @@ def _dense(call: _Call, *, dequantized: bool = False) -> list[mx.array]:
             rows_of_x = mx.repeat(x, ids.size // x.shape[0], axis=0)
             y = (w @ rows_of_x[..., None].astype(mx.float32))[..., 0]
         else:
-            w = (
-                dequantize(segment.take(rows), dtype=dtype)
-                if dequantized
-                else (decode(segment.take(rows)))
-            )
-            y = (x.astype(dtype) @ w.T).astype(mx.float32)
+            y = _product(x.astype(dtype), segment.take(rows), dequantized).astype(mx.float32)
         columns.append(y)
     if call.bias is not None:
         at = 0
@@ -318,6 +328,23 @@ def _dense(call: _Call, *, dequantized: bool = False) -> list[mx.array]:
     if call.residual is not None:
         columns[0] = columns[0] + call.residual.reshape(columns[0].shape).astype(mx.float32)
     return [y.astype(call.x.dtype) for y in columns]
+
+
+def _product(x: mx.array, segment: AnySegment, dequantized: bool) -> mx.array:
+    if not dequantized:
+        return x @ decode(segment).T
+    if isinstance(segment, AffineSegment):
+        return mx.quantized_matmul(
+            x,
+            segment.arrays["codes"],
+            segment.arrays["scales"],
+            segment.arrays.get("supers"),
+            transpose=True,
+            group_size=segment.group_size,
+            bits=segment.bits,
+            mode=segment.mode,
+        )
+    return x @ dequantize(segment, dtype=x.dtype).T
 
 
 KERNEL = Kernel("quantized_matmul", _launch, _refuse, _dense)

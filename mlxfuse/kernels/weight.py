@@ -53,7 +53,7 @@ class Segment:
 
     @property
     def trait(self) -> str:
-        """The decode trait of ``metal/formats.h``; also the section that holds it."""
+        """The decode trait of ``metal/formats.h``, in the section of its name."""
         return self.format.name
 
     @property
@@ -80,10 +80,75 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class AffineSegment:
+    """MLX's own quantised rows, as ``mx.quantize`` and MLX-LM models have them; not copied.
+
+    bits        4 or 8.
+    group_size  weights of one scale: 32, 64 or 128; 32 in mode mxfp4.
+    mode        ``affine`` or ``mxfp4``.
+    columns     weights of a row, K.
+    arrays      ``codes`` uint32, ``scales`` and, in mode affine, ``supers``: MLX's biases.
+    """
+
+    bits: int
+    group_size: int
+    mode: str
+    columns: int
+    arrays: Mapping[str, mx.array] = field(compare=False)
+
+    def __post_init__(self) -> None:
+        known = {(b, g, "affine") for b in (4, 8) for g in (32, 64, 128)} | {(4, 32, "mxfp4")}
+        kind = (self.bits, self.group_size, self.mode)
+        if kind not in known or self.columns % self.group_size:
+            raise ValueError(f"no kernel for MLX weights {kind} of {self.columns} columns")
+        lead = self.arrays["codes"].shape[:-1]
+        groups = (*lead, self.columns // self.group_size)
+        expected = {"codes": (*lead, self.columns * self.bits // 32), "scales": groups}
+        if self.mode == "affine":
+            expected["supers"] = groups
+        found = {s: a.shape for s, a in self.arrays.items()}
+        if found != expected or self.arrays["codes"].dtype != mx.uint32:
+            raise ValueError(f"MLX weights {kind}: expected {expected}, found {found}")
+
+    @property
+    def name(self) -> str:
+        return self.mode if self.mode != "affine" else f"affine{self.bits}g{self.group_size}"
+
+    @property
+    def trait(self) -> str:
+        return "MLXMXFP4" if self.mode == "mxfp4" else f"Affine{self.bits}<{self.group_size}>"
+
+    @property
+    def unit(self) -> int:
+        return 128 // self.bits
+
+    @property
+    def rows(self) -> int:
+        return self.arrays["codes"].shape[-2]
+
+    @property
+    def experts(self) -> int | None:
+        codes = self.arrays["codes"]
+        return codes.shape[0] if codes.ndim == 3 else None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in self.arrays.values())
+
+    def take(self, rows: mx.array | slice) -> AffineSegment:
+        """Some of the rows, of the experts if there are any."""
+        arrays = {s: a[rows] for s, a in self.arrays.items()}
+        return AffineSegment(self.bits, self.group_size, self.mode, self.columns, arrays)
+
+
+AnySegment = Segment | AffineSegment
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """Rows ``first`` to ``first + rows - 1`` of a segment: one of the joined matrices."""
 
-    segment: Segment
+    segment: AnySegment
     first: int
     rows: int
 
@@ -115,7 +180,7 @@ class QuantizedWeight:
                 )
 
     @classmethod
-    def whole(cls, segment: Segment) -> QuantizedWeight:
+    def whole(cls, segment: AnySegment) -> QuantizedWeight:
         """All rows of one segment as one part."""
         return cls((Part(segment, 0, segment.rows),))
 
@@ -133,7 +198,7 @@ class QuantizedWeight:
         return sum(p.rows for p in self.parts)
 
     @property
-    def segments(self) -> tuple[Segment, ...]:
+    def segments(self) -> tuple[AnySegment, ...]:
         """The different segments, in the order of their first part."""
         return tuple({id(p.segment): p.segment for p in self.parts}.values())
 

@@ -98,7 +98,8 @@ def architecture(file: GGUFFile) -> Architecture:
     name = file.architecture
     if name not in ARCHITECTURES:
         raise UnsupportedError(
-            f"architecture {name!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
+            f"{file.path}: architecture {name!r} is not supported; "
+            f"supported are {', '.join(ARCHITECTURES)}"
         )
     return ARCHITECTURES[name]
 

@@ -17,6 +17,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 @dataclass
 class ModelArgs(gemma2.ModelArgs):
+    max_position_embeddings: int = 8192
     sliding_window: int = 4096
     sliding_window_pattern: int = 2
 

@@ -69,7 +69,7 @@ class StreamLoader:
         for source in sources:
             first.append(rows.get(source.format, 0))
             rows[source.format] = first[-1] + source.shape[0]
-        segments = {f: Segment(f, columns, _allocate(f, n, columns)) for f, n in rows.items()}
+        segments = {f: Segment(f, columns, allocate(f, n, columns)) for f, n in rows.items()}
         # MLX arrays can be written through numpy: the streams are filled where they will stay.
         filled = {
             f: {name: np.asarray(array) for name, array in segment.arrays.items()}
@@ -95,7 +95,8 @@ class StreamLoader:
         )
 
 
-def _allocate(format: Format, rows: int, columns: int) -> dict[str, mx.array]:
+def allocate(format: Format, rows: int, columns: int) -> dict[str, mx.array]:
+    """The streams of so many rows, zeros; they can be written through ``numpy.asarray``."""
     shapes = stream_shapes(format, rows, columns)
     arrays = {s.name: mx.zeros(shapes[s.name], getattr(mx, s.dtype)) for s in format.streams}
     mx.eval(arrays)

@@ -53,8 +53,8 @@ CASES = [
     Case("HEADER_BAD_VERSION_0", gguf(version=0), "GGUF version 0; versions 2 and 3", 4),
     Case("HEADER_BAD_VERSION_1", gguf(version=1), "GGUF version 1; versions 2 and 3", 4),
     Case("HEADER_BAD_VERSION_FUTURE", gguf(version=4), "GGUF version 4; .*update mlxfuse", 4),
-    Case("HEADER_BAD_N_TENSORS", gguf(n_tensors=-1), "^-1 tensors announced", 8),
-    Case("HEADER_BAD_N_KV", gguf(n_pairs=-1), "^-1 key-value pairs announced", 16),
+    Case("HEADER_BAD_N_TENSORS", gguf(n_tensors=-1), "-1 tensors announced", 8),
+    Case("HEADER_BAD_N_KV", gguf(n_pairs=-1), "-1 key-value pairs announced", 16),
     Case("KV_BAD_KEY_SIZE", gguf([pair("k", 1, -1)]), f"key 0 is {2**64 - 1} bytes long", KEY),
     Case("KV_EMPTY_KEY", gguf({"": Typed(make.U64, 0)}), "key 0 is empty", KEY),
     Case("KV_BAD_TYPE", gguf({"k": Typed(13, b"\0")}), "'k' has value type 13", KEY + 9),
@@ -132,17 +132,17 @@ CASES = [
         KEY + 25,
     ),
     Case("array: 2^30 strings", gguf({"k": make.array(make.STRING, bytes(1000), 2**30)}), "announ"),
-    Case("array: 2^62 numbers", gguf({"k": make.array(make.U8, bytes(1000), HUGE)}), "announces"),
-    Case("array: one too many", gguf({"k": make.array(make.U32, bytes(7), 2)}), "2 elements; 7 b"),
+    Case("array: 2^62 numbers", gguf({"k": make.array(make.U8, bytes(1000), HUGE)}), "^truncated"),
+    Case("array: one too many", gguf({"k": make.array(make.U32, bytes(7), 2)}), "2 elements, 7 b"),
     Case("array: nested", gguf({"k": make.array(make.ARRAY, bytes(90), 1)}), "array of arrays"),
     Case("array: type", gguf({"k": make.array(13, bytes(90), 1)}), "element type 13", KEY + 13),
     Case("array: bool", gguf({"k": make.array(make.BOOL, b"\0\1\2", 3)}), "neither 0", KEY + 27),
     Case("bool 2", gguf({"k": Typed(make.BOOL, b"\2")}), "'k' is 2; a bool is 0 or 1", KEY + 13),
     Case("alignment: array", aligned(np.array([32], "u4")), "value type 9; uint32 expected"),
     Case("alignment: bool", aligned(True), "value type 7; uint32 expected"),
-    Case("2^60 tensors", gguf(n_tensors=1 << 60), f"^{1 << 60} tensors announced", 8),
-    Case("2^60 keys", gguf(n_pairs=1 << 60), f"^{1 << 60} key-value pairs announced", 16),
-    Case("one key too many", gguf(ONE, n_pairs=2), "^2 key-value pairs announced; 17 bytes", 16),
+    Case("2^60 tensors", gguf(n_tensors=1 << 60), f": {1 << 60} tensors announced", 8),
+    Case("2^60 keys", gguf(n_pairs=1 << 60), f": {1 << 60} key-value pairs announced", 16),
+    Case("one key too many", gguf(ONE, n_pairs=2), ": 2 key-value pairs announced, 17 b", 16),
     Case("name: UTF-8", tensors(T(b"\xff")), "name of tensor 0 is not valid UTF-8", KEY + 8),
     Case("name: NUL", tensors(T("a\0b")), "name of tensor 0 .* holds a NUL", KEY),
     Case("name: beyond the end", tensors(T("a", name_length=62))[:60], "tensor 0 needs 62"),
@@ -234,7 +234,7 @@ def test_a_count_is_refused_before_anything_is_allocated(tmp_path: Path, kind: i
     path = make.write(tmp_path / "m", {"k": make.array(kind, bytes(1000), 2**30)})
     tracemalloc.start()
     try:
-        with pytest.raises(GGUFError, match="1073741824 elements; 1000 bytes are left"):
+        with pytest.raises(GGUFError, match="1073741824 elements, 1000 bytes are left"):
             open_gguf(path)
         assert tracemalloc.get_traced_memory()[1] < 100_000
     finally:

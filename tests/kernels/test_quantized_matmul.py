@@ -13,7 +13,7 @@ from mlxfuse.formats import BY_NAME, Format
 from mlxfuse.kernels import _kernel
 from mlxfuse.kernels import quantized_matmul as module
 from mlxfuse.kernels.quantized_matmul import ACTIVATIONS, quantized_matmul, route
-from mlxfuse.kernels.weight import Part, QuantizedWeight
+from mlxfuse.kernels.weight import AffineSegment, Part, QuantizedWeight
 
 from .weights import WITH_KERNEL, expected, random_blocks, segment, to_float64
 
@@ -169,6 +169,60 @@ def test_epilogues(activation: str | None, m: int, kernels: str) -> None:
         (got,) = quantized_matmul(x, weight, bias=bias, residual=residual, activation=activation)
         error = np.sum((to_float64(got) - want) ** 2) / np.sum(want**2)
         assert error <= NMSE[dtype]
+
+
+@pytest.mark.parametrize("dtype", list(NMSE), ids=str)
+@pytest.mark.parametrize("name", ["Q4_0", "Q8_0", "Q3_K", "Q4_K", "Q6_K", "MXFP4"])
+def test_tiles(name: str, dtype: mx.Dtype, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LARGE", "tiles")
+    format = BY_NAME[name]
+    before = _kernel.launches["quantized_matmul"]
+    for m, n, k in ((33, 70, format.block_size), (64, 300, 768), (40, 1, 512)):
+        data = random_blocks(format, n, k)
+        x = random_x(m, k, dtype)
+        (y,) = quantized_matmul(x, QuantizedWeight.whole(segment(data, format)))
+        assert_close(y, x, expected(data, format))
+    assert _kernel.launches["quantized_matmul"] - before == 3
+
+
+def test_tiles_with_parts_and_epilogues(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LARGE", "tiles")
+    x = random_x(35, 512, mx.float32) * 0.02
+    weight, w = joined(("Q4_K", "Q4_K", "Q6_K"), (70, 8, 10), 512)
+    for got, decoded in zip(quantized_matmul(x, weight, split=True), w, strict=True):
+        assert_close(got, x, decoded)
+    weight, w = joined(("Q5_0", "Q5_0"), (45, 45), 512)
+    residual = random_x(35, 45, mx.float32, seed=3)
+    (got,) = quantized_matmul(x, weight, activation="swiglu", residual=residual)
+    y = to_float64(x) @ np.concatenate(w).astype(np.float64).T
+    want = activated("swiglu", y) + to_float64(residual)
+    assert np.sum((to_float64(got) - want) ** 2) <= 1e-10 * np.sum(want**2)
+
+
+AFFINE = [(b, g, "affine") for b in (4, 8) for g in (32, 64, 128)] + [(4, 32, "mxfp4")]
+
+
+@pytest.mark.parametrize(("bits", "group", "mode"), AFFINE)
+def test_weights_of_mlx(
+    bits: int, group: int, mode: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for dtype in (mx.float32, mx.float16):
+        source = random_x(70, 640, dtype, seed=9)
+        names = ("codes", "scales", "supers")
+        packed = mx.quantize(source, group_size=group, bits=bits, mode=mode)
+        arrays = dict(zip(names, packed, strict=False))
+        weight = QuantizedWeight.whole(AffineSegment(bits, group, mode, 640, arrays))
+        exact = [a if a.dtype != mx.float16 else a.astype(mx.float32) for a in packed]
+        w = mx.dequantize(*exact, group_size=group, bits=bits, mode=mode).astype(mx.float32)
+        for large, m in (("dequantize", 1), ("dequantize", 3), ("tiles", 40)):
+            monkeypatch.setattr(module, "LARGE", large)
+            x = random_x(m, 640, dtype)
+            assert_close(quantized_matmul(x, weight)[0], x, np.array(w))
+        # Many rows are left to MLX, whose CPU sums float16 products in float16.
+        monkeypatch.setattr(module, "LARGE", "dequantize")
+        how = {"group_size": group, "bits": bits, "mode": mode}
+        want = mx.quantized_matmul(x, *packed, transpose=True, **how)
+        assert mx.array_equal(quantized_matmul(x, weight)[0], want)
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -7,19 +7,13 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlxfuse.formats import BY_NAME
-from mlxfuse.gguf.relayout import stream_shapes
 from mlxfuse.kernels import _kernel
-from mlxfuse.kernels._source import header
-from mlxfuse.kernels.quantized_matmul import KERNEL, _Call
-from mlxfuse.kernels.weight import QuantizedWeight, Segment
 from tests import msl
+from tests.kernels.variants import capture, product, segment
 from tests.msl.instructions import largest_loop
 from tests.msl.mlx_kernels import Affine, Case, qmv_fast
 
-FORMATS = tuple(f.name for f in BY_NAME.values() if f.kernel)
 SLOTS = 4  # rows of W that a SIMD-group multiplies at once, here and in affine_qmv_fast
-_DTYPES = {"uint8": mx.uint8, "uint32": mx.uint32, "float16": mx.float16}
 
 
 @dataclass(frozen=True)
@@ -72,19 +66,9 @@ class Moved:
         return self.x.read_bytes / dtype.size / self.weights
 
 
-def zeros(name: str, rows: int, columns: int) -> QuantizedWeight:
-    """A weight of a format; addresses do not depend on its values."""
-    fmt = BY_NAME[name]
-    shapes = stream_shapes(fmt, rows, columns)
-    arrays = {s.name: mx.zeros(shapes[s.name], _DTYPES[s.dtype]) for s in fmt.streams}
-    return QuantizedWeight.whole(Segment(fmt, columns, arrays))
-
-
 def launch_of(name: str, rows: int, columns: int, dtype: mx.Dtype) -> _kernel.Launch:
     """The vector kernel's dispatch."""
-    x = mx.zeros((1, columns), dtype)
-    call = _Call(x, zeros(name, rows, columns), None, None, None, False, None)
-    return KERNEL.launch(call)
+    return product(name, rows, columns, dtype).launch
 
 
 def moved(name: str, rows: int, columns: int, dtype: mx.Dtype = mx.float16) -> Moved:
@@ -99,7 +83,7 @@ def moved(name: str, rows: int, columns: int, dtype: mx.Dtype = mx.float16) -> M
         counts,
         tuple(streams[n] for n in codes),
         tuple(t for n, t in streams.items() if n not in codes),
-        zeros(name, rows, columns).nbytes + (columns + rows) * dtype.size,
+        segment(name, rows, columns).nbytes + (columns + rows) * dtype.size,
         rows * columns,
     )
 
@@ -125,24 +109,8 @@ def _loop(source: str, name: str, weights: int) -> Loop:
 def loop(name: str, dtype: mx.Dtype = mx.float16) -> Loop:
     """Our vector kernel's."""
     launch = launch_of(name, 256, 2048, dtype)
-    program = launch.program
-    kernel = msl.metal_kernel(
-        name=program.op,
-        input_names=program.inputs,
-        output_names=program.outputs,
-        source=program.body,
-        header=header(program.parts),
-    )
-    captured = msl.capture(
-        kernel,
-        launch.arrays,
-        grid=launch.grid,
-        threadgroup=launch.threadgroup,
-        template=list(launch.template),
-        output_shapes=list(launch.shapes),
-        output_dtypes=list(launch.dtypes),
-    )
-    unit = zeros(name, 8, 2048).parts[0].segment.unit
+    captured = capture(launch)
+    unit = segment(name, 8, 2048).unit
     return _loop(captured.source, captured.name, SLOTS * unit)
 
 

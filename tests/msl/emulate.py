@@ -221,8 +221,9 @@ class EmulatedKernel:
         flat = np.lib.stride_tricks.as_strided(view, (span,), (view.itemsize,))
         return np.ascontiguousarray(flat), np.array(steps, np.int64)
 
-    def _launch(self, library: Library, buffers: Sequence[Buffer], captured: Capture) -> Report:
+    def _launch(self, buffers: Sequence[Buffer], captured: Capture) -> Report:
         """Run, in every order asked for; the outputs hold the first order's result."""
+        library = _build(captured)
         geometry = captured.grid, captured.threadgroup
         written = [b for b in buffers if b.use != "in"]
         initial = [b.array.copy() for b in written if b.use == "inout"]
@@ -271,7 +272,6 @@ class EmulatedKernel:
         captured = self._capture(arrays, call)
         if verbose:
             print(captured.source)
-        library = _build(captured)
         buffers = self._inputs(captured, arrays)
         results = []
         for name, shape, dtype in zip(self.output_names, output_shapes, output_dtypes, strict=True):
@@ -280,7 +280,7 @@ class EmulatedKernel:
                 out[...] = to_numpy(mx.array(init_value).astype(dtype))
             buffers.append(Buffer(name, out, "out" if init_value is None else "inout"))
             results.append(out)
-        report = self._launch(library, buffers, captured)
+        report = self._launch(buffers, captured)
         elapsed = time.perf_counter() - start
         log.append(
             Launch(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from .ptx import UNROLLED, compile_ptx
+from .ptx import AS_METAL, compile_ptx
 
 _FUNCTION = re.compile(
     r"^[ \t]*(?:\.visible |\.weak )?\.(?:func|entry)[^;{]*\{(.*?)^\}", re.M | re.S
@@ -134,7 +134,7 @@ def largest_loop(source: str, name: str) -> Loop:
         ValueError: no loop of the kernel reads device memory.
         MslSetupError: without CUDA's libdevice.
     """
-    loops = inner_loops(compile_ptx(source, name, options=UNROLLED))
+    loops = inner_loops(compile_ptx(source, name, options=AS_METAL))
     loop = max(loops, key=lambda loop: loop.load_bytes, default=Loop(0, 0, 0))
     if not loop.load_bytes:
         raise ValueError(f"no loop of {name} reads device memory")

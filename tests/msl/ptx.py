@@ -83,11 +83,11 @@ def libdevice() -> Path:
     raise MslSetupError("the PTX route needs CUDA's libdevice.10.bc: set CUDA_HOME")
 
 
-# Loops over a thread's own arrays unrolled, as a GPU compiler must; loops over memory left alone.
-UNROLLED = tuple(
-    part
-    for option in ("threshold=10000", "runtime=false", "allow-partial=false")
-    for part in ("-mllvm", f"-unroll-{option}")
+# As a GPU compiler must: loops over a thread's own arrays unrolled, loops over memory left alone;
+# a product and a sum become one fma, as Metal may do (MSL specification 1.6.3).
+AS_METAL = (
+    *("-ffp-contract=fast", "-mllvm", "-unroll-threshold=10000"),
+    *("-mllvm", "-unroll-runtime=false", "-mllvm", "-unroll-allow-partial=false"),
 )
 
 

@@ -1,0 +1,206 @@
+"""Each kernel variant runs once on a small case against its reference, before it is used.
+
+`calls` finds out which variants a model uses, by building its graph without running it; `check`
+runs those that have not passed on this machine yet. Never inside a trace: values are compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from .. import env
+from . import _kernel
+from ._kernel import Kernel, Launch, Program
+from ._source import header
+from .dequantize import KERNEL as DEQUANTIZE
+from .quantized_matmul import KERNEL as QUANTIZED_MATMUL
+from .quantized_matmul import MAX_BATCH, MAX_VECTOR_ROWS
+from .quantized_matmul import _Call as Call
+from .weight import Part, QuantizedWeight, Segment
+
+# Rows of x of which a model's calls use every variant: one by one up to a whole batch, and so
+# many that the weight is dequantised.
+LENGTHS = (*range(1, MAX_BATCH + 1), MAX_VECTOR_ROWS + 1)
+
+Recorded = tuple[Kernel[Any], tuple[Any, ...]]
+
+# Rows of a weight in a small case: more than a threadgroup works on, and no multiple of that.
+_ROWS = 11
+_SEED = 20
+
+# Largest error, of the largest value: sums in another order, then one rounding to the type.
+_BOUNDS = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}
+
+
+def calls(run: Callable[[], object]) -> list[Recorded]:
+    """The kernel calls of ``run``, which must not look at a value; none of them is launched."""
+    found: list[Recorded] = []
+    with _kernel.recording(found):
+        run()
+    return found
+
+
+def check(recorded: Iterable[Recorded], *, emulated: bool = False) -> dict[Program, str]:
+    """Run every variant of ``recorded`` that has no result yet; disable those that are wrong.
+
+    Results are kept in the user's cache by device, operating system, MLX version, source text
+    and types. A wrong variant warns once, and its calls run as reference from then on.
+
+    Returns:
+        The programs among them that are disabled now, with the reason.
+    """
+    path = env.cache_dir() / "self-tests.json"
+    known = _read(path)
+    before = dict(known)
+    disabled = {}
+    seen = set()
+    for kernel, arguments in recorded:
+        launch = kernel.launch(*arguments)
+        variant = launch.program, launch.template, tuple(a.size < 8 for a in launch.arrays)
+        if variant in seen:
+            continue
+        seen.add(variant)
+        key = _key(launch)
+        if key not in known:
+            small = _SMALL[kernel.name](*arguments)
+            known[key] = _compare(kernel, small, emulated=emulated)
+        if reason := known[key]:
+            if launch.program not in _kernel.disabled:
+                warnings.warn(
+                    f"mlxfuse: {kernel.name} failed its self-test and will not be used: {reason}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            _kernel.disabled[launch.program] = disabled[launch.program] = reason
+    if known != before:
+        _write(path, known)
+    return disabled
+
+
+def _key(launch: Launch) -> str:
+    """What the result depends on: the machine, MLX, and what MLX compiles."""
+    info = mx.device_info() if mx.metal.is_available() else {}
+    program = launch.program
+    text = repr(
+        (
+            info.get("device_name"),
+            info.get("architecture"),
+            platform.platform(),
+            version("mlx"),
+            header(program.parts),
+            program,
+            launch.template,
+            tuple((a.dtype, a.ndim, a.size < 8) for a in launch.arrays),
+        )
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _compare(kernel: Kernel[Any], arguments: tuple[Any, ...], *, emulated: bool) -> str:
+    """Empty where the outputs agree, else how they differ."""
+    try:
+        got = _kernel.run(kernel.launch(*arguments), emulated=emulated)
+        mx.eval(got)
+    except RuntimeError as error:  # Metal's compiler speaks through it
+        return str(error).strip().splitlines()[0] or "it does not run"
+    want = kernel.reference(*arguments)
+    for a, b in zip(got, want, strict=True):
+        x, y = (np.array(v.astype(mx.float32)) for v in (a, b))
+        worst = float(np.abs(x - y.reshape(x.shape)).max())
+        largest = float(np.abs(y).max())
+        if not worst <= _BOUNDS[a.dtype] * largest:  # a NaN is no agreement
+            return f"largest error {worst:.3g}, largest value {largest:.3g}, in {a.dtype}"
+    return ""
+
+
+def _small_rows(
+    segment: Segment, rows: mx.array | None, dtype: mx.Dtype
+) -> tuple[Segment, mx.array | None, mx.Dtype]:
+    """The first rows of the very weight, all or some of them."""
+    taken = segment.take(slice(0, _ROWS))
+    if rows is not None:
+        # MLX binds fewer than 8 elements in another address space.
+        rows = mx.arange(min(rows.size, 8), dtype=rows.dtype) % taken.rows
+    return taken, rows, dtype
+
+
+def _small_matmul(call: Call) -> tuple[Call]:
+    """The first rows of each part, random activations; the same parts, formats and epilogue."""
+    rows: dict[int, list[slice]] = {}
+    for part in call.weight.parts:
+        taken = slice(part.first, part.first + min(part.rows, _ROWS))
+        rows.setdefault(id(part.segment), []).append(taken)
+    segments = {
+        id(s): replace(
+            s,
+            arrays={
+                n: mx.concatenate([a[..., r, :] for r in rows[id(s)]], axis=-2)
+                for n, a in s.arrays.items()
+            },
+        )
+        for s in call.weight.segments
+    }
+    parts, at = [], dict.fromkeys(segments, 0)
+    for part in call.weight.parts:
+        count = min(part.rows, _ROWS)
+        parts.append(Part(segments[id(part.segment)], at[id(part.segment)], count))
+        at[id(part.segment)] += count
+    weight = QuantizedWeight(tuple(parts))
+    random = np.random.default_rng(_SEED)
+
+    def normal(*shape: int) -> mx.array:
+        return mx.array(random.standard_normal(shape, np.float32)).astype(call.x.dtype)
+
+    given = call.x.size // weight.columns
+    small = replace(call, x=normal(given, weight.columns), weight=weight)
+    if call.experts is not None:
+        small = replace(small, experts=mx.zeros_like(call.experts))
+    if call.bias is not None:
+        small = replace(small, bias=normal(weight.rows).astype(call.bias.dtype))
+    if call.residual is not None:
+        small = replace(small, residual=normal(call.rows, small.widths[0]))
+    return (small,)
+
+
+_SMALL: dict[str, Callable[..., tuple[Any, ...]]] = {
+    DEQUANTIZE.name: _small_rows,
+    QUANTIZED_MATMUL.name: _small_matmul,
+}
+
+
+def _read(path: Path) -> dict[str, str]:
+    """Results so far; a file that is not ours to believe is as none."""
+    try:
+        if path.stat().st_uid != os.getuid():
+            return {}
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {k: v for k, v in found.items() if isinstance(k, str) and isinstance(v, str)}
+
+
+def _write(path: Path, results: dict[str, str]) -> None:
+    """Replace the file in one step; a cache that cannot be written is no error."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            json.dump(results, out)
+        os.replace(temporary, path)
+    except OSError as error:
+        warnings.warn(f"mlxfuse: self-test results cannot be kept: {error}", stacklevel=2)

@@ -1,0 +1,139 @@
+"""Self-tests: which variants a model uses, that a wrong one is found, what is remembered."""
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlxfuse.fusion import patch_model
+from mlxfuse.fusion.patch import unpatch_model
+from mlxfuse.kernels import _kernel, fallbacks, self_test
+from mlxfuse.load import load
+from mlxfuse.nn.quantized import QuantizedLinear
+from tests import msl
+from tests.models import tiny
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("MLXFUSE_CACHE", str(tmp_path / "cache"))
+    with msl.installed(build="fast"):
+        yield tmp_path / "cache" / "self-tests.json"
+    _kernel.disabled.clear()
+
+
+def recorded(path: Path, name: str, lengths: tuple[int, ...]) -> list[self_test.Recorded]:
+    model, _ = load(tiny.write(path / "m.gguf", tiny.build(name, 0)), fuse="all")
+
+    def run() -> None:
+        for length in lengths:
+            model(mx.zeros((1, length), mx.int32))
+
+    return self_test.calls(run)
+
+
+def test_a_models_variants(tmp_path: Path) -> None:
+    found = recorded(tmp_path, "llama-q4", (1, 5, 33))
+    programs = {kernel.launch(*arguments).program for kernel, arguments in found}
+    matmuls = [p for p in programs if p.op == "quantized_matmul"]
+    # For 1 and 5 rows: qkv, gate and up, o and down (two formats) with residual, the head.
+    assert len(matmuls) == 2 * 5
+    assert sum("residual" in p.inputs for p in matmuls) == 2 * 2
+    assert sum(len(p.outputs) == 3 for p in matmuls) == 2
+    assert sum("Gated<Silu>" in p.body for p in matmuls) == 2
+    # Whole weights of three formats for 33 rows, and the looked up rows.
+    assert sum(p.op == "dequantize" for p in programs) == 4
+
+
+@pytest.mark.parametrize("name", ["llama-q4", "llama-fused-qkv", "gemma3", "llama-k-quants"])
+def test_the_kernels_pass(name: str, tmp_path: Path, own_cache: Path) -> None:
+    found = recorded(tmp_path, name, (1, 3, 33))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert self_test.check(found, emulated=True) == {}
+    assert set(json.loads(own_cache.read_text()).values()) == {""}
+    assert own_cache.parent.stat().st_mode & 0o777 == 0o700
+
+
+def wrong(kernel: _kernel.Kernel, factor: float) -> _kernel.Kernel:
+    """Whose reference gives other values, so that the kernel's look wrong."""
+    reference = kernel.reference
+    return dataclasses.replace(kernel, reference=lambda *a: [factor * y for y in reference(*a)])
+
+
+@pytest.mark.parametrize("factor", [1.001, float("nan")])
+def test_a_wrong_kernel_is_disabled(factor: float, tmp_path: Path, own_cache: Path) -> None:
+    found = recorded(tmp_path, "llama", (1,))
+    matmul, arguments = next(c for c in found if c[0].name == "quantized_matmul")
+    program = matmul.launch(*arguments).program
+    with pytest.warns(RuntimeWarning, match="quantized_matmul failed its self-test") as caught:
+        disabled = self_test.check([(wrong(matmul, factor), arguments)] * 2, emulated=True)
+    assert len(caught) == 1
+    assert list(disabled) == [program]
+    assert "largest error" in disabled[program]
+    # It is remembered, without a second warning, and such calls run as reference.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert self_test.check([(matmul, arguments)], emulated=True) == disabled
+    fallbacks.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLXFUSE_KERNELS", "emulated")
+        matmul(*self_test._small_matmul(*arguments))
+    assert fallbacks["quantized_matmul", disabled[program]] == 1
+    # A new process knows it from the file, and warns.
+    _kernel.disabled.clear()
+    with pytest.warns(RuntimeWarning, match="failed its self-test"):
+        assert self_test.check([(matmul, arguments)], emulated=True) == disabled
+    # Another MLX is tried anew.
+    _kernel.disabled.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(self_test, "version", lambda name: "0.99")
+        assert self_test.check([(matmul, arguments)], emulated=True) == {}
+    assert len(json.loads(own_cache.read_text())) == 2
+
+
+def test_a_kernel_that_does_not_compile_is_disabled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(launch: _kernel.Launch, *, emulated: bool = False) -> list[mx.array]:
+        raise RuntimeError("[metal::Device] Unable to build metal library\nprogram_source:3: no")
+
+    found = recorded(tmp_path, "llama", (1,))[:1]
+    monkeypatch.setattr(_kernel, "run", broken)
+    with pytest.warns(RuntimeWarning):
+        (reason,) = self_test.check(found).values()
+    assert reason == "[metal::Device] Unable to build metal library"
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"a": 1}', "\xff", "[" * 100000])
+def test_a_bad_file_of_results_is_as_none(text: str, tmp_path: Path, own_cache: Path) -> None:
+    own_cache.parent.mkdir(parents=True)
+    own_cache.write_bytes(text.encode("latin-1"))
+    assert self_test.check(recorded(tmp_path, "llama", (1,)), emulated=True) == {}
+    assert set(json.loads(own_cache.read_text()).values()) == {""}
+
+
+def test_patching_runs_them_where_there_is_metal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path
+) -> None:
+    model, _ = load(tiny.write(tmp_path / "m.gguf", tiny.build("llama", 0)), fuse="all")
+    assert "self-test" not in model.load_report.seconds
+    unpatch_model(model)
+    seen = []
+    monkeypatch.setattr(_kernel, "_unavailable", lambda mode: None)
+    monkeypatch.setattr(self_test, "check", lambda found: seen.extend(found) or {})
+    report = patch_model(model)
+    assert str(report) == "qkv 3/3, gate/up 3/3, residual 3/3"
+    assert report.self_test_seconds > 0
+    assert {k.name for k, _ in seen} == {"dequantize", "quantized_matmul"}
+    assert len({k.launch(*a).program for k, a in seen}) == 2 + 8 * 4
+    assert isinstance(model.layers[0].self_attn.o_proj, QuantizedLinear)
+    monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
+    unpatch_model(model)
+    seen.clear()
+    patch_model(model)
+    assert not seen

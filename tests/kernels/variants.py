@@ -1,0 +1,154 @@
+"""Every kernel, in the variants that differ in source: compiled, and run on an NVIDIA GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlxfuse.formats import BY_NAME
+from mlxfuse.gguf.relayout import stream_shapes
+from mlxfuse.kernels import _kernel, dequantize, quantized_matmul
+from mlxfuse.kernels._source import header
+from mlxfuse.kernels.quantized_matmul import ACTIVATIONS, _Call
+from mlxfuse.kernels.weight import Part, QuantizedWeight, Segment
+from tests import msl
+
+FORMATS = tuple(f.name for f in BY_NAME.values() if f.kernel)
+DTYPES = (mx.float16, mx.bfloat16, mx.float32)
+_NUMPY = {"uint8": np.uint8, "uint32": np.uint32, "float16": np.float16}
+ROWS, COLUMNS = 24, 512
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel and the arguments that make the variant; ``str`` names it."""
+
+    name: str
+    kernel: _kernel.Kernel[Any]
+    arguments: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def launch(self) -> _kernel.Launch:
+        return self.kernel.launch(*self.arguments)
+
+    @property
+    def reference(self) -> list[mx.array]:
+        return self.kernel.reference(*self.arguments)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of inputs and outputs."""
+        launch = self.launch
+        sizes = zip(launch.shapes, launch.dtypes, strict=True)
+        outputs = sum(int(np.prod(shape)) * dtype.size for shape, dtype in sizes)
+        return outputs + sum(a.nbytes for a in launch.arrays)
+
+
+def call_of(launch: _kernel.Launch) -> dict[str, Any]:
+    """How ``mx.fast.metal_kernel``'s result is called, but for the inputs."""
+    return {
+        "grid": launch.grid,
+        "threadgroup": launch.threadgroup,
+        "template": list(launch.template),
+        "output_shapes": list(launch.shapes),
+        "output_dtypes": list(launch.dtypes),
+    }
+
+
+def kernel_of(launch: _kernel.Launch, factory: Any = msl.metal_kernel) -> Any:
+    """The Metal kernel of a launch, by ``mx.fast.metal_kernel`` or a stand-in."""
+    return factory(
+        name=f"mlxfuse_{launch.program.op}",
+        input_names=list(launch.program.inputs),
+        output_names=list(launch.program.outputs),
+        source=launch.program.body,
+        header=header(launch.program.parts),
+    )
+
+
+def capture(launch: _kernel.Launch) -> msl.Capture:
+    """What MLX would hand to Metal."""
+    return msl.capture(kernel_of(launch), launch.arrays, **call_of(launch))
+
+
+def segment(name: str, rows: int, columns: int, experts: int | None = None) -> Segment:
+    """Any bits as codes; float16 scales are below 1/8, so that no result overflows."""
+    fmt = BY_NAME[name]
+    rng = np.random.default_rng([fmt.id, rows, columns])
+    arrays = {}
+    for stream in fmt.streams:
+        dtype = _NUMPY[stream.dtype]
+        _, n = stream_shapes(fmt, rows, columns)[stream.name]
+        raw = rng.integers(0, 256, n * rows * np.dtype(dtype).itemsize, dtype=np.uint8)
+        if stream.dtype == "uint8":
+            raw = np.uint8(120) + raw % np.uint8(10)  # exponents of MXFP4, whose bias is 127
+        elif stream.name not in ("codes", "high"):
+            raw[1::2] &= 0xAF  # two bits of a float16's exponent
+        shape = (rows, n) if experts is None else (experts, rows // experts, n)
+        arrays[stream.name] = mx.array(raw.view(dtype).reshape(shape))
+    return Segment(fmt, columns, arrays)
+
+
+def _matmul(
+    name: str, parts: list[tuple[str, int]], rows: int, dtype: mx.Dtype, **more: Any
+) -> Variant:
+    made = {f: segment(f, sum(n for g, n in parts if g == f), COLUMNS) for f, _ in parts}
+    at = dict.fromkeys(made, 0)
+    weight = []
+    for fmt, n in parts:
+        weight.append(Part(made[fmt], at[fmt], n))
+        at[fmt] += n
+    return _product(name, QuantizedWeight(tuple(weight)), rows, dtype, **more)
+
+
+def _product(
+    name: str, weight: QuantizedWeight, rows: int, dtype: mx.Dtype, **more: Any
+) -> Variant:
+    rng = np.random.default_rng(rows)
+    x = mx.array(rng.normal(0, 0.01, (rows, weight.columns)), mx.float32).astype(dtype)
+    options = {"bias": None, "residual": None, "activation": None, "split": False, "experts": None}
+    call = _Call(x, weight, **{**options, **more})
+    call.check()
+    return Variant(f"quantized_matmul {name}", quantized_matmul.KERNEL, (call,))
+
+
+def product(name: str, rows: int, columns: int, dtype: mx.Dtype) -> Variant:
+    """One row of x times a weight of one format, of any size."""
+    weight = QuantizedWeight.whole(segment(name, rows, columns))
+    return _product(f"{name} {rows} x {columns}", weight, 1, dtype)
+
+
+def variants() -> Iterator[Variant]:
+    """All formats; each type of x, each epilogue and each kind of weight on some."""
+    for name in FORMATS:
+        for dtype in DTYPES if name in ("Q4_0", "Q6_K") else DTYPES[:1]:
+            kind = f"{name} {str(dtype).removeprefix('mlx.core.')}"
+            some = mx.array([5, 0, 23], mx.uint32)
+            part = segment(name, ROWS, COLUMNS)
+            yield Variant(f"dequantize {kind}", dequantize.KERNEL, (part, None, dtype))
+            yield Variant(f"dequantize rows {kind}", dequantize.KERNEL, (part, some, dtype))
+            for rows in (1, 3):
+                yield _matmul(f"{kind} M = {rows}", [(name, ROWS)], rows, dtype)
+    rng = np.random.default_rng(0)
+    half = mx.float16
+    gate_up, qkv = [("Q4_K", ROWS), ("Q4_K", ROWS)], [("Q5_0", 16), ("Q5_0", 8), ("Q8_0", 8)]
+    for rows in (1, 8):
+        for activation in ACTIVATIONS:
+            gated = activation in ("swiglu", "geglu", "geglu_tanh")
+            parts = gate_up if gated else gate_up[:1]
+            yield _matmul(f"{activation} M = {rows}", parts, rows, half, activation=activation)
+        yield _matmul(f"split M = {rows}", qkv, rows, half, split=True)
+        bias = mx.array(rng.standard_normal(32), mx.float32).astype(half)
+        yield _matmul(f"joined, bias M = {rows}", qkv, rows, half, bias=bias)
+        added = mx.array(rng.standard_normal((rows, ROWS)), mx.float32).astype(half)
+        yield _matmul(f"residual M = {rows}", gate_up[:1], rows, half, residual=added)
+    experts = QuantizedWeight.whole(segment("MXFP4", 4 * ROWS, COLUMNS, experts=4))
+    ids = mx.array([[3, 1]], mx.uint32)
+    yield _product("experts", experts, 1, half, experts=ids)
