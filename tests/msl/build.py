@@ -41,8 +41,7 @@ _OPENCL = (
 LANGUAGE = (
     *("-x", "clcpp", "-cl-std=clc++2021", "-cl-no-stdinc", "-nostdinc", f"-I{INCLUDE}"),
     *("-Xclang", f"-cl-ext={_OPENCL}", "-fno-strict-aliasing", "-ffp-contract=off"),
-    # half and bfloat round after every operation, as on the GPU
-    *("-Xclang", "-ffloat16-excess-precision=none"),
+    # bfloat rounds after every operation, as half does and both do on the GPU
     *("-Xclang", "-fbfloat16-excess-precision=none"),
     *("-Wno-unknown-attributes", "-Wno-explicit-specialization-storage-class", "-Wno-psabi"),
     *("-Wno-pass-failed", "-Wno-unused-function", "-Wno-keyword-compat"),

@@ -270,7 +270,7 @@ BUGS = {
     "structured binding": at_start(
         "q4_k",
         "P p{1, 2}; auto [a, c] = p; acc[0] = a + c;",
-        "C++17 feature (Metal before 4.0 is C++14): decomposition declarations",
+        "declarations are incompatible with C++ standards before C++17",
         "struct P { int a; int b; };\n",
     ),
     "class template argument deduction": at_start(
