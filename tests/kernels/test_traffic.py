@@ -90,8 +90,8 @@ def test_instructions_of_the_inner_loop(name):
     except msl.MslSetupError as e:
         pytest.skip(str(e))
     ours, mlx = traffic.loop(name), traffic.loop_of_mlx(4)
-    # Putting two bit planes together takes more: 1.30 for Q5_K is the most.
-    limit = 1.15 if name in ("Q4_0", "Q4_K", "affine4") else 1.31
+    # Putting two bit planes together takes more: 1.28 for Q3_K and Q5_K is the most.
+    limit = 1.15 if name in ("Q4_0", "Q4_K", "affine4") else 1.29
     assert ours.instructions <= limit * mlx.instructions
     # It is the loop that was meant: it loads what the launch loads.
     found = traffic.moved(name, ROWS, 2048)
