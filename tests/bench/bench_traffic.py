@@ -25,7 +25,7 @@ import mlx.core as mx
 from mlxfuse.formats import BY_NAME
 from tests import msl
 from tests.kernels import traffic
-from tests.kernels.variants import FORMATS
+from tests.kernels.variants import MLX, NAMES
 from tests.msl import mlx_kernels, ptx
 
 ROWS = 128
@@ -64,7 +64,7 @@ def moved(names: list[str]) -> None:
     print("| kernel | K | bytes | codes | scales | coalescing | x | threadgroup | SIMD |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in names:
-        block = BY_NAME[name].block_size
+        block = 64 if name in MLX else BY_NAME[name].block_size
         whole = [k for k in COLUMNS if k % block == 0]
         _print(name, [(k, traffic.moved(name, ROWS, k, DTYPE)) for k in whole])
     for name, make, multiple, rows in (
@@ -106,4 +106,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or list(FORMATS))
+    main(sys.argv[1:] or list(NAMES))

@@ -9,16 +9,16 @@ from mlxfuse.formats import BY_NAME
 from mlxfuse.kernels import _kernel
 from tests import msl
 from tests.kernels import traffic
-from tests.kernels.variants import FORMATS
+from tests.kernels.variants import MLX, NAMES
 from tests.msl import mlx_kernels, ptx
 
 ROWS = 64
 # Every format with K as in real models: whole and partial passes of 32 lanes over a row.
 SHAPES = [
     (name, columns)
-    for name in FORMATS
+    for name in NAMES
     for columns in (576, 896, 2048, 14336)
-    if columns % BY_NAME[name].block_size == 0
+    if columns % (64 if name in MLX else BY_NAME[name].block_size) == 0
 ]
 
 
@@ -82,7 +82,7 @@ def test_a_kernel_that_reads_twice_is_seen():
     assert found.distinct_ratio <= 1.001
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", NAMES)
 def test_instructions_of_the_inner_loop(name):
     """Per weight, against affine_qmv_fast for 4-bit weights."""
     try:
@@ -90,8 +90,8 @@ def test_instructions_of_the_inner_loop(name):
     except msl.MslSetupError as e:
         pytest.skip(str(e))
     ours, mlx = traffic.loop(name), traffic.loop_of_mlx(4)
-    # Putting two bit planes together takes more: 1.30 for Q5_K is the most.
-    limit = 1.15 if name in ("Q4_0", "Q4_K") else 1.31
+    # Putting two bit planes together takes more: 1.28 for Q3_K and Q5_K is the most.
+    limit = 1.15 if name in ("Q4_0", "Q4_K", "affine4") else 1.29
     assert ours.instructions <= limit * mlx.instructions
     # It is the loop that was meant: it loads what the launch loads.
     found = traffic.moved(name, ROWS, 2048)

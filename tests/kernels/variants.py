@@ -14,10 +14,12 @@ from mlxfuse.gguf.relayout import stream_shapes
 from mlxfuse.kernels import _kernel, dequantize, quantized_matmul
 from mlxfuse.kernels._source import header
 from mlxfuse.kernels.quantized_matmul import ACTIVATIONS, _Call
-from mlxfuse.kernels.weight import Part, QuantizedWeight, Segment
+from mlxfuse.kernels.weight import AffineSegment, AnySegment, Part, QuantizedWeight, Segment
 from tests import msl
 
 FORMATS = tuple(f.name for f in BY_NAME.values() if f.kernel)
+MLX = {"affine4": (4, 64, "affine"), "affine8": (8, 64, "affine"), "mlx mxfp4": (4, 32, "mxfp4")}
+NAMES = (*FORMATS, *MLX)
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 _NUMPY = {"uint8": np.uint8, "uint32": np.uint32, "float16": np.float16}
 ROWS, COLUMNS = 24, 512
@@ -78,8 +80,10 @@ def capture(launch: _kernel.Launch) -> msl.Capture:
     return msl.capture(kernel_of(launch), launch.arrays, **call_of(launch))
 
 
-def segment(name: str, rows: int, columns: int, experts: int | None = None) -> Segment:
+def segment(name: str, rows: int, columns: int, experts: int | None = None) -> AnySegment:
     """Any bits as codes; float16 scales are below 1/8, so that no result overflows."""
+    if name in MLX:
+        return _of_mlx(*MLX[name], rows, columns)
     fmt = BY_NAME[name]
     rng = np.random.default_rng([fmt.id, rows, columns])
     arrays = {}
@@ -94,6 +98,13 @@ def segment(name: str, rows: int, columns: int, experts: int | None = None) -> S
         shape = (rows, n) if experts is None else (experts, rows // experts, n)
         arrays[stream.name] = mx.array(raw.view(dtype).reshape(shape))
     return Segment(fmt, columns, arrays)
+
+
+def _of_mlx(bits: int, group: int, mode: str, rows: int, columns: int) -> AffineSegment:
+    w = mx.random.normal((rows, columns), mx.float16, key=mx.random.key(bits))
+    arrays = mx.quantize(w, group, bits, mode=mode)
+    names = ("codes", "scales", "supers")[: len(arrays)]
+    return AffineSegment(bits, group, mode, columns, dict(zip(names, arrays, strict=True)))
 
 
 def _matmul(
@@ -127,13 +138,14 @@ def product(name: str, rows: int, columns: int, dtype: mx.Dtype) -> Variant:
 
 def variants() -> Iterator[Variant]:
     """All formats; each type of x, each epilogue and each kind of weight on some."""
-    for name in FORMATS:
+    for name in NAMES:
         for dtype in DTYPES if name in ("Q4_0", "Q6_K") else DTYPES[:1]:
             kind = f"{name} {str(dtype).removeprefix('mlx.core.')}"
             some = mx.array([5, 0, 23], mx.uint32)
             part = segment(name, ROWS, COLUMNS)
-            yield Variant(f"dequantize {kind}", dequantize.KERNEL, (part, None, dtype))
-            yield Variant(f"dequantize rows {kind}", dequantize.KERNEL, (part, some, dtype))
+            if name not in MLX:
+                yield Variant(f"dequantize {kind}", dequantize.KERNEL, (part, None, dtype))
+                yield Variant(f"dequantize rows {kind}", dequantize.KERNEL, (part, some, dtype))
             for rows in (1, 3):
                 yield _matmul(f"{kind} M = {rows}", [(name, ROWS)], rows, dtype)
     rng = np.random.default_rng(0)

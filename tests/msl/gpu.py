@@ -13,7 +13,7 @@ import sys
 import mlx.core as mx
 import numpy as np
 
-from tests.kernels.variants import FORMATS, Variant, call_of, kernel_of, product, variants
+from tests.kernels.variants import NAMES, Variant, call_of, kernel_of, product, variants
 
 from . import cuda, ptx
 from .errors import MslError, MslSetupError
@@ -57,7 +57,7 @@ def bandwidth() -> None:
     """Print GB/s of each format's product beside a copy's."""
     copy = cuda.copy_bandwidth(1 << 28)
     print(f"copy: {copy:.0f} GB/s read and written")
-    for name in FORMATS:
+    for name in NAMES:
         variant = product(name, *LARGE, mx.float16)
         launch = variant.launch
         kernel = kernel_of(launch, cuda.cuda_kernel)

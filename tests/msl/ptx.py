@@ -84,7 +84,7 @@ def libdevice() -> Path:
 
 
 # As a GPU compiler must: loops over a thread's own arrays unrolled, loops over memory left alone;
-# a product and a sum become one fma, as Metal may do (MSL specification 1.6.3).
+# a product and a sum become one fma, so that writing fma out is no advantage.
 AS_METAL = (
     *("-ffp-contract=fast", "-mllvm", "-unroll-threshold=10000"),
     *("-mllvm", "-unroll-runtime=false", "-mllvm", "-unroll-allow-partial=false"),
