@@ -144,8 +144,8 @@ class _Walker:
 
     def _enter_function(self, node: Node, context: _Context) -> _Context:
         previous = node.get("previousDecl")
-        identity_ = self.alias.get(previous, previous) if previous else None
-        function = self.alias[node["id"]] = identity_ or node["id"]
+        first: str = self.alias.get(previous, previous) if previous else node["id"]
+        function = self.alias[node["id"]] = first
         self.names[function] = node.get("name", "")
         self.calls.setdefault(function, {})
         return _Context(function, context.program_scope)
