@@ -127,7 +127,7 @@ class _Walker:
             return
         # clang's JSON leaves out what did not change; "presumed" is what ``#line`` says.
         self.line_of_file = location.get("line", self.line_of_file)
-        self.file = location.get("presumedFile", location.get("file", self.file))
+        self.file = str(location.get("presumedFile") or location.get("file") or self.file)
         renamed = self.file in (KERNEL_FILE, WRAPPER_FILE)
         self.line = location.get("presumedLine", self.line if renamed else self.line_of_file)
 
@@ -144,8 +144,8 @@ class _Walker:
 
     def _enter_function(self, node: Node, context: _Context) -> _Context:
         previous = node.get("previousDecl")
-        identity_ = self.alias.get(previous, previous) if previous else None
-        function = self.alias[node["id"]] = identity_ or node["id"]
+        first = self.alias.get(previous, previous) if previous else node["id"]
+        function = self.alias[node["id"]] = str(first)
         self.names[function] = node.get("name", "")
         self.calls.setdefault(function, {})
         return _Context(function, context.program_scope)

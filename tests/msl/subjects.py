@@ -171,7 +171,7 @@ class Subject:
             part = next(p for p in texts if old in texts[p])
             texts[part] = texts[part].replace(old, new, 1)
         texts["header"] += header
-        return dataclasses.replace(self, **texts)
+        return dataclasses.replace(self, header=texts["header"], source=texts["source"])
 
 
 def _close(got: Array, expected: Array, tolerance: float) -> bool:
@@ -189,7 +189,8 @@ def _q4_k(w: Array) -> Array:
     qs = block[..., 16:].reshape(*block.shape[:2], 4, 32)
     q = np.stack([qs & 15, qs >> 4], 3).reshape(*block.shape[:2], 8, 32)
     values = (d[..., None] * scale)[..., None] * q - (dmin[..., None] * minimum)[..., None]
-    return values.reshape(w.shape[0], -1)
+    flat: Array = values.reshape(w.shape[0], -1)
+    return flat
 
 
 def q4_k_gemv(rows: int = 16, dtype: mx.Dtype = mx.float16) -> Subject:
