@@ -4,9 +4,10 @@
 
 Each contestant is a process of its own that loads the model once; then they take turns, so
 that a machine whose speed drifts slows all alike. Stock MLX-LM runs twice: with float32
-weights and with affine 4-bit ones. Where the system has an OpenBLAS, all run a second time
-with it preloaded (``preload=yes``). Printed: the median tokens/s, and the median over the
-turns of mlxfuse's speed divided by that of the faster stock form.
+weights and with affine 4-bit ones. mlxfuse runs twice where the system has an OpenBLAS: with
+it, and by numpy's own. Then all but the latter run again with that OpenBLAS preloaded
+(``preload=yes``). Printed: the median tokens/s, and the median over the turns of mlxfuse's
+speed divided by that of the faster stock form.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import sys
 import time
 from typing import Any
 
-CONTESTANTS = ("mlxfuse", "stock float32", "stock affine")
+OURS = ("mlxfuse", "mlxfuse by numpy")
+STOCK = ("stock float32", "stock affine")
 PROMPT, GENERATED = 32, 8
 
 
@@ -57,7 +59,7 @@ def work(contestant: str, path: str) -> None:
     from mlxfuse.loader import load
 
     model, _ = load(path, dtype="float32")
-    if contestant != "mlxfuse":
+    if contestant in STOCK:
         model = _stock(model, contestant.endswith("affine"))
     print("ready", flush=True)
     for _line in sys.stdin:
@@ -88,7 +90,9 @@ def _turn(process: subprocess.Popen[str]) -> tuple[float, float]:
 
 
 def compare(path: str, pairs: int, preload: str | None) -> None:
-    running = {name: _start(name, path, preload) for name in CONTESTANTS}
+    ours = OURS if ctypes.util.find_library("openblas") and not preload else OURS[:1]
+    names = (*ours, *STOCK)
+    running = {name: _start(name, path, preload) for name in names}
     try:
         for process in running.values():
             assert process.stdout
@@ -102,15 +106,15 @@ def compare(path: str, pairs: int, preload: str | None) -> None:
             process.wait()
     shown = "yes" if preload else "no"
     for which, kind in enumerate((f"prompt {PROMPT}", f"decode {GENERATED}")):
-        for name in CONTESTANTS:
+        for name in names:
             median = statistics.median(t[name][which] for t in turns)
-            print(f"preload={shown:3}  {kind:10}  {name:14} {median:8.1f} tokens/s")
-        ratio = statistics.median(
-            t["mlxfuse"][which] / max(t[n][which] for n in CONTESTANTS[1:]) for t in turns
-        )
-        print(
-            f"preload={shown:3}  {kind:10}  mlxfuse / better stock, median of {pairs}: {ratio:.2f}"
-        )
+            print(f"preload={shown:3}  {kind:10}  {name:16} {median:8.1f} tokens/s")
+        for name in ours:
+            ratio = statistics.median(
+                t[name][which] / max(t[n][which] for n in STOCK) for t in turns
+            )
+            label = f"{name} / better stock, median of {pairs}"
+            print(f"preload={shown:3}  {kind:10}  {label}: {ratio:.2f}")
 
 
 def main() -> None:
