@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
@@ -18,8 +18,28 @@ _DTYPES: dict[str, mx.Dtype] = {
 }
 
 
+class _Rows:
+    """What rows in named arrays, ``[rows, n]`` or ``[experts, rows, n]``, have in common."""
+
+    __slots__ = ()
+    arrays: Mapping[str, mx.array]
+
+    @property
+    def rows(self) -> int:
+        return self.arrays["codes"].shape[-2]
+
+    @property
+    def experts(self) -> int | None:
+        codes = self.arrays["codes"]
+        return codes.shape[0] if codes.ndim == 3 else None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in self.arrays.values())
+
+
 @dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(_Rows):
     """Rows of one format: the streams of `mlxfuse.formats` as MLX arrays.
 
     format   a format with streams.
@@ -61,26 +81,13 @@ class Segment:
         """Consecutive weights that one lane decodes: ``width`` of the trait."""
         return 16 if self.format.name == "Q8_0" else 32
 
-    @property
-    def rows(self) -> int:
-        return self.arrays["codes"].shape[-2]
-
-    @property
-    def experts(self) -> int | None:
-        codes = self.arrays["codes"]
-        return codes.shape[0] if codes.ndim == 3 else None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(self.arrays[s.name].nbytes for s in self.format.streams)
-
     def take(self, rows: mx.array | slice) -> Segment:
         """Some of the rows, of the experts if there are any."""
-        return Segment(self.format, self.columns, {s: a[rows] for s, a in self.arrays.items()})
+        return replace(self, arrays={s: a[rows] for s, a in self.arrays.items()})
 
 
 @dataclass(frozen=True, slots=True)
-class AffineSegment:
+class AffineSegment(_Rows):
     """MLX's own quantised rows, as ``mx.quantize`` and MLX-LM models have them; not copied.
 
     bits        4 or 8.
@@ -122,23 +129,9 @@ class AffineSegment:
     def unit(self) -> int:
         return 128 // self.bits
 
-    @property
-    def rows(self) -> int:
-        return self.arrays["codes"].shape[-2]
-
-    @property
-    def experts(self) -> int | None:
-        codes = self.arrays["codes"]
-        return codes.shape[0] if codes.ndim == 3 else None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(a.nbytes for a in self.arrays.values())
-
     def take(self, rows: mx.array | slice) -> AffineSegment:
         """Some of the rows, of the experts if there are any."""
-        arrays = {s: a[rows] for s, a in self.arrays.items()}
-        return AffineSegment(self.bits, self.group_size, self.mode, self.columns, arrays)
+        return replace(self, arrays={s: a[rows] for s, a in self.arrays.items()})
 
 
 AnySegment = Segment | AffineSegment
