@@ -8,7 +8,18 @@ import mlx.core as mx
 
 from .kv_scheme import KVScheme, KVSide
 
+THREADGROUP = (32, 4, 1)
+"""Where a SIMD-group has one token: four of them."""
+
 NAMES = {mx.float16: "half", mx.bfloat16: "bfloat16_t", mx.float32: "float"}
+
+
+def refuse_dims(scheme: KVScheme) -> str | None:
+    """What every kernel says to heads that do not fit a SIMD-group."""
+    dims = (scheme.k.dim, scheme.v.dim)
+    if min(dims) < 32 or max(dims) > 512:
+        return f"heads have 32 to 512 elements, not {dims[0]} and {dims[1]}"
+    return None
 
 
 def sides(scheme: KVScheme) -> tuple[str, str]:
@@ -25,19 +36,14 @@ def plain_sides(scheme: KVScheme) -> tuple[str, str]:
     return sides(KVScheme(KVSide(scheme.k.dim, 16), KVSide(scheme.v.dim, 16), scheme.dtype))
 
 
-def kind(side: KVSide) -> str:
-    """The type of a kind of codes."""
-    if side.kind == "symmetric":
-        return f"Symmetric<{1 << (side.bits - 1)}>"
-    return {"affine": "Affine", "zero_point": "ZeroPoint"}[side.kind]
-
-
 def _side(side: KVSide, dtype: mx.Dtype, first: int, scales: int) -> str:
     numbers = f"Numbers<{NAMES[dtype]}>"
     if not side.quantized:
         return f"Side<{numbers}, Affine, {numbers}, {first}, 0, 0>"
     codes = f"Codes<{side.bits}>"
-    return f"Side<{codes}, {kind(side)}, {numbers}, {first}, {scales}, {side.group}>"
+    kinds = {"affine": "Affine", "zero_point": "ZeroPoint"}
+    kind = kinds.get(side.kind, f"Symmetric<{1 << (side.bits - 1)}>")
+    return f"Side<{codes}, {kind}, {numbers}, {first}, {scales}, {side.group}>"
 
 
 @lru_cache(maxsize=1024)

@@ -43,6 +43,12 @@ def geometry(rows: int, scheme: KVScheme) -> Geometry:
     return Geometry(each, groups, max(1, 4 // groups))
 
 
+def _units(dim: int) -> int:
+    """Units of 8 elements that the lanes of a SIMD-group have of a token, unused ones too."""
+    lanes = next(n for n in (4, 8, 16, 32) if n >= min(dim // 8, 32))
+    return -(-dim // 8 // lanes) * lanes
+
+
 @dataclass(frozen=True, slots=True)
 class _Source:
     """Tokens of one kind: how they are decoded and, in Metal, what they are and which they are."""
@@ -120,20 +126,22 @@ def parts_program(scheme: KVScheme, given: tuple[str, ...], shape: Geometry) -> 
         sources.append(_plain(scheme, given))
     more = int(len(sources) == 2 or "rows" not in given)
     fresh, mask = ("k" in given, "mask" in given)
+    # `join` needs for the rows of a SIMD-group the sums of all lanes, a largest score and a total.
+    room = shape.rows * (8 * _units(dv) + 2)
+    joined = room * shape.groups // 4 + 1 if shape.slices > 1 else 0
     lines = [
         "const uint3 at = threadgroup_position_in_grid;",
         "const uint me = thread_index_in_threadgroup;",
         "const uint lane = thread_index_in_simdgroup;",
         f"const uint group = simdgroup_index_in_threadgroup % {shape.groups};",
         f"const uint slice = simdgroup_index_in_threadgroup / {shape.groups};",
-        f"threadgroup uint4 scratch[{max(s.scratch for s in sources)}];",
+        f"threadgroup uint4 scratch[{max(joined, *(s.scratch for s in sources))}];",
         f"typedef Softmax<{dk}, {dv}, {shape.rows}> State;",
         f"const Head h = head_of(size, at.z, {str(fresh).lower()}, length, tail_length, "
         "sink_length, left);",
         f"const uint first = (at.y * {shape.groups} + group) * {shape.rows};",
         "const Row row = row_of(size, h, first + State::row(lane));",
-        f"const uint parts = (uint(size[3]) + {more}) * {shape.slices};",
-        f"const ulong part = ulong(at.z * parts + at.x * {shape.slices} + slice) * h.rows;",
+        f"const ulong part = ulong(at.z * (uint(size[3]) + {more}) + at.x) * h.rows;",
         "State state;",
         "state.start();",
         f"state.load(q + ulong(at.z) * h.rows * {dk}, first, h.rows, numbers[0], lane);",
@@ -147,8 +155,12 @@ def parts_program(scheme: KVScheme, given: tuple[str, ...], shape: Geometry) -> 
             f"attend<{s.types[0]}, {s.types[1]}, {str(mask).lower()}, {s.words}, {s.tile}, "
             f"{shape.slices}>(state, {s.tokens}, span.x, span.y, row, {'mask' if mask else 'q'}, "
             f"numbers[1], scratch, me, {shape.threads}, slice, lane);",
+            f"state.template join<{shape.slices}>((threadgroup float*)scratch + group * {room}, "
+            "slice, lane);",
+            "if (slice == 0) {",
             f"state.template finish<{s.blocks[1]}>(sums + part * {dv}, stats + part * 2, first, "
             "h.rows, lane);",
+            "}",
         ]
     lines += ["}"] * (len(sources) == 2)
     lengths = ("length", "tail_length", "sink_length", "left")
@@ -157,7 +169,7 @@ def parts_program(scheme: KVScheme, given: tuple[str, ...], shape: Geometry) -> 
         inputs=("q", *given, *lengths, "size", "numbers"),
         outputs=("sums", "stats", *(["fresh"] if fresh else [])),
         body="\n".join(lines) + "\n",
-        parts=("kv_rows.h:hadamard", "compressed_sdpa.metal:parts"),
+        parts=("kv_rows.h:hadamard", "online_softmax.h", "compressed_sdpa.metal:parts"),
     )
 
 

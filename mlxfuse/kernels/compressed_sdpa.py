@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ._kernel import Kernel, Launch
-from ._kv_source import constants
+from ._kv_source import constants, refuse_dims
 from ._sdpa_program import geometry, merge_program, parts_program
 from .kv_scheme import FLOATS, KVScheme, unpack
 
@@ -260,10 +260,7 @@ def _reference(call: _Call) -> list[mx.array]:
 def _refuse(call: _Call) -> str | None:
     if call.q.shape[2] > MAX_QUERIES:
         return f"more than {MAX_QUERIES} queries"
-    scheme = call.scheme
-    if min(scheme.k.dim, scheme.v.dim) < 32 or max(scheme.k.dim, scheme.v.dim) > 512:
-        return f"heads have 32 to 512 elements, not {scheme.k.dim} and {scheme.v.dim}"
-    return None
+    return refuse_dims(call.scheme)
 
 
 def _launch(call: _Call) -> Launch:
@@ -284,8 +281,7 @@ def _launch(call: _Call) -> Launch:
     splits = 0
     if call.rows is not None:
         splits = min(-(-call.rows.shape[2] // SPLIT_TOKENS), MAX_SPLITS)
-    tokens = splits + any(n in given for n in ("tail", "sink", "k"))
-    parts = tokens * shape.slices
+    parts = splits + any(n in given for n in ("tail", "sink", "k"))
     lengths = (call.length, call.tail_length, call.sink_length, call.left)
     sizes = (
         *(queries, rows, call.kv_heads, splits, int(call.causal), call.window or 0),
@@ -313,7 +309,7 @@ def _launch(call: _Call) -> Launch:
     return Launch(
         program=parts_program(scheme, tuple(given), shape),
         arrays=(q, *given.values(), *lengths, constants(sizes), numbers),
-        grid=(tokens * shape.threads, -(-rows // (shape.rows * shape.groups)), held),
+        grid=(parts * shape.threads, -(-rows // (shape.rows * shape.groups)), held),
         threadgroup=(shape.threads, 1, 1),
         template=(("T", q.dtype),),
         shapes=((held, parts, rows, scheme.v.dim), (held, parts, rows, 2), *fresh),
