@@ -9,7 +9,7 @@ import mlx.core as mx
 from ._kernel import Kernel, Launch
 from ._kv_source import constants, refuse_dims
 from ._sdpa_program import geometry, merge_program, parts_program
-from .kv_scheme import FLOATS, KVScheme, unpack
+from .kv_scheme import FLOATS, KVScheme, decoded, rotated
 
 MAX_QUERIES = 8
 """Queries of a sequence up to which the kernel runs; above, keys and values are better
@@ -195,7 +195,8 @@ def _reference(call: _Call) -> list[mx.array]:
     """The meaning of the kernel: all keys at once, the unused ones masked."""
     scheme, q = call.scheme, call.q
     batch, heads, queries, _ = q.shape
-    keys, values, places, used = [], [], [], []
+    grouped = call.scale * q.astype(mx.float32).reshape(batch, call.kv_heads, -1, q.shape[-1])
+    products, values, places, used = [], [], [], []
     start = mx.zeros((1,), mx.int32)
     fresh = None if call.fresh is None else mx.concatenate(list(call.fresh), axis=-1)
     for rows, length in (
@@ -206,15 +207,18 @@ def _reference(call: _Call) -> list[mx.array]:
     ):
         if rows is None:
             continue
-        if rows is call.rows:
-            k, v = unpack(scheme, rows)
+        packed = rows is call.rows
+        if packed:
+            k, v = decoded(scheme, rows)
         else:
             k, v = mx.split(rows.astype(mx.float32), [scheme.k.dim], axis=-1)
         index = mx.arange(rows.shape[2])
-        inside = index < length[:, None]
-        keys.append(k)
+        inside = index < mx.minimum(length, rows.shape[2])[:, None]
+        own = rotated(grouped, scheme.k_block) if packed else grouped
+        products.append(own @ k.swapaxes(-1, -2))
         # What lies beyond the length may be no number; 0 times that is none either.
-        values.append(mx.where(inside[:, None, :, None], v, 0))
+        v = mx.where(inside[:, None, :, None], v, 0)
+        values.append((v, scheme.v_block if packed else 1))
         places.append(mx.broadcast_to(start[:, None] + index, (batch, index.size)))
         used.append(mx.broadcast_to(inside, (batch, index.size)))
         start = start + length
@@ -226,9 +230,7 @@ def _reference(call: _Call) -> list[mx.array]:
     if call.window is not None:
         seen = seen & (place > last - call.window)
     seen = seen & (place >= call.left.reshape(-1, 1, 1, 1))
-    grouped = q.astype(mx.float32).reshape(batch, call.kv_heads, -1, q.shape[-1])
-    scores = grouped @ mx.concatenate(keys, axis=2).swapaxes(-1, -2) * call.scale
-    scores = scores.reshape(batch, heads, queries, -1)
+    scores = mx.concatenate(products, axis=-1).reshape(batch, heads, queries, -1)
     if call.softcap is not None:
         scores = call.softcap * mx.tanh(scores / call.softcap)
     if call.mask is not None:
@@ -253,7 +255,11 @@ def _reference(call: _Call) -> list[mx.array]:
     if call.sinks is not None:
         total = total + mx.exp(logits - most)
     p = (p / mx.where(total == 0, 1, total)).reshape(*grouped.shape[:3], -1)
-    out = (p @ mx.concatenate(values, axis=2)).reshape(batch, heads, queries, -1).astype(q.dtype)
+    out, first = mx.array(0.0), 0
+    for v, block in values:
+        out = out + rotated(p[..., first : first + v.shape[2]] @ v, block)
+        first += v.shape[2]
+    out = out.reshape(batch, heads, queries, -1).astype(q.dtype)
     return [out] if fresh is None else [out, fresh]
 
 
