@@ -114,7 +114,11 @@ class Problem:
 
 
 def oracle(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
-    """The attention, and the sum of |p v|, in float64: ``[B, Hq, L, v_dim]`` each."""
+    """The attention, and the error an element may have, in float64: ``[B, Hq, L, v_dim]`` each.
+
+    The error is `THRESHOLD` times the sum of |p v|. Rotated values are summed before they are
+    turned back, so float32 also rounds what the other elements of the block add and take away.
+    """
     given = problem.options
     q = to_float64(problem.q)
     batch, heads, queries, _ = q.shape
@@ -152,7 +156,10 @@ def oracle(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
         total = p.sum(-1, keepdims=True) + np.exp(logits - most)
         p /= np.where(total == 0, 1, total)
         out.append(p @ v)
-        bound.append(p @ np.abs(v))
+        block = problem.scheme.v_block
+        others = (p @ np.abs(rotate(v, block))).reshape(*p.shape[:-1], -1, block)
+        others = np.repeat(others.sum(-1) / np.sqrt(block), block, axis=-1)
+        bound.append(THRESHOLD[problem.q.dtype] * (p @ np.abs(v)) + (block > 1) * 2.0**-22 * others)
     return np.array(out), np.array(bound)
 
 

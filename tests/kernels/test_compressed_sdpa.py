@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -13,9 +14,10 @@ from mlxfuse.kernels import _kernel
 from mlxfuse.kernels import compressed_sdpa as module
 from mlxfuse.kernels.compressed_sdpa import compressed_sdpa
 from mlxfuse.kernels.kv_scheme import KVScheme, KVSide
+from mlxfuse.kernels.self_test import calls
 from tests import msl
 
-from .kv import THRESHOLD, Problem, normal, oracle, packed
+from .kv import Problem, normal, oracle, packed
 from .pairwise import Case, pairs_of, pairwise
 from .weights import to_float64
 
@@ -95,11 +97,11 @@ def problem_of(case: Case, seed: int = 0) -> Problem:
 
 
 def assert_close(got: mx.array, problem: Problem) -> None:
-    want, size = oracle(problem)
+    want, bound = oracle(problem)
     assert got.dtype == problem.q.dtype
     assert got.shape == want.shape
     error = np.abs(to_float64(got) - want)
-    assert np.all(error <= THRESHOLD[got.dtype] * size + 1e-30), np.max(error / (size + 1e-30))
+    assert np.all(error <= bound), np.max(error / np.maximum(bound, 1e-30))
 
 
 def name_of(case: Case) -> str:
@@ -121,3 +123,183 @@ def test_every_pair_of_values(case: Case, kernels: str) -> None:
     # The lint follows paths, which are the same in all cases; other tests have it.
     with msl.using(lint=False):
         check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dims", AXES["dims"], ids=str)
+def test_the_full_product(dims: tuple[int, int], kernels: str) -> None:
+    """Types, schemes, masks and groups of heads, at every length; the other values in turn."""
+    product = ("heads", "length", "dtype", "k", "v", "mask")
+    others = [n for n in AXES if n not in (*product, "dims")]
+    for i, values in enumerate(itertools.product(*(AXES[n] for n in product))):
+        turn = {n: AXES[n][(i // 5**j + i) % len(AXES[n])] for j, n in enumerate(others)}
+        case = {"dims": dims, **turn, **dict(zip(product, values, strict=True))}
+        for group in (case["group"], 0):
+            for queries in (case["queries"], 1):
+                fits = case | {"group": group, "queries": queries}
+                if valid(fits):
+                    break
+            else:
+                continue
+            with msl.using(lint=False):
+                check(fits)
+            break
+
+
+@pytest.mark.parametrize("case", PAIRS[::4], ids=name_of)
+def test_the_reference(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLXFUSE_KERNELS", "reference")
+    problem = problem_of(case)
+    assert_close(compressed_sdpa(*problem.arguments, **problem.options)[0], problem)
+
+
+def test_the_cases_have_every_pair() -> None:
+    met = set().union(*map(pairs_of, PAIRS))
+    for (a, x), (b, y) in itertools.combinations(
+        [(n, v) for n, values in AXES.items() for v in values], 2
+    ):
+        if a == b or ((a, x), (b, y)) in met:
+            continue
+        # Only a group that does not divide a head, or too much work.
+        case = {"dims": (64, 64), "heads": 1, "queries": 1, "length": 1, "group": 0} | {a: x, b: y}
+        assert not valid(case), (a, x, b, y)
+
+
+USUAL: Case = {
+    "dims": (128, 128), "heads": 4, "queries": 1, "length": 385, "dtype": mx.float16,
+    "k": (8, "affine"), "v": (4, "affine"), "group": 64, "rotate": True, "mask": "none",
+    "causal": True, "window": None, "more": "none", "plain": "fresh",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("key <= row.last", "key < row.last"),  # the last key is not seen
+        ("total = fma(total, decay, p)", "total = total + p"),
+        ("scale.y * q_sum[r][j]", "0.0f"),  # the bias is left out
+        ("const uint unit = Values::unit(lane, i / 2);", "const uint unit = lane ^ 1;"),
+    ],
+)
+def test_a_wrong_kernel_is_seen(text: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = _kernel.header
+
+    def header(parts: tuple[str, ...]) -> str:
+        found = whole(parts)
+        assert text in found or parts == ("compressed_sdpa.metal:merge",)
+        return found.replace(text, wrong)
+
+    monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
+    monkeypatch.setattr(_kernel, "header", header)
+    _kernel._compiled.cache_clear()
+    with msl.installed(build="fast", lint=False), pytest.raises(AssertionError):
+        check(USUAL)
+    _kernel._compiled.cache_clear()
+
+
+def test_garbage_beyond_the_lengths_changes_nothing(kernels: str) -> None:
+    for case in (USUAL, USUAL | {"more": "padding", "queries": 5, "plain": "sink"}):
+        problem = problem_of(case)
+        clean = compressed_sdpa(*problem.arguments, **problem.options)
+        rng = np.random.default_rng(1)
+        rows, tail = np.array(problem.rows), np.array(problem.tail)
+        lengths = np.broadcast_to(np.array(problem.length), len(rows))
+        for b, (n, m) in enumerate(zip(lengths, np.array(problem.tail_length), strict=True)):
+            rows[b, :, n:] = rng.integers(0, 2**32, rows[b, :, n:].shape, np.uint32)
+            tail[b, :, m:] *= 1000
+            tail[b, :, -1] = np.nan
+        problem.rows, problem.tail = mx.array(rows), mx.array(tail)
+        dirty = compressed_sdpa(*problem.arguments, **problem.options)
+        assert all(mx.array_equal(x, y) for x, y in zip(clean, dirty, strict=True))
+        # Control: one more row is seen.
+        problem.length = problem.length + 1
+        assert not mx.array_equal(
+            compressed_sdpa(*problem.arguments, **problem.options)[0], clean[0]
+        )
+
+
+@pytest.mark.parametrize("case", [USUAL, USUAL | {"queries": 5, "window": 300, "heads": 7}])
+def test_any_number_of_splits_agrees(
+    case: Case, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = problem_of(case | {"length": 1025, "dtype": mx.float32})
+    results = []
+    for tokens in (4096, 256, 40, 8):
+        monkeypatch.setattr(module, "SPLIT_TOKENS", tokens)
+        results.append(compressed_sdpa(*problem.arguments, **problem.options)[0])
+        assert_close(results[-1], problem)
+    splits = [min(-(-1032 // t), module.MAX_SPLITS) for t in (4096, 256, 40, 8)]
+    assert splits == [1, 5, 26, 64]
+    assert not mx.array_equal(results[0], results[2])
+
+
+def test_a_query_that_sees_nothing_gives_zeros(kernels: str) -> None:
+    problem = problem_of(USUAL | {"plain": "tail", "queries": 2, "mask": "bool"})
+    mask = np.ones(problem.options["mask"].shape, bool)
+    mask[0, 0, 1] = False
+    problem.options["mask"] = mx.array(mask)
+    (got,) = compressed_sdpa(*problem.arguments, **problem.options)
+    assert not mx.any(got[0, :, 1])
+    assert mx.all(mx.any(got[0, :, 0] != 0, axis=-1))
+    assert_close(got, problem)
+    problem.length, problem.tail_length = 0, mx.array(0)
+    assert not mx.any(compressed_sdpa(*problem.arguments, **problem.options)[0])
+    problem.options["sinks"] = mx.zeros(problem.q.shape[1])
+    assert not mx.any(compressed_sdpa(*problem.arguments, **problem.options)[0])
+
+
+def test_one_wrong_code_is_seen(kernels: str) -> None:
+    problem = problem_of(USUAL | {"dtype": mx.float32, "length": 5, "rotate": False})
+    (got, _) = compressed_sdpa(*problem.arguments, **problem.options)
+    rows = np.array(problem.rows)
+    rows[0, 0, 2, 40] ^= 1 << 28  # one of V's codes of one token
+    problem.rows = mx.array(rows)
+    with pytest.raises(AssertionError):
+        assert_close(got, problem)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    problem = problem_of(USUAL | {"length": 5})
+    scheme, q = problem.scheme, problem.q
+
+    def refused(message: str, **changes: Any) -> None:
+        given = {"q": q, "rows": problem.rows, "length": 5, "scale": 1.0} | changes
+        with pytest.raises(ValueError, match=message):
+            compressed_sdpa(given.pop("q"), scheme, given.pop("rows"), given.pop("length"), **given)
+
+    refused(r"q: expected \[B, Hq, L, 128\], found \(2, 4, 1, 64\)", q=q[..., :64])
+    refused(r"rows: expected .*uint32 \(2, 1, 12, 52\), found .*\(2, 1, 12, 51\)",
+            rows=problem.rows[..., :51])  # fmt: skip
+    refused(r"capacity that is a multiple of 4, found 3", rows=problem.rows[:, :, :3])
+    refused(r"attention needs rows, a tail", rows=None)
+    refused(r"length: expected one number or 2, found \(3,\)", length=mx.array([1, 2, 3]))
+    refused(r"mask: expected a shape that broadcasts to \(2, 4, 1, keys\)",
+            mask=mx.zeros((2, 3, 1, 12)))  # fmt: skip
+    refused(r"mask: expected bool or floating point", mask=mx.zeros((12,), mx.int32))
+    refused(r"sinks: expected \(4,\), found \(3,\)", sinks=mx.zeros(3))
+    refused(r"window: expected at least 1, found 0", window=0)
+    refused(r"softcap: expected more than 0", softcap=0.0)
+    refused(r"tail: expected mlx.core.float16", tail=mx.zeros((2, 1, 16, 256), mx.float32))
+
+
+def test_more_queries_than_the_kernel_takes_run_as_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
+    problem = problem_of(USUAL | {"queries": 9, "length": 385})
+    _kernel.fallbacks.clear()
+    assert_close(compressed_sdpa(*problem.arguments, **problem.options)[0], problem)
+    assert _kernel.fallbacks == {("compressed_sdpa", "more than 8 queries"): 1}
+
+
+def test_lengths_and_layers_share_a_program() -> None:
+    programs = set()
+    for length in (1, 5, 385, 2049):
+        problem = problem_of(USUAL | {"length": length})
+        ((kernel, arguments),) = calls(
+            functools.partial(compressed_sdpa, *problem.arguments, **problem.options)
+        )
+        launch = kernel.launch(*arguments)
+        programs.add((launch.program, launch.template))
+        assert launch.threadgroup == (128, 1, 1)
+    assert len(programs) == 1
