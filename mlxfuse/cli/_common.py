@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import functools
 import io
-import math
 import os
 import sys
 import traceback
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, ParamSpec
+from typing import Annotated, NoReturn, ParamSpec
 
 import typer
 
@@ -38,14 +36,6 @@ app = typer.Typer(
     help="Run GGUF files in MLX at the file's own precision, with fused Metal kernels.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class DType(StrEnum):
-    """Names of the activation types, as in mlx.core."""
-
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-    float32 = "float32"
 
 
 def main() -> NoReturn:
@@ -115,47 +105,9 @@ def one_model(argument: str | None, option: str | None) -> str | None:
     return argument if option is None else option
 
 
-def finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is not a finite number")
-    return value
-
-
 def clean(text: str) -> str:
     """Bytes that were not UTF-8 arrive as lone surrogates; no tokenizer takes those."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
-MODEL, SAMPLING, OUTPUT = "Model", "Sampling", "Output"
-ModelArgument = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="MODEL",
-        help="A .gguf file, a hub repository such as org/repo:Q4_K_M, or nothing for the demo "
-        "model (SmolLM2 135M, a download of 93 MB).",
-    ),
-]
-ModelOption = Annotated[
-    str | None, typer.Option("--model", help="The same as MODEL.", rich_help_panel=MODEL)
-]
-Revision = Annotated[
-    str | None,
-    typer.Option(help="Branch, tag or commit of the hub repository.", rich_help_panel=MODEL),
-]
-Json = Annotated[
-    bool, typer.Option("--json", help="One JSON object on stdout.", rich_help_panel=OUTPUT)
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel=OUTPUT)]
-
-
-def option(panel: str, help: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
-
-
-of_model = functools.partial(option, MODEL)
-of_sampling = functools.partial(option, SAMPLING)
-of_output = functools.partial(option, OUTPUT)
-fraction = functools.partial(of_sampling, min=0, max=1, callback=finite)
 
 
 def before_imports() -> None:

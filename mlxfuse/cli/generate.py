@@ -15,49 +15,35 @@ import typer
 from ..errors import MLXFuseError
 from ..process import fail
 from ..progress import status_line
-from ..terminal import neutralize, one_line
-from ._common import (
+from ..terminal import neutralize
+from ._common import app, before_imports, clean, command, one_model, resolve_model
+from ._options import (
+    ChatTemplateConfig,
     Debug,
-    DType,
+    DTypeOption,
+    ExtraEOSToken,
+    Fuse,
+    IgnoreChatTemplate,
     Json,
+    MaxKVSize,
+    MaxTokens,
+    MinP,
+    MinTokensToKeep,
     ModelArgument,
     ModelOption,
+    PrefillStepSize,
     Revision,
-    app,
-    before_imports,
-    clean,
-    command,
-    finite,
-    fraction,
+    Seed,
+    SystemPrompt,
+    Temp,
+    TopK,
+    TopP,
+    XTCProbability,
+    XTCThreshold,
+    json_object,
     of_model,
     of_output,
-    of_sampling,
-    one_model,
-    resolve_model,
 )
-
-
-def _max_tokens(text: str) -> int:
-    try:
-        count = int(text)
-    except ValueError:
-        hint = "give a whole number"
-        if text.lower().endswith(".gguf") or "/" in text:
-            hint = f"-m is --max-tokens here; name the model first: mlxfuse generate {text}"
-        raise typer.BadParameter(f"{one_line(text)!r}: {hint}") from None
-    if count == 0 or count < -1:
-        raise typer.BadParameter(f"{count}: give 1 or more, or -1 for no limit")
-    return count
-
-
-def _json_object(text: str | None) -> dict[str, Any]:
-    try:
-        value = json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
-        raise typer.BadParameter(f"not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise typer.BadParameter(f"expected a JSON object, found {one_line(str(text))}")
-    return value
 
 
 def _read_prompt(prompt: str) -> str:
@@ -72,13 +58,8 @@ def generate_command(
     model: ModelArgument = None,
     model_option: ModelOption = None,
     revision: Revision = None,
-    dtype: Annotated[
-        DType | None, of_model("Type of the activations (default: by architecture and device).")
-    ] = None,
-    fuse: Annotated[
-        str,
-        of_model("What to fuse: auto (all where kernels run), all, off, or qkv,gate_up,residual."),
-    ] = "auto",
+    dtype: DTypeOption = None,
+    fuse: Fuse = "auto",
     draft_model: Annotated[
         str | None, of_model("A smaller model with the same vocabulary, for speculative decoding.")
     ] = None,
@@ -86,51 +67,25 @@ def generate_command(
     prompt_cache_file: Annotated[
         Path | None, of_model("A stored prompt cache that the prompt follows.")
     ] = None,
-    max_kv_size: Annotated[
-        int | None, of_model("Keep at most this many tokens in the key-value cache.", min=5)
-    ] = None,
-    prefill_step_size: Annotated[
-        int, of_model("Prompt tokens processed at a time; fewer take less memory.", min=1)
-    ] = 2048,
+    max_kv_size: MaxKVSize = None,
+    prefill_step_size: PrefillStepSize = 2048,
     prompt: Annotated[
         str, typer.Option("--prompt", "-p", help="The message; - reads it from stdin.")
     ] = "hello",
-    system_prompt: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    system_prompt: SystemPrompt = None,
     prefill_response: Annotated[str | None, typer.Option(help="How the answer begins.")] = None,
-    ignore_chat_template: Annotated[
-        bool, typer.Option("--ignore-chat-template", help="Continue the prompt as raw text.")
-    ] = False,
-    chat_template_config: Annotated[
-        str | None, typer.Option(help="A JSON object of values for the chat template.")
-    ] = None,
-    max_tokens: Annotated[
-        int,
-        of_sampling(
-            "Tokens to generate at most; -1: no limit.",
-            "--max-tokens",
-            "-m",
-            parser=_max_tokens,
-            metavar="INTEGER",
-        ),
-    ] = 100,
-    temp: Annotated[float, of_sampling("Temperature; 0: greedy.", min=0, callback=finite)] = 0.0,
-    top_p: Annotated[float, fraction("Nucleus sampling; 1: off.")] = 1.0,
-    min_p: Annotated[float, fraction("Least probability, relative to the best; 0: off.")] = 0.0,
-    top_k: Annotated[int, of_sampling("Sample among the best K; 0: off.", min=0)] = 0,
-    xtc_probability: Annotated[float, fraction("Chance of XTC sampling for each token.")] = 0.0,
-    xtc_threshold: Annotated[
-        float, of_sampling("XTC's threshold.", min=0, max=0.5, callback=finite)
-    ] = 0.1,
-    min_tokens_to_keep: Annotated[
-        int, of_sampling("Tokens that --min-p always leaves.", min=1)
-    ] = 1,
-    seed: Annotated[
-        int | None, of_sampling("Seed of the random numbers.", min=0, max=2**64 - 1)
-    ] = None,
-    extra_eos_token: Annotated[
-        list[str] | None,
-        of_sampling("A further token that ends the answer (may be repeated)."),
-    ] = None,
+    ignore_chat_template: IgnoreChatTemplate = False,
+    chat_template_config: ChatTemplateConfig = None,
+    max_tokens: MaxTokens = 100,
+    temp: Temp = 0.0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    top_k: TopK = 0,
+    xtc_probability: XTCProbability = 0.0,
+    xtc_threshold: XTCThreshold = 0.1,
+    min_tokens_to_keep: MinTokensToKeep = 1,
+    seed: Seed = None,
+    extra_eos_token: ExtraEOSToken = None,
     verbose: Annotated[
         str, of_output("False: no progress and no footer.", metavar="BOOLEAN")
     ] = "True",
@@ -139,7 +94,7 @@ def generate_command(
 ) -> None:
     """Answer one prompt: the text on stdout, progress and speeds on stderr."""
     ref = one_model(model, model_option)
-    config = _json_object(chat_template_config)
+    config = json_object(chat_template_config)
     if max_kv_size and (draft_model or prompt_cache_file):
         raise typer.BadParameter(
             "--max-kv-size cannot be combined with --draft-model or --prompt-cache-file"

@@ -4,17 +4,8 @@ from __future__ import annotations
 
 import json
 
-from ._common import (
-    Debug,
-    Json,
-    ModelArgument,
-    ModelOption,
-    Revision,
-    app,
-    command,
-    one_model,
-    resolve_model,
-)
+from ._common import app, command, one_model, resolve_model
+from ._options import Debug, Json, ModelArgument, ModelOption, Revision
 
 
 @app.command("inspect", rich_help_panel="Look")
