@@ -3,5 +3,6 @@
 from . import chat as chat
 from . import generate as generate
 from . import inspect as inspect
+from . import server as server
 from ._common import app as app
 from ._common import main as main
