@@ -16,6 +16,7 @@ from mlxfuse.kernels.compressed_sdpa import compressed_sdpa
 from mlxfuse.kernels.kv_scheme import KVScheme, KVSide
 from mlxfuse.kernels.self_test import calls
 from tests import msl
+from tests.dispatches import dispatches
 
 from .kv import Problem, normal, oracle, packed
 from .pairwise import Case, pairs_of, pairwise
@@ -303,3 +304,16 @@ def test_lengths_and_layers_share_a_program() -> None:
         programs.add((launch.program, launch.template))
         assert launch.threadgroup == (128, 1, 1)
     assert len(programs) == 1
+
+
+def test_a_step_is_three_dispatches() -> None:
+    problem = problem_of(USUAL)
+    fresh = problem.options.pop("fresh")
+
+    def step(q: mx.array, k: mx.array, v: mx.array, tail: mx.array, n: mx.array) -> Any:
+        given = problem.arguments[1:4]
+        out, packed = compressed_sdpa(q, *given, tail, n, fresh=(k, v), **problem.options)
+        return out, mx.slice_update(tail, packed, n, axes=[2])
+
+    found = dispatches(step, problem.q, *fresh, problem.tail, mx.array([11]))
+    assert found == {"mlxfuse_compressed_sdpa": 2, "DynamicSliceUpdate": 1}
