@@ -42,10 +42,10 @@ AXES: dict[str, tuple[Any, ...]] = {
 
 
 def valid(case: Case) -> bool:
-    """No more multiplications than the emulation does in a second."""
+    """No more multiplications than the emulation does in half a second."""
     dk, dv = case["dims"]
     fits = case["group"] == 0 or (dk % case["group"] == 0 and dv % case["group"] == 0)
-    return fits and case["heads"] * case["queries"] * (dk + dv) * case["length"] <= 12_000_000
+    return fits and case["heads"] * case["queries"] * (dk + dv) * case["length"] <= 5_000_000
 
 
 PAIRS = pairwise(AXES, valid)
@@ -309,6 +309,7 @@ def test_lengths_and_layers_share_a_program() -> None:
 def test_a_step_is_three_dispatches() -> None:
     problem = problem_of(USUAL)
     fresh = problem.options.pop("fresh")
+    mx.eval(problem.arguments, fresh)
 
     def step(q: mx.array, k: mx.array, v: mx.array, tail: mx.array, n: mx.array) -> Any:
         given = problem.arguments[1:4]
