@@ -13,7 +13,7 @@ MAX_ROWS = 32
 """Queries of all heads that share a KV head which one reading of the cache serves."""
 
 _RUN = 8  # tokens that a SIMD-group scores at once, as in the Metal source
-_TILE_BYTES = 16384  # of threadgroup memory for packed rows, where a run of them fits
+_TILE_BYTES = 8192  # of threadgroup memory for packed rows, where a run of them fits
 _TILE = 32  # most tokens in it
 
 
