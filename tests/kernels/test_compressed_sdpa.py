@@ -61,18 +61,19 @@ def problem_of(case: Case, seed: int = 0) -> Problem:
     )
     scheme = KVScheme(k, v, dtype)
     batch = 2 if case["length"] < 600 or case["more"] == "padding" else 1
+    held = batch, 3 - batch
     capacity = -(-length // 4) * 4 + 4
-    rows = packed(scheme, rng, batch, 1, capacity)
+    rows = packed(scheme, rng, *held, capacity)
     options: Case = {"scale": dk**-0.5, "causal": case["causal"], "window": case["window"]}
-    heads = case["heads"]
+    heads = case["heads"] * held[1]
     tail, tails = None, mx.array(0)
     if case["plain"] != "none":
         tails = mx.array([11, 13][:batch])
-        tail = normal(rng, dtype, batch, 1, 16, dk + dv)
+        tail = normal(rng, dtype, *held, 16, dk + dv)
     if case["plain"] == "sink":
-        options |= {"sink": normal(rng, dtype, batch, 1, 4, dk + dv), "sink_length": 4}
+        options |= {"sink": normal(rng, dtype, *held, 4, dk + dv), "sink_length": 4}
     if case["plain"] == "fresh":
-        fresh = normal(rng, dtype, batch, 1, queries, dk), normal(rng, dtype, batch, 1, queries, dv)
+        fresh = normal(rng, dtype, *held, queries, dk), normal(rng, dtype, *held, queries, dv)
         options["fresh"] = fresh
     keys = capacity + 4 + 16 + 8
     if case["mask"] == "bool":
