@@ -22,7 +22,7 @@ LAYERS = (
     ("demo",),
     ("hub", "nn", "needs"),
     ("models", "fusion"),
-    ("loader", "export", "inspect", "prompt_cache", "generate"),
+    ("loader", "export", "export_mlx", "inspect", "prompt_cache", "generate"),
     ("chat", "server"),
     ("bench", "doctor"),
     ("cli",),
