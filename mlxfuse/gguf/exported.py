@@ -123,11 +123,13 @@ class ExportedFile(GGUFFile):
     def read(self, tensor: Tensor, rows: slice | None = None) -> NDArray[np.uint8]:
         """The bytes of a tensor, or of some of its rows, as the GGUF file had them."""
         start, stop, _ = (rows or slice(None)).indices(tensor.rows)
+        if start >= stop:
+            return np.empty(0, np.uint8)
         if tensor.name not in self._stored:
             _, handle = self._files[tensor.name]
             found: NDArray[np.uint8] = handle.get_slice(tensor.name)[start:stop]
             return found.reshape(-1)
-        out = np.empty((max(0, stop - start), tensor.row_bytes), np.uint8)
+        out = np.empty((stop - start, tensor.row_bytes), np.uint8)
         for place in self._stored[tensor.name]:
             low, high = max(start, place.start), min(stop, place.stop)
             if low < high:
