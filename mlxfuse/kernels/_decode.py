@@ -28,6 +28,9 @@ def decode(segment: AnySegment) -> mx.array:
             bits=segment.bits,
             mode=segment.mode,
         ).astype(mx.float32)
+    lead = segment.arrays["codes"].shape[:-1]
+    if 0 in lead:
+        return mx.zeros((*lead, segment.columns))  # below, sizes are inferred
     name = segment.format.name
     arrays = {s: a.flatten(0, -2) for s, a in segment.arrays.items()}
     codes = _CODES[name](arrays)
@@ -36,7 +39,6 @@ def decode(segment: AnySegment) -> mx.array:
     weights = scale[..., None] * codes.reshape(*scale.shape, segment.columns // scale.shape[1])
     if bias is not None:
         weights = weights + bias[..., None]
-    lead = segment.arrays["codes"].shape[:-1]
     return weights.reshape(*lead, segment.columns)
 
 
