@@ -69,15 +69,15 @@ class StreamLoader:
         for source in sources:
             first.append(rows.get(source.format, 0))
             rows[source.format] = first[-1] + source.shape[0]
-        segments = {f: Segment(f, columns, allocate(f, n, columns)) for f, n in rows.items()}
-        # MLX arrays can be written through numpy: the streams are filled where they will stay.
-        filled = {
-            f: {name: np.asarray(array) for name, array in segment.arrays.items()}
-            for f, segment in segments.items()
-        }
         with self._account.time("read"):
             read = list(self._pool.map(lambda s: s.bytes(self.file, mapped=False), sources))
         with self._account.time("relayout"):
+            segments = {f: Segment(f, columns, allocate(f, n, columns)) for f, n in rows.items()}
+            # MLX arrays can be written through numpy: the streams are filled where they will stay.
+            filled = {
+                f: {name: np.asarray(array) for name, array in segment.arrays.items()}
+                for f, segment in segments.items()
+            }
             for source, start in zip(sources, first, strict=True):
                 data, order = read.pop(0), source.order()
                 span = slice(start, start + source.shape[0])
