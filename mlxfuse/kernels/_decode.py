@@ -42,9 +42,7 @@ def decode(segment: AnySegment) -> mx.array:
     return weights.reshape(*lead, segment.columns)
 
 
-def _unpack(
-    words: mx.array, bits: int, place: Callable[[int, int], tuple[int, int]]
-) -> mx.array:
+def _unpack(words: mx.array, bits: int, place: Callable[[int, int], tuple[int, int]]) -> mx.array:
     """The ``bits`` of every weight from a plane of ``bits`` words for 32 weights.
 
     Returns uint32 ``[rows, groups, 2, 4, 4]``: weight ``16 h + 4 j + b`` at ``[..., h, j, b]``,

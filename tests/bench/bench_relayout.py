@@ -70,7 +70,7 @@ def measure(format: Format, pool: ThreadPoolExecutor) -> list[float]:
 
 def main(names: list[str]) -> None:
     print(f"GB/s, {THREADS} threads")
-    print(f"{'format':8} {'load':>6} {'copy':>6} {'ratio':>6} {'mapped':>8} {'copy':>6} {'ratio':>6}")
+    print("format     load   copy  ratio   mapped   copy  ratio")
     with ThreadPoolExecutor(THREADS) as pool:
         for format in FORMATS.values():
             if format.kernel and (not names or format.name in names):
