@@ -34,9 +34,9 @@ def streams(format: Format) -> Arrays:
 
 
 def plain(format: Format) -> Arrays:
-    array = mx.zeros((ROWS, format.row_bytes(COLUMNS)), mx.uint8)
+    array = mx.zeros((ROWS, format.row_bytes(COLUMNS) // 4), mx.uint32)
     mx.eval(array)
-    return {"bytes": np.asarray(array)}
+    return {"bytes": np.asarray(array).view(np.uint8)}
 
 
 def copy(data: np.ndarray, _: Format, out: Arrays, pool: ThreadPoolExecutor) -> None:
