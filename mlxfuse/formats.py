@@ -14,8 +14,8 @@ a group of 32 consecutive weights is contiguous: with weight ``16 h + 4 j + b`` 
   ``4 (j % 2) + 2 h + j // 2`` in those of 32;
 
 so one shift and one mask of a word yield the bits of four weights, each in its own byte. ggml
-keeps some planes in other orders; ``swaps`` says how to exchange the bits. A swap exchanges one
-bit of the words' index with one of the bits' index, so their number is as small as it can be.
+keeps some planes in other orders; ``swaps`` says how to exchange the bits. The orders of the
+1-bit planes are those that the fewest swaps lead to.
 """
 
 from __future__ import annotations
