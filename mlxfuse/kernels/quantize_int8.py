@@ -19,9 +19,9 @@ def quantize_int8(x: mx.array) -> Int8Activations:
         x: ``[..., K]``, float16, bfloat16 or float32; K a multiple of 32.
 
     Returns:
-        See `Int8Activations`. A group whose scale would be below 2^-126 is a group of zeros. A
-        group with an infinity or a NaN has that as its scale, codes of 0 and a sum of NaN, so that
-        whatever is made of it is a NaN.
+        See `Int8Activations`; what is rounded to a code is the float32 quotient. A group whose
+        scale would be below 2^-126 counts as zeros. A group with an infinity or a NaN has that as
+        its scale, codes of 0 and a sum of NaN, so that whatever is made of it is a NaN.
 
     Raises:
         ValueError: K is no multiple of 32, or x is no float.
@@ -76,7 +76,7 @@ def _refuse(x: mx.array) -> str | None:
 
 def reference(x: mx.array) -> list[mx.array]:
     """Codes, scales and sums, by MLX's own operations."""
-    groups = x.astype(mx.float32).reshape(*x.shape[:-1], -1, GROUP)
+    groups = x.astype(mx.float32).reshape(*output_shapes(x.shape)[1], GROUP)
     largest = mx.abs(groups).max(-1)
     scales = largest / 127
     scales = mx.where(scales < SMALLEST, 0.0, scales)

@@ -224,8 +224,8 @@ def _reference(call: _Call) -> list[mx.array]:
     if "int8" in call.outputs:
         found |= zip(quantize_int8.OUTPUTS, quantize_int8.reference(y), strict=True)
     if "sums" in call.outputs:
-        groups = y.reshape(*y.shape[:-1], -1, GROUP)
-        found["group_sums"] = groups.astype(mx.float32).sum(-1)
+        groups = y.astype(mx.float32).reshape(*y.shape[:-1], call.columns // GROUP, GROUP)
+        found["group_sums"] = groups.sum(-1)
     return [found[n] for n in call.names]
 
 

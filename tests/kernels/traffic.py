@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mlxfuse.kernels import _kernel
 from tests import msl
-from tests.kernels.variants import capture, product, segment
+from tests.kernels.variants import Variant, capture, product, segment
 from tests.msl.instructions import largest_loop
 from tests.msl.mlx_kernels import Affine, Case, qmv_fast
 
@@ -139,3 +139,21 @@ def moved_by(case: Case) -> Moved:
         case.weight.nbytes + case.x.nbytes + y.nbytes,
         y.shape[1] * case.x.shape[1],
     )
+
+
+def norm_ratio(variant: Variant) -> float:
+    """Distinct bytes a norm kernel moves over those of its inputs and outputs.
+
+    Each value is loaded and stored once, which is asserted; the weight by each row, scales and
+    sums by one lane for each group.
+    """
+    launch = variant.launch
+    with msl.installed(), msl.counting() as found:
+        _kernel.run(launch)
+    (counts,) = found
+    for name, buffer in counts.buffers.items():
+        if name in ("x", "residual"):
+            assert buffer.times_read == 1.0, name
+        elif name in launch.program.outputs:
+            assert (buffer.times_written, buffer.read_bytes) == (1.0, 0), name
+    return counts.distinct_bytes / variant.nbytes
