@@ -152,7 +152,7 @@ def norm_ratio(variant: Variant) -> float:
         _kernel.run(launch)
     (counts,) = found
     for name, buffer in counts.buffers.items():
-        if name in ("x", "residual"):
+        if name in ("x", "residual", "q", "k"):
             assert buffer.times_read == 1.0, name
         elif name in launch.program.outputs:
             assert (buffer.times_written, buffer.read_bytes) == (1.0, 0), name
