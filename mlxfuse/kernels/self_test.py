@@ -48,8 +48,9 @@ _SEED = 20
 
 # Largest error, of the largest value: sums in another order, then one rounding to the type.
 _BOUNDS: dict[object, float] = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}
-# Where a value is rounded to an int8 code, one code, and what that changes in a sum of 32.
-_CODE, _SUM = 1e-2, 2e-3
+# What one int8 code that is rounded the other way is of the largest, and of a sum of 32; and what
+# Metal's fast sine, which mx.fast.rope takes, may be off.
+_CODE, _SUM, _SINE = 1e-2, 2e-3, 1e-3
 
 
 def calls(run: Callable[[], object]) -> list[Recorded]:
@@ -129,6 +130,8 @@ def _compare(kernel: Kernel[Any], arguments: tuple[Any, ...], *, emulated: bool)
     bound = _BOUNDS[dict(launch.template)["T"]]
     if mx.int8 in launch.dtypes:
         bound = max(bound, _SUM)
+    if kernel.name == NORM_ROPE.name:
+        bound = max(bound, _SINE)
     for a, b in zip(got, want, strict=True):
         x, y = (np.array(v.astype(mx.float32)) for v in (a, b))
         worst = float(np.abs(x - y.reshape(x.shape)).max())

@@ -97,8 +97,8 @@ def sides(q: mx.array, k: mx.array, options: dict[str, Any]) -> list[Side]:
 def exact(side: Side, options: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """float64 results with the documented rounding points, and how far float32 may be off.
 
-    An angle is off by three roundings, its sine and cosine by one more, the sum by two; the norm
-    in float32 by 8 units of the last place.
+    An angle is off by four roundings, its sine and cosine by the 4 units of the last place that
+    Metal allows, the sum by two; the norm in float32 by 8 units.
     """
     dtype, dims, traditional = side.x.dtype, options["dims"], options.get("traditional", False)
     batch, length = side.x.shape[:2]
@@ -122,7 +122,7 @@ def exact(side: Side, options: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     v[..., at[0]] = a * np.cos(angle) - b * np.sin(angle)
     v[..., at[1]] = a * np.sin(angle) + b * np.cos(angle)
     for half in at:
-        slack[..., half] = (np.abs(a) + np.abs(b)) * (EPS32 * (3 * np.abs(angle) + 4) + of_norm)
+        slack[..., half] = (np.abs(a) + np.abs(b)) * (EPS32 * (4 * np.abs(angle) + 6) + of_norm)
     return v, slack
 
 
@@ -163,10 +163,13 @@ def test_against_float64(case: Case, kernels: str) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_reference_is_mx_fast_rope(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float32, where MLX on the CPU rounds as on the GPU."""
+    """In float32 on the CPU: there sines of other types are rounded, and Metal's are fast ones."""
     monkeypatch.setenv("MLXFUSE_KERNELS", "reference")
     q, k, options = replace(case, dtype=mx.float32).arguments()
-    for side in sides(q, k, options):
+    with mx.stream(mx.cpu):
+        found = sides(q, k, options)
+        mx.eval([side.got for side in found])
+    for side in found:
         want, slack = exact(side, options)
         # MLX takes the power of the base, and the sum of squares, in float32.
         limit = 8 * slack + 16 * EPS32 * np.abs(want).max()

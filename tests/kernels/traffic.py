@@ -13,6 +13,7 @@ from tests.kernels.variants import Variant, capture, product, segment
 from tests.msl.instructions import largest_loop
 from tests.msl.mlx_kernels import Affine, Case, qmv_fast
 
+ROWS = ("x", "residual", "q", "k")  # inputs of which a norm kernel reads each value once
 SLOTS = 4  # rows of W that a SIMD-group multiplies at once, here and in affine_qmv_fast
 
 
@@ -141,19 +142,23 @@ def moved_by(case: Case) -> Moved:
     )
 
 
-def norm_ratio(variant: Variant) -> float:
-    """Distinct bytes a norm kernel moves over those of its inputs and outputs.
+def of_rows(variant: Variant) -> msl.Counts:
+    """What a norm kernel moves.
 
-    Each value is loaded and stored once, which is asserted; the weight by each row, scales and
-    sums by one lane for each group.
+    That each value is loaded and stored once is asserted; the weight is loaded for each row.
     """
     launch = variant.launch
     with msl.installed(), msl.counting() as found:
         _kernel.run(launch)
     (counts,) = found
     for name, buffer in counts.buffers.items():
-        if name in ("x", "residual", "q", "k"):
+        if name in ROWS:
             assert buffer.times_read == 1.0, name
         elif name in launch.program.outputs:
             assert (buffer.times_written, buffer.read_bytes) == (1.0, 0), name
-    return counts.distinct_bytes / variant.nbytes
+    return counts
+
+
+def norm_ratio(variant: Variant) -> float:
+    """Distinct bytes a norm kernel moves over those of its inputs and outputs."""
+    return of_rows(variant).distinct_bytes / variant.nbytes

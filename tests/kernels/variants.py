@@ -215,7 +215,7 @@ def rope(
 def quantize(rows: int, columns: int, dtype: mx.Dtype) -> Variant:
     """`quantize_int8` of random rows."""
     (x,) = _normal(dtype, (rows, columns))
-    return Variant(f"quantize_int8 {_short(dtype)}", quantize_int8.KERNEL, (x,))
+    return Variant(f"quantize_int8 {rows} x {columns} {_short(dtype)}", quantize_int8.KERNEL, (x,))
 
 
 def norms() -> Iterator[Variant]:
