@@ -218,7 +218,8 @@ def _reference(call: _Call) -> list[mx.array]:
     inner = mx.float32 if call.cast == "gemma" else call.dtype
     weight = call.weight
     if weight is not None:
-        weight = call.offset + weight.astype(inner)
+        weight = weight.astype(inner)
+        weight = call.offset + weight if call.offset else weight
     y = mx.fast.rms_norm(h.astype(inner), weight, call.eps).astype(call.dtype)
     found = {"h": h, "y": y}
     if "int8" in call.outputs:
