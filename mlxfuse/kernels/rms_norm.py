@@ -61,7 +61,7 @@ def rms_norm(
         residual: of the shape of x.
         offset: 1 for the weights of gemma.
         cast: where values are rounded to T. ``llama``, as `mx.fast.rms_norm`: the normalised
-            value, ``offset + weight`` and their product; so do all models of mlx-lm, gemma's too.
+            value, ``offset + weight`` and their product; mlx-lm's classes for gemma do the same.
             ``gemma``, as the published gemma: the product only.
         outputs: any of `OUTPUTS`; ``int8`` and ``sums`` need K to be a multiple of 32.
 
