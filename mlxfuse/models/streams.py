@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from ..gguf.reader import GGUFFile
     from .plan import RowSource
 
+POOL = ThreadPoolExecutor(os.cpu_count())
+"""For the rows of a file; it starts a thread when there is work for one."""
+
 
 @dataclass
 class Account:
@@ -54,14 +57,7 @@ class StreamLoader:
     def __init__(self, file: GGUFFile, account: Account) -> None:
         self.file = file
         self._account = account
-        self._pool = ThreadPoolExecutor(os.cpu_count())
         self._loaded: dict[Path, dict[str, mx.array]] = {}
-
-    def __enter__(self) -> StreamLoader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
 
     def weight(self, key: str, sources: Sequence[RowSource]) -> QuantizedWeight:
         """One part for each of ``sources``; those of one format share a segment.
@@ -112,7 +108,7 @@ class StreamLoader:
     ) -> dict[Format, Segment]:
         """The streams made out of the file's blocks."""
         with self._account.time("read"):
-            read = list(self._pool.map(lambda s: s.bytes(self.file, mapped=False), sources))
+            read = list(POOL.map(lambda s: s.bytes(self.file, mapped=False), sources))
         with self._account.time("relayout"):
             segments = {f: Segment(f, columns, allocate(f, n, columns)) for f, n in rows.items()}
             # MLX arrays can be written through numpy: the streams are filled where they will stay.
@@ -127,7 +123,7 @@ class StreamLoader:
                     data if order is None else data[order],
                     source.format,
                     {name: array[span] for name, array in filled[source.format].items()},
-                    self._pool,
+                    POOL,
                 )
         return segments
 
