@@ -139,8 +139,6 @@ def _refuse(call: _Call) -> str | None:
         return f"x is float16, bfloat16 or float32, not {call.x.dtype}"
     if call.rows == 0:
         return "x has no rows"
-    if call.gated and len(call.weight.segments) > 1:
-        return "gate and up have different formats"
     return None
 
 
@@ -152,9 +150,9 @@ def _launch(call: _Call) -> Launch:
         many = -(-call.rows // -(-call.rows // MAX_BATCH))
     elif kind == "tiles":
         many = 32
-    # Rows of the weight and threads of a threadgroup; gated, half as many rows of each part.
-    per_group, threads = {"vector": (8, 64), "batch": (4, 64), "tiles": (64, 128)}[kind]
-    per_group //= 2 if call.gated else 1
+    # Rows of a part and threads of a threadgroup.
+    tile_rows = 32 if call.gated else 64
+    per_group, threads = {"vector": (8, 64), "batch": (4, 64), "tiles": (tile_rows, 128)}[kind]
     segments = weight.segments
     parts = weight.parts[:1] if call.gated else weight.parts
     size, tiles = _size(call, parts, per_group)
@@ -216,6 +214,10 @@ def _numbers(values: tuple[int, ...]) -> mx.array:
     return array
 
 
+_TILE = {"vector": "vector_tile", "batch": "batch_tile", "tiles": "matrix_tile"}
+_LANE = "thread_index_in_simdgroup"
+
+
 @cache
 def _program(
     kind: str,
@@ -232,42 +234,38 @@ def _program(
     bias = "bias" if "bias" in inputs else "x"
     residual = "residual" if "residual" in inputs else "x"
     epilogue = (
-        f"Epilogue<{f'Gated<{act}>' if gated else act}, "
-        f"{str(bias == 'bias').lower()}, {str(residual == 'residual').lower()}>"
+        f"{f'Gated<{act}>' if gated else act}, "
+        f"{str(bias == 'bias').lower()}, {str(residual == 'residual').lower()}"
     )
     lines = ["const uint3 tile = threadgroup_position_in_grid;"]
     lines += ["const uint group = simdgroup_index_in_threadgroup;"]
     if kind == "tiles":
-        lines += ["const uint me = thread_index_in_threadgroup;"]
         lines += ["threadgroup float scratch[96 * tile_pitch * sizeof(T) / 4];"]
-    else:
-        lines += ["const uint lane = thread_index_in_simdgroup;"]
-    if gated or len(of_part) == 1:
-        lines += ["const uint j = 0;"]
-    else:
-        later = (f"uint(tile.x >= uint(size[{6 * j + 5}]))" for j in range(1, len(of_part)))
-        lines += [f"const uint j = {' + '.join(later)};"]
-    lines += [f"const Part a = part_of(size, j), b = {'part_of(size, 1)' if gated else 'a'};"]
+    if not gated:
+        later = (f" + uint(tile.x >= uint(size[{6 * j + 5}]))" for j in range(1, len(of_part)))
+        lines += [f"const uint j = 0{''.join(later)};"]
     out = "out0"
     for j in range(1, outputs):
         out = f"j == {j} ? out{j} : {out}" if j == 1 else f"j == {j} ? out{j} : ({out})"
     lines += [f"device T* out = {out};"]
-    for s, (trait, streams) in enumerate(zip(traits, expressions, strict=True)):
-        if kind == "vector":
-            skip = "0"
-            if "experts" in inputs:
-                # All parts of one segment lie in each expert's matrix.
-                skip = f"uint(experts[tile.y]) * uint(codes{s}_shape[1])"
-            call = f"vector_tile<{trait}, {epilogue}>({streams}, x, size, a, b, {skip}, tile, "
-        elif kind == "batch":
-            call = f"batch_tile<{trait}, {epilogue}, {many}>({streams}, x, size, a, b, tile, "
-        else:
-            call = f"matrix_tile<{trait}, {epilogue}>({streams}, x, size, a, b, tile, "
-        where = "me, group" if kind == "tiles" else "group, lane"
-        scratch = ", scratch" if kind == "tiles" else ""
-        call += f"{where}, {bias}, {residual}, out{scratch});"
-        here = [f"j == {j}" for j, of in enumerate(of_part) if of == s]
-        lines += [f"if ({' || '.join(here)}) {{ {call} }}" if len(traits) > 1 else call]
+
+    def part(j: str, s: int) -> str:
+        # All parts of one segment lie in each expert's matrix.
+        skip = f", uint(experts[tile.y]) * uint(codes{s}_shape[1])" if "experts" in inputs else ""
+        return f"part_of(size, {j}{skip})"
+
+    # The segments that a call decodes, and the parts it is for.
+    calls = [(s, s) for s in range(len(traits))] if not gated else [of_part]
+    for f, g in calls:
+        where = "thread_index_in_threadgroup, scratch" if kind == "tiles" else _LANE
+        a, b = (part("0", f), part("1", g)) if gated else (part("j", f),) * 2
+        call = (
+            f"{_TILE[kind]}<{traits[f]}, {traits[g]}{f', {many}' if kind == 'batch' else ''}>("
+            f"{expressions[f]}, {expressions[g]}, x, size, "
+            f"output<{epilogue}>({a}, {b}, {bias}, {residual}, out), tile, group, {where});"
+        )
+        here = [f"j == {j}" for j, of in enumerate(of_part) if of == f]
+        lines += [f"if ({' || '.join(here)}) {{ {call} }}" if len(calls) > 1 else call]
     sections = [kind, *([] if act == "None" else [act]), *(["Gated"] if gated else [])]
     return Program(
         op="quantized_matmul",

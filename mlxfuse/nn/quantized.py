@@ -11,7 +11,7 @@ import mlx.nn as nn
 from ..kernels.dequantize import dequantize
 from ..kernels.quantized_matmul import quantized_matmul
 from ..kernels.weight import Part, QuantizedWeight
-from .linear import GATED, join_biases
+from .linear import join_biases
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +109,7 @@ class FusedQuantizedLinear(QuantizedLinear):
         return quantized_matmul(x, self.weight, bias=self.get("bias"), split=True)
 
     def gated(self, x: mx.array, activation: str) -> mx.array:
-        """``act(gate) * up``, in the same dispatch if gate and up have one format."""
-        if len(self.weight.segments) > 1:
-            return GATED[activation](*self.split(x))
+        """``act(gate) * up``, in the same dispatch."""
         return self(x, activation=activation)
 
 
