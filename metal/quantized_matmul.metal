@@ -1,30 +1,21 @@
 // y = epilogue(x W^T) for W in any format of formats.h; float32 accumulation.
 //
 // W is one or more parts (row ranges: q, k and v; gate and up), each in one set of streams.
-// `size` holds K, the rows of x, the rows of x before the next one is
-// used (experts: outputs for each row of x; else 1), then six numbers for each part: its first
-// row in its streams, its rows, its first tile in the grid, its first column in its output, the
-// columns of that output and its first column in the bias.
-//
-// A SIMD-group computes its rows of one part, decoded by F from p. A gated activation takes the
-// same rows of two parts: those of the gate, then those of up, decoded by G from q, which may be
-// of another format. Elsewhere G and q are F and p again, and not used.
+// A SIMD-group computes rows of one part, decoded by F from p. A gated activation takes the same
+// rows of two parts: those of the gate, then those of up, decoded by G from q, which may be of
+// another format. Elsewhere G and q are F and p again, and not used.
 
-struct Part {
-  uint first;
-  uint rows;
-  uint tile;
-  uint column;
-  uint stride;
-  uint bias;
+// The input `size` holds a Size, then a Part for each part.
+// outputs: of a row of x, before the next one is used; 1 but for experts.
+struct Size {
+  uint columns, rows, outputs;
 };
 
-// `skip` rows of its streams precede the part: those of the experts before the chosen one.
-METAL_FUNC Part part_of(const device int* size, uint j, uint skip = 0) {
-  size += 6 * j + 3;
-  return Part{uint(size[0]) + skip, uint(size[1]), uint(size[2]),
-              uint(size[3]),        uint(size[4]), uint(size[5])};
-}
+// A part's first row in its streams, its rows, its first tile in the grid, its first column in
+// its output, the columns of that output and its first column in the bias.
+struct Part {
+  uint first, rows, tile, column, stride, bias;
+};
 
 struct None {
   static constexpr constant bool gated = false;
@@ -37,8 +28,7 @@ struct None {
 template <typename A, bool biased, bool added, typename T, typename B, typename R>
 struct Output {
   static constexpr constant bool gated = A::gated;
-  Part a;
-  Part b;
+  Part a, b;
   B bias;
   R residual;
   device T* out;
@@ -193,9 +183,9 @@ METAL_FUNC void vector_rows(
 
 template <typename F, typename G, typename Y, typename T, typename P, typename Q>
 METAL_FUNC void vector_tile(
-    P p, Q q, const device T* x, const device int* size, Y y, uint3 tile, uint group, uint lane) {
-  const uint columns = size[0];
-  x += ulong(tile.y / uint(size[2])) * columns;
+    P p, Q q, const device T* x, const device Size* size, Y y, uint3 tile, uint group, uint lane) {
+  const uint columns = size->columns;
+  x += ulong(tile.y / size->outputs) * columns;
   uint n = ((tile.x - y.a.tile) * 2 + group) * 4;
   if (n + 4 <= y.a.rows) {
     vector_rows<F, G, 4>(p, q, x, y, n, columns, tile.y, lane);
@@ -210,14 +200,14 @@ METAL_FUNC void vector_tile(
 // `many` rows of x, from `to` on, by `slots` rows of W: a unit of W is decoded once for all.
 template <typename F, int slots, int many, typename T, typename P>
 METAL_FUNC void batch_dots(
-    P p, const device T* x, const device int* size, uint n, uint to, uint lane,
+    P p, const device T* x, const device Size* size, uint n, uint to, uint lane,
     thread float* mine) {
-  const uint units = uint(size[0]) / F::width;
+  const uint units = size->columns / F::width;
   const device T* from[many];
   float sums[many][slots];
   UNROLL
   for (int m = 0; m < many; m++) {
-    from[m] = x + ulong(metal::min(to + m, uint(size[1]) - 1)) * uint(size[0]);
+    from[m] = x + ulong(metal::min(to + m, size->rows - 1)) * size->columns;
     UNROLL
     for (int r = 0; r < slots; r++) {
       sums[m][r] = 0.0f;
@@ -258,7 +248,7 @@ METAL_FUNC void batch_dots(
 template <typename F, typename G, int slots, int many, typename Y, typename T, typename P,
           typename Q>
 METAL_FUNC void batch_rows(
-    P p, Q q, const device T* x, const device int* size, Y y, uint n, uint to, uint lane) {
+    P p, Q q, const device T* x, const device Size* size, Y y, uint n, uint to, uint lane) {
   float v[many];
   float up[many];
   batch_dots<F, slots, many>(p, x, size, y.a.first + n, to, lane, v);
@@ -267,7 +257,7 @@ METAL_FUNC void batch_rows(
   }
   UNROLL
   for (int m = 0; m < many; m++) {
-    if (to + m < uint(size[1]) && lane < slots) {
+    if (to + m < size->rows && lane < slots) {
       put(y, v[m], Y::gated ? up[m] : 0.0f, n + lane, to + m);
     }
   }
@@ -275,7 +265,7 @@ METAL_FUNC void batch_rows(
 
 template <typename F, typename G, int many, typename Y, typename T, typename P, typename Q>
 METAL_FUNC void batch_tile(
-    P p, Q q, const device T* x, const device int* size, Y y, uint3 tile, uint group, uint lane) {
+    P p, Q q, const device T* x, const device Size* size, Y y, uint3 tile, uint group, uint lane) {
   const uint n = ((tile.x - y.a.tile) * 2 + group) * 2;
   const uint to = tile.y * many;
   if (n + 2 <= y.a.rows) {
@@ -314,11 +304,11 @@ METAL_FUNC void decode_run(
 
 template <typename F, typename G, typename Y, typename T, typename P, typename Q>
 METAL_FUNC void matrix_tile(
-    P p, Q q, const device T* x, const device int* size, Y y, uint3 tile, uint group, uint me,
+    P p, Q q, const device T* x, const device Size* size, Y y, uint3 tile, uint group, uint me,
     threadgroup float* scratch) {
   constexpr uint count = Y::gated ? 32 : 64;
-  const uint columns = size[0];
-  const uint rows = size[1];
+  const uint columns = size->columns;
+  const uint rows = size->rows;
   const uint to = tile.y * 32;
   const uint row = (tile.x - y.a.tile) * count;
   threadgroup T* xs = (threadgroup T*)scratch;
