@@ -197,10 +197,11 @@ METAL_FUNC void vector_tile(
 }
 
 //@ batch: lanes decoded
-// `many` rows of x, from `to` on, by `slots` rows of W: a unit of W is decoded once for all.
+// `many` rows of x, from `to` on, by `slots` rows of a part: a unit of W is decoded once for all.
+// Rows past the last are the last again.
 template <typename F, int slots, int many, typename T, typename P>
 METAL_FUNC void batch_dots(
-    P p, const device T* x, const device Size* size, uint n, uint to, uint lane,
+    P p, const device T* x, const device Size* size, Part a, uint n, uint to, uint lane,
     thread float* mine) {
   const uint units = size->columns / F::width;
   const device T* from[many];
@@ -217,7 +218,7 @@ METAL_FUNC void batch_dots(
     float4 w[slots][F::width / 4];
     UNROLL
     for (int r = 0; r < slots; r++) {
-      const F f(p, (n + r) * units, i);
+      const F f(p, (a.first + metal::min(n + r, a.rows - 1)) * units, i);
       UNROLL
       for (int q = 0; q < F::width / 4; q++) {
         w[r][q] = decoded(f, q);
@@ -245,33 +246,25 @@ METAL_FUNC void batch_dots(
   }
 }
 
-template <typename F, typename G, int slots, int many, typename Y, typename T, typename P,
-          typename Q>
-METAL_FUNC void batch_rows(
-    P p, Q q, const device T* x, const device Size* size, Y y, uint n, uint to, uint lane) {
-  float v[many];
-  float up[many];
-  batch_dots<F, slots, many>(p, x, size, y.a.first + n, to, lane, v);
-  if (Y::gated) {
-    batch_dots<G, slots, many>(q, x, size, y.b.first + n, to, lane, up);
-  }
-  UNROLL
-  for (int m = 0; m < many; m++) {
-    if (to + m < size->rows && lane < slots) {
-      put(y, v[m], Y::gated ? up[m] : 0.0f, n + lane, to + m);
-    }
-  }
-}
-
 template <typename F, typename G, int many, typename Y, typename T, typename P, typename Q>
 METAL_FUNC void batch_tile(
     P p, Q q, const device T* x, const device Size* size, Y y, uint3 tile, uint group, uint lane) {
-  const uint n = ((tile.x - y.a.tile) * 2 + group) * 2;
+  constexpr int slots = 2;
+  const uint n = ((tile.x - y.a.tile) * 2 + group) * slots;
   const uint to = tile.y * many;
-  if (n + 2 <= y.a.rows) {
-    batch_rows<F, G, 2, many>(p, q, x, size, y, n, to, lane);
-  } else if (n < y.a.rows) {
-    batch_rows<F, G, 1, many>(p, q, x, size, y, n, to, lane);
+  if (n < y.a.rows) {
+    float v[many];
+    float up[many];
+    batch_dots<F, slots, many>(p, x, size, y.a, n, to, lane, v);
+    if (Y::gated) {
+      batch_dots<G, slots, many>(q, x, size, y.b, n, to, lane, up);
+    }
+    UNROLL
+    for (int m = 0; m < many; m++) {
+      if (to + m < size->rows && lane < slots && n + lane < y.a.rows) {
+        put(y, v[m], Y::gated ? up[m] : 0.0f, n + lane, to + m);
+      }
+    }
   }
 }
 

@@ -181,15 +181,25 @@ def activated(name: str | None, parts: Sequence[np.ndarray]) -> list[np.ndarray]
 
 
 def spread(
-    name: str | None, parts: Sequence[np.ndarray], errors: Sequence[np.ndarray]
+    name: str | None,
+    parts: Sequence[np.ndarray],
+    errors: Sequence[np.ndarray],
+    erf: float = 1.5e-7,
 ) -> list[np.ndarray]:
-    """How far `activated` may be off where each part may be off by its error."""
+    """How far `activated` may be off where each part may be off by its error.
+
+    So is erf: the kernel's by 1.5e-7 (Abramowitz and Stegun 7.1.26), MLX's by 5e-7.
+    """
     here = activated(name, parts)
     most = [np.zeros_like(y) for y in here]
     for signs in itertools.product((-1, 1), repeat=2):
         moved = [v + s * e for v, e, s in zip(parts, errors, itertools.cycle(signs), strict=False)]
         for i, y in enumerate(activated(name, moved)):
             most[i] = np.maximum(most[i], np.abs(y - here[i]))
+    if name == "gelu":
+        most = [e + 0.5 * erf * np.abs(v) for e, v in zip(most, parts, strict=True)]
+    if name == "geglu":
+        most = [most[0] + 0.5 * erf * np.abs(parts[0] * parts[1])]
     return most
 
 
