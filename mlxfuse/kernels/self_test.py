@@ -24,11 +24,10 @@ import numpy as np
 from .. import env
 from . import _kernel
 from ._kernel import Kernel, Launch, Program
+from ._product import MAX_BATCH, MAX_VECTOR_ROWS, Call
 from ._source import header
 from .dequantize import KERNEL as DEQUANTIZE
 from .quantized_matmul import KERNEL as QUANTIZED_MATMUL
-from .quantized_matmul import MAX_BATCH, MAX_VECTOR_ROWS
-from .quantized_matmul import _Call as Call
 from .weight import Part, QuantizedWeight, Segment
 
 # Rows of x of which a model's calls use every variant: one by one up to a whole batch, and so
@@ -137,7 +136,7 @@ def _small_rows(
     return taken, rows, dtype
 
 
-def _small_matmul(call: Call) -> tuple[Call]:
+def _small_matmul(call: Call[Any]) -> tuple[Call[Any]]:
     """The first rows of each part, random activations; the same parts, formats and epilogue."""
     rows: dict[int, list[slice]] = {}
     for part in call.weight.parts:
@@ -164,8 +163,8 @@ def _small_matmul(call: Call) -> tuple[Call]:
     def normal(*shape: int) -> mx.array:
         return mx.array(random.standard_normal(shape, np.float32)).astype(call.x.dtype)
 
-    given = call.x.size // weight.columns
-    small = replace(call, x=normal(given, weight.columns), weight=weight)
+    x = normal(call.x.size // weight.columns, weight.columns)
+    small = replace(call, x=x, weight=weight)
     if call.experts is not None:
         small = replace(small, experts=mx.zeros_like(call.experts))
     if call.bias is not None:
