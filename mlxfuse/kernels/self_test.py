@@ -26,7 +26,9 @@ from . import _kernel
 from ._kernel import Kernel, Launch, Program
 from ._product import MAX_BATCH, MAX_VECTOR_ROWS, Call
 from ._source import header
+from .activations import GROUP, Int8Activations
 from .dequantize import KERNEL as DEQUANTIZE
+from .int8_matmul import KERNEL as INT8_MATMUL
 from .quantized_matmul import KERNEL as QUANTIZED_MATMUL
 from .weight import Part, QuantizedWeight, Segment
 
@@ -165,6 +167,8 @@ def _small_matmul(call: Call[Any]) -> tuple[Call[Any]]:
 
     x = normal(call.x.size // weight.columns, weight.columns)
     small = replace(call, x=x, weight=weight)
+    if isinstance(call.x, Int8Activations):
+        small = replace(small, x=_small_int8(x))
     if call.experts is not None:
         small = replace(small, experts=mx.zeros_like(call.experts))
     if call.bias is not None:
@@ -174,8 +178,17 @@ def _small_matmul(call: Call[Any]) -> tuple[Call[Any]]:
     return (small,)
 
 
+def _small_int8(x: mx.array) -> Int8Activations:
+    groups = x.astype(mx.float32).reshape(x.shape[0], -1, GROUP)
+    scales = mx.abs(groups).max(-1) / 127
+    codes = mx.round(groups / scales[..., None])
+    sums = scales * codes.sum(-1)
+    return Int8Activations(codes.astype(mx.int8).reshape(x.shape), scales, sums, x.dtype)
+
+
 _SMALL: dict[str, Callable[..., tuple[Any, ...]]] = {
     DEQUANTIZE.name: _small_rows,
+    INT8_MATMUL.name: _small_matmul,
     QUANTIZED_MATMUL.name: _small_matmul,
 }
 
