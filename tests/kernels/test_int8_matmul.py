@@ -155,21 +155,28 @@ def check_sums(names: tuple[str, ...], m: int) -> None:
 
 
 @pytest.fixture
-def one_code_too_few(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The kernel without the last product of four."""
+def broken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernel with one text in the place of another."""
+    right, wrong = request.param
     whole = _kernel.header
-    assert "products.w" in whole(("int8_matmul.metal:batch",))
-    monkeypatch.setattr(_kernel, "header", lambda parts: whole(parts).replace("products.w", "0"))
-    _kernel._compiled.cache_clear()
-    yield
-    _kernel._compiled.cache_clear()
 
+    def header(parts: tuple[str, ...]) -> str:
+        assert right in whole(parts)
+        return whole(parts).replace(right, wrong)
 
-@pytest.mark.usefixtures("one_code_too_few")
-@pytest.mark.parametrize("m", [3, 40])
-def test_a_kernel_with_wrong_sums_is_seen(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
-    with msl.installed(build="fast"), pytest.raises(AssertionError):
+    monkeypatch.setattr(_kernel, "header", header)
+    _kernel._compiled.cache_clear()
+    with msl.installed(build="fast"):
+        yield
+    _kernel._compiled.cache_clear()
+
+
+@pytest.mark.usefixtures("broken")
+@pytest.mark.parametrize("broken", [("products.w", "0")], indirect=True, ids=["3 of 4 codes"])
+@pytest.mark.parametrize("m", [3, 40])
+def test_wrong_sums_are_seen(m: int) -> None:
+    with pytest.raises(AssertionError):
         check_sums(("Q4_0",), m)
 
 
@@ -235,23 +242,40 @@ def test_a_wrong_scale_is_seen() -> None:
 def test_results_do_not_depend_on_the_other_rows(kernels: str) -> None:
     """1 to 12 rows of x, alone and together, in one dispatch for q, k and v and in three."""
     weight, w = joined(("Q4_K", "Q4_K", "Q6_K"), (13, 8, 7), 2304)
-    lengths = (*range(1, 9), 12) if kernels != "checked" else (1, 5)
     x = random_x(12, 2304)
-
-    def rows(start: int, stop: int) -> Int8Activations:
-        some = (a[start:stop] for a in (x.codes, x.scales, x.sums))
-        return Int8Activations(*some, mx.float32)
-
-    single = [int8_matmul(rows(i, i + 1), weight, split=True) for i in range(12)]
-    want = [mx.concatenate(parts) for parts in zip(*single, strict=True)]
+    want = check_rows(weight, x, (*range(1, 9), 12) if kernels != "checked" else (1, 5))
     for got, decoded in zip(want, w, strict=True):
         assert_close(got, x, decoded)
-    for m in lengths:
-        for got, one in zip(int8_matmul(rows(0, m), weight, split=True), want, strict=True):
-            assert mx.array_equal(got, one[:m])
     for m in (1, 5):
         for alone, one in zip(weight.split(), want, strict=True):
-            assert mx.array_equal(int8_matmul(rows(0, m), alone)[0], one[:m])
+            assert mx.array_equal(int8_matmul(rows_of(x, 0, m), alone)[0], one[:m])
+
+
+def rows_of(x: Int8Activations, start: int, stop: int) -> Int8Activations:
+    return Int8Activations(*(a[start:stop] for a in (x.codes, x.scales, x.sums)), x.dtype)
+
+
+def check_rows(
+    weight: QuantizedWeight, x: Int8Activations, lengths: tuple[int, ...]
+) -> list[mx.array]:
+    """The outputs of all rows one by one; the first rows at once must be the same."""
+    rows = x.shape[0]
+    single = [int8_matmul(rows_of(x, i, i + 1), weight, split=True) for i in range(rows)]
+    want = [mx.concatenate(parts) for parts in zip(*single, strict=True)]
+    for m in lengths:
+        for got, one in zip(int8_matmul(rows_of(x, 0, m), weight, split=True), want, strict=True):
+            assert mx.array_equal(got, one[:m])
+    return want
+
+
+@pytest.mark.usefixtures("broken")
+@pytest.mark.parametrize(
+    "broken", [("g=lane;", "g=many>1?lane^lane>>1:lane;")], indirect=True, ids=["order"]
+)
+def test_an_order_of_its_own_is_seen() -> None:
+    weight, _ = joined(("Q4_K",), (13,), 2304)
+    with pytest.raises(AssertionError):
+        check_rows(weight, random_x(3, 2304), (3,))
 
 
 @pytest.mark.parametrize("m", [1, 3])
