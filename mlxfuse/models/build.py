@@ -20,7 +20,7 @@ from ..nn.quantized import Place, QuantizedEmbedding, QuantizedLinear
 from ..nn.rope import FrequencyRoPE
 from .config import Config, Rope
 from .plan import Plan, RowSource, WeightPlan
-from .streams import Account, StreamLoader, part_of
+from .streams import POOL, Account, StreamLoader, part_of
 
 if TYPE_CHECKING:
     from ..gguf.reader import GGUFFile
@@ -59,24 +59,22 @@ def build(
     _set_ropes(file, model, config)
     _check_parameters(model, weights)
     left = memory.available() // 2 if budget is None else budget
-    with StreamLoader(file, account) as loader:
-        for group in _groups(weights):
-            if quantized and _has_kernel(group):
-                _place_quantized(loader, model, group, dtype)
-                continue
-            for weight in group:
-                parent, name = _parent(model, weight.module)
-                nbytes = math.prod(weight.shape) * dtype.size
-                dense = len(weight.shape) == 1 or nbytes <= left
-                left -= nbytes if dense else 0
-                with account.time("dequantize"):
-                    made = make_module(
-                        file, weight, dtype, getattr(parent, name), config, dense=dense
-                    )
-                    setattr(parent, name, made)
-                    mx.eval(made.parameters())
-                if quantized:
-                    _note(account, weight, nbytes if dense else 0)
+    loader = StreamLoader(file, account)
+    for group in _groups(weights):
+        if quantized and _has_kernel(group):
+            _place_quantized(loader, model, group, dtype)
+            continue
+        for weight in group:
+            parent, name = _parent(model, weight.module)
+            nbytes = math.prod(weight.shape) * dtype.size
+            dense = len(weight.shape) == 1 or nbytes <= left
+            left -= nbytes if dense else 0
+            with account.time("dequantize"):
+                made = make_module(file, weight, dtype, getattr(parent, name), config, dense=dense)
+                setattr(parent, name, made)
+                mx.eval(made.parameters())
+            if quantized:
+                _note(account, weight, nbytes if dense else 0)
     model.eval()
     return model
 
@@ -182,7 +180,7 @@ class FileRows:
                 # A fancy index copies the file's bytes of these rows, not the float rows.
                 picked = data[rows] if order is None else data[order[rows]]
                 shape = (len(picked), *source.shape[1:])
-                found.append(dequantize(picked, source.format, shape))
+                found.append(dequantize(picked, source.format, shape, pool=POOL))
         return found[0] if len(found) == 1 else np.concatenate(found)
 
 

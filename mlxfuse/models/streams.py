@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from ..gguf.reader import GGUFFile
     from .plan import RowSource
 
+POOL = ThreadPoolExecutor(os.cpu_count())
+"""For the rows of a file; it starts a thread when there is work for one."""
+
 
 @dataclass
 class Account:
@@ -49,13 +52,6 @@ class StreamLoader:
     def __init__(self, file: GGUFFile, account: Account) -> None:
         self.file = file
         self._account = account
-        self._pool = ThreadPoolExecutor(os.cpu_count())
-
-    def __enter__(self) -> StreamLoader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
 
     def weight(self, sources: Sequence[RowSource]) -> QuantizedWeight:
         """One part for each of ``sources``; those of one format share a segment.
@@ -69,15 +65,15 @@ class StreamLoader:
         for source in sources:
             first.append(rows.get(source.format, 0))
             rows[source.format] = first[-1] + source.shape[0]
-        segments = {f: Segment(f, columns, allocate(f, n, columns)) for f, n in rows.items()}
-        # MLX arrays can be written through numpy: the streams are filled where they will stay.
-        filled = {
-            f: {name: np.asarray(array) for name, array in segment.arrays.items()}
-            for f, segment in segments.items()
-        }
         with self._account.time("read"):
-            read = list(self._pool.map(lambda s: s.bytes(self.file, mapped=False), sources))
+            read = list(POOL.map(lambda s: s.bytes(self.file, mapped=False), sources))
         with self._account.time("relayout"):
+            segments = {f: Segment(f, columns, allocate(f, n, columns)) for f, n in rows.items()}
+            # MLX arrays can be written through numpy: the streams are filled where they will stay.
+            filled = {
+                f: {name: np.asarray(array) for name, array in segment.arrays.items()}
+                for f, segment in segments.items()
+            }
             for source, start in zip(sources, first, strict=True):
                 data, order = read.pop(0), source.order()
                 span = slice(start, start + source.shape[0])
@@ -85,7 +81,7 @@ class StreamLoader:
                     data if order is None else data[order],
                     source.format,
                     {name: array[span] for name, array in filled[source.format].items()},
-                    self._pool,
+                    POOL,
                 )
         return QuantizedWeight(
             tuple(
