@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import mlx.core as mx
@@ -220,15 +221,16 @@ def test_shapes(name: str, columns: tuple[int, ...], kernels: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*GGUF, *AFFINE])
 def test_the_full_product(name: str, kernels: str) -> None:
+    """Every format, K, N and M, the types of the result in turn."""
     block = BY_NAME[name].block_size if name in GGUF else int(name.split("g")[1])
+    dtypes = itertools.cycle(EPS)
     for k in (k for k in (32, 96, 256, 576, 768, 2880, 4096) if k % block == 0):
         weight, w = made(name, 300, k)
-        for n in (1, 7, 300):
+        for n in (1, 7, 300 if k < 1024 else 70):
             whole = QuantizedWeight((Part(weight, 0, n),))
             for m in (*range(1, 10), 32, 40):
-                for dtype in EPS:
-                    x = random_x(m, k, dtype=dtype, seed=m)
-                    assert_close(int8_matmul(x, whole)[0], x, w[:n])
+                x = random_x(m, k, dtype=next(dtypes), seed=m)
+                assert_close(int8_matmul(x, whole)[0], x, w[:n])
 
 
 def test_a_wrong_scale_is_seen() -> None:
