@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from ..nn.linear import Embedding, Linear, StreamedEmbedding, StreamedLinear
 from ..nn.quantized import Place, QuantizedEmbedding, QuantizedLinear
 from ..nn.rope import FrequencyRoPE
 from .config import Config, Rope
-from .plan import Plan, RowSource, WeightPlan
+from .plan import Plan, RowSource, WeightPlan, groups, has_kernel
 from .streams import POOL, Account, StreamLoader, part_of
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ def build(
     _check_parameters(model, weights)
     left = memory.available() // 2 if budget is None else budget
     loader = StreamLoader(file, account)
-    for group in _groups(weights):
-        if quantized and _has_kernel(group):
+    for group in groups(weights):
+        if quantized and has_kernel(group):
             _place_quantized(loader, model, group, dtype)
             continue
         for weight in group:
@@ -79,32 +79,12 @@ def build(
     return model
 
 
-def _groups(weights: Plan) -> Iterator[Sequence[WeightPlan]]:
-    """The weights that share one `QuantizedWeight`; alone where that cannot be."""
-    for layer in (weights.outer, *weights.layers):
-        groups: dict[str, list[WeightPlan]] = {}
-        for weight in layer:
-            groups.setdefault(weight.group or weight.module, []).append(weight)
-        for group in groups.values():
-            if _has_kernel(group):
-                yield group
-            else:
-                yield from ([weight] for weight in group)
-
-
-def _has_kernel(group: Sequence[WeightPlan]) -> bool:
-    return all(
-        len(weight.shape) == 2 and source.format.kernel
-        for weight in group
-        for source in weight.weight
-    )
-
-
 def _place_quantized(
     loader: StreamLoader, model: nn.Module, group: Sequence[WeightPlan], dtype: mx.Dtype
 ) -> None:
     """One `QuantizedWeight` for the group, and a layer over its rows for each member."""
-    whole = loader.weight([source for weight in group for source in weight.weight])
+    key = group[0].group or group[0].module
+    whole = loader.weight(key, [source for weight in group for source in weight.weight])
     for i, weight in enumerate(group):
         parent, name = _parent(model, weight.module)
         if isinstance(getattr(parent, name), nn.Embedding):

@@ -9,15 +9,20 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
 import numpy as np
 
+from ..errors import ExportError
+from ..gguf.exported import ExportedFile, stream_name
 from ..gguf.relayout import relayout, stream_shapes
 from ..kernels.weight import Part, QuantizedWeight, Segment
+from .plan import first_rows
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..formats import Format
     from ..gguf.reader import GGUFFile
     from .plan import RowSource
@@ -52,19 +57,56 @@ class StreamLoader:
     def __init__(self, file: GGUFFile, account: Account) -> None:
         self.file = file
         self._account = account
+        self._loaded: dict[Path, dict[str, mx.array]] = {}
 
-    def weight(self, sources: Sequence[RowSource]) -> QuantizedWeight:
+    def weight(self, key: str, sources: Sequence[RowSource]) -> QuantizedWeight:
         """One part for each of ``sources``; those of one format share a segment.
+
+        Args:
+            key: what an exported folder calls these streams.
 
         Raises:
             GGUFError: the file has become shorter.
+            ExportError: an exported folder's file cannot be read.
         """
         columns = sources[0].shape[1]
-        rows: dict[Format, int] = {}
-        first = []
-        for source in sources:
-            first.append(rows.get(source.format, 0))
-            rows[source.format] = first[-1] + source.shape[0]
+        first, rows = first_rows(sources)
+        if isinstance(self.file, ExportedFile):
+            segments = self._stored(self.file, key, rows, columns)
+        else:
+            segments = self._relaid(sources, first, rows, columns)
+        return QuantizedWeight(
+            tuple(
+                Part(segments[source.format], start, source.shape[0])
+                for source, start in zip(sources, first, strict=True)
+            )
+        )
+
+    def _stored(
+        self, file: ExportedFile, key: str, rows: dict[Format, int], columns: int
+    ) -> dict[Format, Segment]:
+        """The streams as an exported folder has them, read once and straight into place."""
+        segments = {}
+        with self._account.time("read"):
+            for format in rows:
+                arrays = {}
+                for stream in format.streams:
+                    name = stream_name(key, format, stream.name)
+                    path = file.path_of(name)
+                    if path not in self._loaded:
+                        self._loaded[path] = cast("dict[str, mx.array]", mx.load(str(path)))
+                    arrays[stream.name] = self._loaded[path].pop(name)
+                try:
+                    mx.eval(arrays)
+                except RuntimeError as error:  # it has become shorter since it was opened
+                    raise ExportError(f"{path}: cannot be read: {error}") from error
+                segments[format] = Segment(format, columns, arrays)
+        return segments
+
+    def _relaid(
+        self, sources: Sequence[RowSource], first: list[int], rows: dict[Format, int], columns: int
+    ) -> dict[Format, Segment]:
+        """The streams made out of the file's blocks."""
         with self._account.time("read"):
             read = list(POOL.map(lambda s: s.bytes(self.file, mapped=False), sources))
         with self._account.time("relayout"):
@@ -83,12 +125,7 @@ class StreamLoader:
                     {name: array[span] for name, array in filled[source.format].items()},
                     POOL,
                 )
-        return QuantizedWeight(
-            tuple(
-                Part(segments[source.format], start, source.shape[0])
-                for source, start in zip(sources, first, strict=True)
-            )
-        )
+        return segments
 
 
 def allocate(format: Format, rows: int, columns: int) -> dict[str, mx.array]:
