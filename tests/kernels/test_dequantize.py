@@ -60,6 +60,13 @@ def test_rows_of_experts_are_refused() -> None:
     assert got.shape == (1, 4, 64)
 
 
+@by_format
+def test_no_rows(format: Format) -> None:
+    weight = segment(random_blocks(format, 2, 256), format)
+    (none,) = KERNEL.reference(weight, mx.zeros((0, 3), mx.int32), mx.float16)
+    assert (none.shape, none.dtype) == ((0, 3, 256), mx.float16)
+
+
 def test_a_row_past_the_end_reads_the_last(kernels: str) -> None:
     data = random_blocks(BY_NAME["Q4_0"], 9, 64)
     weight = segment(data, BY_NAME["Q4_0"])
