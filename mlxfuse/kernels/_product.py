@@ -141,8 +141,10 @@ def launch(call: Call[X], tile: Tile, x: dict[str, mx.array]) -> Launch:
     weight = call.weight
     dtype: mx.Dtype = call.x.dtype
     segments = weight.segments
+    places = {id(segment): i for i, segment in enumerate(segments)}
     parts = weight.parts[:1] if call.gated else weight.parts
-    size, tiles = _size(call, parts, tile.rows)
+    widths = call.widths
+    size, tiles = _size(call, parts, widths[0], tile.rows)
     held: list[str] = []
     arrays: list[mx.array] = []
     expressions = []
@@ -157,10 +159,10 @@ def launch(call: Call[X], tile: Tile, x: dict[str, mx.array]) -> Launch:
         tile,
         tuple(s.trait for s in segments),
         tuple(expressions),
-        tuple(segments.index(p.segment) for p in weight.parts),
+        tuple(places[id(p.segment)] for p in weight.parts),
         call.activation,
         (*held, *given, *x, "size"),
-        len(call.widths),
+        len(widths),
     )
     return Launch(
         program=program,
@@ -168,8 +170,8 @@ def launch(call: Call[X], tile: Tile, x: dict[str, mx.array]) -> Launch:
         grid=(tiles * tile.threads, -(-call.rows // tile.many), 1),
         threadgroup=(tile.threads, 1, 1),
         template=(("T", dtype),),
-        shapes=tuple((call.rows, n) for n in call.widths),
-        dtypes=(dtype,) * len(call.widths),
+        shapes=tuple((call.rows, n) for n in widths),
+        dtypes=(dtype,) * len(widths),
     )
 
 
@@ -177,14 +179,16 @@ def _as(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
     return array if name == "experts" else array.astype(dtype)
 
 
-def _size(call: Call[X], parts: tuple[Part, ...], per_group: int) -> tuple[mx.array, int]:
+def _size(
+    call: Call[X], parts: tuple[Part, ...], joined: int, per_group: int
+) -> tuple[mx.array, int]:
     """The `size` input of the kernel, and the threadgroups along the weight's rows."""
     weight = call.weight
     given = call.x.size // call.x.shape[-1]
     numbers = [weight.columns, call.rows, call.rows // given]
     tile = column = 0
     for part in weight.parts:
-        width = part.rows if call.split else call.widths[0]
+        width = part.rows if call.split else joined
         at = 0 if call.split else column
         numbers += [part.first, part.rows, tile, at, width, column]
         column += part.rows

@@ -14,7 +14,7 @@ from mlxfuse.kernels import _kernel
 from mlxfuse.kernels import quantized_matmul as module
 from mlxfuse.kernels._product import ACTIVATIONS
 from mlxfuse.kernels.quantized_matmul import quantized_matmul
-from mlxfuse.kernels.weight import AffineSegment, QuantizedWeight
+from mlxfuse.kernels.weight import AffineSegment, Part, QuantizedWeight
 from mlxfuse.nn.quantized import FusedQuantizedLinear, QuantizedLinear
 from tests import msl
 
@@ -184,6 +184,23 @@ def test_gate_and_up_equal_each_alone(names: tuple[str, str], kernels: str) -> N
     assert mx.array_equal(gate, alone[0])
     assert mx.array_equal(up, alone[1])
     assert not mx.array_equal(gate, up)
+
+
+@pytest.mark.parametrize("m", [1, 3, 40])
+@pytest.mark.parametrize("name", ["Q4_K", "affine4g64"])
+def test_parts_of_one_format_may_lie_apart(name: str, m: int, kernels: str) -> None:
+    """As gate and up of a model of MLX-LM do, which are two arrays each."""
+    held, parts = zip(*(matrix(name, 37, 256, seed=seed) for seed in (1, 2)), strict=True)
+    weight = QuantizedWeight(tuple(Part(segment, 0, 37) for segment in held))
+    x = scaled(random_x(m, 256, mx.float32), list(parts), None)
+    before = launched()
+    outputs = quantized_matmul(x, weight, split=True)
+    (got,) = quantized_matmul(x, weight, activation="swiglu")
+    assert launched() - before == (2 if m < 40 else 0)
+    for y, w in zip(outputs, parts, strict=True):
+        assert_product(y, x, w)
+    (want,) = activated("swiglu", sums(x, parts))
+    assert_close(got, want, np.zeros(()), mx.float32)
 
 
 @pytest.mark.parametrize("dtype", list(NMSE), ids=str)
