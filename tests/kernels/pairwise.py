@@ -1,4 +1,4 @@
-"""Few combinations of many values, in which every two values meet."""
+"""Cases in which every two values of different factors meet: a pairwise covering array."""
 
 from __future__ import annotations
 
@@ -8,53 +8,58 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Case = dict[str, Any]
+Pair = tuple[tuple[str, Any], tuple[str, Any]]
 
 
-def pairs_of(case: Mapping[str, Any]) -> set[Any]:
-    return set(itertools.combinations(case.items(), 2))
+def pairs(case: Mapping[str, Any]) -> set[Pair]:
+    return set(itertools.combinations(sorted(case.items(), key=lambda item: item[0]), 2))
 
 
-def pairwise(
-    axes: Mapping[str, Sequence[Any]], valid: Callable[[Case], bool], draws: int = 200
+def possible(factors: Mapping[str, Sequence[Any]], allowed: Callable[[Case], bool]) -> set[Pair]:
+    """Every pair of values of two factors that may meet."""
+    return {
+        ((a, v), (b, w))
+        for a, b in itertools.combinations(sorted(factors), 2)
+        for v in factors[a]
+        for w in factors[b]
+        if allowed({a: v, b: w})
+    }
+
+
+def covering(
+    factors: Mapping[str, Sequence[Any]],
+    allowed: Callable[[Case], bool],
+    cost: Callable[[Case], float],
+    tries: int = 12,
 ) -> list[Case]:
-    """Combinations of a value of each axis, so that each pair in a valid combination is in one.
+    """Few cases that hold every pair that may meet, greedily; of equal ones the cheapest.
 
-    Greedy, and the same at every call: random valid combinations that have a pair still open are
-    improved value by value, and the best of a few is taken. A pair that none of ``draws`` has is
-    taken to be impossible.
+    Args:
+        factors: name -> values.
+        allowed: of some factors' values, whether a case may have them all. A case is built value
+            by value and must never come to a factor of which no value is left.
+        cost: of a whole case.
+        tries: cases built, in other orders of the factors, of which the best is taken.
     """
-    chance = random.Random(0)
-
-    def draw(pair: Any) -> Case | None:
-        for _ in range(draws):
-            case = {n: chance.choice(axes[n]) for n in axes} | dict(pair)
-            if valid(case):
-                return case
-        return None
-
-    def improve(case: Case, fixed: Sequence[str]) -> Case:
-        for name in chance.sample([n for n in axes if n not in fixed], len(axes) - len(fixed)):
-            others = [case | {name: v} for v in axes[name]]
-            case = max(filter(valid, others), key=lambda c: len(pairs_of(c) & still))
-        return case
-
-    still = dict.fromkeys(
-        ((a, x), (b, y))
-        for a, b in itertools.combinations(axes, 2)
-        for x, y in itertools.product(axes[a], axes[b])
-    ).keys()
-    still = set(still)
-    queue = sorted(still, key=repr)
-    chosen = []
-    while queue:
-        first = queue.pop(0)
-        if first not in still:
-            continue
-        drawn = [c for c in (draw(first) for _ in range(5)) if c is not None]
-        if not drawn:
-            still.discard(first)
-            continue
-        cases = [improve(case, [n for n, _ in first]) for case in drawn]
-        chosen.append(max(cases, key=lambda c: len(pairs_of(c) & still)))
-        still -= pairs_of(chosen[-1])
-    return chosen
+    rng = random.Random(0)
+    left = possible(factors, allowed)
+    cases = []
+    while left:
+        seed = min(left, key=repr)
+        built = []
+        for _ in range(tries):
+            case = dict(seed)
+            for name in rng.sample(sorted(set(factors) - case.keys()), len(factors) - 2):
+                values = [v for v in factors[name] if allowed({**case, name: v})]
+                rng.shuffle(values)
+                case[name] = max(
+                    values,
+                    key=lambda v: sum(
+                        tuple(sorted([(name, v), other], key=lambda item: item[0])) in left
+                        for other in case.items()
+                    ),
+                )
+            built.append((-len(pairs(case) & left), cost(case), len(built), case))
+        cases.append(min(built)[3])
+        left -= pairs(cases[-1])
+    return cases

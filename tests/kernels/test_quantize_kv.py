@@ -15,7 +15,7 @@ from mlxfuse.kernels.quantize_kv import quantize_kv
 from tests import msl
 
 from .kv import decode, normal, rotate
-from .pairwise import Case, pairwise
+from .pairwise import Case, covering
 from .weights import to_float64
 
 AXES: dict[str, tuple[Any, ...]] = {
@@ -30,11 +30,13 @@ AXES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def valid(case: Case) -> bool:
-    return all(case[f"{n}_group"] == 0 or case[n] % case[f"{n}_group"] == 0 for n in "kv")
+def allowed(case: Case) -> bool:
+    return all(
+        not case.get(f"{n}_group") or case.get(n, 128) % case[f"{n}_group"] == 0 for n in "kv"
+    )
 
 
-PAIRS = pairwise(AXES, valid)
+PAIRS = covering(AXES, allowed, lambda case: case["k"] + case["v"])
 
 
 def scheme_of(case: Case) -> KVScheme:
