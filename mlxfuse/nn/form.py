@@ -27,6 +27,11 @@ class Form:
     original: type[nn.Module]
     pieces: ClassVar[tuple[str, ...]] = ()
 
+    def holds(self) -> bool:
+        """Whether what is fused is still what the module has."""
+        fused = (getattr(self, piece) for piece in self.pieces)
+        return all(f.holds() for f in fused if isinstance(f, Projection | Rotation))
+
     def empty(self) -> bool:
         """Whether no fusion is left in it."""
         return not any(getattr(self, piece) for piece in self.pieces)
