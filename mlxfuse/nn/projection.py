@@ -87,7 +87,6 @@ class _Kernel(Projection):
         self.weight = weight
         self.bias = bias
         self._stock = stock
-        self._mixed = len(weight.segments) > 1
         # MLX's result has the wider type of activations and scales.
         self._dtypes = {
             s.arrays["scales"].dtype
@@ -149,9 +148,6 @@ class _Kernel(Projection):
         return self._run(x, mode, split=True)
 
     def activated(self, x: mx.array, activation: str, mode: str) -> mx.array | None:
-        if self._mixed:
-            parts = self._run(x, mode, split=True)
-            return None if parts is None else GATED[activation](*parts)
         found = self._run(x, mode, activation=activation)
         return None if found is None else found[0]
 
@@ -289,8 +285,9 @@ def join(parent: nn.Module, names: Sequence[str]) -> Projection:
     if isinstance(linears[0], QuantizedLinear):
         return _Kernel(parent, names, _whole(linears), bias, stock=False)
     if not copies(linears):
-        parts = [Part(_segment(x, x), 0, n) for x, n in zip(linears, rows, strict=True)]
-        return _Kernel(parent, names, QuantizedWeight(tuple(parts)), bias, stock=True)
+        segments = [s for s in (_segment(x, x) for x in linears) if not isinstance(s, str)]
+        parts = tuple(Part(s, 0, s.rows) for s in segments)
+        return _Kernel(parent, names, QuantizedWeight(parts), bias, stock=True)
     arrays = _join_arrays(linears)
     held = dict(arrays) if bias is None else {**arrays, "bias": bias}
     formats = [format_of(x) for x in linears]
