@@ -62,13 +62,18 @@ class FusedAttention(FusedModule):
         cache: Any = None,
         *,
         residual: mx.array | None = None,
+        mode: str | None = None,
     ) -> mx.array:
-        """x [B, L, hidden_size] -> the same shape, with ``residual`` added."""
+        """x [B, L, hidden_size] -> the same shape, with ``residual`` added.
+
+        Args:
+            mode: `ready`, if it is known.
+        """
         form = self._fused
         if not self.fusible(form.qkv, form.o, form.rotation):
             return plus(form.original.__call__(self, x, mask, cache), residual)
         batch, length, _ = x.shape
-        mode = ready()
+        mode = ready() if mode is None else mode
         queries, keys, values = self._projected(x, mode)
         offset = 0 if cache is None else cache.offset
         rotated = None if form.rotation is None else form.rotation(queries, keys, offset, mode)

@@ -37,12 +37,18 @@ class FusedMLP(FusedModule):
 
     _fused: MLPForm
 
-    def __call__(self, x: mx.array, *, residual: mx.array | None = None) -> mx.array:
-        """x [..., hidden_size] -> the same shape, with ``residual`` added."""
+    def __call__(
+        self, x: mx.array, *, residual: mx.array | None = None, mode: str | None = None
+    ) -> mx.array:
+        """x [..., hidden_size] -> the same shape, with ``residual`` added.
+
+        Args:
+            mode: `ready`, if it is known.
+        """
         form = self._fused
         if not self.fusible(form.up, form.down):
             return plus(form.original.__call__(self, x), residual)
-        mode = ready()
+        mode = ready() if mode is None else mode
         hidden = None if form.up is None else form.up.activated(x, form.activation, mode)
         if hidden is None:
             parts = [self[name](x) for name in form.linears]
@@ -89,16 +95,17 @@ class FusedBlock(FusedModule):
         if not self.fusible():
             own: mx.array = form.original.__call__(self, x, mask, cache)
             return own
+        mode = ready()
         normed = self[form.norms[0]](x)
         mixer = self[form.mixer]
         if form.mixer_adds and isinstance(mixer, FusedAttention):
-            h: mx.array = mixer(normed, mask, cache, residual=x)
+            h: mx.array = mixer(normed, mask, cache, residual=x, mode=mode)
         elif form.keywords:
             h = x + mixer(normed, mask=mask, cache=cache)
         else:
             h = x + mixer(normed, mask, cache)
         normed, mlp = self[form.norms[1]](h), self[form.mlp]
         if form.mlp_adds and isinstance(mlp, FusedMLP):
-            return mlp(normed, residual=h)
+            return mlp(normed, residual=h, mode=mode)
         out: mx.array = h + mlp(normed)
         return out
