@@ -52,10 +52,13 @@ GGUF_CASES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
 GGUF_MIXED = ("llama-q4", "llama-k-quants", "llama-fused-qkv", "llama-biases", "phi3-separate-qkv")
 
 
-def build(name: str, form: str = "float32") -> nn.Module:
-    """The tiny model of ``mlx_lm.models.NAME`` with weights of a form: the same bits each time."""
+def build(name: str, form: str = "float32", **own: Any) -> nn.Module:
+    """The tiny model of ``mlx_lm.models.NAME`` with weights of a form: the same bits each time.
+
+    ``own`` are fields of its configuration that are not as in `configs`.
+    """
     module = importlib.import_module(f"mlx_lm.models.{name}")
-    model: nn.Module = module.Model(module.ModelArgs.from_dict(config(name)))
+    model: nn.Module = module.Model(module.ModelArgs.from_dict(config(name) | own))
     random = np.random.RandomState(crc32(name.encode()))
     weights = []
     for path, array in tree_flatten(model.parameters()):
