@@ -103,7 +103,7 @@ def load(
             tokenizer = load_tokenizer(file)
         activations = activation_dtype(weights.config.architecture, dtype)
         model = build(file, weights, activations, quantized=quantized, account=account)
-    patch = patch_model(model, fuse)
+    patch = patch_model(model, fuse=fuse)
     if patch.self_test_seconds:
         account.seconds["self-test"] = patch.self_test_seconds
     model.load_report = LoadReport(dict(account.seconds), account.dequantized, patch)

@@ -1,3 +1,3 @@
-from ._kernel import counts, fallbacks, launches, summary, unavailable
+from ._kernel import counts, fallbacks, launches, summary, unavailable, wanted
 
-__all__ = ["counts", "fallbacks", "launches", "summary", "unavailable"]
+__all__ = ["counts", "fallbacks", "launches", "summary", "unavailable", "wanted"]

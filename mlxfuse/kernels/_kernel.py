@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -97,9 +98,9 @@ class Kernel(Generic[P]):
     reference: Callable[P, list[mx.array]]
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> list[mx.array]:
-        if _recorders:
-            return self._record(*args, **kwargs)
-        mode = env.get("MLXFUSE_KERNELS")
+        if _recording.found is not None:
+            return self._record(_recording.found, *args, **kwargs)
+        mode = _mode()
         if mode == "reference":
             return self.reference(*args, **kwargs)
         reason = _unavailable(mode) or self.refuse(*args, **kwargs)
@@ -109,31 +110,72 @@ class Kernel(Generic[P]):
             if reason is None:
                 launches[self.name] += 1
                 return run(launch, emulated=mode == "emulated")
-        if mode == "metal":
-            raise KernelError(f"{self.name} cannot run on Metal: {reason}")
-        fallbacks[self.name, reason] += 1
+        _fall_back(self.name, mode, reason)
         return self.reference(*args, **kwargs)
 
-    def _record(self, *args: P.args, **kwargs: P.kwargs) -> list[mx.array]:
+    def _record(self, found: list[Recorded], *args: P.args, **kwargs: P.kwargs) -> list[mx.array]:
         """Note the call; zeros that are never computed stand for its outputs."""
         if self.refuse(*args, **kwargs) is not None:
             return self.reference(*args, **kwargs)
-        _recorders[-1].append((self, args))
+        found.append((self, args))
         launch = self.launch(*args, **kwargs)
         return [mx.zeros(s, d) for s, d in zip(launch.shapes, launch.dtypes, strict=True)]
 
 
-_recorders: list[list[tuple[Kernel[Any], tuple[Any, ...]]]] = []
+Recorded = tuple[Kernel[Any], tuple[Any, ...]]
+
+
+class _Recording(threading.local):
+    """Of this thread alone, so that other models go on: where calls are noted, if they are."""
+
+    found: list[Recorded] | None = None
+    assumed: bool = False
+
+
+_recording = _Recording()
 
 
 @contextmanager
-def recording(found: list[tuple[Kernel[Any], tuple[Any, ...]]]) -> Iterator[None]:
-    """Within, calls that could be launched are added to ``found`` instead."""
-    _recorders.append(found)
+def recording(found: list[Recorded]) -> Iterator[None]:
+    """Within, calls of this thread that could be launched are added to ``found`` instead."""
+    before, _recording.found = _recording.found, found
     try:
         yield
     finally:
-        _recorders.pop()
+        _recording.found = before
+
+
+@contextmanager
+def assuming_metal() -> Iterator[None]:
+    """Within, this thread builds the graphs that it would build on Metal; none can be run."""
+    before, _recording.assumed = _recording.assumed, True
+    try:
+        yield
+    finally:
+        _recording.assumed = before
+
+
+def wanted(name: str, refusal: str | None) -> bool:
+    """Whether kernel ``name`` is to run, for a caller with a better reference than the kernel's.
+
+    Args:
+        refusal: why this call cannot run on Metal, if so.
+    """
+    if _recording.found is not None:
+        return refusal is None
+    mode = _mode()
+    if mode == "reference":
+        return False
+    reason = _unavailable(mode) or refusal
+    if reason is not None:
+        _fall_back(name, mode, reason)
+    return reason is None
+
+
+def _fall_back(name: str, mode: str, reason: str) -> None:
+    if mode == "metal":
+        raise KernelError(f"{name} cannot run on Metal: {reason}")
+    fallbacks[name, reason] += 1
 
 
 def counts() -> dict[str, dict[str, int]]:
@@ -186,7 +228,7 @@ def unavailable() -> str | None:
     Raises:
         KernelError: ``MLXFUSE_KERNELS`` has no such value, or is ``metal`` without a device.
     """
-    mode = env.get("MLXFUSE_KERNELS")
+    mode = _mode()
     if mode == "reference":
         return "MLXFUSE_KERNELS is reference"
     reason = _unavailable(mode)
@@ -195,8 +237,12 @@ def unavailable() -> str | None:
     return reason
 
 
+def _mode() -> str:
+    return "metal" if _recording.assumed else env.get("MLXFUSE_KERNELS")
+
+
 def _unavailable(mode: str) -> str | None:
-    if mode == "emulated":
+    if mode == "emulated" or _recording.assumed:
         return None
     if mode not in MODES:
         raise KernelError(f"MLXFUSE_KERNELS is one of {', '.join(MODES)}; found {mode!r}")

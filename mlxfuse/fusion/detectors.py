@@ -1,0 +1,283 @@
+"""The fusions of this package: where their places are, and what is done there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..nn.attention import AttentionForm, FusedAttention
+from ..nn.form import Form, FusedModule, adopt, release
+from ..nn.linear import PLAIN
+from ..nn.mlp import BlockForm, FusedBlock, FusedMLP, MLPForm
+from ..nn.projection import Projection, cut, format_of, join, refusal, single
+from .candidates import Candidate, Skip, Tree, register_detector
+from .certify import Match, certify
+
+# (module, class, form, name of the piece, what makes it)
+_Piece = tuple[nn.Module, type[FusedModule], Form, str, Callable[[], Any]]
+
+
+def _emit(pieces: list[_Piece]) -> None:
+    for module, mixin, form, name, make in pieces:
+        held = adopt(module, mixin, form)
+        if not getattr(held, name):
+            setattr(held, name, make())
+
+
+def _undo(pieces: list[_Piece]) -> None:
+    for module, _, form, name, _ in pieces:
+        held = vars(module).get("_fused")
+        if held is not None:
+            setattr(held, name, getattr(type(form), name))
+            release(module)
+
+
+def _candidate(
+    name: str,
+    score: float,
+    path: str,
+    absorbed: list[str],
+    pieces: list[_Piece],
+    explain: str,
+    formats: tuple[str, ...] = (),
+) -> Candidate:
+    return Candidate(
+        name,
+        score,
+        path,
+        frozenset(),
+        frozenset(_below(path, child) for child in absorbed),
+        lambda: _emit(pieces),
+        lambda: _undo(pieces),
+        explain,
+        formats,
+    )
+
+
+def _same(value: Any) -> Callable[[], Any]:
+    return lambda: value
+
+
+def _below(path: str, child: str) -> str:
+    return f"{path}.{child}" if path else child
+
+
+def _has(module: nn.Module, *names: str) -> bool:
+    return all(isinstance(module.get(name), nn.Module) for name in names)
+
+
+def attention_form(module: nn.Module, match: Match) -> AttentionForm | str:
+    """The variant of attention that a module with a known body has, or what is odd about it."""
+    names = match.names
+
+    def value(slot: str, default: Any = None) -> Any:
+        return getattr(module, names[slot], None) if slot in names else default
+
+    linears = (names["QKV"],) if "QKV" in names else (names["Q"], names["K"], names["V"])
+    norm = match.body.form.get("norm", "") if value("USE_NORM", True) else ""
+    norms = (names["Q_NORM"], names["K_NORM"]) if norm else ()
+    rope = names["ROPE"] if value("USE_ROPE", True) else ""
+    if not _has(module, *linears, names["O"], *norms, *([rope] if rope else [])):
+        return "its children are not modules"
+    scale, softcap = value("SCALE"), value("SOFTCAP", 0.0)
+    if not _positive(scale) or ("SOFTCAP" in names and not _positive(softcap)):
+        return "its scale is not a positive number"
+    size = value("HEAD_DIM")
+    if "QKV" in names:
+        rows = tuple(value(n) * size for n in ("HEADS", "KV_HEADS", "KV_HEADS"))
+    else:
+        rows = tuple(_rows(module[name]) for name in linears)
+    heads = value("HEADS") or rows[0] // size
+    kv_heads = value("KV_HEADS") or rows[1] // size
+    return AttentionForm(
+        type(module),
+        linears,
+        names["O"],
+        (rows[0], rows[1], rows[2]),
+        heads,
+        kv_heads,
+        float(scale),
+        norms,
+        norm,
+        rope,
+        float(softcap),
+        names.get("SINKS", ""),
+    )
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value > 0
+
+
+def _rows(linear: nn.Module) -> int:
+    weight = getattr(linear, "weight", None)
+    if isinstance(weight, mx.array):
+        return int(weight.shape[0])
+    return int(getattr(weight, "rows", 0))
+
+
+def mlp_form(module: nn.Module, match: Match) -> MLPForm | str:
+    """The variant of MLP that a module with a known body has, or what is odd about it."""
+    names = match.names
+    if "GATE_UP" in names:
+        linears: tuple[str, ...] = (names["GATE_UP"],)
+    else:
+        linears = tuple(names[n] for n in ("GATE", "UP") if n in names)
+    if not _has(module, *linears, names["DOWN"]):
+        return "its children are not modules"
+    return MLPForm(type(module), linears, names["DOWN"], match.body.form["activation"])
+
+
+@register_detector("qkv")
+def _qkv(tree: Tree) -> Iterator[Candidate | Skip]:
+    """Q, k and v in one dispatch, or their one matrix with three results."""
+    for path, module in tree.modules:
+        match = certify(type(module), "attention")
+        if isinstance(match, str):
+            if _has(module, "q_proj", "k_proj", "v_proj") or _has(module, "qkv_proj"):
+                yield Skip("qkv", path, match)
+            continue
+        form = attention_form(module, match)
+        if isinstance(form, str):
+            yield Skip("qkv", path, form)
+            continue
+        made = _joined(tree, module, form.linears, form.rows)
+        if isinstance(made, str):
+            yield Skip("qkv", path, made)
+            continue
+        make, formats = made
+        piece = (module, FusedAttention, form, "qkv", make)
+        explain = f"{', '.join(form.linears)} of {path} in one dispatch"
+        yield _candidate("qkv", 80, path, list(form.linears), [piece], explain, formats)
+
+
+@register_detector("gate_up")
+def _gate_up(tree: Tree) -> Iterator[Candidate | Skip]:
+    """``act(gate) * up`` in one dispatch."""
+    for path, module in tree.modules:
+        match = certify(type(module), "mlp")
+        if isinstance(match, str):
+            if _has(module, "gate_proj", "up_proj") or _has(module, "gate_up_proj"):
+                yield Skip("gate_up", path, match)
+            continue
+        form = mlp_form(module, match)
+        if isinstance(form, str):
+            yield Skip("gate_up", path, form)
+            continue
+        if form.activation in PLAIN:
+            continue
+        rows = [_rows(module[name]) for name in form.linears]
+        if len(rows) == 1:
+            rows = [rows[0] // 2] * 2
+        made = _joined(tree, module, form.linears, rows)
+        if isinstance(made, str):
+            yield Skip("gate_up", path, made)
+        elif rows[0] != rows[1]:
+            yield Skip("gate_up", path, f"gate has {rows[0]} rows and up {rows[1]}")
+        else:
+            make, formats = made
+            piece = (module, FusedMLP, form, "up", make)
+            explain = f"{form.activation} of {' and '.join(form.linears)} of {path} in one dispatch"
+            yield _candidate("gate_up", 70, path, list(form.linears), [piece], explain, formats)
+
+
+@register_detector("activation")
+def _activation(tree: Tree) -> Iterator[Candidate | Skip]:
+    """The activation of an MLP without a gate, where its linear is multiplied."""
+    for path, module in tree.modules:
+        match = certify(type(module), "mlp")
+        form = match if isinstance(match, str) else mlp_form(module, match)
+        if isinstance(form, str) or form.activation not in PLAIN:
+            continue
+        (name,) = form.linears
+        made = tree.shared(module, [name], arrays=False) or single(module, name)
+        if isinstance(made, str):
+            yield Skip("activation", path, made)
+            continue
+        piece = (module, FusedMLP, form, "up", _same(made))
+        explain = f"{form.activation} of {name} of {path} in one dispatch"
+        yield _candidate("activation", 60, path, [name], [piece], explain, made.formats)
+
+
+@register_detector("residual")
+def _residual(tree: Tree) -> Iterator[Candidate | Skip]:
+    """The additions of a decoder layer, where o and down are multiplied."""
+    for path, module in tree.modules:
+        match = certify(type(module), "block")
+        if isinstance(match, str):
+            if _has(module, "self_attn", "mlp"):
+                yield Skip("residual", path, match)
+            continue
+        form = _block_form(module, match)
+        if isinstance(form, str):
+            yield Skip("residual", path, form)
+            continue
+        if reason := tree.shared(module, []):
+            yield Skip("residual", path, reason)
+            continue
+        adding = [("mixer_adds", form.mixer), ("mlp_adds", form.mlp)]
+        found = [_adder(tree, module[child], child) for _, child in adding]
+        pieces: list[_Piece] = []
+        absorbed = []
+        for (flag, child), made in zip(adding, found, strict=True):
+            if not isinstance(made, str):
+                output, piece = made
+                absorbed.append(f"{child}.{output}")
+                pieces += [piece, (module, FusedBlock, form, flag, _same(True))]
+        if pieces:
+            explain = f"residual of {path} added in {' and '.join(absorbed)}"
+            yield _candidate("residual", 50, path, absorbed, pieces, explain)
+        else:
+            yield Skip("residual", path, "; ".join(made for made in found if isinstance(made, str)))
+
+
+def _adder(tree: Tree, module: nn.Module, name: str) -> tuple[str, _Piece] | str:
+    """The last linear of an attention or MLP, and what lets it add; or why it cannot."""
+    form: AttentionForm | MLPForm | str
+    attention = certify(type(module), "attention")
+    mlp = certify(type(module), "mlp")
+    if not isinstance(attention, str):
+        form = attention_form(module, attention)
+    else:
+        form = f"{name}: {mlp}" if isinstance(mlp, str) else mlp_form(module, mlp)
+    if isinstance(form, str):
+        return form
+    made = tree.shared(module, [form.output], arrays=False) or single(module, form.output)
+    if isinstance(made, str):
+        return f"{name}: {made}"
+    if isinstance(form, AttentionForm):
+        return form.output, (module, FusedAttention, form, "o", _same(made))
+    return form.output, (module, FusedMLP, form, "down", _same(made))
+
+
+def _joined(
+    tree: Tree, module: nn.Module, names: tuple[str, ...], rows: Any
+) -> tuple[Callable[[], Projection], tuple[str, ...]] | str:
+    """What makes one projection of the linears, with their formats; or why there is none."""
+    if len(names) == 1:
+        whole = tree.shared(module, names, arrays=False) or cut(module, names[0], rows)
+        return whole if isinstance(whole, str) else (_same(whole), whole.formats)
+    linears = [module[name] for name in names]
+    reason = tree.shared(module, names) or refusal(linears)
+    if reason is not None:
+        return reason
+    return lambda: join(module, names), tuple(format_of(x) for x in linears)
+
+
+def _block_form(module: nn.Module, match: Match) -> BlockForm | str:
+    names = match.names
+    mixer = names["ATTENTION"]
+    if "OTHER" in names:
+        other = "IS_OTHER" in names
+        flag = getattr(module, names["IS_OTHER" if other else "IS_ATTENTION"])
+        mixer = names["OTHER"] if bool(flag) == other else mixer
+    norms = (names["NORM1"], names["NORM2"])
+    if not _has(module, mixer, names["MLP"], *norms):
+        return "its children are not modules"
+    return BlockForm(
+        type(module), norms, mixer, names["MLP"], match.body.form.get("keywords", False)
+    )

@@ -1,0 +1,86 @@
+"""What a module of mlx-lm becomes while it is patched: the same object in a class of ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..kernels import fallbacks
+from .projection import Projection
+
+
+@dataclass
+class Form:
+    """What a fused class knows of one module; it is outside the module's tree of parameters.
+
+    original  the module's own class.
+    """
+
+    original: type[nn.Module]
+    pieces: ClassVar[tuple[str, ...]] = ()
+
+    def empty(self) -> bool:
+        """Whether no fusion is left in it."""
+        return not any(getattr(self, piece) for piece in self.pieces)
+
+
+class FusedModule(nn.Module):
+    """Base of the fused classes; each is mixed with the original class of its module."""
+
+    def fusible(self, *projections: Projection | None) -> bool:
+        """Whether this call may be fused: kernels have no gradient, and arrays may have changed."""
+        if self.training:
+            return False
+        for projection in projections:
+            if projection is not None and not projection.holds():
+                reason = "its arrays are not those that were fused"
+                fallbacks[type(self).__name__, reason] += 1
+                return False
+        return True
+
+
+@cache
+def fused_class(mixin: type[FusedModule], original: type[nn.Module]) -> type[nn.Module]:
+    """``original`` whose ``__call__`` is the mixin's; everything else of it stays."""
+    own = {"__doc__": mixin.__doc__, "__module__": mixin.__module__}
+    return type(mixin.__name__, (mixin, original), own)
+
+
+def adopt(module: nn.Module, mixin: type[FusedModule], form: Form) -> Any:
+    """Give the module its fused class, if it has not got it yet, and return its form."""
+    held = vars(module).get("_fused")
+    if held is None:
+        module._fused = held = form
+        module.__class__ = fused_class(mixin, form.original)
+    return held
+
+
+def release(module: nn.Module) -> None:
+    """Give the module its own class back, if no fusion is left."""
+    form = vars(module).get("_fused")
+    if isinstance(form, Form) and form.empty():
+        module.__class__ = form.original
+        del module._fused
+
+
+def plus(y: mx.array, residual: mx.array | None) -> mx.array:
+    return y if residual is None else residual + y
+
+
+def project(
+    parent: nn.Module,
+    name: str,
+    projection: Projection | None,
+    x: mx.array,
+    residual: mx.array | None,
+) -> mx.array:
+    """The parent's linear ``name`` of x, plus ``residual``, in one dispatch where that can be."""
+    if residual is None:
+        y: mx.array = parent[name](x)
+        return y
+    added = None if projection is None else projection.added(x, residual)
+    return residual + parent[name](x) if added is None else added
