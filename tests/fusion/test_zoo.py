@@ -12,10 +12,9 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3
 
-from mlxfuse.fusion import patch as patching
-from mlxfuse.fusion import patch_model, unpatch_model
-from mlxfuse.nn.linear import FusedLinear
-from mlxfuse.nn.mlp import FusedMLP
+from mlxfuse.fusion import detectors, patch_model, unpatch_model
+from mlxfuse.nn import projection
+from mlxfuse.nn.linear import GATED
 from tests.fusion import zoo
 from tests.fusion.configs import CONFIGS, USED
 
@@ -92,7 +91,7 @@ def test_fusions_of_gguf_files_are_those_of_the_golden_file() -> None:
 
 def test_a_wrong_fused_module_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: another activation."""
-    monkeypatch.setattr(FusedMLP, "activation", "geglu_tanh")
+    monkeypatch.setitem(GATED, "swiglu", GATED["geglu_tanh"])
     with pytest.raises(AssertionError, match="the patched logits differ"):
         examine("qwen3", "float32")
 
@@ -106,20 +105,13 @@ def test_a_lost_fusion_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_weight_held_twice_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: the originals of a joined matrix are kept."""
-    monkeypatch.setattr(FusedLinear, "hand_back", lambda self, linears: None)
+    monkeypatch.setattr(projection, "_hand_back", lambda *arguments: None)
     with pytest.raises(AssertionError, match="a weight is held twice"):
         examine("llama", "float32")
 
 
 def test_an_incomplete_undo_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: the class stays the fused one."""
-    undo = patching._Change.undo
-
-    def incomplete(change: patching._Change) -> None:
-        fused = type(change.module)
-        undo(change)
-        change.module.__class__ = fused
-
-    monkeypatch.setattr(patching._Change, "undo", incomplete)
+    monkeypatch.setattr(detectors, "release", lambda module: None)
     with pytest.raises(AssertionError, match="unpatching leaves other modules"):
         examine("qwen3", "float32")
