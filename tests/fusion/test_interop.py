@@ -224,13 +224,17 @@ def test_lora_before_the_patch_is_left_alone(tokenizer) -> None:
 @pytest.mark.parametrize("first", ["patch", "set_dtype"])
 def test_other_types(pair, first: str) -> None:
     stock, ours = pair
+    want = zoo.logits(stock)
     if first == "set_dtype":
         unpatch_model(ours)
     for model in (stock, ours):
         model.set_dtype(mx.float16)
     patch_model(ours, fuse="all")
-    assert ours(mx.array([PROMPT])).dtype == mx.float16
-    assert 0 < zoo.apart(zoo.logits(ours), zoo.logits(stock)) < 1e-2
+    dtypes = [model(mx.array([PROMPT])).dtype for model in (stock, ours)]
+    assert dtypes[0] == dtypes[1]
+    got, half = zoo.logits(ours), zoo.logits(stock)
+    # Both are roundings of the float32 logits, in other places.
+    assert 0 < zoo.apart(got, want) <= 1.5 * zoo.apart(half, want)
 
 
 def test_two_models_in_two_threads(tokenizer) -> None:
