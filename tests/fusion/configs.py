@@ -1,4 +1,4 @@
-"""Configurations of tiny models, one for each class that mlx-lm ships.
+"""Tiny random models, one for each class that mlx-lm ships.
 
 A class takes the fields of `TINY` that it knows, and what it needs beyond (`CONFIGS`). A window
 is 8 tokens. Left out are bitnet, kimi_k3, muse_spark and prism_hadamard_qwen35, which need a GPU
@@ -7,10 +7,25 @@ or files, and olmo, which needs another package.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
+from zlib import crc32
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
 
 VOCABULARY = 64
 
+# What a checkpoint's weights may be, by mlx-lm's names of the parameters.
+FORMS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "affine4": {"bits": 4, "group_size": 64},
+    "affine4-g32": {"bits": 4, "group_size": 32},
+    "affine8": {"bits": 8, "group_size": 64},
+    "mxfp4": {"mode": "mxfp4"},
+}
 # Every size is a multiple of 64 where a matrix multiplies, so that each format fits.
 TINY: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -147,49 +162,35 @@ LONGCAT = {
 }
 
 # The 30 that are used most.
-USED: dict[str, dict[str, Any]] = {
+_PLAIN_USED = """
+    deepseek_v3 ernie4_5 falcon_h1 gemma gemma2 glm4 glm4_moe gpt_oss granite internlm2
+    mamba2 mixtral olmo2 phi3 qwen2 qwen3 qwen3_moe qwen3_next smollm3 starcoder2
+"""
+USED: dict[str, dict[str, Any]] = {name: {} for name in _PLAIN_USED.split()} | {
     "cohere2": {"sliding_window_pattern": 2},
     "deepseek_v2": {"topk_method": "greedy", "rope_scaling": YARN},
-    "deepseek_v3": {},
-    "ernie4_5": {},
     "exaone4": {"sliding_window_pattern": "LG"},
-    "falcon_h1": {},
-    "gemma": {},
-    "gemma2": {},
     "gemma3_text": GEMMA3,
     "gemma4_text": GEMMA4,
-    "glm4": {},
-    "glm4_moe": {},
-    "gpt_oss": {},
-    "granite": {},
-    "internlm2": {},
     "lfm2": LFM2,
     "llama": {"tie_word_embeddings": True},
-    "mamba2": {},
     "ministral3": {**SLIDING, "rope_parameters": LLAMA4_ROPE},
-    "mixtral": {},
     "nemotron_h": {"hybrid_override_pattern": ["M", "*", "-", "E"]},
-    "olmo2": {},
-    "phi3": {},
-    "qwen2": {},
-    "qwen3": {},
     "qwen3_5": {"num_experts": 0},
-    "qwen3_moe": {},
-    "qwen3_next": {},
-    "smollm3": {},
-    "starcoder2": {},
 }
-CONFIGS: dict[str, dict[str, Any]] = USED | {
-    "Klear": {},
+_PLAIN = """
+    Klear apertus bailing_hybrid bailing_moe bailing_moe_linear bailing_moe_v3 cohere
+    deepseek deepseek_v32 dots1 ernie4_5_moe exaone glm glm4_moe_lite gpt2 gpt_bigcode gptj
+    granitemoe helium hunyuan_v1_dense internlm3 iquestloopcoder kimi_k25 kimi_vl laguna
+    mamba mimo minicpm minimax mistral3 muse_glimmer nanbeige nanochat olmo3 olmoe phi
+    phimoe pixtral qwen2_moe qwen2_vl qwen3_5_moe qwen3_vl qwen3_vl_moe seed_oss solar_open
+    stablelm talkie telechat3 youtu_llm
+"""
+CONFIGS: dict[str, dict[str, Any]] = USED | {name: {} for name in _PLAIN.split()}
+CONFIGS |= {
     "afm7": {"hidden_dim": 64, "num_layers": 4, "num_kv_reuse_layers": 2},
     "afmoe": SLIDING,
-    "apertus": {},
     "baichuan_m1": {"sliding_window_layers": [1, 3], "conv_window": 2},
-    "bailing_hybrid": {},
-    "bailing_moe": {},
-    "bailing_moe_linear": {},
-    "bailing_moe_v3": {},
-    "cohere": {},
     "dbrx": {
         "d_model": 64,
         "n_layers": 2,
@@ -197,11 +198,6 @@ CONFIGS: dict[str, dict[str, Any]] = USED | {
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, **ROPE},
     },
-    "deepseek": {},
-    "deepseek_v32": {},
-    "dots1": {},
-    "ernie4_5_moe": {},
-    "exaone": {},
     "exaone_moe": {**SLIDING, "is_moe_layer": [False, True, True, True]},
     "gemma3": GEMMA3,
     "gemma3n": {
@@ -216,32 +212,21 @@ CONFIGS: dict[str, dict[str, Any]] = USED | {
         "laurel_rank": 16,
     },
     "gemma4": GEMMA4,
-    "glm": {},
-    "glm4_moe_lite": {},
     "glm_moe_dsa": {"rope_parameters": ROPE},
-    "gpt2": {},
-    "gpt_bigcode": {},
     "gpt_neox": {"rotary_emb_base": 10000, "rotary_pct": 0.25},
-    "gptj": {},
-    "granitemoe": {},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
-    "helium": {},
     "hunyuan": {
         "rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 2.0},
         "use_mixed_mlp_moe": True,
         "use_cla": True,
         "cla_share_factor": 2,
     },
-    "hunyuan_v1_dense": {},
-    "internlm3": {},
-    "iquestloopcoder": {},
     "jamba": {
         "attn_layer_offset": 1,
         "attn_layer_period": 2,
         "expert_layer_offset": 1,
         "expert_layer_period": 2,
     },
-    "kimi_k25": {},
     "kimi_linear": {
         "linear_attn_config": {
             "kda_layers": [1, 2, 4],
@@ -252,8 +237,6 @@ CONFIGS: dict[str, dict[str, Any]] = USED | {
         },
         "model_max_length": 64,
     },
-    "kimi_vl": {},
-    "laguna": {},
     "lfm2-vl": LFM2,
     "lfm2_moe": LFM2,
     "lille-130m": {"block_size": 64, "n_kv_heads": 2},
@@ -266,12 +249,10 @@ CONFIGS: dict[str, dict[str, Any]] = USED | {
     "llama4_text": {"intermediate_size_mlp": 128, "no_rope_layers": [1, 1, 1, 0]},
     "longcat_flash": LONGCAT,
     "longcat_flash_ngram": LONGCAT,
-    "mamba": {},
     "mellum": {
         **SLIDING,
         "rope_parameters": {"sliding_attention": ROPE, "full_attention": ROPE},
     },
-    "mimo": {},
     "mimo_v2_flash": {
         "hybrid_layer_pattern": [0, 1, 0, 1],
         "moe_layer_freq": [0, 1, 1, 1],
@@ -286,14 +267,8 @@ CONFIGS: dict[str, dict[str, Any]] = USED | {
         "swa_v_head_dim": 16,
         "v_head_dim": 16,
     },
-    "minicpm": {},
     "minicpm3": {"rope_scaling": {"original_max_position_embeddings": 8}},
-    "minimax": {},
-    "mistral3": {},
     "mistral4": {"rope_parameters": LLAMA4_ROPE},
-    "muse_glimmer": {},
-    "nanbeige": {},
-    "nanochat": {},
     "nemotron": {"hidden_act": "relu2"},
     "nemotron-nas": {
         "num_hidden_layers": 2,
@@ -302,12 +277,10 @@ CONFIGS: dict[str, dict[str, Any]] = USED | {
             {"attention": {"no_op": True}, "ffn": {"ffn_mult": 3.0}},
         ],
     },
-    "olmo3": {},
     "olmo_hybrid": {
         "linear_allow_neg_eigval": True,
         "layer_types": ["linear_attention", "full_attention"] * 2,
     },
-    "olmoe": {},
     "openelm": {
         "num_transformer_layers": 2,
         "model_dim": 64,
@@ -316,19 +289,11 @@ CONFIGS: dict[str, dict[str, Any]] = USED | {
         "num_kv_heads": [2, 2],
         "ffn_multipliers": [1.0, 2.0],
     },
-    "phi": {},
-    "phimoe": {},
     "phixtral": {"num_vocab": VOCABULARY, "model_dim": 64},
-    "pixtral": {},
     "plamo": {"n_shared_head": 2},
     "plamo2": {"hidden_size_per_head": 16},
     "plamo3": {"window_size": 8, "sliding_window_pattern": 2},
     "qwen": {"kv_channels": 16},
-    "qwen2_moe": {},
-    "qwen2_vl": {},
-    "qwen3_5_moe": {},
-    "qwen3_vl": {},
-    "qwen3_vl_moe": {},
     "recurrent_gemma": {
         "num_key_value_heads": 1,
         "conv1d_width": 4,
@@ -339,14 +304,8 @@ CONFIGS: dict[str, dict[str, Any]] = USED | {
     "rwkv7": dict.fromkeys(
         ("a_low_rank_dim", "v_low_rank_dim", "gate_low_rank_dim", "decay_low_rank_dim"), 16
     ),
-    "seed_oss": {},
-    "solar_open": {},
     "spark2_5": {"rope_parameters": {"sliding_attention": {}, "full_attention": {}}},
-    "stablelm": {},
     "step3p5": {"num_attention_groups": 2, "moe_top_k": 2, "share_expert_dim": 64},
-    "talkie": {},
-    "telechat3": {},
-    "youtu_llm": {},
 }
 
 
@@ -354,3 +313,33 @@ def config(name: str) -> dict[str, Any]:
     """The ``config.json`` of the tiny model of ``mlx_lm.models.NAME``."""
     own = {**TINY, **CONFIGS[name], "model_type": name}
     return {**own, "text_config": own}
+
+
+def build(name: str, form: str = "float32", **own: Any) -> nn.Module:
+    """The tiny model of ``mlx_lm.models.NAME`` with weights of a form: the same bits each time.
+
+    ``own`` are fields of its configuration that are not as above.
+    """
+    module = importlib.import_module(f"mlx_lm.models.{name}")
+    model: nn.Module = module.Model(module.ModelArgs.from_dict(config(name) | own))
+    random = np.random.RandomState(crc32(name.encode()))
+    weights = []
+    for path, array in tree_flatten(model.parameters()):
+        if mx.issubdtype(array.dtype, mx.floating):
+            bound = (3 / array.shape[-1]) ** 0.5 if array.ndim else 1
+            low, high = (-bound, bound) if array.ndim > 1 else (0.5, 1.5)
+            array = mx.array(random.uniform(low, high, array.shape).astype(np.float32))
+        weights.append((path, array))
+    model.update(tree_unflatten(weights))
+    model.eval()
+    if FORMS[form]:
+        group = FORMS[form].get("group_size", 32)
+        nn.quantize(
+            model,
+            **FORMS[form],
+            class_predicate=lambda _, m: (
+                hasattr(m, "to_quantized") and m.weight.shape[-1] % group == 0
+            ),
+        )
+    mx.eval(model.parameters())
+    return model

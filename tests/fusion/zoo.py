@@ -11,7 +11,6 @@ position is seen in the logits.
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import re
 from collections import Counter
@@ -20,66 +19,25 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 from unittest.mock import patch
-from zlib import crc32
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlxfuse.fusion import PatchReport, patch_model
 from mlxfuse.loader import load
-from tests.fusion.configs import CONFIGS, USED, VOCABULARY, config
+from tests.fusion.configs import CONFIGS, FORMS, USED, VOCABULARY, build
 from tests.models import tiny
 
 GOLDEN = Path(__file__).parent / "golden_fusions.txt"
 PROMPT, DECODED = 12, 2
 
-# What a checkpoint's weights may be, by mlx-lm's names of the parameters.
-FORMS: dict[str, dict[str, Any]] = {
-    "float32": {},
-    "affine4": {"bits": 4, "group_size": 64},
-    "affine4-g32": {"bits": 4, "group_size": 32},
-    "affine8": {"bits": 8, "group_size": 64},
-    "mxfp4": {"mode": "mxfp4"},
-}
 GGUF_FORMATS = ("F32", "Q8_0", "Q4_0", "Q5_1")
 GGUF_CASES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
 # Recipes with tensors of several types, biases, or q, k and v as one tensor.
 GGUF_MIXED = ("llama-q4", "llama-k-quants", "llama-fused-qkv", "llama-biases", "phi3-separate-qkv")
-
-
-def build(name: str, form: str = "float32", **own: Any) -> nn.Module:
-    """The tiny model of ``mlx_lm.models.NAME`` with weights of a form: the same bits each time.
-
-    ``own`` are fields of its configuration that are not as in `configs`.
-    """
-    module = importlib.import_module(f"mlx_lm.models.{name}")
-    model: nn.Module = module.Model(module.ModelArgs.from_dict(config(name) | own))
-    random = np.random.RandomState(crc32(name.encode()))
-    weights = []
-    for path, array in tree_flatten(model.parameters()):
-        if mx.issubdtype(array.dtype, mx.floating):
-            bound = (3 / array.shape[-1]) ** 0.5 if array.ndim else 1
-            low, high = (-bound, bound) if array.ndim > 1 else (0.5, 1.5)
-            array = mx.array(random.uniform(low, high, array.shape).astype(np.float32))
-        weights.append((path, array))
-    model.update(tree_unflatten(weights))
-    model.eval()
-    if FORMS[form]:
-        group = FORMS[form].get("group_size", 32)
-        nn.quantize(
-            model,
-            **FORMS[form],
-            class_predicate=lambda _, m: (
-                hasattr(m, "to_quantized") and m.weight.shape[-1] % group == 0
-            ),
-        )
-    mx.eval(model.parameters())
-    return model
 
 
 def logits(model: nn.Module) -> np.ndarray:
