@@ -1,3 +1,23 @@
-from ._kernel import counts, fallbacks, launches, summary, unavailable, wanted
+from ._kernel import (
+    assumed,
+    assuming_metal,
+    counts,
+    fallbacks,
+    launches,
+    opaque,
+    summary,
+    unavailable,
+    wanted,
+)
 
-__all__ = ["counts", "fallbacks", "launches", "summary", "unavailable", "wanted"]
+__all__ = [
+    "assumed",
+    "assuming_metal",
+    "counts",
+    "fallbacks",
+    "launches",
+    "opaque",
+    "summary",
+    "unavailable",
+    "wanted",
+]

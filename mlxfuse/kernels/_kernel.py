@@ -17,7 +17,7 @@ import importlib.util
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -108,7 +108,8 @@ class Kernel(Generic[P]):
             launch = self.launch(*args, **kwargs)
             reason = disabled.get(launch.program)
             if reason is None:
-                launches[self.name] += 1
+                if _recording.assumed is None:
+                    launches[self.name] += 1
                 return run(launch, emulated=mode == "emulated")
         _fall_back(self.name, mode, reason)
         return self.reference(*args, **kwargs)
@@ -129,7 +130,7 @@ class _Recording(threading.local):
     """Of this thread alone, so that other models go on: where calls are noted, if they are."""
 
     found: list[Recorded] | None = None
-    assumed: bool = False
+    assumed: Counter[str] | None = None
 
 
 _recording = _Recording()
@@ -146,13 +147,31 @@ def recording(found: list[Recorded]) -> Iterator[None]:
 
 
 @contextmanager
-def assuming_metal() -> Iterator[None]:
-    """Within, this thread builds the graphs that it would build on Metal; none can be run."""
-    before, _recording.assumed = _recording.assumed, True
+def assuming_metal(counted: Counter[str]) -> Iterator[None]:
+    """Within, this thread builds the graphs that it would build on Metal.
+
+    An opaque operation stands for each kernel, of which the results are zeros; ``counted`` gets
+    the name of each.
+    """
+    before, _recording.assumed = _recording.assumed, counted
     try:
         yield
     finally:
         _recording.assumed = before
+
+
+def assumed() -> bool:
+    """Whether this thread is within `assuming_metal`."""
+    return _recording.assumed is not None
+
+
+def opaque(
+    inputs: Sequence[mx.array], shapes: Sequence[tuple[int, ...]], dtypes: Sequence[mx.Dtype]
+) -> list[mx.array]:
+    """One operation from ``inputs`` to zeros, of which the primitive is ``Depends``."""
+    zeros = [mx.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    mx.eval(zeros)
+    return list(mx.depends(zeros, list(inputs)))
 
 
 def wanted(name: str, refusal: str | None) -> bool:
@@ -198,6 +217,9 @@ def summary() -> list[str]:
 
 def run(launch: Launch, *, emulated: bool = False) -> list[mx.array]:
     """Dispatch, unconditionally."""
+    if _recording.assumed is not None:
+        _recording.assumed[launch.program.op] += 1
+        return opaque(launch.arrays, launch.shapes, launch.dtypes)
     kernel = _compiled(launch.program, _bench() if emulated else mx.fast.metal_kernel)
     outputs: list[mx.array] = kernel(
         inputs=list(launch.arrays),
@@ -238,11 +260,11 @@ def unavailable() -> str | None:
 
 
 def _mode() -> str:
-    return "metal" if _recording.assumed else env.get("MLXFUSE_KERNELS")
+    return "metal" if _recording.assumed is not None else env.get("MLXFUSE_KERNELS")
 
 
 def _unavailable(mode: str) -> str | None:
-    if mode == "emulated" or _recording.assumed:
+    if mode == "emulated" or _recording.assumed is not None:
         return None
     if mode not in MODES:
         raise KernelError(f"MLXFUSE_KERNELS is one of {', '.join(MODES)}; found {mode!r}")

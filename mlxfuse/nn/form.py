@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -28,12 +31,29 @@ class Form:
         return not any(getattr(self, piece) for piece in self.pieces)
 
 
+class _Switch(threading.local):
+    off: bool = False
+
+
+_switch = _Switch()
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Within, patched modules run their own code in this thread."""
+    before, _switch.off = _switch.off, True
+    try:
+        yield
+    finally:
+        _switch.off = before
+
+
 class FusedModule(nn.Module):
     """Base of the fused classes; each is mixed with the original class of its module."""
 
     def fusible(self, *projections: Projection | None) -> bool:
         """Whether this call may be fused: kernels have no gradient, and arrays may have changed."""
-        if self.training:
+        if self.training or _switch.off:
             return False
         for projection in projections:
             if projection is not None and not projection.holds():

@@ -16,6 +16,7 @@ import numpy as np
 from mlx_lm.models.activations import swiglu
 
 from .. import blas
+from ..kernels import assumed
 
 # Float rows [start, stop) of a matrix, as float32 [stop - start, columns].
 Rows = Callable[[int, int], np.ndarray]
@@ -55,6 +56,7 @@ def matmul(x: mx.array, weight: mx.array) -> mx.array:
         and x.size > 0
         and mx.default_device() == mx.cpu
         and blas.numpy_is_faster()
+        and not assumed()
     )
     if fast:
         try:

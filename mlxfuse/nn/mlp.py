@@ -84,6 +84,9 @@ class FusedBlock(FusedModule):
     ) -> mx.array:
         """x [B, L, hidden_size] -> the same shape."""
         form = self._fused
+        if not self.fusible():
+            own: mx.array = form.original.__call__(self, x, mask, cache)
+            return own
         normed = self[form.norms[0]](x)
         mixer = self[form.mixer]
         if form.mixer_adds and isinstance(mixer, FusedAttention):

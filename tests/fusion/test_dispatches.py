@@ -1,28 +1,18 @@
-"""Dispatches of one decoded token, counted in the traced graph."""
+"""Dispatches of one decoded token, counted in the graph."""
 
 from collections import Counter
 from pathlib import Path
 
-import mlx.core as mx
-import mlx.nn as nn
 import pytest
-from mlx_lm.models.cache import make_prompt_cache
 
 from mlxfuse.fusion import unpatch_model
 from mlxfuse.loader import load
-from tests.dispatches import dispatches
+from tests.dispatches import of_layer
 from tests.models import tiny
 
-MATMUL = "mlxfuse_quantized_matmul"
+MATMUL = "quantized_matmul"
 # Everything that is neither a multiplication nor next to one.
 ELSEWHERE = {"rms_norm", "rope", "scaled_dot_product_attention", "SliceUpdate"}
-
-
-def layer_dispatches(model: nn.Module) -> Counter[str]:
-    state = make_prompt_cache(model)
-    mx.eval(model(mx.array([[1, 2, 3]]), cache=state))  # the cache has its memory
-    hidden = mx.zeros((1, 1, model.args.hidden_size))
-    return dispatches(lambda x: model.layers[0](x, None, state[0]), hidden)
 
 
 def linear_part(found: Counter[str]) -> Counter[str]:
@@ -33,7 +23,7 @@ def linear_part(found: Counter[str]) -> Counter[str]:
 def test_the_linear_part_of_a_layer_takes_four(name: str, tmp_path: Path) -> None:
     path = tiny.write(tmp_path / "m.gguf", tiny.build(name, 0))
     model, _ = load(path, fuse="all")
-    found = layer_dispatches(model)
+    found = of_layer(model)
     assert linear_part(found) == {MATMUL: 4}
     assert found - linear_part(found) == {
         "rms_norm": 4 if name == "qwen3" else 2,
@@ -48,12 +38,12 @@ def test_what_it_takes_unfused(tmp_path: Path) -> None:
     """Control: every fusion that is missing is counted."""
     path = tiny.write(tmp_path / "m.gguf", tiny.build("llama-q4", 0))
     model, _ = load(path, fuse=["qkv", "gate_up"])
-    assert linear_part(layer_dispatches(model)) == {MATMUL: 4, "Add": 2}
+    assert linear_part(of_layer(model)) == {MATMUL: 4, "Add": 2}
     unpatch_model(model)
-    unfused = linear_part(layer_dispatches(model))
+    unfused = linear_part(of_layer(model))
     assert unfused[MATMUL] == 7
     assert unfused.total() - 7 >= 3
-    stock = linear_part(layer_dispatches(load(path)[0]))
+    stock = linear_part(of_layer(load(path)[0]))
     assert stock["Matmul"] == 7
     assert stock.total() == unfused.total()
 
@@ -62,10 +52,10 @@ def test_what_it_takes_unfused(tmp_path: Path) -> None:
 def test_gemmas_norms_keep_the_additions_apart(name: str, tmp_path: Path) -> None:
     path = tiny.write(tmp_path / "m.gguf", tiny.build(name, 0))
     model, _ = load(path, fuse="all")
-    found = layer_dispatches(model)
+    found = of_layer(model)
     assert found[MATMUL] == 4
     unpatch_model(model)
-    unfused = layer_dispatches(model)
+    unfused = of_layer(model)
     assert unfused[MATMUL] == 7
     # The activation is in the kernel; everything else is as it was.
     assert found.total() < unfused.total() - 3
