@@ -1,22 +1,26 @@
 from ._kernel import (
+    Prepared,
     assumed,
     assuming_metal,
     counts,
     fallbacks,
     launches,
     opaque,
+    ready,
     summary,
     unavailable,
     wanted,
 )
 
 __all__ = [
+    "Prepared",
     "assumed",
     "assuming_metal",
     "counts",
     "fallbacks",
     "launches",
     "opaque",
+    "ready",
     "summary",
     "unavailable",
     "wanted",

@@ -9,7 +9,7 @@ from functools import cache, lru_cache
 import mlx.core as mx
 
 from ._decode import decode
-from ._kernel import Kernel, Launch, Program
+from ._kernel import Kernel, Launch, Prepared, Program
 from .dequantize import FLOATS, bindings, dequantize, section
 from .weight import AffineSegment, AnySegment, Part, QuantizedWeight
 
@@ -72,6 +72,28 @@ def quantized_matmul(
         outputs = KERNEL(call)
     lead = x.shape[:-1] if experts is None else experts.shape
     return tuple(y.reshape(*lead, y.shape[-1]) for y in outputs)
+
+
+def prepare(
+    x: mx.array,
+    weight: QuantizedWeight,
+    *,
+    bias: mx.array | None = None,
+    residual: mx.array | None = None,
+    activation: str | None = None,
+    split: bool = False,
+) -> Prepared | None:
+    """`quantized_matmul` of such arguments as one launch, to be called with x and, if there is
+    one, the residual, of the same shapes and types; None where it is no single launch.
+    """
+    call = _Call(x, weight, bias, residual, activation, split, None)
+    call.check()
+    alike = residual is None or residual.dtype == x.dtype
+    if _refuse(call) is not None or not alike or route(call.rows) == "dequantize":
+        return None
+    free = ("x",) if residual is None else ("x", "residual")
+    shapes = [(*x.shape[:-1], n) for n in call.widths]
+    return Prepared("quantized_matmul", _launch(call), free, shapes)
 
 
 def route(rows: int, gathered: bool = False) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.base import scaled_dot_product_attention
 
+from ..kernels import ready
 from .form import Form, FusedModule, plus, project
 from .projection import Projection
 
@@ -63,7 +65,8 @@ class FusedAttention(FusedModule):
         if not self.fusible(form.qkv, form.o):
             return plus(form.original.__call__(self, x, mask, cache), residual)
         batch, length, _ = x.shape
-        queries, keys, values = self._projected(x)
+        mode = ready()
+        queries, keys, values = self._projected(x, mode)
         if form.norm == "width":
             queries, keys = self[form.norms[0]](queries), self[form.norms[1]](keys)
         queries = self._heads(queries, form.heads, 0)
@@ -80,17 +83,17 @@ class FusedAttention(FusedModule):
             queries, keys = self[form.norms[0]](queries), self[form.norms[1]](keys)
         output = self._attended(queries, keys, values, mask, cache)
         output = output.transpose(0, 2, 1, 3).reshape(batch, length, -1)
-        return project(self, form.output, form.o, output, residual)
+        return project(self, form.output, form.o, output, residual, mode)
 
-    def _projected(self, x: mx.array) -> tuple[mx.array, ...]:
+    def _projected(self, x: mx.array, mode: str) -> Sequence[mx.array]:
         form = self._fused
-        parts = None if form.qkv is None else form.qkv.split(x)
+        parts = None if form.qkv is None else form.qkv.split(x, mode)
         if parts is not None:
             return parts
         if len(form.linears) == 1:
             a, b, _ = form.rows
-            return tuple(mx.split(self[form.linears[0]](x), (a, a + b), axis=-1))
-        return tuple([self[name](x) for name in form.linears])
+            return list(mx.split(self[form.linears[0]](x), (a, a + b), axis=-1))
+        return [self[name](x) for name in form.linears]
 
     def _heads(self, x: mx.array, heads: int, norm: int) -> mx.array:
         """[B, L, heads * D] -> [B, heads, L, D]."""

@@ -97,10 +97,11 @@ def project(
     projection: Projection | None,
     x: mx.array,
     residual: mx.array | None,
+    mode: str,
 ) -> mx.array:
     """The parent's linear ``name`` of x, plus ``residual``, in one dispatch where that can be."""
     if residual is None:
         y: mx.array = parent[name](x)
         return y
-    added = None if projection is None else projection.added(x, residual)
+    added = None if projection is None else projection.added(x, residual, mode)
     return residual + parent[name](x) if added is None else added

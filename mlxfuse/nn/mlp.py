@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..kernels import ready
 from .attention import FusedAttention
 from .form import Form, FusedModule, plus, project
 from .linear import GATED, PLAIN
@@ -41,7 +42,8 @@ class FusedMLP(FusedModule):
         form = self._fused
         if not self.fusible(form.up, form.down):
             return plus(form.original.__call__(self, x), residual)
-        hidden = None if form.up is None else form.up.activated(x, form.activation)
+        mode = ready()
+        hidden = None if form.up is None else form.up.activated(x, form.activation, mode)
         if hidden is None:
             parts = [self[name](x) for name in form.linears]
             if form.activation in PLAIN:
@@ -50,7 +52,7 @@ class FusedMLP(FusedModule):
                 hidden = GATED[form.activation](*mx.split(parts[0], 2, axis=-1))
             else:
                 hidden = GATED[form.activation](*parts)
-        return project(self, form.output, form.down, hidden, residual)
+        return project(self, form.output, form.down, hidden, residual, mode)
 
 
 @dataclass

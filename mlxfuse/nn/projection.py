@@ -9,8 +9,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..kernels import wanted
-from ..kernels.quantized_matmul import MAX_BATCH, quantized_matmul
+from ..kernels import Prepared, wanted
+from ..kernels.quantized_matmul import MAX_BATCH, MAX_VECTOR_ROWS, prepare, quantized_matmul
 from ..kernels.weight import AffineSegment, Part, QuantizedWeight
 from .linear import GATED, PLAIN, Linear, matmul
 from .quantized import QuantizedLinear
@@ -31,30 +31,37 @@ class Projection:
 
     def __init__(self, parent: nn.Module, names: Sequence[str], formats: Sequence[str]) -> None:
         self.formats = tuple(formats)
-        self._held: list[tuple[dict[str, Any], str, object]] = []
+        self._held: list[tuple[Callable[[str], object], str, object]] = []
         for name in names:
             linear = parent[name]
-            self._held.append((parent, name, linear))
+            self._held.append((parent.get, name, linear))
             if isinstance(linear, QuantizedLinear):
-                self._held.append((vars(linear), "weight", linear.weight))
-            self._held += [(linear, a, linear[a]) for a in _ARRAYS if a in linear]
+                self._held.append((vars(linear).get, "weight", linear.weight))
+            self._held += [(linear.get, a, linear[a]) for a in _ARRAYS if a in linear]
 
     def holds(self) -> bool:
         """Whether the linears still have the arrays that they had.
 
         They do not after an update, nor inside a gradient with respect to them.
         """
-        return all(holder.get(name) is value for holder, name, value in self._held)
+        for get, name, value in self._held:  # noqa: SIM110 (a generator takes three times as long)
+            if get(name) is not value:
+                return False
+        return True
 
-    def split(self, x: mx.array) -> tuple[mx.array, ...] | None:
-        """The result of each linear, x ``[..., K]`` -> ``[..., N]``."""
+    def split(self, x: mx.array, mode: str) -> Sequence[mx.array] | None:
+        """The result of each linear, x ``[..., K]`` -> ``[..., N]``.
+
+        Args:
+            mode: `mlxfuse.kernels.ready`, here and below.
+        """
         raise NotImplementedError
 
-    def activated(self, x: mx.array, activation: str) -> mx.array | None:
+    def activated(self, x: mx.array, activation: str, mode: str) -> mx.array | None:
         """``act(gate) * up`` of two, or ``act`` of one; see `quantized_matmul` for the names."""
         raise NotImplementedError
 
-    def added(self, x: mx.array, residual: mx.array) -> mx.array | None:
+    def added(self, x: mx.array, residual: mx.array, mode: str) -> mx.array | None:
         """The result of one linear, plus ``residual``."""
         raise NotImplementedError
 
@@ -80,6 +87,7 @@ class _Kernel(Projection):
         self.weight = weight
         self.bias = bias
         self._stock = stock
+        self._mixed = len(weight.segments) > 1
         # MLX's result has the wider type of activations and scales.
         self._dtypes = {
             s.arrays["scales"].dtype
@@ -87,33 +95,71 @@ class _Kernel(Projection):
             if stock and isinstance(s, AffineSegment) and s.mode == "affine"
         }
 
-    def _runs(self, x: mx.array) -> bool:
-        if not self._stock:
-            return True
-        if x.size > MAX_BATCH * x.shape[-1]:
-            return False
-        odd = x.dtype != mx.float32 and any(x.dtype != d for d in self._dtypes)
-        reason = f"activations are {x.dtype} and scales are not" if odd else None
-        return wanted("quantized_matmul", reason)
+        self._prepared: dict[tuple[object, ...], Prepared | None] = {}
 
-    def split(self, x: mx.array) -> tuple[mx.array, ...] | None:
-        if not self._runs(x):
+    def _run(
+        self,
+        x: mx.array,
+        mode: str,
+        residual: mx.array | None = None,
+        activation: str | None = None,
+        *,
+        split: bool = False,
+    ) -> Sequence[mx.array] | None:
+        """`quantized_matmul`; None if MLX's own linears are to be called instead."""
+        rows = x.size // x.shape[-1]
+        if self._stock and rows > MAX_BATCH:
             return None
-        return quantized_matmul(x, self.weight, bias=self.bias, split=True)
+        refusal = None
+        if mode and 0 < rows <= MAX_VECTOR_ROWS:
+            added = None if residual is None else residual.dtype
+            key = (mode, x.shape, x.dtype, added, activation, split)
+            try:
+                prepared = self._prepared[key]
+            except KeyError:
+                prepared = self._prepared[key] = self._prepare(x, residual, activation, split)
+            if prepared is not None:
+                refusal = prepared.disabled
+                if refusal is None:
+                    return prepared(x) if residual is None else prepared(x, residual)
+        if self._stock and not wanted("quantized_matmul", refusal or self._refusal(x, residual)):
+            return None
+        return quantized_matmul(
+            x, self.weight, bias=self.bias, residual=residual, activation=activation, split=split
+        )
 
-    def activated(self, x: mx.array, activation: str) -> mx.array | None:
-        if not self._runs(x):
+    def _prepare(
+        self, x: mx.array, residual: mx.array | None, activation: str | None, split: bool
+    ) -> Prepared | None:
+        if self._refusal(x, residual) is not None:
             return None
-        if len(self.weight.segments) > 1:
-            return GATED[activation](*quantized_matmul(x, self.weight, bias=self.bias, split=True))
-        (y,) = quantized_matmul(x, self.weight, bias=self.bias, activation=activation)
-        return y
+        return prepare(
+            x, self.weight, bias=self.bias, residual=residual, activation=activation, split=split
+        )
 
-    def added(self, x: mx.array, residual: mx.array) -> mx.array | None:
-        if residual.dtype != x.dtype or not self._runs(x):
+    def _refusal(self, x: mx.array, residual: mx.array | None) -> str | None:
+        """Why the result would have another type than that of MLX's operations, or None."""
+        if x.dtype != mx.float32 and any(x.dtype != d for d in self._dtypes):
+            return f"activations are {x.dtype} and scales are not"
+        if residual is not None and residual.dtype != x.dtype:
+            return f"activations are {x.dtype} and what is added is {residual.dtype}"
+        return None
+
+    def split(self, x: mx.array, mode: str) -> Sequence[mx.array] | None:
+        return self._run(x, mode, split=True)
+
+    def activated(self, x: mx.array, activation: str, mode: str) -> mx.array | None:
+        if self._mixed:
+            parts = self._run(x, mode, split=True)
+            return None if parts is None else GATED[activation](*parts)
+        found = self._run(x, mode, activation=activation)
+        return None if found is None else found[0]
+
+    def added(self, x: mx.array, residual: mx.array, mode: str) -> mx.array | None:
+        if not self._stock and residual.dtype != x.dtype:
             return None
-        (y,) = quantized_matmul(x, self.weight, bias=self.bias, residual=residual)
-        return y
+        found = self._run(x, mode, residual)
+        return None if found is None else found[0]
 
 
 class _Joined(Projection):
@@ -131,15 +177,15 @@ class _Joined(Projection):
         self._ends = tuple(accumulate(rows))[:-1]
         self._multiply = multiply
 
-    def split(self, x: mx.array) -> tuple[mx.array, ...]:
-        return tuple(mx.split(self._multiply(x), self._ends, axis=-1))
+    def split(self, x: mx.array, mode: str) -> Sequence[mx.array]:
+        return list(mx.split(self._multiply(x), self._ends, axis=-1))
 
-    def activated(self, x: mx.array, activation: str) -> mx.array:
+    def activated(self, x: mx.array, activation: str, mode: str) -> mx.array:
         if not self._ends:
             return PLAIN[activation](self._multiply(x))
-        return GATED[activation](*self.split(x))
+        return GATED[activation](*self.split(x, mode))
 
-    def added(self, x: mx.array, residual: mx.array) -> mx.array:
+    def added(self, x: mx.array, residual: mx.array, mode: str) -> mx.array:
         return residual + self._multiply(x)
 
 
@@ -150,13 +196,13 @@ class _Dense(Projection):
         super().__init__(parent, [name], [_name(linear.weight.dtype)])
         self._linear = linear
 
-    def split(self, x: mx.array) -> tuple[mx.array, ...]:
+    def split(self, x: mx.array, mode: str) -> Sequence[mx.array]:
         return (self._linear(x),)
 
-    def activated(self, x: mx.array, activation: str) -> mx.array:
+    def activated(self, x: mx.array, activation: str, mode: str) -> mx.array:
         return PLAIN[activation](self._linear(x))
 
-    def added(self, x: mx.array, residual: mx.array) -> mx.array:
+    def added(self, x: mx.array, residual: mx.array, mode: str) -> mx.array:
         if isinstance(self._linear, Linear) and mx.default_device() == mx.cpu:
             return residual + self._linear(x)  # by the faster BLAS
         return mx.addmm(residual, x, self._linear.weight.T)
