@@ -88,6 +88,16 @@ def _gated(source: str, activation: str, names: Mapping[str, str]) -> Body:
     return Body("mlp", call, names, {"activation": activation})
 
 
+def _call(value: str) -> str:
+    return f"def __call__(self, x):\n    return {value}\n"
+
+
+def _rope(options: str) -> Body:
+    how = f"x, self.DIMS, traditional=self.TRADITIONAL, offset=offset, {options}"
+    source = f"def __call__(self, x, offset=0):\n    return mx.fast.rope({how})\n"
+    return Body("rope", source, MX)
+
+
 _PHI3_SPLIT = """
     qkv = self.QKV(x)
     query_pos = self.HEADS * self.HEAD_DIM
@@ -301,5 +311,50 @@ def __call__(self, x):
         "def __call__(self, x, gate):\n    return swiglu(gate, x)\n",
         SWIGLU,
         {"activation": "swiglu"},
+    ),
+    Body("norm", _call("mx.fast.rms_norm(x, self['weight'], self.EPS)"), MX, {"offset": 0.0}),
+    # gemma, gemma2, gemma3_text
+    Body("norm", _call("mx.fast.rms_norm(x, 1.0 + self.weight, self.EPS)"), MX, {"offset": 1.0}),
+    # mlx.nn
+    _rope("base=self.BASE, scale=self.SCALE"),
+    # llama3, proportional
+    _rope("base=None, scale=1.0, freqs=self.FREQS"),
+    # longrope
+    Body(
+        "rope",
+        """
+def __call__(self, x, offset=0):
+    return mx.fast.rope(
+        x.at[..., : self.DIMS].multiply(self.MSCALE),
+        self.DIMS,
+        traditional=False,
+        base=None,
+        scale=1.0,
+        offset=offset,
+        freqs=self.FREQS,
+    )
+""",
+        MX,
+    ),
+    # yarn
+    Body(
+        "rope",
+        """
+def __call__(self, x, offset=0, scale=1.0, inverse=False):
+    if self.MSCALE != 1.0:
+        input_scale = 1.0 / self.MSCALE if inverse else self.MSCALE
+        x = x.at[..., : self.DIMS].multiply(input_scale)
+    freqs = -self.FREQS if inverse else self.FREQS
+    return mx.fast.rope(
+        x,
+        self.DIMS,
+        traditional=self.TRADITIONAL,
+        base=None,
+        scale=scale,
+        offset=offset,
+        freqs=freqs,
+    )
+""",
+        MX,
     ),
 )

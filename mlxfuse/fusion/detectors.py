@@ -14,6 +14,8 @@ from ..nn.form import Form, FusedModule, adopt, release
 from ..nn.linear import PLAIN
 from ..nn.mlp import BlockForm, FusedBlock, FusedMLP, MLPForm
 from ..nn.projection import Projection, cut, format_of, join, refusal, single
+from ..nn.rope import FrequencyRoPE
+from ..nn.rotation import Rotation
 from .candidates import Candidate, Skip, Tree, register_detector
 from .certify import Match, certify
 
@@ -233,6 +235,72 @@ def _residual(tree: Tree) -> Iterator[Candidate | Skip]:
             yield _candidate("residual", 50, path, absorbed, pieces, explain)
         else:
             yield Skip("residual", path, "; ".join(made for made in found if isinstance(made, str)))
+
+
+@register_detector("norm_rope")
+def _norm_rope(tree: Tree) -> Iterator[Candidate | Skip]:
+    """The norms of q and k and the rotary embedding of both in one dispatch."""
+    for path, module in tree.modules:
+        match = certify(type(module), "attention")
+        form = match if isinstance(match, str) else attention_form(module, match)
+        if isinstance(form, str) or not form.rope:
+            continue  # the reason is given by qkv
+        made = tree.shared(module, []) or _rotation(module, form)
+        if isinstance(made, str):
+            yield Skip("norm_rope", path, made)
+            continue
+        piece = (module, FusedAttention, form, "rotation", _same(made))
+        names = [*(form.norms if form.norm else ()), form.rope]
+        explain = f"{', '.join(names)} of {path} in one dispatch"
+        yield _candidate("norm_rope", 65, path, names, [piece], explain)
+
+
+def _rotation(module: nn.Module, form: AttentionForm) -> Rotation | str:
+    options = _rope_options(module[form.rope])
+    if isinstance(options, str):
+        return options
+    if form.norm not in ("", "head"):
+        return (
+            f"its norms act on the {form.norm}"
+            if form.norm == "width"
+            else ("its norms act after the rotation")
+        )
+    norms = []
+    for name in form.norms:
+        match = certify(type(module[name]), "norm")
+        if isinstance(match, str):
+            return match
+        eps = getattr(module[name], match.names["EPS"])
+        norms.append({"eps": eps, "norm_offset": match.body.form["offset"]})
+    if norms and norms[0] != norms[1]:
+        return "its norms differ"
+    if norms:
+        weights = [module[name].weight for name in form.norms]
+        options = {**options, **norms[0], "q_weight": weights[0], "k_weight": weights[1]}
+    size = form.rows[0] // form.heads
+    if not (options["dims"] <= size and size * form.kv_heads == form.rows[1]):
+        return "its heads of q and k have different sizes"
+    parts = {name: module[name] for name in (*form.norms, form.rope)}
+    return Rotation(module, parts, form.heads, form.kv_heads, options)
+
+
+def _rope_options(rope: nn.Module) -> dict[str, Any] | str:
+    """The arguments of `norm_rope` that do what a rotary embedding does, or why there are none."""
+    if type(rope) is FrequencyRoPE:
+        return {"dims": rope.dims, "freqs": rope._freqs, "mscale": rope.scale}
+    match = certify(type(rope), "rope")
+    if isinstance(match, str):
+        return match
+    slots = {slot: getattr(rope, name) for slot, name in match.names.items()}
+    given = {
+        "DIMS": "dims",
+        "TRADITIONAL": "traditional",
+        "BASE": "base",
+        "SCALE": "scale",
+        "FREQS": "freqs",
+        "MSCALE": "mscale",
+    }
+    return {given[slot]: value for slot, value in slots.items()}
 
 
 def _adder(tree: Tree, module: nn.Module, name: str) -> tuple[str, _Piece] | str:

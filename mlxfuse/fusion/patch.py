@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ from ..kernels import self_test, unavailable
 from ..nn.quantized import QuantizedLinear
 from .candidates import DETECTORS, Candidate, Detector, Skip, Tree, natural, select
 from .checks import check_logits
+from .dispatches import per_token
 from .options import Choice, chosen
 from .report import PatchReport, Tally
 
@@ -122,8 +124,20 @@ def _fuse(
         report.tallies[candidate.name].fused.append(candidate.formats)
     report.fused = sorted(fused, key=lambda c: (order[c.name], natural(c.path)))
     report.bytes_after = mx.get_active_memory()
+    report.count = _counting(model)
     if before is not None:
         report.check = before.verify(model, report.fused)
+
+
+def _counting(model: nn.Module) -> Callable[[], tuple[int, int] | None]:
+    """`per_token` of the model, if there still is one and it is patched."""
+    there = weakref.ref(model)
+
+    def count() -> tuple[int, int] | None:
+        model = there()
+        return None if model is None or not hasattr(model, "_mlxfuse_patch") else per_token(model)
+
+    return count
 
 
 def _self_test(model: nn.Module, report: PatchReport) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ..kernels import fallbacks
 from .candidates import Candidate, Skip
 
-LABELS = {"gate_up": "gate/up"}
+LABELS = {"gate_up": "gate/up", "norm_rope": "norm+rope"}
 
 
 @dataclass
@@ -55,8 +57,6 @@ class PatchReport:
     disabled           kernel -> why its self-test failed; its calls run as reference.
     self_test_seconds  time that the self-tests of kernel variants took.
     bytes_before, bytes_after  memory that MLX's arrays of the process took.
-    dispatches         GPU dispatches of one decoded token before and after, counted in the traced
-                       graph; None where the model could not be traced.
     check              what ``check=True`` found.
     """
 
@@ -67,8 +67,15 @@ class PatchReport:
     self_test_seconds: float = 0.0
     bytes_before: int = 0
     bytes_after: int = 0
-    dispatches: tuple[int, int] | None = None
     check: Check | None = None
+    count: Callable[[], tuple[int, int] | None] = field(default=lambda: None, repr=False)
+
+    @cached_property
+    def dispatches(self) -> tuple[int, int] | None:
+        """GPU dispatches of one decoded token before and after, counted in the model's graph when
+        this is first asked for; None where nothing is fused, or nothing is left of the model.
+        """
+        return self.count()
 
     @property
     def fallbacks(self) -> dict[str, int]:
@@ -109,7 +116,5 @@ class PatchReport:
             f"{LABELS.get(name, name)} not fused in {count}: {reason}"
             for (name, reason), count in reasons.items()
         ]
-        if self.dispatches:
-            lines.append("{} dispatches a token instead of {}".format(*reversed(self.dispatches)))
         lines += [f"{name} is not used: {reason}" for name, reason in self.disabled.items()]
         return "\n".join(lines)

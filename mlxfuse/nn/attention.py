@@ -12,6 +12,7 @@ from mlx_lm.models.base import scaled_dot_product_attention
 from ..kernels import ready
 from .form import Form, FusedModule, plus, project
 from .projection import Projection
+from .rotation import Rotation
 
 
 @dataclass
@@ -29,6 +30,7 @@ class AttentionForm(Form):
     softcap          scores go through ``softcap * tanh(scores / softcap)``, unless it is 0.
     sinks            name of the attention sinks, or empty.
     qkv, o           the fused projections.
+    rotation         norms and rotary embedding as one kernel.
     """
 
     linears: tuple[str, ...]
@@ -44,7 +46,8 @@ class AttentionForm(Form):
     sinks: str = ""
     qkv: Projection | None = None
     o: Projection | None = None
-    pieces = ("qkv", "o")
+    rotation: Rotation | None = None
+    pieces = ("qkv", "o", "rotation")
 
 
 class FusedAttention(FusedModule):
@@ -62,25 +65,15 @@ class FusedAttention(FusedModule):
     ) -> mx.array:
         """x [B, L, hidden_size] -> the same shape, with ``residual`` added."""
         form = self._fused
-        if not self.fusible(form.qkv, form.o):
+        if not self.fusible(form.qkv, form.o, form.rotation):
             return plus(form.original.__call__(self, x, mask, cache), residual)
         batch, length, _ = x.shape
         mode = ready()
         queries, keys, values = self._projected(x, mode)
-        if form.norm == "width":
-            queries, keys = self[form.norms[0]](queries), self[form.norms[1]](keys)
-        queries = self._heads(queries, form.heads, 0)
-        keys = self._heads(keys, form.kv_heads, 1)
+        offset = 0 if cache is None else cache.offset
+        rotated = None if form.rotation is None else form.rotation(queries, keys, offset, mode)
+        queries, keys = rotated or self._rotated(queries, keys, offset)
         values = values.reshape(batch, length, form.kv_heads, -1).transpose(0, 2, 1, 3)
-        if form.rope:
-            rope = self[form.rope]
-            if cache is not None:
-                offset = cache.offset
-                queries, keys = rope(queries, offset=offset), rope(keys, offset=offset)
-            else:
-                queries, keys = rope(queries), rope(keys)
-        if form.norm == "rotated":
-            queries, keys = self[form.norms[0]](queries), self[form.norms[1]](keys)
         output = self._attended(queries, keys, values, mask, cache)
         output = output.transpose(0, 2, 1, 3).reshape(batch, length, -1)
         return project(self, form.output, form.o, output, residual, mode)
@@ -95,12 +88,24 @@ class FusedAttention(FusedModule):
             return list(mx.split(self[form.linears[0]](x), (a, a + b), axis=-1))
         return [self[name](x) for name in form.linears]
 
-    def _heads(self, x: mx.array, heads: int, norm: int) -> mx.array:
-        """[B, L, heads * D] -> [B, heads, L, D]."""
-        x = x.reshape(*x.shape[:2], heads, -1)
-        if self._fused.norm == "head":
-            x = self[self._fused.norms[norm]](x)
-        return x.transpose(0, 2, 1, 3)
+    def _rotated(
+        self, queries: mx.array, keys: mx.array, offset: int | mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """[B, L, heads * D] each -> [B, heads, L, D], normed and rotated by the own modules."""
+        form = self._fused
+        if form.norm == "width":
+            queries, keys = self[form.norms[0]](queries), self[form.norms[1]](keys)
+        queries = queries.reshape(*queries.shape[:2], form.heads, -1)
+        keys = keys.reshape(*keys.shape[:2], form.kv_heads, -1)
+        if form.norm == "head":
+            queries, keys = self[form.norms[0]](queries), self[form.norms[1]](keys)
+        queries, keys = queries.transpose(0, 2, 1, 3), keys.transpose(0, 2, 1, 3)
+        if form.rope:
+            rope = self[form.rope]
+            queries, keys = rope(queries, offset=offset), rope(keys, offset=offset)
+        if form.norm == "rotated":
+            queries, keys = self[form.norms[0]](queries), self[form.norms[1]](keys)
+        return queries, keys
 
     def _attended(
         self,

@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from ..kernels import fallbacks
 from .projection import Projection
+from .rotation import Rotation
 
 
 @dataclass
@@ -51,12 +52,12 @@ def unfused() -> Iterator[None]:
 class FusedModule(nn.Module):
     """Base of the fused classes; each is mixed with the original class of its module."""
 
-    def fusible(self, *projections: Projection | None) -> bool:
+    def fusible(self, *pieces: Projection | Rotation | None) -> bool:
         """Whether this call may be fused: kernels have no gradient, and arrays may have changed."""
         if self.training or _switch.off:
             return False
-        for projection in projections:
-            if projection is not None and not projection.holds():
+        for piece in pieces:
+            if piece is not None and not piece.holds():
                 reason = "its arrays are not those that were fused"
                 fallbacks[type(self).__name__, reason] += 1
                 return False

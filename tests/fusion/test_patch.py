@@ -135,7 +135,7 @@ def test_unpatching_gives_the_same_modules_and_bytes(name: str, tmp_path: Path) 
     classes = {path: type(m) for path, m in model.named_modules()}
     before, bytes_before = streams(model), mx.get_active_memory()
     report = patch_model(model, fuse="all")
-    assert [tally.total for tally in report.tallies.values()] == [len(model.layers)] * 3
+    assert [tally.total for tally in report.tallies.values()] == [len(model.layers)] * 4
     assert mx.get_active_memory() <= bytes_before * 1.001
     for module, fused in (
         (model.layers[0], FusedBlock),
@@ -163,11 +163,11 @@ def test_patching_twice_changes_nothing(tmp_path: Path) -> None:
 
 def test_the_report_says_what_is_mixed(tmp_path: Path) -> None:
     model, _ = load(write(tmp_path, "llama-q4"), fuse="all")
-    lines = "qkv 3/3 (3 mixed: q4_0, q8_0), gate/up 3/3, residual 3/3"
+    lines = "qkv 3/3 (3 mixed: q4_0, q8_0), gate/up 3/3, residual 3/3, norm+rope 3/3"
     assert str(model.load_report.patch) == lines
     model, _ = load(write(tmp_path, "gemma3"), fuse="all")
     assert str(model.load_report.patch).splitlines() == [
-        "qkv 7/7, gate/up 7/7, residual 0/7",
+        "qkv 7/7, gate/up 7/7, residual 0/7, norm+rope 7/7",
         "residual not fused in 7: "
         "gemma3_text.TransformerBlock.__call__ is not a body that is known",
     ]
@@ -189,7 +189,9 @@ def test_the_choice_of_fusions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ValueError, match=r"auto, all, off or of qkv, gate_up, .*; found qvk"):
         load(path, fuse="qvk,gate_up")
     monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
-    assert list(load(path)[0].load_report.patch.tallies) == ["qkv", "gate_up", "residual"]
+    assert list(load(path)[0].load_report.patch.tallies) == [
+        *("qkv", "gate_up", "residual", "norm_rope")
+    ]
 
 
 class Other(QuantizedLinear):
