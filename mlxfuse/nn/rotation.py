@@ -49,29 +49,25 @@ class Rotation:
         """[B, L, heads * D] each -> [B, heads, L, D]; None if the modules are to be called."""
         refusal = None
         if mode:
-            place = _position(offset) if isinstance(offset, int) else offset
-            axes = 0 if isinstance(offset, int) else offset.ndim
-            key = (mode, queries.shape, queries.dtype, keys.dtype, axes)
+            place = position(offset) if isinstance(offset, int) else offset
+            key = (mode, queries.shape, queries.dtype, keys.dtype, place.ndim)
             try:
                 prepared = self._prepared[key]
             except KeyError:
-                one = place if axes else place.reshape(())
-                prepared = prepare(queries, keys, offset=one, **self._options)
+                prepared = prepare(queries, keys, offset=place, **self._options)
                 self._prepared[key] = prepared
             if prepared is not None:
                 refusal = prepared.disabled
                 if refusal is None:
-                    if not isinstance(offset, int):
-                        place = offset.astype(mx.int32).reshape(-1)
-                    return prepared(queries, keys, place)
+                    return prepared(queries, keys, place.astype(mx.int32).reshape(-1))
         if not wanted("norm_rope", refusal):
             return None
         return list(norm_rope(queries, keys, offset=offset, **self._options))
 
 
 @lru_cache(maxsize=16)
-def _position(offset: int) -> mx.array:
+def position(offset: int) -> mx.array:
     """The same array for every layer."""
-    array = mx.array([offset], mx.int32)
+    array = mx.array(offset, mx.int32)
     mx.eval(array)
     return array
