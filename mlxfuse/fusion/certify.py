@@ -29,12 +29,24 @@ class Match:
 
 def certify(cls: type[nn.Module], kind: str) -> Match | str:
     """The known body of ``kind`` that the class has, or why it has none."""
-    return _certify(cls, cls.__call__, kind)
+    call = cls.__call__
+    match = _alike(cls, call, kind)
+    if isinstance(match, Match):
+        # What the names mean may change; the text cannot.
+        wrong = _wrong_global(match.body, call.__globals__)
+        if wrong is not None:
+            return f"{_name(cls)}.__call__ has another {wrong}"
+    return match
+
+
+def _name(cls: type[nn.Module]) -> str:
+    return f"{cls.__module__.removeprefix('mlx_lm.models.')}.{cls.__qualname__}"
 
 
 @cache
-def _certify(cls: type[nn.Module], call: Callable[..., Any], kind: str) -> Match | str:
-    name = f"{cls.__module__.removeprefix('mlx_lm.models.')}.{cls.__qualname__}"
+def _alike(cls: type[nn.Module], call: Callable[..., Any], kind: str) -> Match | str:
+    """The known body of which the class's has the text, or why there is none."""
+    name = _name(cls)
     if "__call__" not in vars(cls):
         # It may have changed anything that the body relies on.
         return f"{name} is a subclass without a __call__ of its own"
@@ -48,13 +60,9 @@ def _certify(cls: type[nn.Module], call: Callable[..., Any], kind: str) -> Match
     except (OSError, SyntaxError, TypeError):
         return f"{name}.__call__ has no source"
     for body in BODIES:
-        if body.kind == kind:
-            names = unify(_known(body.source), found)
-            if names is not None:
-                wrong = _wrong_global(body, call.__globals__)
-                if wrong is None:
-                    return Match(body, names)
-                return f"{name}.__call__ has another {wrong}"
+        names = unify(_known(body.source), found) if body.kind == kind else None
+        if names is not None:
+            return Match(body, names)
     return f"{name}.__call__ is not a body that is known"
 
 

@@ -13,7 +13,7 @@ from ..nn.attention import AttentionForm, FusedAttention
 from ..nn.form import Form, FusedModule, adopt, release
 from ..nn.linear import PLAIN
 from ..nn.mlp import BlockForm, FusedBlock, FusedMLP, MLPForm
-from ..nn.projection import Projection, cut, format_of, join, refusal, single
+from ..nn.projection import Projection, copies, cut, format_of, join, refusal, single
 from ..nn.rope import FrequencyRoPE
 from ..nn.rotation import Rotation
 from .candidates import Candidate, Skip, Tree, register_detector
@@ -330,7 +330,9 @@ def _joined(
         whole = tree.shared(module, names, arrays=False) or cut(module, names[0], rows)
         return whole if isinstance(whole, str) else (_same(whole), whole.formats)
     linears = [module[name] for name in names]
-    reason = tree.shared(module, names) or refusal(linears)
+    reason = tree.shared(module, names, arrays=False) or refusal(linears)
+    if reason is None and copies(linears):
+        reason = tree.shared(module, names)
     if reason is not None:
         return reason
     return lambda: join(module, names), tuple(format_of(x) for x in linears)

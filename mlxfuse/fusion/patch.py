@@ -13,6 +13,7 @@ import mlx.nn as nn
 from .. import env
 from ..errors import PatchError
 from ..kernels import self_test, unavailable
+from ..nn.form import Form
 from ..nn.quantized import QuantizedLinear
 from .candidates import DETECTORS, Candidate, Detector, Skip, Tree, natural, select
 from .checks import check_logits
@@ -42,9 +43,9 @@ def patch_model(
     Only what is proven to compute the same is fused; every other place is named in the report
     with the reason. Names, values and sizes of the parameters stay, so ``save_weights`` and
     adapters go on; the arrays of linears that are joined become views of the joined one, and no
-    weight is held twice. Patching again with the same arguments changes nothing, with others the
-    model is patched anew. In training mode, and where parameters have changed since, the model's
-    own code runs.
+    weight is held twice. In training mode, and where parameters have been replaced since, the
+    model's own code runs. Patching again changes nothing, unless the arguments are others or
+    parameters have been replaced: then the model is patched anew.
 
     Args:
         model: the model; only this instance is changed.
@@ -66,7 +67,7 @@ def patch_model(
     asked = (choice, more)
     patch = getattr(model, "_mlxfuse_patch", None)
     if isinstance(patch, _Patch):
-        if patch.asked == asked:
+        if patch.asked == asked and _holds(model):
             return patch.report
         unpatch_model(model)
     report = PatchReport()
@@ -84,6 +85,12 @@ def unpatch_model(model: nn.Module) -> None:
         for candidate in reversed(patch.report.fused):
             candidate.undo()
         del model._mlxfuse_patch
+
+
+def _holds(model: nn.Module) -> bool:
+    """Whether the model has the arrays that were fused."""
+    forms = (vars(module).get("_fused") for module in model.modules())
+    return all(form.holds() for form in forms if isinstance(form, Form))
 
 
 def _fuse(

@@ -9,6 +9,10 @@ A `Kernel` is a pure description: given arguments it names a program, a grid and
 * ``metal``: as above, but a fallback raises `KernelError`.
 * ``reference``: always the reference.
 * ``emulated``: the Metal source, run on the CPU by the test bench of a checkout.
+
+A Metal kernel has no gradient. MLX itself raises under `mx.grad`; a wrapper that says more would
+add a fifth to the host time of every launch (`mx.custom_function`). The emulated launches,
+which MLX does not see, have it.
 """
 
 from __future__ import annotations
@@ -19,9 +23,9 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, Generic, ParamSpec
+from typing import Any, Generic, ParamSpec, cast
 
 import mlx.core as mx
 
@@ -220,9 +224,17 @@ def run(launch: Launch, *, emulated: bool = False) -> list[mx.array]:
     if _recording.assumed is not None:
         _recording.assumed[launch.program.op] += 1
         return opaque(launch.arrays, launch.shapes, launch.dtypes)
-    kernel = _compiled(launch.program, _bench() if emulated else mx.fast.metal_kernel)
+    if emulated:
+        return cast(list[mx.array], _emulate(list(launch.arrays), launch))
+    return _dispatch(launch.arrays, launch, mx.fast.metal_kernel)
+
+
+def _dispatch(
+    arrays: Sequence[mx.array], launch: Launch, factory: Callable[..., Any]
+) -> list[mx.array]:
+    kernel = _compiled(launch.program, factory)
     outputs: list[mx.array] = kernel(
-        inputs=list(launch.arrays),
+        inputs=list(arrays),
         grid=launch.grid,
         threadgroup=launch.threadgroup,
         template=list(launch.template),
@@ -242,17 +254,19 @@ class Prepared:
         shapes: of the outputs, each with as many elements as the launch's.
     """
 
-    __slots__ = ("_inputs", "_kernel", "_launch", "_options", "_places", "name")
+    __slots__ = ("_emulated", "_inputs", "_kernel", "_launch", "_options", "_places", "name")
 
     def __init__(
         self, name: str, launch: Launch, free: Sequence[str], shapes: Sequence[tuple[int, ...]]
     ) -> None:
         self.name = name
-        self._launch = launch
+        self._launch = replace(launch, shapes=tuple(shapes))
         self._inputs = list(launch.arrays)
         self._places = [launch.program.inputs.index(n) for n in free]
-        factory = _bench() if _mode() == "emulated" else mx.fast.metal_kernel
-        self._kernel = _compiled(launch.program, factory)
+        self._emulated = _mode() == "emulated"
+        self._kernel = _compiled(
+            launch.program, _bench() if self._emulated else mx.fast.metal_kernel
+        )
         self._options: dict[str, Any] = {
             "grid": launch.grid,
             "threadgroup": launch.threadgroup,
@@ -277,6 +291,8 @@ class Prepared:
             _recording.assumed[self.name] += 1
             return opaque(inputs, options["output_shapes"], options["output_dtypes"])
         launches[self.name] += 1
+        if self._emulated:
+            return cast(list[mx.array], _emulate(inputs, self._launch))
         return self._kernel(inputs=inputs, **options)
 
 
@@ -286,6 +302,18 @@ def ready() -> str:
         return ""
     mode = _mode()
     return "" if mode == "reference" or _unavailable(mode) is not None else mode
+
+
+@mx.custom_function
+def _emulate(arrays: list[mx.array], launch: Launch) -> list[mx.array]:
+    return _dispatch(arrays, launch, _bench())
+
+
+@_emulate.vjp
+def _no_gradient(arrays: Any, cotangents: Any, outputs: Any) -> None:
+    raise KernelError(
+        "a Metal kernel has no gradient: call model.train(), or set MLXFUSE_KERNELS=reference"
+    )
 
 
 @cache

@@ -31,6 +31,11 @@ class Form:
     kept: dict[str, Piece] = field(default_factory=dict, kw_only=True, repr=False, compare=False)
     pieces: ClassVar[tuple[str, ...]] = ()
 
+    def holds(self) -> bool:
+        """Whether what is fused is still what the module has."""
+        fused = (getattr(self, piece) for piece in self.pieces)
+        return all(f.holds() for f in fused if isinstance(f, Projection | Rotation))
+
     def empty(self) -> bool:
         """Whether no fusion is left in it."""
         return not any(getattr(self, piece) for piece in self.pieces)

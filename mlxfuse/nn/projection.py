@@ -87,7 +87,6 @@ class _Kernel(Projection):
         self.weight = weight
         self.bias = bias
         self._stock = stock
-        self._mixed = len(weight.segments) > 1
         # MLX's result has the wider type of activations and scales.
         self._dtypes = {
             s.arrays["scales"].dtype
@@ -149,9 +148,6 @@ class _Kernel(Projection):
         return self._run(x, mode, split=True)
 
     def activated(self, x: mx.array, activation: str, mode: str) -> mx.array | None:
-        if self._mixed:
-            parts = self._run(x, mode, split=True)
-            return None if parts is None else GATED[activation](*parts)
         found = self._run(x, mode, activation=activation)
         return None if found is None else found[0]
 
@@ -270,35 +266,28 @@ def refusal(linears: Sequence[nn.Module]) -> str | None:
     return None
 
 
+def copies(linears: Sequence[nn.Module]) -> bool:
+    """Whether `join` puts their rows in new arrays."""
+    if isinstance(linears[0], nn.QuantizedLinear):
+        return any(isinstance(_segment(x, x), str) for x in linears)
+    return isinstance(linears[0], nn.Linear)
+
+
 def join(parent: nn.Module, names: Sequence[str]) -> Projection:
     """The linears together; they must have no `refusal`.
 
-    Rows of MLX's own linears are put one after the other in new arrays, of which the linears'
-    arrays become views: nothing is held twice.
+    Where there is no kernel, the rows are put one after the other in new arrays, of which the
+    linears' arrays become views: nothing is held twice.
     """
     linears = [parent[name] for name in names]
     rows = [_rows(x) for x in linears]
     bias = _join_biases(linears, rows)
     if isinstance(linears[0], QuantizedLinear):
         return _Kernel(parent, names, _whole(linears), bias, stock=False)
-    if isinstance(linears[0], nn.QuantizedLinear):
-        kinds: dict[tuple[object, ...], list[nn.Module]] = {}
-        for linear in linears:
-            kinds.setdefault(_stock_kind(linear), []).append(linear)
-        parts: dict[int, Part] = {}
-        for alike in kinds.values():
-            arrays = _join_arrays(alike)
-            segment = _segment(alike[0], arrays)
-            if isinstance(segment, str):
-                held = dict(arrays) if bias is None else {**arrays, "bias": bias}
-                formats = [format_of(x) for x in linears]
-                return _Joined(parent, names, formats, rows, _multiplication(alike[0], held))
-            at = 0
-            for linear in alike:
-                parts[id(linear)] = Part(segment, at, _rows(linear))
-                at += _rows(linear)
-        weight = QuantizedWeight(tuple(parts[id(x)] for x in linears))
-        return _Kernel(parent, names, weight, bias, stock=True)
+    if not copies(linears):
+        segments = [s for s in (_segment(x, x) for x in linears) if not isinstance(s, str)]
+        parts = tuple(Part(s, 0, s.rows) for s in segments)
+        return _Kernel(parent, names, QuantizedWeight(parts), bias, stock=True)
     arrays = _join_arrays(linears)
     held = dict(arrays) if bias is None else {**arrays, "bias": bias}
     formats = [format_of(x) for x in linears]

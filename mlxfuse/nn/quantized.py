@@ -24,7 +24,8 @@ class _Holder(nn.Module):
     """Holds the streams of a weight.
 
     They are in the module's tree, where MLX-LM adds up what a model takes, but they are not
-    parameters: `set_dtype` would convert the scales, and no optimiser can change them.
+    parameters: `set_dtype` would convert the scales, and no optimiser can change them. In
+    training mode layers multiply by MLX's own operations, which have gradients.
     """
 
     def __init__(self, weight: QuantizedWeight) -> None:
@@ -60,7 +61,12 @@ class QuantizedLinear(_Holder):
     ) -> mx.array:
         """x ``[..., K]`` -> ``[..., N]``; see `quantized_matmul` for the epilogues."""
         (y,) = quantized_matmul(
-            x, self.weight, bias=self.get("bias"), residual=residual, activation=activation
+            x,
+            self.weight,
+            bias=self.get("bias"),
+            residual=residual,
+            activation=activation,
+            differentiable=self.training,
         )
         return y
 
@@ -84,5 +90,5 @@ class QuantizedEmbedding(_Holder):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """x ``[..., K]`` -> ``[..., vocabulary]``: a tied output head."""
-        (y,) = quantized_matmul(x, self.weight)
+        (y,) = quantized_matmul(x, self.weight, differentiable=self.training)
         return y
