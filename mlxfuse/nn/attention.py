@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.models.base import scaled_dot_product_attention
 
-from ..kernels import ready
-from .form import Form, FusedModule, plus, project
+from .form import Form, FusedModule, Run, plus, project
 from .projection import Projection
-from .rotation import Rotation
+from .rotation import Rotation, position
 
 
 @dataclass
@@ -62,25 +62,51 @@ class FusedAttention(FusedModule):
         cache: Any = None,
         *,
         residual: mx.array | None = None,
-        mode: str | None = None,
     ) -> mx.array:
-        """x [B, L, hidden_size] -> the same shape, with ``residual`` added.
+        """x [B, L, hidden_size] -> the same shape, with ``residual`` added."""
+        if not self._holds():
+            return plus(self._fused.original.__call__(self, x, mask, cache), residual)
+        run = Run.of(x)
+        queries, keys, values = self._part(
+            self._entering(run), self._enter, self._norms, x, self._offset(run, cache)
+        )
+        output = self._attended(queries, keys, values, mask, cache)
+        added = () if residual is None else (residual,)
+        return self._part(run, self._leave, self._norms, output, *added)
 
-        Args:
-            mode: `ready`, if it is known.
-        """
+    def _holds(self) -> bool:
+        """`fusible`, with what is fused of it."""
         form = self._fused
-        if not self.fusible(form.qkv, form.o, form.rotation):
-            return plus(form.original.__call__(self, x, mask, cache), residual)
-        batch, length, _ = x.shape
-        mode = ready() if mode is None else mode
+        return self.fusible(form.qkv, form.o, form.rotation)
+
+    def _norms(self) -> list[tuple[nn.Module, str]]:
+        """Those of q and k, for `_part`."""
+        return [(self, name) for name in self._fused.norms]
+
+    def _entering(self, run: Run) -> Run:
+        """How `_enter` is run: modules that rotate may need the offset's value."""
+        return run if self._fused.rotation or not self._fused.rope else Run(run.mode, False)
+
+    def _offset(self, run: Run, cache: Any) -> int | mx.array:
+        """The tokens before; as an array where a graph is kept, of which it is an input."""
+        offset: int | mx.array = 0 if cache is None else cache.offset
+        return position(offset) if self._entering(run).kept and isinstance(offset, int) else offset
+
+    def _enter(
+        self, mode: str, x: mx.array, offset: int | mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """x [B, L, hidden_size] -> q, k and v, [B, heads, L, D], normed and rotated."""
+        form = self._fused
         queries, keys, values = self._projected(x, mode)
-        offset = 0 if cache is None else cache.offset
         rotated = None if form.rotation is None else form.rotation(queries, keys, offset, mode)
         queries, keys = rotated or self._rotated(queries, keys, offset)
-        values = values.reshape(batch, length, form.kv_heads, -1).transpose(0, 2, 1, 3)
-        output = self._attended(queries, keys, values, mask, cache)
-        output = output.transpose(0, 2, 1, 3).reshape(batch, length, -1)
+        values = values.reshape(*x.shape[:2], form.kv_heads, -1).transpose(0, 2, 1, 3)
+        return queries, keys, values
+
+    def _leave(self, mode: str, output: mx.array, residual: mx.array | None = None) -> mx.array:
+        """What `_attended` gives -> [B, L, hidden_size], with ``residual`` added."""
+        form = self._fused
+        output = output.transpose(0, 2, 1, 3).flatten(2)
         return project(self, form.output, form.o, output, residual, mode)
 
     def _projected(self, x: mx.array, mode: str) -> Sequence[mx.array]:
@@ -120,6 +146,7 @@ class FusedAttention(FusedModule):
         mask: mx.array | str | None,
         cache: Any,
     ) -> mx.array:
+        """What `_enter` gives -> [B, heads, L, D]; this part changes with every token."""
         form = self._fused
         sinks = self[form.sinks] if form.sinks else None
         if hasattr(cache, "attend"):

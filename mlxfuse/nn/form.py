@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..kernels import fallbacks
+from ..kernels import assumed, fallbacks, ready
+from ..kernels.quantized_matmul import MAX_BATCH
+from .piece import Piece
 from .projection import Projection
 from .rotation import Rotation
 
@@ -22,9 +24,11 @@ class Form:
     """What a fused class knows of one module; it is outside the module's tree of parameters.
 
     original  the module's own class.
+    kept      parts of its graph that are built once, by name.
     """
 
     original: type[nn.Module]
+    kept: dict[str, Piece] = field(default_factory=dict, kw_only=True, repr=False, compare=False)
     pieces: ClassVar[tuple[str, ...]] = ()
 
     def holds(self) -> bool:
@@ -54,6 +58,25 @@ def unfused() -> Iterator[None]:
         _switch.off = before
 
 
+class Run(NamedTuple):
+    """How one call is run.
+
+    mode  `mlxfuse.kernels.ready`.
+    kept  whether by graphs that are kept: not for long inputs, each of which would have another,
+          nor where kernels are emulated or only assumed.
+    """
+
+    mode: str
+    kept: bool
+
+    @classmethod
+    def of(cls, x: mx.array) -> Run:
+        """Of x ``[..., K]``."""
+        mode = ready()
+        few = x.size <= MAX_BATCH * x.shape[-1]
+        return cls(mode, few and mode not in ("", "emulated") and not assumed())
+
+
 class FusedModule(nn.Module):
     """Base of the fused classes; each is mixed with the original class of its module."""
 
@@ -67,6 +90,22 @@ class FusedModule(nn.Module):
                 fallbacks[type(self).__name__, reason] += 1
                 return False
         return True
+
+    def _part(
+        self,
+        run: Run,
+        function: Callable[..., Any],
+        children: Callable[[], Iterable[tuple[nn.Module, str]]],
+        *arrays: Any,
+    ) -> Any:
+        """``function(run.mode, *arrays)``, a method of this module; see `Piece`."""
+        if not run.kept:
+            return function(run.mode, *arrays)
+        kept: dict[str, Piece] = self._fused.kept
+        piece = kept.get(function.__name__)
+        if piece is None:
+            piece = kept[function.__name__] = Piece(function, children())
+        return piece(run.mode, *arrays)
 
 
 @cache

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
-from ..kernels import ready
 from .attention import FusedAttention
-from .form import Form, FusedModule, plus, project
+from .form import Form, FusedModule, Run, plus, project
 from .linear import GATED, PLAIN
 from .projection import Projection
 
@@ -37,18 +37,20 @@ class FusedMLP(FusedModule):
 
     _fused: MLPForm
 
-    def __call__(
-        self, x: mx.array, *, residual: mx.array | None = None, mode: str | None = None
-    ) -> mx.array:
-        """x [..., hidden_size] -> the same shape, with ``residual`` added.
+    def __call__(self, x: mx.array, *, residual: mx.array | None = None) -> mx.array:
+        """x [..., hidden_size] -> the same shape, with ``residual`` added."""
+        if not self._holds():
+            return plus(self._fused.original.__call__(self, x), residual)
+        added = () if residual is None else (residual,)
+        return self._part(Run.of(x), self._whole, list, x, *added)
 
-        Args:
-            mode: `ready`, if it is known.
-        """
+    def _holds(self) -> bool:
+        """`fusible`, with what is fused of it."""
+        return self.fusible(self._fused.up, self._fused.down)
+
+    def _whole(self, mode: str, x: mx.array, residual: mx.array | None = None) -> mx.array:
+        """All of it."""
         form = self._fused
-        if not self.fusible(form.up, form.down):
-            return plus(form.original.__call__(self, x), residual)
-        mode = ready() if mode is None else mode
         hidden = None if form.up is None else form.up.activated(x, form.activation, mode)
         if hidden is None:
             parts = [self[name](x) for name in form.linears]
@@ -95,17 +97,50 @@ class FusedBlock(FusedModule):
         if not self.fusible():
             own: mx.array = form.original.__call__(self, x, mask, cache)
             return own
-        mode = ready()
+        mixer, mlp = self[form.mixer], self[form.mlp]
+        if self._complete(mixer, mlp):
+            run = Run.of(x)
+            offset = mixer._offset(run, cache)
+            heads = self._part(mixer._entering(run), self._enter, self._norms, x, offset)
+            output = mixer._attended(*heads, mask, cache)
+            return self._part(run, self._leave, self._norms, output, x)
         normed = self[form.norms[0]](x)
-        mixer = self[form.mixer]
         if form.mixer_adds and isinstance(mixer, FusedAttention):
-            h: mx.array = mixer(normed, mask, cache, residual=x, mode=mode)
+            h: mx.array = mixer(normed, mask, cache, residual=x)
         elif form.keywords:
             h = x + mixer(normed, mask=mask, cache=cache)
         else:
             h = x + mixer(normed, mask, cache)
-        normed, mlp = self[form.norms[1]](h), self[form.mlp]
+        normed = self[form.norms[1]](h)
         if form.mlp_adds and isinstance(mlp, FusedMLP):
-            return mlp(normed, residual=h, mode=mode)
+            return mlp(normed, residual=h)
         out: mx.array = h + mlp(normed)
         return out
+
+    def _complete(self, mixer: nn.Module, mlp: nn.Module) -> bool:
+        """Whether the layer is one part before attention and one after it."""
+        form = self._fused
+        if not (form.mixer_adds and form.mlp_adds):
+            return False
+        if not (isinstance(mixer, FusedAttention) and isinstance(mlp, FusedMLP)):
+            return False
+        return mixer._holds() and mlp._holds()
+
+    def _norms(self) -> list[tuple[nn.Module, str]]:
+        """Its own and those of q and k, for `_part`."""
+        own: list[tuple[nn.Module, str]] = [(self, name) for name in self._fused.norms]
+        return own + list(self[self._fused.mixer]._norms())
+
+    def _enter(
+        self, mode: str, x: mx.array, offset: int | mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """What comes before attention."""
+        form = self._fused
+        normed = self[form.norms[0]](x)
+        return self[form.mixer]._enter(mode, normed, offset)
+
+    def _leave(self, mode: str, output: mx.array, x: mx.array) -> mx.array:
+        """What comes after it."""
+        form = self._fused
+        h = self[form.mixer]._leave(mode, output, x)
+        return self[form.mlp]._whole(mode, self[form.norms[1]](h), h)

@@ -52,19 +52,15 @@ class Rotation:
         """[B, L, heads * D] each -> [B, heads, L, D]; None if the modules are to be called."""
         reason = None
         if mode:
-            place = _position(offset) if isinstance(offset, int) else offset
-            axes = 0 if isinstance(offset, int) else offset.ndim
-            key = (mode, queries.shape, queries.dtype, keys.dtype, axes)
+            place = position(offset) if isinstance(offset, int) else offset
+            key = (mode, queries.shape, queries.dtype, keys.dtype, place.ndim)
             prepared = self._prepared.get(key)
             if prepared is None:
-                one = place if axes else place.reshape(())
-                prepared = prepare(queries, keys, offset=one, **self._options)
+                prepared = prepare(queries, keys, offset=place, **self._options)
                 if prepared is not None and queries.shape[1] <= _KEPT:
                     self._prepared[key] = prepared
             if prepared is not None:
-                if not isinstance(offset, int):
-                    place = offset.astype(mx.int32).reshape(-1)
-                found = prepared(queries, keys, place)
+                found = prepared(queries, keys, place.astype(mx.int32).reshape(-1))
                 if found is not None:
                     return found
                 reason = "it failed its self-test"
@@ -74,8 +70,8 @@ class Rotation:
 
 
 @lru_cache(maxsize=16)
-def _position(offset: int) -> mx.array:
+def position(offset: int) -> mx.array:
     """The same array for every layer."""
-    array = mx.array([offset], mx.int32)
+    array = mx.array(offset, mx.int32)
     mx.eval(array)
     return array
