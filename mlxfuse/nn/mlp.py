@@ -44,9 +44,9 @@ class FusedMLP(FusedModule):
         added = () if residual is None else (residual,)
         return self._part(Run.of(x), self._whole, list, x, *added)
 
-    def _holds(self) -> bool:
+    def _holds(self, *, counted: bool = True) -> bool:
         """`fusible`, with what is fused of it."""
-        return self.fusible(self._fused.up, self._fused.down)
+        return self.fusible(self._fused.up, self._fused.down, counted=counted)
 
     def _whole(self, mode: str, x: mx.array, residual: mx.array | None = None) -> mx.array:
         """All of it."""
@@ -124,7 +124,7 @@ class FusedBlock(FusedModule):
             return False
         if not (isinstance(mixer, FusedAttention) and isinstance(mlp, FusedMLP)):
             return False
-        return mixer._holds() and mlp._holds()
+        return mixer._holds(counted=False) and mlp._holds(counted=False)
 
     def _norms(self) -> list[tuple[nn.Module, str]]:
         """Its own and those of q and k, for `_part`."""
