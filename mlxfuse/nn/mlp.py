@@ -8,10 +8,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..kernels import ready
 from .attention import FusedAttention
 from .form import Form, FusedModule, Run, plus, project
 from .linear import GATED, PLAIN
-from .projection import Projection
+from .projection import KernelProjection, Projection
 
 
 @dataclass
@@ -61,6 +62,38 @@ class FusedMLP(FusedModule):
             else:
                 hidden = GATED[form.activation](*parts)
         return project(self, form.output, form.down, hidden, residual, mode)
+
+
+@dataclass
+class ExpertsForm(Form):
+    """The variant of mlx-lm's gated experts that a module has.
+
+    output      name of down.
+    activation  of `mlxfuse.kernels.quantized_matmul`.
+    up          gate and up, fused.
+    """
+
+    output: str
+    activation: str
+    up: KernelProjection | None = None
+    pieces = ("up",)
+
+
+class FusedExperts(FusedModule):
+    """Mixed with the class of mlx-lm's ``SwitchGLU``; see `ExpertsForm`."""
+
+    _fused: ExpertsForm
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        """x [..., hidden_size], ids of experts [..., k] -> [..., k, hidden_size]."""
+        form, hidden = self._fused, None
+        if form.up is not None and self.fusible(form.up):
+            hidden = form.up.gathered(x, indices, form.activation, ready())
+        if hidden is None:
+            own: mx.array = form.original.__call__(self, x, indices)
+            return own
+        y: mx.array = self[form.output](mx.expand_dims(hidden, -2), indices)
+        return y.squeeze(-2)
 
 
 @dataclass
