@@ -89,6 +89,10 @@ class Tree:
                 return f"{name} shares its weight with another module"
         return None
 
+    def holders(self, module: nn.Module) -> int:
+        """How many modules have the weight that this one has."""
+        return max(self._holders[id(a)] for a in module.values() if isinstance(a, mx.array))
+
 
 Detector = Callable[[Tree], Iterable[Candidate | Skip]]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,14 +9,25 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..nn.attention import AttentionForm, FusedAttention
+from ..nn.embedding import EmbeddingForm, FusedEmbedding
 from ..nn.form import Form, FusedModule, adopt, release
+from ..nn.joining import (
+    copies,
+    cut,
+    embedding_rows,
+    format_of,
+    join,
+    join_experts,
+    refusal,
+    single,
+)
 from ..nn.linear import PLAIN
-from ..nn.mlp import BlockForm, ExpertsForm, FusedBlock, FusedExperts, FusedMLP, MLPForm
-from ..nn.projection import Projection, copies, cut, format_of, join, join_experts, refusal, single
-from ..nn.rope import FrequencyRoPE
-from ..nn.rotation import Rotation
+from ..nn.mlp import ExpertsForm, FusedBlock, FusedExperts, FusedMLP, MLPForm
+from ..nn.norm import AddedNorm
+from ..nn.projection import Projection
 from .candidates import Candidate, Skip, Tree, register_detector
 from .certify import Match, certify
+from .forms import attention_form, block_form, has, mlp_form, norm_options, rotation, row_count
 
 # (module, class, form, name of the piece, what makes it)
 _Piece = tuple[nn.Module, type[FusedModule], Form, str, Callable[[], Any]]
@@ -68,79 +78,13 @@ def _below(path: str, child: str) -> str:
     return f"{path}.{child}" if path else child
 
 
-def _has(module: nn.Module, *names: str) -> bool:
-    return all(isinstance(module.get(name), nn.Module) for name in names)
-
-
-def attention_form(module: nn.Module, match: Match) -> AttentionForm | str:
-    """The variant of attention that a module with a known body has, or what is odd about it."""
-    names = match.names
-
-    def value(slot: str, default: Any = None) -> Any:
-        return getattr(module, names[slot], None) if slot in names else default
-
-    linears = (names["QKV"],) if "QKV" in names else (names["Q"], names["K"], names["V"])
-    norm = match.body.form.get("norm", "") if value("USE_NORM", True) else ""
-    norms = (names["Q_NORM"], names["K_NORM"]) if norm else ()
-    rope = names["ROPE"] if value("USE_ROPE", True) else ""
-    if not _has(module, *linears, names["O"], *norms, *([rope] if rope else [])):
-        return "its children are not modules"
-    scale, softcap = value("SCALE"), value("SOFTCAP", 0.0)
-    if not _positive(scale) or ("SOFTCAP" in names and not _positive(softcap)):
-        return "its scale is not a positive number"
-    size = value("HEAD_DIM")
-    if "QKV" in names:
-        rows = tuple(value(n) * size for n in ("HEADS", "KV_HEADS", "KV_HEADS"))
-    else:
-        rows = tuple(_rows(module[name]) for name in linears)
-    heads = value("HEADS") or rows[0] // size
-    kv_heads = value("KV_HEADS") or rows[1] // size
-    return AttentionForm(
-        type(module),
-        linears,
-        names["O"],
-        (rows[0], rows[1], rows[2]),
-        heads,
-        kv_heads,
-        float(scale),
-        norms,
-        norm,
-        rope,
-        float(softcap),
-        names.get("SINKS", ""),
-    )
-
-
-def _positive(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and value > 0
-
-
-def _rows(linear: nn.Module) -> int:
-    weight = getattr(linear, "weight", None)
-    if isinstance(weight, mx.array):
-        return int(weight.shape[0])
-    return int(getattr(weight, "rows", 0))
-
-
-def mlp_form(module: nn.Module, match: Match) -> MLPForm | str:
-    """The variant of MLP that a module with a known body has, or what is odd about it."""
-    names = match.names
-    if "GATE_UP" in names:
-        linears: tuple[str, ...] = (names["GATE_UP"],)
-    else:
-        linears = tuple(names[n] for n in ("GATE", "UP") if n in names)
-    if not _has(module, *linears, names["DOWN"]):
-        return "its children are not modules"
-    return MLPForm(type(module), linears, names["DOWN"], match.body.form["activation"])
-
-
 @register_detector("qkv")
 def _qkv(tree: Tree) -> Iterator[Candidate | Skip]:
     """Q, k and v in one dispatch, or their one matrix with three results."""
     for path, module in tree.modules:
         match = certify(type(module), "attention")
         if isinstance(match, str):
-            if _has(module, "q_proj", "k_proj", "v_proj") or _has(module, "qkv_proj"):
+            if has(module, "q_proj", "k_proj", "v_proj") or has(module, "qkv_proj"):
                 yield Skip("qkv", path, match)
             continue
         form = attention_form(module, match)
@@ -158,7 +102,7 @@ def _qkv(tree: Tree) -> Iterator[Candidate | Skip]:
 
 
 def _looks_gated(module: nn.Module) -> bool:
-    return _has(module, "gate_proj", "up_proj") or _has(module, "gate_up_proj")
+    return has(module, "gate_proj", "up_proj") or has(module, "gate_up_proj")
 
 
 @register_detector("gate_up")
@@ -177,7 +121,7 @@ def _gate_up(tree: Tree) -> Iterator[Candidate | Skip]:
             continue
         if form.activation in PLAIN:
             continue
-        rows = [_rows(module[name]) for name in form.linears]
+        rows = [row_count(module[name]) for name in form.linears]
         if len(rows) == 1:
             rows = [rows[0] // 2] * 2
         made = _joined(tree, module, form.linears, rows)
@@ -236,10 +180,10 @@ def _residual(tree: Tree) -> Iterator[Candidate | Skip]:
     for path, module in tree.modules:
         match = certify(type(module), "block")
         if isinstance(match, str):
-            if _has(module, "self_attn", "mlp"):
+            if has(module, "self_attn", "mlp"):
                 yield Skip("residual", path, match)
             continue
-        form = _block_form(module, match)
+        form = block_form(module, match)
         if isinstance(form, str):
             yield Skip("residual", path, form)
             continue
@@ -270,7 +214,7 @@ def _norm_rope(tree: Tree) -> Iterator[Candidate | Skip]:
         form = match if isinstance(match, str) else attention_form(module, match)
         if isinstance(form, str) or not form.rope:
             continue  # the reason is given by qkv
-        made = tree.shared(module, []) or _rotation(module, form)
+        made = tree.shared(module, []) or rotation(module, form)
         if isinstance(made, str):
             yield Skip("norm_rope", path, made)
             continue
@@ -278,54 +222,6 @@ def _norm_rope(tree: Tree) -> Iterator[Candidate | Skip]:
         names = [*(form.norms if form.norm else ()), form.rope]
         explain = f"{', '.join(names)} of {path} in one dispatch"
         yield _candidate("norm_rope", 65, path, names, [piece], explain)
-
-
-def _rotation(module: nn.Module, form: AttentionForm) -> Rotation | str:
-    options = _rope_options(module[form.rope])
-    if isinstance(options, str):
-        return options
-    if form.norm not in ("", "head"):
-        return (
-            f"its norms act on the {form.norm}"
-            if form.norm == "width"
-            else ("its norms act after the rotation")
-        )
-    norms = []
-    for name in form.norms:
-        match = certify(type(module[name]), "norm")
-        if isinstance(match, str):
-            return match
-        eps = getattr(module[name], match.names["EPS"])
-        norms.append({"eps": eps, "norm_offset": match.body.form["offset"]})
-    if norms and norms[0] != norms[1]:
-        return "its norms differ"
-    if norms:
-        weights = [module[name].weight for name in form.norms]
-        options = {**options, **norms[0], "q_weight": weights[0], "k_weight": weights[1]}
-    size = form.rows[0] // form.heads
-    if not (options["dims"] <= size and size * form.kv_heads == form.rows[1]):
-        return "its heads of q and k have different sizes"
-    parts = {name: module[name] for name in (*form.norms, form.rope)}
-    return Rotation(module, parts, form.heads, form.kv_heads, options)
-
-
-def _rope_options(rope: nn.Module) -> dict[str, Any] | str:
-    """The arguments of `norm_rope` that do what a rotary embedding does, or why there are none."""
-    if type(rope) is FrequencyRoPE:
-        return {"dims": rope.dims, "freqs": rope._freqs, "mscale": rope.scale}
-    match = certify(type(rope), "rope")
-    if isinstance(match, str):
-        return match
-    slots = {slot: getattr(rope, name) for slot, name in match.names.items()}
-    given = {
-        "DIMS": "dims",
-        "TRADITIONAL": "traditional",
-        "BASE": "base",
-        "SCALE": "scale",
-        "FREQS": "freqs",
-        "MSCALE": "mscale",
-    }
-    return {given[slot]: value for slot, value in slots.items()}
 
 
 def _adder(tree: Tree, module: nn.Module, name: str) -> tuple[str, _Piece] | str:
@@ -363,16 +259,40 @@ def _joined(
     return lambda: join(module, names), tuple(format_of(x) for x in linears)
 
 
-def _block_form(module: nn.Module, match: Match) -> BlockForm | str:
-    names = match.names
-    mixer = names["ATTENTION"]
-    if "OTHER" in names:
-        other = "IS_OTHER" in names
-        flag = getattr(module, names["IS_OTHER" if other else "IS_ATTENTION"])
-        mixer = names["OTHER"] if bool(flag) == other else mixer
-    norms = (names["NORM1"], names["NORM2"])
-    if not _has(module, mixer, names["MLP"], *norms):
-        return "its children are not modules"
-    return BlockForm(
-        type(module), norms, mixer, names["MLP"], match.body.form.get("keywords", False)
-    )
+@register_detector("add_rms_norm")
+def _add_rms_norm(tree: Tree) -> Iterator[Candidate | Skip]:
+    """The first addition of a decoder layer with the norm behind it, where attention cannot add."""
+    for path, module in tree.modules:
+        match = certify(type(module), "block")
+        form = match if isinstance(match, str) else block_form(module, match)
+        if isinstance(form, str) or not isinstance(_adder(tree, module[form.mixer], ""), str):
+            continue
+        name = form.norms[1]
+        found = tree.shared(module, [name]) or norm_options(module[name])
+        if isinstance(found, str):
+            yield Skip("add_rms_norm", path, found)
+            continue
+        piece = (module, FusedBlock, form, "second", _same(AddedNorm(module, name, **found)))
+        explain = f"the addition before {name} of {path} in its dispatch"
+        yield _candidate("add_rms_norm", 45, path, [name], [piece], explain)
+
+
+@register_detector("embedding")
+def _embedding(tree: Tree) -> Iterator[Candidate | Skip]:
+    """The look-up of MLX's quantised rows in one dispatch."""
+    for path, module in tree.modules:
+        if not isinstance(module, nn.QuantizedEmbedding):
+            continue
+        made = tree.shared(module, []) or embedding_rows(module)
+        if type(module) is not nn.QuantizedEmbedding:
+            made = f"it is {type(module).__name__}"
+        elif tree.holders(module) > 1:
+            made = "it shares its weight with another module"
+        if isinstance(made, str):
+            yield Skip("embedding", path, made)
+            continue
+        form = EmbeddingForm(type(module), module(mx.array([0])).dtype)
+        piece = (module, FusedEmbedding, form, "rows", _same(made))
+        explain = f"rows of {path} looked up in one dispatch"
+        parent, _, name = path.rpartition(".")
+        yield _candidate("embedding", 40, parent, [name], [piece], explain, made.formats)

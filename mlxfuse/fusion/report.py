@@ -10,7 +10,7 @@ from functools import cached_property
 from ..kernels import fallbacks
 from .candidates import Candidate, Skip
 
-LABELS = {"gate_up": "gate/up", "norm_rope": "norm+rope"}
+LABELS = {"gate_up": "gate/up", "norm_rope": "norm+rope", "add_rms_norm": "add+norm"}
 
 
 @dataclass

@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from ..kernels import assumed, fallbacks, ready
 from ..kernels.quantized_matmul import MAX_BATCH
+from .norm import AddedNorm
 from .piece import Piece
 from .projection import Projection
 from .rotation import Rotation
@@ -34,7 +35,7 @@ class Form:
     def holds(self) -> bool:
         """Whether what is fused is still what the module has."""
         fused = (getattr(self, piece) for piece in self.pieces)
-        return all(f.holds() for f in fused if isinstance(f, Projection | Rotation))
+        return all(f.holds() for f in fused if isinstance(f, Fused))
 
     def empty(self) -> bool:
         """Whether no fusion is left in it."""
@@ -56,6 +57,9 @@ def unfused() -> Iterator[None]:
         yield
     finally:
         _switch.off = before
+
+
+Fused = Projection | Rotation | AddedNorm
 
 
 class Run(NamedTuple):
@@ -80,7 +84,7 @@ class Run(NamedTuple):
 class FusedModule(nn.Module):
     """Base of the fused classes; each is mixed with the original class of its module."""
 
-    def fusible(self, *pieces: Projection | Rotation | None, counted: bool = True) -> bool:
+    def fusible(self, *pieces: Fused | None, counted: bool = True) -> bool:
         """Whether this call may be fused: kernels have no gradient, and arrays may have changed.
 
         Args:

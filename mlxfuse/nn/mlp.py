@@ -12,6 +12,7 @@ from ..kernels import ready
 from .attention import FusedAttention
 from .form import Form, FusedModule, Run, plus, project
 from .linear import GATED, PLAIN
+from .norm import AddedNorm
 from .projection import KernelProjection, Projection
 
 
@@ -106,6 +107,7 @@ class BlockForm(Form):
     keywords       whether the mixer gets mask and cache by name.
     mixer_adds     whether the mixer is a `FusedAttention` whose o adds the residual.
     mlp_adds       whether the MLP is a `FusedMLP` whose down adds the residual.
+    second         the first addition together with the second norm.
     """
 
     norms: tuple[str, str]
@@ -114,7 +116,8 @@ class BlockForm(Form):
     keywords: bool = False
     mixer_adds: bool = False
     mlp_adds: bool = False
-    pieces = ("mixer_adds", "mlp_adds")
+    second: AddedNorm | None = None
+    pieces = ("mixer_adds", "mlp_adds", "second")
 
 
 class FusedBlock(FusedModule):
@@ -138,13 +141,16 @@ class FusedBlock(FusedModule):
             output = mixer._attended(*heads, mask, cache)
             return self._part(run, self._leave, self._norms, output, x)
         normed = self[form.norms[0]](x)
+        both = None
         if form.mixer_adds and isinstance(mixer, FusedAttention):
             h: mx.array = mixer(normed, mask, cache, residual=x)
-        elif form.keywords:
-            h = x + mixer(normed, mask=mask, cache=cache)
         else:
-            h = x + mixer(normed, mask, cache)
-        normed = self[form.norms[1]](h)
+            how = {"mask": mask, "cache": cache}
+            r = mixer(normed, **how) if form.keywords else mixer(normed, mask, cache)
+            if form.second is not None and self.fusible(form.second):
+                both = form.second(r, x, ready())
+            h = x + r if both is None else both[0]
+        normed = self[form.norms[1]](h) if both is None else both[1]
         if form.mlp_adds and isinstance(mlp, FusedMLP):
             return mlp(normed, residual=h)
         out: mx.array = h + mlp(normed)

@@ -91,7 +91,7 @@ def test_the_kernels(
     with msl.installed(build="fast"):
         report = patch_model(model)
         got = logits(model, (1, 2))
-    assert launches == {"quantized_matmul": 16, "norm_rope": 4}
+    assert launches == {"quantized_matmul": 16, "norm_rope": 4, "dequantize": 2}
     assert not fallbacks
     assert apart(got, want) <= bound
     assert not np.array_equal(got, want)  # something else was computed
@@ -385,6 +385,7 @@ def test_fusions_are_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
         "gate_up": 1,
         "residual": 0,
         "norm_rope": 2,
+        "embedding": 1,
     }
     assert ("gate_up", "model.layers.1.mlp", "switched off by fuse") in report.skipped
     assert ("residual", "model.layers.1", "switched off by MLXFUSE_DISABLE") in report.skipped
