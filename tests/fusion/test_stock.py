@@ -98,6 +98,51 @@ def test_the_kernels(
     assert report.as_dict()["fusions"]["qkv"] == {"fused": 2, "of": 2}
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_the_addition_before_a_norm(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no kernel for 6 bits, in which attention could add."""
+    monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
+    model = make(name, "affine6")
+    for layer in model.layers:
+        layer.post_attention_layernorm.weight = mx.random.normal((128,))
+    want = logits(model, (5, 1))
+    with msl.installed(build="fast"):
+        report = patch_model(model, fuse="add_rms_norm,residual")
+        got = logits(model, (5, 1))
+    assert launches == {"rms_norm": 4}
+    assert str(report).splitlines()[0] == "residual 0/2, add+norm 2/2"
+    assert apart(got, want) <= BOUND
+    assert not np.array_equal(got, want)
+    unpatch_model(model)
+    assert np.array_equal(logits(model, (5, 1)), want)
+
+
+@pytest.mark.parametrize("form", ["affine4", "affine8", "mxfp4"])
+def test_an_embedding(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
+    model = make("llama", form, tie_word_embeddings=True)
+    ids = mx.array([[3, 0], [255, 7]])
+    rows, want = model.model.embed_tokens(ids), logits(model, (3,))
+    with msl.installed(build="fast"):
+        report = patch_model(model, fuse="embedding")
+        got = model.model.embed_tokens(ids)
+        assert launches == {"dequantize": 1}
+        # The tied head multiplies as before.
+        assert np.array_equal(logits(model, (3,)), want)
+    assert len(report.tallies["embedding"].fused) == 1
+    assert got.dtype == rows.dtype
+    assert mx.array_equal(got, rows)
+
+
+def test_a_head_that_shares_the_embeddings_weight() -> None:
+    model = make("llama", "affine4")
+    model.lm_head.weight = model.model.embed_tokens.weight
+    report = patch_model(model, fuse="embedding")
+    assert [tuple(s) for s in report.skipped] == [
+        ("embedding", "model.embed_tokens", "it shares its weight with another module")
+    ]
+
+
 MOE = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
