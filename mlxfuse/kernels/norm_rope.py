@@ -238,7 +238,8 @@ def _reference(call: _Call) -> list[mx.array]:
     ):
         x = x.reshape(*x.shape[:2], heads, -1)
         if weight is not None:
-            x = mx.fast.rms_norm(x, call.norm_offset + weight, call.eps)
+            weight = call.norm_offset + weight if call.norm_offset else weight
+            x = mx.fast.rms_norm(x, weight, call.eps)
         x = x.transpose(0, 2, 1, 3)
         if call.mscale != 1.0:
             x = x.at[..., : call.dims].multiply(call.mscale)
