@@ -187,8 +187,10 @@ def _launch(call: _Call) -> Launch:
     tile_rows = 32 if call.gated else 64
     per_group, threads = {"vector": (8, 64), "batch": (4, 64), "tiles": (tile_rows, 128)}[kind]
     segments = weight.segments
+    places = {id(segment): i for i, segment in enumerate(segments)}
     parts = weight.parts[:1] if call.gated else weight.parts
-    size, tiles = _size(call, parts, per_group)
+    widths = call.widths
+    size, tiles = _size(call, parts, widths[0], per_group)
     held: list[str] = []
     arrays: list[mx.array] = []
     expressions = []
@@ -197,17 +199,16 @@ def _launch(call: _Call) -> Launch:
         held += names
         arrays += [segment.arrays[n[: -len(str(i))]] for n in names]
         expressions.append(expression)
-    places = [id(s) for s in segments]  # other arrays of the same format compare as equal
     optional = {"bias": call.bias, "residual": call.residual, "experts": call.experts}
     given = {n: a for n, a in optional.items() if a is not None}
     program = _program(
         kind,
         tuple(s.trait for s in segments),
         tuple(expressions),
-        tuple(places.index(id(p.segment)) for p in weight.parts),
+        tuple(places[id(p.segment)] for p in weight.parts),
         call.activation,
         (*held, *given),
-        len(call.widths),
+        len(widths),
         many,
     )
     return Launch(
@@ -216,8 +217,8 @@ def _launch(call: _Call) -> Launch:
         grid=(tiles * threads, -(-call.rows // many), 1),
         threadgroup=(threads, 1, 1),
         template=(("T", x.dtype),),
-        shapes=tuple((call.rows, n) for n in call.widths),
-        dtypes=(x.dtype,) * len(call.widths),
+        shapes=tuple((call.rows, n) for n in widths),
+        dtypes=(x.dtype,) * len(widths),
     )
 
 
@@ -225,14 +226,16 @@ def _as(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
     return array if name == "experts" else array.astype(dtype)
 
 
-def _size(call: _Call, parts: tuple[Part, ...], per_group: int) -> tuple[mx.array, int]:
+def _size(
+    call: _Call, parts: tuple[Part, ...], joined: int, per_group: int
+) -> tuple[mx.array, int]:
     """The `size` input of the kernel, and the threadgroups along the weight's rows."""
     weight = call.weight
     given = call.x.size // call.x.shape[-1]
     numbers = [weight.columns, call.rows, call.rows // given]
     tile = column = 0
     for part in weight.parts:
-        width = part.rows if call.split else call.widths[0]
+        width = part.rows if call.split else joined
         at = 0 if call.split else column
         numbers += [part.first, part.rows, tile, at, width, column]
         column += part.rows
