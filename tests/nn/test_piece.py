@@ -71,14 +71,14 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     disabled.clear()
 
 
-def patched(name: str) -> nn.Module:
-    model = zoo.build(name, "affine4", num_hidden_layers=2)
+def patched(name: str, **own: Any) -> nn.Module:
+    model = stock(name, **own)
     patch_model(model, fuse="all")
     return model
 
 
-def stock(name: str) -> nn.Module:
-    return zoo.build(name, "affine4", num_hidden_layers=2)
+def stock(name: str, **own: Any) -> nn.Module:
+    return zoo.build(name, "affine4", num_hidden_layers=2, **own)
 
 
 def forms(model: nn.Module) -> list[form.Form]:
@@ -90,18 +90,29 @@ def pieces(model: nn.Module) -> list[Piece]:
     return [piece for f in forms(model) for piece in f.kept.values()]
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
 @pytest.mark.parametrize(
-    ("name", "parts"),
+    ("name", "parts", "own"),
     [
-        ("llama", {"_enter", "_leave"}),  # of the layer
-        ("qwen3", {"_enter", "_leave"}),
-        ("gemma2", {"_enter", "_leave", "_whole"}),  # of its attention and its MLP
-        ("olmo2", {"_leave", "_whole"}),  # modules that rotate need the offset's value
+        ("llama", {"_enter", "_leave"}, {}),  # of the layer
+        ("qwen3", {"_enter", "_leave"}, {}),
+        ("gemma2", {"_enter", "_leave", "_whole"}, {}),  # of its attention and its MLP
+        ("olmo2", {"_enter", "_leave", "_whole"}, {}),
+        # Other modules that rotate may need the offset's value.
+        ("olmo2", {"_leave", "_whole"}, {"rope_scaling": LLAMA3}),
     ],
 )
-def test_kept_graphs_give_the_same(name: str, parts: set[str]) -> None:
-    model = patched(name)
-    want = zoo.logits(stock(name))
+def test_kept_graphs_give_the_same(name: str, parts: set[str], own: dict[str, Any]) -> None:
+    model = patched(name, **own)
+    want = zoo.logits(stock(name, **own))
     assert zoo.apart(zoo.logits(model), want) <= BOUND
     builds = [piece._builds for piece in pieces(model)]
     assert builds == [1] * len(builds)
