@@ -277,12 +277,10 @@ class Prepared:
         # What does not change is cast now, not in every call.
         mx.eval([a for i, a in enumerate(self._inputs) if i not in self._places])
 
-    @property
-    def disabled(self) -> str | None:
-        """Why the program must not run, if a self-test found it to be wrong."""
-        return disabled.get(self._launch.program) if disabled else None
-
-    def __call__(self, *arrays: mx.array) -> list[mx.array]:
+    def __call__(self, *arrays: mx.array) -> list[mx.array] | None:
+        """The outputs; None if a self-test found the program to be wrong."""
+        if disabled and self._launch.program in disabled:
+            return None
         inputs = self._inputs.copy()
         for place, array in zip(self._places, arrays, strict=True):
             inputs[place] = array

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..kernels import Prepared, wanted
-from ..kernels.quantized_matmul import MAX_BATCH, MAX_VECTOR_ROWS, prepare, quantized_matmul
+from ..kernels.quantized_matmul import MAX_BATCH, prepare, quantized_matmul
 from ..kernels.weight import AffineSegment, Part, QuantizedWeight
 from .linear import GATED, PLAIN, Linear, matmul
 from .quantized import QuantizedLinear
@@ -94,7 +94,7 @@ class _Kernel(Projection):
             if stock and isinstance(s, AffineSegment) and s.mode == "affine"
         }
 
-        self._prepared: dict[tuple[object, ...], Prepared | None] = {}
+        self._prepared: dict[tuple[object, ...], Prepared] = {}
 
     def _run(
         self,
@@ -106,23 +106,24 @@ class _Kernel(Projection):
         split: bool = False,
     ) -> Sequence[mx.array] | None:
         """`quantized_matmul`; None if MLX's own linears are to be called instead."""
-        rows = x.size // x.shape[-1]
-        if self._stock and rows > MAX_BATCH:
-            return None
-        refusal = None
-        if mode and 0 < rows <= MAX_VECTOR_ROWS:
+        reason = None
+        if mode:
             added = None if residual is None else residual.dtype
             key = (mode, x.shape, x.dtype, added, activation, split)
-            try:
-                prepared = self._prepared[key]
-            except KeyError:
-                prepared = self._prepared[key] = self._prepare(x, residual, activation, split)
+            prepared = self._prepared.get(key)
+            if prepared is None:
+                prepared = self._prepare(x, residual, activation, split)
+                if prepared is not None:
+                    self._prepared[key] = prepared
             if prepared is not None:
-                refusal = prepared.disabled
-                if refusal is None:
-                    return prepared(x) if residual is None else prepared(x, residual)
-        if self._stock and not wanted("quantized_matmul", refusal or self._refusal(x, residual)):
-            return None
+                found = prepared(x) if residual is None else prepared(x, residual)
+                if found is not None:
+                    return found
+                reason = "it failed its self-test"
+        if self._stock:
+            reason = reason or self._refusal(x, residual)
+            if x.size > MAX_BATCH * x.shape[-1] or not wanted("quantized_matmul", reason):
+                return None
         return quantized_matmul(
             x, self.weight, bias=self.bias, residual=residual, activation=activation, split=split
         )
@@ -130,7 +131,8 @@ class _Kernel(Projection):
     def _prepare(
         self, x: mx.array, residual: mx.array | None, activation: str | None, split: bool
     ) -> Prepared | None:
-        if self._refusal(x, residual) is not None:
+        large = self._stock and x.size > MAX_BATCH * x.shape[-1]
+        if large or self._refusal(x, residual) is not None:
             return None
         return prepare(
             x, self.weight, bias=self.bias, residual=residual, activation=activation, split=split

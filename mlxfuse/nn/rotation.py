@@ -12,6 +12,9 @@ import mlx.nn as nn
 from ..kernels import Prepared, wanted
 from ..kernels.norm_rope import norm_rope, prepare
 
+# Tokens of a call up to which its launch is kept: prompts have lengths of every kind.
+_KEPT = 32
+
 
 class Rotation:
     """What an attention's norms and rotary embedding do with q and k.
@@ -34,7 +37,7 @@ class Rotation:
             self._held.append((parent.get, name, part))
             self._held += [(part.get, n, a) for n, a in part.items() if isinstance(a, mx.array)]
         self._options = {"heads": heads, "kv_heads": kv_heads, **options}
-        self._prepared: dict[tuple[object, ...], Prepared | None] = {}
+        self._prepared: dict[tuple[object, ...], Prepared] = {}
 
     def holds(self) -> bool:
         """Whether the modules still have the arrays that they had."""
@@ -47,20 +50,21 @@ class Rotation:
         self, queries: mx.array, keys: mx.array, offset: int | mx.array, mode: str
     ) -> list[mx.array] | None:
         """[B, L, heads * D] each -> [B, heads, L, D]; None if the modules are to be called."""
-        refusal = None
+        reason = None
         if mode:
             place = position(offset) if isinstance(offset, int) else offset
             key = (mode, queries.shape, queries.dtype, keys.dtype, place.ndim)
-            try:
-                prepared = self._prepared[key]
-            except KeyError:
+            prepared = self._prepared.get(key)
+            if prepared is None:
                 prepared = prepare(queries, keys, offset=place, **self._options)
-                self._prepared[key] = prepared
+                if prepared is not None and queries.shape[1] <= _KEPT:
+                    self._prepared[key] = prepared
             if prepared is not None:
-                refusal = prepared.disabled
-                if refusal is None:
-                    return prepared(queries, keys, place.astype(mx.int32).reshape(-1))
-        if not wanted("norm_rope", refusal):
+                found = prepared(queries, keys, place.astype(mx.int32).reshape(-1))
+                if found is not None:
+                    return found
+                reason = "it failed its self-test"
+        if not wanted("norm_rope", reason):
             return None
         return list(norm_rope(queries, keys, offset=offset, **self._options))
 
