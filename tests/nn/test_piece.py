@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_map
+from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlxfuse.fusion import patch_model, unpatch_model
@@ -24,6 +26,7 @@ from mlxfuse.kernels.norm_rope import norm_rope
 from mlxfuse.nn import form, projection, rotation
 from mlxfuse.nn.piece import Piece
 from tests.fusion import zoo
+from tests.fusion.configs import USED
 
 BOUND = 1e-5
 
@@ -136,6 +139,41 @@ def test_other_shapes_have_their_own() -> None:
         at += count
     # Lengths 3, 1, 2 and 4 of a batch of two.
     assert {piece._builds for piece in pieces(model)} == {4}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", USED)
+def test_every_class_gives_the_same(name: str) -> None:
+    with zoo.uncompiled():
+        want = zoo.logits(stock(name))
+    assert zoo.apart(zoo.logits(patched(name)), want) <= BOUND
+
+
+def answers(model: nn.Module) -> list[list[int]]:
+    """Of prompts of different lengths, by mlx-lm's batches."""
+    batch = BatchGenerator(model, max_tokens=6)
+    found = {uid: [] for uid in batch.insert([[3, 14, 15, 9], [26, 5]])}
+    for _ in range(8):
+        for response in batch.next_generated():
+            found[response.uid].append(response.token)
+    batch.close()
+    return list(found.values())
+
+
+def test_batches_in_two_threads() -> None:
+    """Each row of a batch has another offset; each thread has its own stream and model."""
+    names = ("llama", "qwen3")
+    want = [answers(stock(name)) for name in names]
+
+    def run(model: nn.Module) -> list[list[list[int]]]:
+        with mx.stream(mx.new_stream(mx.default_device())):
+            return [answers(model) for _ in range(3)]
+
+    models = [patched(name) for name in names]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(run, models))
+    assert found == [[each] * 3 for each in want]
+    assert all(piece._builds for model in models for piece in pieces(model))
 
 
 def test_launches_are_counted_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
