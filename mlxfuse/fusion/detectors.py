@@ -12,8 +12,8 @@ import mlx.nn as nn
 from ..nn.attention import AttentionForm, FusedAttention
 from ..nn.form import Form, FusedModule, adopt, release
 from ..nn.linear import PLAIN
-from ..nn.mlp import BlockForm, FusedBlock, FusedMLP, MLPForm
-from ..nn.projection import Projection, copies, cut, format_of, join, refusal, single
+from ..nn.mlp import BlockForm, ExpertsForm, FusedBlock, FusedExperts, FusedMLP, MLPForm
+from ..nn.projection import Projection, copies, cut, format_of, join, join_experts, refusal, single
 from ..nn.rope import FrequencyRoPE
 from ..nn.rotation import Rotation
 from .candidates import Candidate, Skip, Tree, register_detector
@@ -157,13 +157,18 @@ def _qkv(tree: Tree) -> Iterator[Candidate | Skip]:
         yield _candidate("qkv", 80, path, list(form.linears), [piece], explain, formats)
 
 
+def _looks_gated(module: nn.Module) -> bool:
+    return _has(module, "gate_proj", "up_proj") or _has(module, "gate_up_proj")
+
+
 @register_detector("gate_up")
 def _gate_up(tree: Tree) -> Iterator[Candidate | Skip]:
     """``act(gate) * up`` in one dispatch."""
     for path, module in tree.modules:
         match = certify(type(module), "mlp")
         if isinstance(match, str):
-            if _has(module, "gate_proj", "up_proj") or _has(module, "gate_up_proj"):
+            switch = isinstance(certify(type(module), "experts"), Match)
+            if not switch and _looks_gated(module):
                 yield Skip("gate_up", path, match)
             continue
         form = mlp_form(module, match)
@@ -185,6 +190,26 @@ def _gate_up(tree: Tree) -> Iterator[Candidate | Skip]:
             piece = (module, FusedMLP, form, "up", make)
             explain = f"{form.activation} of {' and '.join(form.linears)} of {path} in one dispatch"
             yield _candidate("gate_up", 70, path, list(form.linears), [piece], explain, formats)
+
+
+@register_detector("experts")
+def _experts(tree: Tree) -> Iterator[Candidate | Skip]:
+    """``act(gate) * up`` of the chosen experts in one dispatch."""
+    for path, module in tree.modules:
+        match = certify(type(module), "experts")
+        if isinstance(match, str):
+            continue
+        gate, up, down, activation = (match.names[n] for n in ("GATE", "UP", "DOWN", "ACTIVATION"))
+        kind = certify(type(getattr(module, activation)), "activation")
+        shared = tree.shared(module, (gate, up), arrays=False)
+        made = shared or join_experts(module, (gate, up))
+        if isinstance(kind, str) or isinstance(made, str):
+            yield Skip("experts", path, kind if isinstance(kind, str) else str(made))
+            continue
+        form = ExpertsForm(type(module), down, kind.body.form["activation"])
+        explain = f"{form.activation} of {gate} and {up} of {path} in one dispatch"
+        piece = (module, FusedExperts, form, "up", _same(made))
+        yield _candidate("experts", 70, path, [gate, up], [piece], explain, made.formats)
 
 
 @register_detector("activation")

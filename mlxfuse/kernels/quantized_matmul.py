@@ -90,18 +90,20 @@ def prepare(
     residual: mx.array | None = None,
     activation: str | None = None,
     split: bool = False,
+    experts: mx.array | None = None,
 ) -> Prepared | None:
-    """`quantized_matmul` of such arguments as one launch, to be called with x and, if there is
-    one, the residual, of the same shapes and types; None where it is no single launch.
+    """`quantized_matmul` of such arguments as one launch, to be called with x and, where there are
+    any, the residual and the experts, of the same shapes and types; None if it is no single launch.
     """
-    call = _Call(x, weight, bias, residual, activation, split, None, LARGE)
+    call = _Call(x, weight, bias, residual, activation, split, experts, LARGE)
     call.check()
     alike = residual is None or residual.dtype == x.dtype
     if _refuse(call) is not None or not alike or call.route == "dequantize":
         return None
-    free = ("x",) if residual is None else ("x", "residual")
-    shapes = [(*x.shape[:-1], n) for n in call.widths]
-    return Prepared("quantized_matmul", _launch(call), free, shapes)
+    given = {"residual": residual, "experts": experts}
+    free = ("x", *(name for name, array in given.items() if array is not None))
+    lead = x.shape[:-1] if experts is None else experts.shape
+    return Prepared("quantized_matmul", _launch(call), free, [(*lead, n) for n in call.widths])
 
 
 @dataclass(frozen=True, slots=True)

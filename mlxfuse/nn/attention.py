@@ -74,10 +74,10 @@ class FusedAttention(FusedModule):
         added = () if residual is None else (residual,)
         return self._part(run, self._leave, self._norms, output, *added)
 
-    def _holds(self) -> bool:
+    def _holds(self, *, counted: bool = True) -> bool:
         """`fusible`, with what is fused of it."""
         form = self._fused
-        return self.fusible(form.qkv, form.o, form.rotation)
+        return self.fusible(form.qkv, form.o, form.rotation, counted=counted)
 
     def _norms(self) -> list[tuple[nn.Module, str]]:
         """Those of q and k, for `_part`."""

@@ -80,14 +80,18 @@ class Run(NamedTuple):
 class FusedModule(nn.Module):
     """Base of the fused classes; each is mixed with the original class of its module."""
 
-    def fusible(self, *pieces: Projection | Rotation | None) -> bool:
-        """Whether this call may be fused: kernels have no gradient, and arrays may have changed."""
+    def fusible(self, *pieces: Projection | Rotation | None, counted: bool = True) -> bool:
+        """Whether this call may be fused: kernels have no gradient, and arrays may have changed.
+
+        Args:
+            counted: as a fallback, if so.
+        """
         if self.training or _switch.off:
             return False
         for piece in pieces:
             if piece is not None and not piece.holds():
                 reason = "its arrays are not those that were fused"
-                fallbacks[type(self).__name__, reason] += 1
+                fallbacks[type(self).__name__, reason] += counted
                 return False
         return True
 

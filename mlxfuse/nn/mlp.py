@@ -8,10 +8,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..kernels import ready
 from .attention import FusedAttention
 from .form import Form, FusedModule, Run, plus, project
 from .linear import GATED, PLAIN
-from .projection import Projection
+from .projection import KernelProjection, Projection
 
 
 @dataclass
@@ -44,9 +45,9 @@ class FusedMLP(FusedModule):
         added = () if residual is None else (residual,)
         return self._part(Run.of(x), self._whole, list, x, *added)
 
-    def _holds(self) -> bool:
+    def _holds(self, *, counted: bool = True) -> bool:
         """`fusible`, with what is fused of it."""
-        return self.fusible(self._fused.up, self._fused.down)
+        return self.fusible(self._fused.up, self._fused.down, counted=counted)
 
     def _whole(self, mode: str, x: mx.array, residual: mx.array | None = None) -> mx.array:
         """All of it."""
@@ -61,6 +62,38 @@ class FusedMLP(FusedModule):
             else:
                 hidden = GATED[form.activation](*parts)
         return project(self, form.output, form.down, hidden, residual, mode)
+
+
+@dataclass
+class ExpertsForm(Form):
+    """The variant of mlx-lm's gated experts that a module has.
+
+    output      name of down.
+    activation  of `mlxfuse.kernels.quantized_matmul`.
+    up          gate and up, fused.
+    """
+
+    output: str
+    activation: str
+    up: KernelProjection | None = None
+    pieces = ("up",)
+
+
+class FusedExperts(FusedModule):
+    """Mixed with the class of mlx-lm's ``SwitchGLU``; see `ExpertsForm`."""
+
+    _fused: ExpertsForm
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        """x [..., hidden_size], ids of experts [..., k] -> [..., k, hidden_size]."""
+        form, hidden = self._fused, None
+        if form.up is not None and self.fusible(form.up):
+            hidden = form.up.gathered(x, indices, form.activation, ready())
+        if hidden is None:
+            own: mx.array = form.original.__call__(self, x, indices)
+            return own
+        y: mx.array = self[form.output](mx.expand_dims(hidden, -2), indices)
+        return y.squeeze(-2)
 
 
 @dataclass
@@ -124,7 +157,7 @@ class FusedBlock(FusedModule):
             return False
         if not (isinstance(mixer, FusedAttention) and isinstance(mlp, FusedMLP)):
             return False
-        return mixer._holds() and mlp._holds()
+        return mixer._holds(counted=False) and mlp._holds(counted=False)
 
     def _norms(self) -> list[tuple[nn.Module, str]]:
         """Its own and those of q and k, for `_part`."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
 from ..kernels import Prepared, wanted
 from ..kernels.quantized_matmul import MAX_BATCH, prepare, quantized_matmul
@@ -18,6 +19,10 @@ from .quantized import QuantizedLinear
 # Layers that do nothing but multiply and add their bias: no LoRA, no subclass.
 LINEARS = (QuantizedLinear, nn.QuantizedLinear, Linear, nn.Linear)
 _ARRAYS = ("weight", "scales", "biases", "bias")
+
+
+# Expert ids from which mlx-lm sorts them, so that rows of one expert are neighbours.
+MAX_IDS = 64
 
 
 class Projection:
@@ -66,7 +71,7 @@ class Projection:
         raise NotImplementedError
 
 
-class _Kernel(Projection):
+class KernelProjection(Projection):
     """Weights with a kernel.
 
     Args:
@@ -102,41 +107,43 @@ class _Kernel(Projection):
         mode: str,
         residual: mx.array | None = None,
         activation: str | None = None,
+        experts: mx.array | None = None,
         *,
         split: bool = False,
     ) -> Sequence[mx.array] | None:
         """`quantized_matmul`; None if MLX's own linears are to be called instead."""
         reason = None
+        given: dict[str, Any] = {
+            "residual": residual,
+            "activation": activation,
+            "experts": experts,
+            "split": split,
+        }
         if mode:
-            added = None if residual is None else residual.dtype
-            key = (mode, x.shape, x.dtype, added, activation, split)
+            free = [a for a in (x, residual, experts) if a is not None]
+            key = (mode, activation, split, *[(a.shape, a.dtype) for a in free])
             prepared = self._prepared.get(key)
-            if prepared is None:
-                prepared = self._prepare(x, residual, activation, split)
+            if prepared is None and not self._large(x, experts):
+                if self._refusal(x, residual) is None:
+                    prepared = prepare(x, self.weight, bias=self.bias, **given)
                 if prepared is not None:
                     self._prepared[key] = prepared
             if prepared is not None:
-                found = prepared(x) if residual is None else prepared(x, residual)
+                found = prepared(*free)
                 if found is not None:
                     return found
                 reason = "it failed its self-test"
         if self._stock:
             reason = reason or self._refusal(x, residual)
-            if x.size > MAX_BATCH * x.shape[-1] or not wanted("quantized_matmul", reason):
+            if self._large(x, experts) or not wanted("quantized_matmul", reason):
                 return None
-        return quantized_matmul(
-            x, self.weight, bias=self.bias, residual=residual, activation=activation, split=split
-        )
+        return quantized_matmul(x, self.weight, bias=self.bias, **given)
 
-    def _prepare(
-        self, x: mx.array, residual: mx.array | None, activation: str | None, split: bool
-    ) -> Prepared | None:
-        large = self._stock and x.size > MAX_BATCH * x.shape[-1]
-        if large or self._refusal(x, residual) is not None:
-            return None
-        return prepare(
-            x, self.weight, bias=self.bias, residual=residual, activation=activation, split=split
-        )
+    def _large(self, x: mx.array, experts: mx.array | None) -> bool:
+        """Whether MLX's own linears have so many rows to multiply that they are left to it."""
+        if experts is not None:
+            return experts.size >= MAX_IDS
+        return self._stock and x.size > MAX_BATCH * x.shape[-1]
 
     def _refusal(self, x: mx.array, residual: mx.array | None) -> str | None:
         """Why the result would have another type than that of MLX's operations, or None."""
@@ -151,6 +158,13 @@ class _Kernel(Projection):
 
     def activated(self, x: mx.array, activation: str, mode: str) -> mx.array | None:
         found = self._run(x, mode, activation=activation)
+        return None if found is None else found[0]
+
+    def gathered(
+        self, x: mx.array, experts: mx.array, activation: str, mode: str
+    ) -> mx.array | None:
+        """`activated` for some experts of each row: [..., K] and [..., k] -> [..., k, N]."""
+        found = self._run(x, mode, None, activation, experts)
         return None if found is None else found[0]
 
     def added(self, x: mx.array, residual: mx.array, mode: str) -> mx.array | None:
@@ -210,13 +224,13 @@ def single(parent: nn.Module, name: str) -> Projection | str:
     """One linear, for its epilogue; nothing is copied. Or why not."""
     linear = parent[name]
     if type(linear) is QuantizedLinear:
-        return _Kernel(parent, [name], linear.weight, linear.get("bias"), stock=False)
+        return KernelProjection(parent, [name], linear.weight, linear.get("bias"), stock=False)
     if type(linear) is nn.QuantizedLinear:
         segment = _segment(linear, linear)
         if isinstance(segment, str):
             return segment
         weight = QuantizedWeight.whole(segment)
-        return _Kernel(parent, [name], weight, linear.get("bias"), stock=True)
+        return KernelProjection(parent, [name], weight, linear.get("bias"), stock=True)
     if type(linear) in (Linear, nn.Linear) and "bias" not in linear:
         return _Dense(parent, name, linear)
     return f"{name} is {describe(linear)}, which cannot add it"
@@ -234,13 +248,17 @@ def cut(parent: nn.Module, name: str, rows: Sequence[int]) -> Projection | str:
         parts = _cut_parts(linear.weight.parts, rows)
         if parts is None:
             return "its matrix has other rows than its parts"
-        return _Kernel(parent, [name], QuantizedWeight(parts), linear.get("bias"), stock=False)
+        return KernelProjection(
+            parent, [name], QuantizedWeight(parts), linear.get("bias"), stock=False
+        )
     if isinstance(linear, nn.QuantizedLinear):
         segment = _segment(linear, linear)
         if not isinstance(segment, str):
             starts = [0, *accumulate(rows)]
             split = tuple(Part(segment, a, n) for a, n in zip(starts, rows, strict=False))
-            return _Kernel(parent, [name], QuantizedWeight(split), linear.get("bias"), stock=True)
+            return KernelProjection(
+                parent, [name], QuantizedWeight(split), linear.get("bias"), stock=True
+            )
     formats = [format_of(linear)] * len(rows)
     return _Joined(parent, [name], formats, rows, _multiplication(linear, linear))
 
@@ -268,6 +286,26 @@ def refusal(linears: Sequence[nn.Module]) -> str | None:
     return None
 
 
+def join_experts(parent: nn.Module, names: Sequence[str]) -> KernelProjection | str:
+    """The experts of MLX-LM's switch linears together; nothing is copied. Or why not."""
+    linears = [parent[name] for name in names]
+    kinds = {type(x).__name__ for x in linears}
+    if any(type(x) is not QuantizedSwitchLinear for x in linears):
+        return "its experts are " + " and ".join(sorted(kinds))
+    if any("bias" in x for x in linears):
+        return "its experts have biases"
+    if len({x.input_dims for x in linears}) > 1 or len({x.scales.dtype for x in linears}) > 1:
+        return "its experts have different inputs or types"
+    segments = [_segment(x, x) for x in linears]
+    for segment in segments:
+        if isinstance(segment, str):
+            return segment
+    parts = tuple(Part(s, 0, s.rows) for s in segments if not isinstance(s, str))
+    if len({part.rows for part in parts}) > 1:
+        return "gate and up have different rows"
+    return KernelProjection(parent, names, QuantizedWeight(parts), None, stock=True)
+
+
 def copies(linears: Sequence[nn.Module]) -> bool:
     """Whether `join` puts their rows in new arrays."""
     if isinstance(linears[0], nn.QuantizedLinear):
@@ -285,11 +323,11 @@ def join(parent: nn.Module, names: Sequence[str]) -> Projection:
     rows = [_rows(x) for x in linears]
     bias = _join_biases(linears, rows)
     if isinstance(linears[0], QuantizedLinear):
-        return _Kernel(parent, names, _whole(linears), bias, stock=False)
+        return KernelProjection(parent, names, _whole(linears), bias, stock=False)
     if not copies(linears):
         segments = [s for s in (_segment(x, x) for x in linears) if not isinstance(s, str)]
         parts = tuple(Part(s, 0, s.rows) for s in segments)
-        return _Kernel(parent, names, QuantizedWeight(parts), bias, stock=True)
+        return KernelProjection(parent, names, QuantizedWeight(parts), bias, stock=True)
     arrays = _join_arrays(linears)
     held = dict(arrays) if bias is None else {**arrays, "bias": bias}
     formats = [format_of(x) for x in linears]
@@ -316,8 +354,8 @@ def _rows(linear: nn.Module) -> int:
 def _columns(linear: nn.Module) -> int:
     if isinstance(linear, QuantizedLinear):
         return linear.weight.columns
-    bits = linear.bits if isinstance(linear, nn.QuantizedLinear) else 32
-    return int(linear.weight.shape[1]) * 32 // bits
+    bits = 32 if isinstance(linear, nn.Linear) else linear.bits
+    return int(linear.weight.shape[-1]) * 32 // bits
 
 
 def _name(dtype: mx.Dtype) -> str:

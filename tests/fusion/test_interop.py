@@ -27,6 +27,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mlxfuse.fusion import patch_model, unpatch_model
+from mlxfuse.kernels import launches
+from tests import msl
 from tests.fusion import zoo
 from tests.fusion.configs import VOCABULARY, config
 
@@ -83,6 +85,18 @@ def test_generate(pair, tokenizer) -> None:
 
     assert len(same(words, pair)) > COUNT
     assert len(set(same(lambda m: tuple(tokens(m, tokenizer)), pair))) > 3
+
+
+def test_generate_with_kernels(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each decoded token goes through the Metal source."""
+    want = tokens(zoo.build("llama", "affine4"), tokenizer)
+    monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
+    model = patched("llama", "affine4")
+    launches.clear()
+    with msl.installed(build="fast"):
+        assert tokens(model, tokenizer) == want
+    # The last token's logits are built, but no one asks for what would follow.
+    assert launches["quantized_matmul"] >= (COUNT - 1) * 4 * len(model.layers)
 
 
 def test_log_probabilities(pair, tokenizer) -> None:

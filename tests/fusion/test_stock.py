@@ -98,6 +98,44 @@ def test_the_kernels(
     assert report.as_dict()["fusions"]["qkv"] == {"fused": 2, "of": 2}
 
 
+MOE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+}
+
+
+def test_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
+    model = make("qwen3_moe", "affine4", **MOE)
+    want = logits(model, (3, 1, 40))
+    with msl.installed(build="fast"):
+        report = patch_model(model, fuse="experts")
+        got = logits(model, (3, 1, 40))
+    assert str(report) == "experts 2/2"
+    assert launches == {"quantized_matmul": 4}  # two layers, the calls of three and of one
+    assert not np.array_equal(got, want)
+    assert apart(got, want) <= BOUND
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "reason"),
+    [
+        ("gpt_oss", "affine4", "activations.SwigluOAI.__call__ is not a body that is known"),
+        ("qwen3_moe", "affine6", "no kernel for MLX weights (6, 32, 'affine') of 128 columns"),
+        ("qwen3_moe", "dense", "its experts are SwitchLinear"),
+    ],
+)
+def test_experts_that_are_left_alone(name: str, form: str, reason: str) -> None:
+    more = {"num_local_experts": 4, "sliding_window": 16}
+    report = patch_model(make(name, form, **MOE, **more), fuse="all")
+    found = [s for s in report.skipped if s.name == "experts"]
+    assert [s.reason for s in found] == [reason] * 2
+
+
 def test_large_batches_are_multiplied_by_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
     model = make("llama", "affine4")

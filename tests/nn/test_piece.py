@@ -34,14 +34,14 @@ BOUND = 1e-5
 class StandIn:
     """In the place of `Prepared`."""
 
-    wrong = False
+    disabled = False
 
     def __init__(self, op: str, function: Callable[..., Any]) -> None:
         self.op = op
         self.function = function
 
     def __call__(self, *arrays: mx.array) -> list[mx.array] | None:
-        if self.wrong:
+        if self.disabled:
             return None
         launches[self.op] += 1
         return list(self.function(*arrays))
@@ -230,7 +230,7 @@ def test_a_kernel_that_is_disabled_later_is_not_used(monkeypatch: pytest.MonkeyP
     model = patched("llama")
     zoo.logits(model)
     launches.clear()
-    monkeypatch.setattr(StandIn, "wrong", True)
+    monkeypatch.setattr(StandIn, "disabled", True)
     monkeypatch.setitem(disabled, None, "it failed its self-test")
     assert zoo.apart(zoo.logits(model), zoo.logits(stock("llama"))) <= BOUND
     assert not launches
