@@ -194,9 +194,7 @@ def test_saved_models_load(pair, tokenizer, tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     name = stock.model_type
     form = zoo.FORMS[dict(MODELS)[name]]
-    made = config(name) | ({"quantization": {"group_size": 32, **form}} if form else {})
-    if form.get("mode") == "mxfp4":
-        made["quantization"]["bits"] = 4
+    made = config(name) | ({"quantization": form} if form else {})
     save(tmp_path / "saved", tmp_path / "source", ours, tokenizer, made, donate_model=False)
     loaded, _ = mlx_lm.load(str(tmp_path / "saved"))
     assert np.array_equal(zoo.logits(loaded), zoo.logits(stock))

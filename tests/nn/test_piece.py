@@ -47,11 +47,18 @@ class StandIn:
         return list(self.function(*arrays))
 
 
-def prepare_matmul(x: mx.array, weight: Any, *, residual: Any, split: bool, **options: Any):
-    def product(x: mx.array, residual: mx.array | None = None) -> list[mx.array]:
-        call = matmul._Call(x, weight, residual=residual, split=split, experts=None, **options)
-        found = matmul._dense(call, dequantized=True)
-        return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in found]
+def prepare_matmul(
+    x: mx.array, weight: Any, *, residual: Any = None, experts: Any = None, **options: Any
+):
+    optional = {"residual": residual, "experts": experts}
+    given = [name for name, array in optional.items() if array is not None]
+
+    def product(x: mx.array, *arrays: mx.array) -> list[mx.array]:
+        free = dict.fromkeys(optional) | dict(zip(given, arrays, strict=True))
+        call = matmul._Call(x, weight, **{"bias": None, **options}, **free)
+        found = matmul._dense(call, dequantized=experts is None)
+        lead = x.shape[:-1] if experts is None else free["experts"].shape
+        return [y.reshape(*lead, y.shape[-1]) for y in found]
 
     return StandIn("quantized_matmul", product)
 
