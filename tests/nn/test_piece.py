@@ -90,7 +90,7 @@ def patched(name: str, **own: Any) -> nn.Module:
 
 
 def stock(name: str, **own: Any) -> nn.Module:
-    return zoo.build(name, "affine4", num_hidden_layers=2, **own)
+    return zoo.build(name, "affine4", **{"num_hidden_layers": 2, **own})
 
 
 def forms(model: nn.Module) -> list[form.Form]:
@@ -118,6 +118,7 @@ LLAMA3 = {
         ("qwen3", {"_enter", "_leave"}, {}),
         ("gemma2", {"_enter", "_leave", "_whole"}, {}),  # of its attention and its MLP
         ("olmo2", {"_enter", "_leave", "_whole"}, {}),
+        ("mixtral", {"_enter", "_leave", "_whole"}, {}),  # of its attention and its experts
         # Other modules that rotate may need the offset's value.
         ("olmo2", {"_leave", "_whole"}, {"rope_scaling": LLAMA3}),
     ],
@@ -152,8 +153,8 @@ def test_other_shapes_have_their_own() -> None:
 @pytest.mark.parametrize("name", USED)
 def test_every_class_gives_the_same(name: str) -> None:
     with zoo.uncompiled():
-        want = zoo.logits(stock(name))
-    assert zoo.apart(zoo.logits(patched(name)), want) <= BOUND
+        want = zoo.logits(stock(name, num_hidden_layers=4))
+    assert zoo.apart(zoo.logits(patched(name, num_hidden_layers=4)), want) <= BOUND
 
 
 def answers(model: nn.Module) -> list[list[int]]:
