@@ -156,7 +156,7 @@ class FusedBlock(FusedModule):
             how = {"mask": mask, "cache": cache}
             r = mixer(normed, **how) if form.keywords else mixer(normed, mask, cache)
             if form.second is not None and self.fusible(form.second):
-                both = form.second(r, x, ready())
+                both = form.second(r, x, Run.of(x).mode)
             h = x + r if both is None else both[0]
         normed = self[form.norms[1]](h) if both is None else both[1]
         if form.mlp_adds and isinstance(mlp, FusedMLP):
