@@ -246,9 +246,11 @@ METAL_FUNC void batch_dots(
   }
 }
 
-template <typename F, typename G, int many, typename Y, typename T, typename P, typename Q>
+//@ batched:
+// For x of any kind that a batch_dots precedes for.
+template <typename F, typename G, int many, typename Y, typename X, typename P, typename Q>
 METAL_FUNC void batch_tile(
-    P p, Q q, const device T* x, const device Size* size, Y y, uint3 tile, uint group, uint lane) {
+    P p, Q q, X x, const device Size* size, Y y, uint3 tile, uint group, uint lane) {
   constexpr int slots = 2;
   const uint n = ((tile.x - y.a.tile) * 2 + group) * slots;
   const uint to = tile.y * many;

@@ -12,7 +12,8 @@ from mlxfuse import KernelError
 from mlxfuse.formats import BY_NAME, Format
 from mlxfuse.kernels import _kernel
 from mlxfuse.kernels import quantized_matmul as module
-from mlxfuse.kernels.quantized_matmul import ACTIVATIONS, quantized_matmul
+from mlxfuse.kernels._product import ACTIVATIONS
+from mlxfuse.kernels.quantized_matmul import quantized_matmul
 from mlxfuse.kernels.weight import AffineSegment, Part, QuantizedWeight
 from mlxfuse.nn.quantized import FusedQuantizedLinear, QuantizedLinear
 from tests import msl
@@ -385,14 +386,14 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 def test_launch_geometry_is_a_pure_function_of_shapes() -> None:
     weight = joined(("Q4_0", "Q4_0"), (20, 8), 64).weight
     x = mx.zeros((9, 64), mx.float16)
-    call = module._Call(x, weight, None, None, None, True, None)
+    call = module.Call(x, weight, None, None, None, True, None)
     launch = module._launch(call)
     assert launch.grid == ((5 + 2) * 64, 2, 1)  # 4 rows a threadgroup; 5 rows of x at a time
     assert launch.shapes == ((9, 20), (9, 8))
     assert launch.threadgroup == (64, 1, 1)
     assert module._launch(call).program is launch.program
     routes = [
-        module._Call(mx.zeros((m, 64)), weight, None, None, None, True, None, "tiles").route
+        module.Call(mx.zeros((m, 64)), weight, None, None, None, True, None, "tiles").route
         for m in (1, 2, 32, 33)
     ]
     assert routes == ["vector", "batch", "batch", "tiles"]

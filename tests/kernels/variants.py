@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -14,13 +14,15 @@ from mlxfuse.gguf.relayout import stream_shapes
 from mlxfuse.kernels import (
     _kernel,
     dequantize,
+    int8_matmul,
     norm_rope,
     quantize_int8,
     quantized_matmul,
     rms_norm,
 )
+from mlxfuse.kernels._product import ACTIVATIONS, Call
 from mlxfuse.kernels._source import header
-from mlxfuse.kernels.quantized_matmul import ACTIVATIONS, _Call
+from mlxfuse.kernels.activations import Int8Activations
 from mlxfuse.kernels.weight import AffineSegment, AnySegment, Part, QuantizedWeight, Segment
 from tests import msl
 
@@ -132,9 +134,34 @@ def _product(
     rng = np.random.default_rng(rows)
     x = mx.array(rng.normal(0, 0.01, (rows, weight.columns)), mx.float32).astype(dtype)
     options = {"bias": None, "residual": None, "activation": None, "split": False, "experts": None}
-    call = _Call(x, weight, **{**options, **more}, large="tiles")
+    call = Call(x, weight, **{**options, **more}, large="tiles")
     call.check()
     return Variant(f"quantized_matmul {name}", quantized_matmul.KERNEL, (call,))
+
+
+def int8(rows: int, columns: int, dtype: mx.Dtype) -> Int8Activations:
+    """Any codes and scales, with the sums that belong to them."""
+    rng = np.random.default_rng([rows, columns])
+    codes = rng.integers(-127, 128, (rows, columns // 32, 32))
+    scales = rng.uniform(0, 1e-3, codes.shape[:2]).astype(np.float32)
+    sums = scales * codes.sum(-1).astype(np.float32)
+    whole = mx.array(codes.reshape(rows, columns), mx.int8)
+    return Int8Activations(whole, mx.array(scales), mx.array(sums), dtype)
+
+
+def _int8_variants() -> Iterator[Variant]:
+    """Formats with and without biases, halves and unsigned bytes; each way to cut a product."""
+    for parts, rows, more in (
+        ([("Q4_0", ROWS)], 1, {}),
+        ([("Q6_K", ROWS)], 3, {"split": True}),
+        ([("affine8", ROWS)], 40, {}),
+        ([("Q4_K", ROWS), ("Q6_K", ROWS)], 40, {"activation": "swiglu"}),
+        ([("Q5_0", 16), ("affine4", 8), ("affine8", 8)], 8, {"split": True}),
+    ):
+        product = _matmul("", parts, rows, mx.float16, **more)
+        call = replace(product.arguments[0], x=int8(rows, COLUMNS, mx.float16))
+        formats = ", ".join(f for f, _ in parts)
+        yield Variant(f"int8_matmul {formats} M = {rows}", int8_matmul.KERNEL, (call,))
 
 
 def product(name: str, rows: int, columns: int, dtype: mx.Dtype) -> Variant:
@@ -176,6 +203,7 @@ def variants() -> Iterator[Variant]:
     both = QuantizedWeight(tuple(Part(s, 0, ROWS) for s in halves))
     yield _product("experts", both, 1, half, experts=ids)
     yield _product("experts, swiglu", both, 1, half, experts=ids, activation="swiglu")
+    yield from _int8_variants()
     yield from norms()
 
 

@@ -22,6 +22,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlxfuse.fusion import patch_model, unpatch_model
 from mlxfuse.kernels import disabled, fallbacks, launches
 from mlxfuse.kernels import quantized_matmul as matmul
+from mlxfuse.kernels._product import Call
 from mlxfuse.kernels.norm_rope import norm_rope
 from mlxfuse.nn import form, projection, rotation
 from mlxfuse.nn.piece import Piece
@@ -55,7 +56,7 @@ def prepare_matmul(
 
     def product(x: mx.array, *arrays: mx.array) -> list[mx.array]:
         free = dict.fromkeys(optional) | dict(zip(given, arrays, strict=True))
-        call = matmul._Call(x, weight, **{"bias": None, **options}, **free)
+        call = Call(x, weight, **{"bias": None, **options}, **free)
         found = matmul._dense(call, dequantized=experts is None)
         lead = x.shape[:-1] if experts is None else free["experts"].shape
         return [y.reshape(*lead, y.shape[-1]) for y in found]
