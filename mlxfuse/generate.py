@@ -53,7 +53,8 @@ class Result:
     generation_tokens   tokens generated, with the one that ended the text.
     generation_tps      generated tokens a second, after the prompt.
     peak_memory         GB (1e9 bytes) that MLX held at most.
-    finish_reason       ``stop`` (an end token) or ``length`` (``max_tokens``).
+    finish_reason       ``stop`` (an end token), ``length`` (``max_tokens``) or ``interrupted``.
+    end_token           id of the token that ended the text, if one did.
     """
 
     text: str
@@ -64,6 +65,7 @@ class Result:
     generation_tps: float
     peak_memory: float
     finish_reason: str
+    end_token: int | None = None
 
     def footer(self) -> str:
         """The three lines that ``mlx_lm.generate`` ends with."""
@@ -131,6 +133,12 @@ def add_eos_tokens(tokenizer: TokenizerWrapper, tokens: tuple[str, ...]) -> None
         tokenizer.add_eos_token(token if token not in vocabulary else str(vocabulary[token]))
 
 
+def seed(settings: Settings) -> None:
+    """Begin MLX's random numbers where the settings say."""
+    if settings.seed is not None:
+        mx.random.seed(settings.seed)
+
+
 def generate(
     model: Any,
     tokenizer: TokenizerWrapper,
@@ -156,8 +164,7 @@ def generate(
         UnsupportedError: the model's cache cannot do what was asked.
         MLXFuseError: the prompt is empty.
     """
-    if settings.seed is not None:
-        mx.random.seed(settings.seed)
+    seed(settings)
     add_eos_tokens(tokenizer, settings.extra_eos_token)
     prompt = encode_prompt(tokenizer, settings, after_cache=prompt_cache is not None)
     context = getattr(getattr(model, "args", None), "max_position_embeddings", None)
@@ -166,6 +173,38 @@ def generate(
             f"the prompt has {len(prompt):,} tokens, the model was made for {context:,}; "
             "expect a poor answer, or shorten the prompt"
         )
+    options: dict[str, Any] = {"prompt_cache": prompt_cache}
+    if draft_model is not None:
+        _expect_trimmable(model, prompt_cache)
+        options |= {"draft_model": draft_model, "num_draft_tokens": settings.num_draft_tokens}
+    else:
+        options["prompt_progress_callback"] = on_prompt
+        if settings.max_kv_size is not None:
+            options["prompt_cache"] = bounded_cache(model, settings.max_kv_size)
+    return run(model, tokenizer, prompt, settings, write=write, **options)
+
+
+def run(
+    model: Any,
+    tokenizer: TokenizerWrapper,
+    prompt: list[int],
+    settings: Settings,
+    *,
+    write: Callable[[str], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+    **options: Any,
+) -> Result:
+    """``stream_generate`` to its end.
+
+    Args:
+        prompt: token ids.
+        write: called with each piece of text as it is there.
+        stop: asked after each token whether to end the answer there.
+        options: more arguments of ``stream_generate``.
+
+    Raises:
+        MLXFuseError: no token was generated.
+    """
     newline = tokenizer.encode("\n", add_special_tokens=False)
     sampler = make_sampler(
         settings.temp,
@@ -177,30 +216,28 @@ def generate(
         xtc_threshold=settings.xtc_threshold,
         xtc_special_tokens=newline + sorted(tokenizer.eos_token_ids),
     )
-    options: dict[str, Any] = {
-        "max_tokens": settings.max_tokens,
-        "sampler": sampler,
-        "prefill_step_size": settings.prefill_step_size,
-        "prompt_cache": prompt_cache,
-    }
-    if draft_model is not None:
-        _expect_trimmable(model, prompt_cache)
-        options |= {"draft_model": draft_model, "num_draft_tokens": settings.num_draft_tokens}
-    else:
-        options["prompt_progress_callback"] = on_prompt
-        if settings.max_kv_size is not None:
-            options["prompt_cache"] = _bounded_cache(model, settings.max_kv_size)
-
     pieces: list[str] = []
     tokens: list[int] = []
-    last = None
-    for last in stream_generate(model, tokenizer, prompt, **options):
+    last, reason = None, "length"
+    for last in stream_generate(
+        model,
+        tokenizer,
+        prompt,
+        max_tokens=settings.max_tokens,
+        sampler=sampler,
+        prefill_step_size=settings.prefill_step_size,
+        **options,
+    ):
         if last.finish_reason != "stop":
             tokens.append(int(last.token))
         if last.text:
             pieces.append(last.text)
             if write:
                 write(last.text)
+        reason = last.finish_reason or reason
+        if stop is not None and stop():
+            reason = last.finish_reason or "interrupted"
+            break
     if last is None:
         raise MLXFuseError("the model generated nothing")
     return Result(
@@ -211,11 +248,12 @@ def generate(
         generation_tokens=last.generation_tokens,
         generation_tps=last.generation_tps,
         peak_memory=last.peak_memory,
-        finish_reason=last.finish_reason or "length",
+        finish_reason=reason,
+        end_token=int(last.token) if reason == "stop" else None,
     )
 
 
-def _bounded_cache(model: Any, size: int) -> list[Any]:
+def bounded_cache(model: Any, size: int) -> list[Any]:
     """The model's own caches, those that would hold more than ``size`` tokens bounded to it.
 
     mlx-lm's ``max_kv_size`` does nothing for the models that make their own caches.

@@ -26,8 +26,12 @@ def watch_interrupts() -> None:
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
 
+    def ours() -> bool:
+        # A command that handles Ctrl-C itself, as `chat` does, has put its own handler there.
+        return signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
     def watch() -> None:
-        while os.read(read, 1) != bytes([signal.SIGINT]):
+        while os.read(read, 1) != bytes([signal.SIGINT]) or not ours():
             pass
         time.sleep(GRACE)
         if os.isatty(2):

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import mlxfuse
 from mlxfuse.cli import app
-from mlxfuse.generate import _bounded_cache
+from mlxfuse.generate import bounded_cache
 from mlxfuse.loader import load
 from mlxfuse.terminal import neutralize
 
@@ -122,7 +122,7 @@ def test_an_extra_end_token_stops(model):
     assert "<nothing>" in result.stderr
 
 
-def test_a_bounded_cache_and_small_prefill_steps(model):
+def test_abounded_cache_and_small_prefill_steps(model):
     args = (model, "-p", "Hello you there", "-m", "12", *RAW)
     tokens = answer(*args)["tokens"]
     assert answer(*args, "--prefill-step-size", "3")["tokens"] == tokens
@@ -403,10 +403,10 @@ def test_a_prompt_beyond_the_context_is_told(model):
     assert "made for" not in invoke("generate", model, "-p", "x" * 256, "-m", "1", *RAW).stderr
 
 
-def test_a_bounded_cache_bounds_sliding_windows_too(tmp_path):
+def test_abounded_cache_bounds_sliding_windows_too(tmp_path):
     loaded, _ = load(tiny.write(tmp_path / "m.gguf", tiny.build("gemma2", 0)))
-    assert {cache.max_size for cache in _bounded_cache(loaded, 5)} == {5}
-    assert sorted({cache.max_size for cache in _bounded_cache(loaded, 50)}) == [6, 50]
+    assert {cache.max_size for cache in bounded_cache(loaded, 5)} == {5}
+    assert sorted({cache.max_size for cache in bounded_cache(loaded, 50)}) == [6, 50]
 
 
 def test_a_closed_pipe_is_quiet(model):

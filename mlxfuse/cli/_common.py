@@ -1,0 +1,119 @@
+"""What the commands share: the app, errors, options. Everything heavy is imported inside the
+command that needs it.
+
+stdout holds the answer and nothing else; progress, notes and errors go to stderr. Model
+text printed on a terminal has its control and bidi characters shown as escapes; a pipe or a
+file gets the text as the model gave it.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, NoReturn, ParamSpec
+
+import typer
+
+from .. import __version__
+from ..errors import MLXFuseError
+from ..process import INTERRUPTED, fail, unexpected, watch_interrupts
+from ..progress import download_bar
+from ..terminal import one_line
+
+PIPE_CLOSED = 141  # 128 + SIGPIPE, what a shell reports for any program
+
+P = ParamSpec("P")
+
+app = typer.Typer(
+    name="mlxfuse",
+    no_args_is_help=True,
+    add_completion=False,
+    help="Run GGUF files in MLX at the file's own precision, with fused Metal kernels.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> NoReturn:
+    """The ``mlxfuse`` command; exits with the codes of ``mlxfuse.errors``."""
+    watch_interrupts()
+    sys.excepthook = unexpected
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    # The command object, not the app: calling the app would install typer's own excepthook.
+    typer.main.get_command(app)(prog_name="mlxfuse")
+    raise SystemExit(0)
+
+
+def command(function: Callable[P, None]) -> Callable[P, None]:
+    """Turn what a command raises into one message on stderr and an exit code."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
+        debug = bool(kwargs.get("debug"))
+        if debug:
+            sys.excepthook = sys.__excepthook__
+        try:
+            function(*args, **kwargs)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            # The interpreter flushes stdout when it exits; that must not fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(PIPE_CLOSED) from None
+        except (MLXFuseError, OSError, MemoryError) as error:
+            if debug:
+                traceback.print_exc()
+            fail(str(error) or type(error).__name__)
+            raise typer.Exit(getattr(error, "exit_code", 1)) from None
+
+    return wrapper
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        print(f"mlxfuse {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def resolve_model(ref: str | None, revision: str | None, shown: bool) -> Path:
+    from ..hub import resolve
+
+    with download_bar(shown) as progress:
+        return resolve(ref, revision=revision, progress=progress)
+
+
+def one_model(argument: str | None, option: str | None) -> str | None:
+    if argument is not None and option is not None:
+        raise typer.BadParameter(
+            f"the model is given twice: {one_line(argument)!r} and --model {one_line(option)!r}"
+        )
+    return argument if option is None else option
+
+
+def clean(text: str) -> str:
+    """Bytes that were not UTF-8 arrive as lone surrogates; no tokenizer takes those."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def before_imports() -> None:
+    """What must come before mlx and transformers, which advises to install torch."""
+    from .. import blas
+
+    blas.preload()
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,0 +1,251 @@
+"""Attention of a few queries over compressed keys and values: ``metal/compressed_sdpa.metal``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from .kv_scheme import FLOATS, KVScheme, unpack
+
+MAX_QUERIES = 8
+"""Queries of a sequence up to which the kernel runs; above, keys and values are better
+dequantised once and given to `mx.fast.scaled_dot_product_attention`."""
+
+Length = mx.array | int
+
+
+def compressed_sdpa(
+    q: mx.array,
+    scheme: KVScheme,
+    rows: mx.array | None,
+    length: Length,
+    tail: mx.array | None = None,
+    tail_length: Length = 0,
+    *,
+    scale: float,
+    sink: mx.array | None = None,
+    sink_length: Length = 0,
+    fresh: tuple[mx.array, mx.array] | None = None,
+    mask: mx.array | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    sinks: mx.array | None = None,
+    softcap: float | None = None,
+    left_padding: mx.array | None = None,
+) -> tuple[mx.array, ...]:
+    """``softmax(scale q k^T) v`` over keys and values that are mostly compressed.
+
+    The keys of a sequence are, in this order, the first ``sink_length`` rows of ``sink``, the
+    first ``length`` of ``rows``, the first ``tail_length`` of ``tail`` and those of ``fresh``: one
+    softmax over all of them, in float32. Rows beyond a length are never looked at. The queries
+    belong to the last ``L`` keys. Scores are capped, then masked. A query that sees no key gives
+    zeros.
+
+    Args:
+        q: ``[B, Hq, L, k_dim]``, float16, bfloat16 or float32; ``Hq`` a multiple of ``Hkv``.
+        scheme: what a row of ``rows`` is.
+        rows: uint32 ``[B, Hkv, capacity, scheme.row_words]``, ``capacity`` a multiple of 4; or
+            None.
+        length: rows in use: an integer, or an integer array of no dimension or ``[B]``.
+        tail: plain keys and values, not rotated, side by side in a row:
+            ``[B, Hkv, rows, k_dim + v_dim]`` of the scheme's type; or None.
+        tail_length: rows in use, as ``length``.
+        scale: finite; multiplies ``q k^T``.
+        sink: the first tokens, as ``tail``.
+        sink_length: rows in use, as ``length``.
+        fresh: keys ``[B, Hkv, L, k_dim]`` and values ``[B, Hkv, L, v_dim]`` of the queries' own
+            tokens, of the scheme's type, that are not in the tail yet.
+        mask: boolean (True: seen) or floating point (added to the scores), of a shape that
+            broadcasts to ``[B, Hq, L, keys]``, but for its last axis, which has an entry for
+            each key. Keys beyond its end are not seen.
+        causal: query ``i`` does not see keys after its own, which is the ``i - L``-th from the end.
+        window: a query sees no key that is ``window`` or more before its own.
+        sinks: ``[Hq]``, logits that take part in the softmax without a value.
+        softcap: scores become ``softcap * tanh(score / softcap)``.
+        left_padding: integer ``[B]``: the first so many keys of a sequence are not seen.
+
+    Returns:
+        ``[B, Hq, L, v_dim]`` in ``q.dtype``. With ``fresh`` also ``[B, Hkv, L, k_dim + v_dim]``,
+        its keys and values side by side: what is to be written into the tail. One dispatch makes
+        both.
+
+    Raises:
+        ValueError: arguments whose shapes or types do not fit together.
+    """
+    call = _Call(
+        q=q,
+        scheme=scheme,
+        rows=rows,
+        length=_lengths(length),
+        tail=tail,
+        tail_length=_lengths(tail_length),
+        sink=sink,
+        sink_length=_lengths(sink_length),
+        fresh=fresh,
+        scale=scale,
+        mask=mask,
+        causal=causal,
+        window=window,
+        sinks=sinks,
+        softcap=softcap,
+        left_padding=left_padding,
+    )
+    call.check()
+    return tuple(_reference(call))
+
+
+def _lengths(value: Length) -> mx.array:
+    """int32 ``[1]`` or ``[B]``."""
+    array = value if isinstance(value, mx.array) else mx.array(value)
+    return array.astype(mx.int32).reshape(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """The arguments of one attention."""
+
+    q: mx.array
+    scheme: KVScheme
+    rows: mx.array | None
+    length: mx.array
+    tail: mx.array | None
+    tail_length: mx.array
+    sink: mx.array | None
+    sink_length: mx.array
+    fresh: tuple[mx.array, mx.array] | None
+    scale: float
+    mask: mx.array | None
+    causal: bool
+    window: int | None
+    sinks: mx.array | None
+    softcap: float | None
+    left_padding: mx.array | None
+
+    @property
+    def kv_heads(self) -> int:
+        held = (self.rows, self.tail, self.sink, *(self.fresh or ()))
+        found: int = next(a.shape[1] for a in held if a is not None)
+        return found
+
+    def check(self) -> None:
+        scheme, q = self.scheme, self.q
+        if q.ndim != 4 or q.shape[-1] != scheme.k.dim:
+            raise ValueError(f"q: expected [B, Hq, L, {scheme.k.dim}], found {q.shape}")
+        if q.dtype not in FLOATS:
+            raise ValueError(f"q: expected float16, bfloat16 or float32, found {q.dtype}")
+        batch, heads, queries, _ = q.shape
+        plain = scheme.k.dim + scheme.v.dim
+        k, v = self.fresh or (None, None)
+        held = (
+            ("rows", self.rows, mx.uint32, scheme.row_words),
+            ("tail", self.tail, scheme.dtype, plain),
+            ("sink", self.sink, scheme.dtype, plain),
+            ("k", k, scheme.dtype, scheme.k.dim),
+            ("v", v, scheme.dtype, scheme.v.dim),
+        )
+        if all(array is None for _, array, _, _ in held):
+            raise ValueError("attention needs rows, a tail, a sink or fresh keys and values")
+        for name, array, dtype, width in held:
+            if array is None:
+                continue
+            many = queries if name in "kv" else array.shape[2] if array.ndim == 4 else "rows"
+            expected = (batch, self.kv_heads, many, width)
+            if array.dtype != dtype or array.shape != expected:
+                raise ValueError(
+                    f"{name}: expected {dtype} {expected}, found {array.dtype} {array.shape}"
+                )
+        if heads % self.kv_heads:
+            raise ValueError(f"{heads} heads of queries for {self.kv_heads} of keys")
+        if self.rows is not None and self.rows.shape[2] % 4:
+            raise ValueError(
+                f"rows: expected a capacity that is a multiple of 4, found {self.rows.shape[2]}"
+            )
+        for name in ("length", "tail_length", "sink_length", "left_padding"):
+            array = getattr(self, name)
+            if array is not None and array.shape not in ((1,), (batch,)):
+                raise ValueError(f"{name}: expected one number or {batch}, found {array.shape}")
+        if self.sinks is not None and self.sinks.shape != (heads,):
+            raise ValueError(f"sinks: expected ({heads},), found {self.sinks.shape}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window: expected at least 1, found {self.window}")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap: expected more than 0, found {self.softcap}")
+        if self.mask is not None:
+            shape = self.mask.shape
+            lead = (1,) * (4 - len(shape)) + shape[:-1]
+            fits = all(m in (1, n) for m, n in zip(lead, q.shape[:3], strict=False))
+            if not 1 <= len(shape) <= 4 or not fits:
+                raise ValueError(
+                    f"mask: expected a shape that broadcasts to ({batch}, {heads}, {queries}, "
+                    f"keys), found {shape}"
+                )
+            if self.mask.dtype not in (mx.bool_, *FLOATS):
+                raise ValueError(f"mask: expected bool or floating point, found {self.mask.dtype}")
+
+
+def _reference(call: _Call) -> list[mx.array]:
+    """The meaning of the kernel: all keys at once, the unused ones masked."""
+    scheme, q = call.scheme, call.q
+    batch, heads, queries, _ = q.shape
+    keys, values, places, used = [], [], [], []
+    start = mx.zeros((1,), mx.int32)
+    fresh = None if call.fresh is None else mx.concatenate(list(call.fresh), axis=-1)
+    for rows, length in (
+        (call.sink, call.sink_length),
+        (call.rows, call.length),
+        (call.tail, call.tail_length),
+        (fresh, mx.array([queries])),
+    ):
+        if rows is None:
+            continue
+        if rows is call.rows:
+            k, v = unpack(scheme, rows)
+        else:
+            k, v = mx.split(rows.astype(mx.float32), [scheme.k.dim], axis=-1)
+        index = mx.arange(rows.shape[2])
+        inside = index < length[:, None]
+        keys.append(k)
+        # What lies beyond the length may be no number; 0 times that is none either.
+        values.append(mx.where(inside[:, None, :, None], v, 0))
+        places.append(mx.broadcast_to(start[:, None] + index, (batch, index.size)))
+        used.append(mx.broadcast_to(inside, (batch, index.size)))
+        start = start + length
+    place = mx.concatenate(places, axis=1)[:, None, None]
+    seen = mx.concatenate(used, axis=1)[:, None, None]
+    last = (start[:, None] - queries + mx.arange(queries))[:, None, :, None]
+    if call.causal:
+        seen = seen & (place <= last)
+    if call.window is not None:
+        seen = seen & (place > last - call.window)
+    if call.left_padding is not None:
+        seen = seen & (place >= call.left_padding.reshape(-1, 1, 1, 1))
+    grouped = q.astype(mx.float32).reshape(batch, call.kv_heads, -1, q.shape[-1])
+    scores = grouped @ mx.concatenate(keys, axis=2).swapaxes(-1, -2) * call.scale
+    scores = scores.reshape(batch, heads, queries, -1)
+    if call.softcap is not None:
+        scores = call.softcap * mx.tanh(scores / call.softcap)
+    if call.mask is not None:
+        mask = call.mask.reshape((1,) * (4 - call.mask.ndim) + call.mask.shape)
+        seen = seen & (place < mask.shape[-1])
+        at = mx.minimum(place, mask.shape[-1] - 1)
+        lead = (batch, *mask.shape[1:3])
+        mask = mx.broadcast_to(mask, (*lead, mask.shape[-1]))
+        mask = mx.take_along_axis(mask, mx.broadcast_to(at, (*lead, at.shape[-1])), axis=-1)
+        if mask.dtype == mx.bool_:
+            seen = seen & mask
+        else:
+            scores = scores + mask.astype(mx.float32)
+    scores = mx.where(seen, scores, -mx.inf)
+    most = scores.max(-1, keepdims=True)
+    if call.sinks is not None:
+        logits = call.sinks.astype(mx.float32).reshape(1, heads, 1, 1)
+        most = mx.maximum(most, logits)
+    most = mx.where(most == -mx.inf, 0, most)
+    p = mx.exp(scores - most)
+    total = p.sum(-1, keepdims=True)
+    if call.sinks is not None:
+        total = total + mx.exp(logits - most)
+    p = (p / mx.where(total == 0, 1, total)).reshape(*grouped.shape[:3], -1)
+    out = (p @ mx.concatenate(values, axis=2)).reshape(batch, heads, queries, -1).astype(q.dtype)
+    return [out] if fresh is None else [out, fresh]
