@@ -9,6 +9,7 @@ import mlx.nn as nn
 from mlx_lm.models.base import scaled_dot_product_attention
 
 from .quantized import QuantizedLinear
+from .sdpa import sdpa
 
 
 def project(linear: nn.Module, x: mx.array, residual: mx.array | None) -> mx.array:
@@ -41,7 +42,6 @@ class FusedAttention(nn.Module):
         if cache is not None:
             queries = self.rope(queries, offset=cache.offset)
             keys = self.rope(keys, offset=cache.offset)
-            keys, values = cache.update_and_fetch(keys, values)
         else:
             queries, keys = self.rope(queries), self.rope(keys)
         output = self._attend(queries, keys, values, mask, cache)
@@ -63,6 +63,10 @@ class FusedAttention(nn.Module):
         mask: mx.array | str | None,
         cache: Any,
     ) -> mx.array:
+        if hasattr(cache, "attend"):
+            return cache.attend(queries, keys, values, scale=self.scale, mask=mask)
+        if cache is not None:
+            keys, values = cache.update_and_fetch(keys, values)
         return scaled_dot_product_attention(
             queries, keys, values, cache=cache, scale=self.scale, mask=mask
         )
@@ -79,18 +83,9 @@ class FusedSoftcapAttention(FusedAttention):
         mask: mx.array | str | None,
         cache: Any,
     ) -> mx.array:
-        batch, _, length, size = queries.shape
-        queries = queries * self.scale
-        if self.repeats > 1:
-            queries = queries.reshape(batch, self.n_kv_heads, self.repeats, length, size)
-            keys, values = keys[:, :, None], values[:, :, None]
-        scores = queries @ keys.swapaxes(-1, -2)
-        scores = mx.tanh(scores / self.attn_logit_softcapping) * self.attn_logit_softcapping
-        if isinstance(mask, mx.array):
-            if mask.dtype == mx.bool_:
-                least = mx.array(mx.finfo(scores.dtype).min, scores.dtype)
-                scores = mx.where(mask, scores, least)
-            else:
-                scores = scores + mask
-        output = mx.softmax(scores, precise=True, axis=-1) @ values
-        return output.reshape(batch, self.n_heads, length, size)
+        softcap = self.attn_logit_softcapping
+        if hasattr(cache, "attend"):
+            return cache.attend(queries, keys, values, scale=self.scale, mask=mask, softcap=softcap)
+        if cache is not None:
+            keys, values = cache.update_and_fetch(keys, values)
+        return sdpa(queries, keys, values, scale=self.scale, mask=mask, softcap=softcap)

@@ -225,6 +225,12 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
         return output
 
     @property
+    def token_bytes(self) -> int:
+        """Bytes of a compressed token of one sequence; 0 before the first token."""
+        plain = self.tail if self.tail is not None else self.sink
+        return 0 if plain is None else plain.shape[1] * self.scheme.row_bytes
+
+    @property
     def columns(self) -> int:
         """Tokens held that a next one may see."""
         return min(self.offset, self.keep) + max(0, self.offset - self._first - self._unseen)
