@@ -22,6 +22,7 @@ from .models.build import build
 from .models.config import read_config
 from .models.plan import plan
 from .models.streams import Account
+from .nn.kv import KVOptions, compress_caches
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -66,6 +67,8 @@ def load(
     revision: str | None = None,
     context_length: int | None = None,
     fuse: str | Iterable[str] = "auto",
+    kv_bits: int | str | None = None,
+    kv_group_size: int = 64,
 ) -> tuple[nn.Module, TokenizerWrapper]:
     """Load a GGUF file: the same pair as ``mlx_lm.load``.
 
@@ -81,13 +84,18 @@ def load(
         fuse: what `patch_model` fuses: ``auto``, ``all``, ``off`` or names. Matrices of the types
             that have a kernel stay as they are in the file where kernels run, or where something
             is to be fused; elsewhere they are dequantised.
+        kv_bits: compress the key-value caches that mlx-lm makes for the model: 8 or 4, or keys
+            and values apart as in ``k8v4``. Keys and values are rotated first.
+        kv_group_size: values of a head that share a scale: 32, 64 or 128.
 
     Raises:
         ModelRefError: nothing has that name.
         DownloadError: it cannot be downloaded.
         GGUFError: the file is malformed, or its tensors contradict its metadata.
         UnsupportedError: the architecture, a tensor type or a feature is not supported.
+        ValueError: ``kv_bits`` or ``kv_group_size`` is not one of these.
     """
+    kv = None if kv_bits is None else KVOptions.parse(kv_bits, kv_group_size)
     account = Account()
     quantized = unavailable() is None or bool(chosen(fuse))
     path = resolve(None if ref is None else os.fspath(ref), revision=revision)
@@ -106,6 +114,8 @@ def load(
     patch = patch_model(model, fuse)
     if patch.self_test_seconds:
         account.seconds["self-test"] = patch.self_test_seconds
+    if kv is not None:
+        compress_caches(model, kv)
     model.load_report = LoadReport(dict(account.seconds), account.dequantized, patch)
     return model, tokenizer
 

@@ -22,7 +22,7 @@ LAYERS = (
     ("demo",),
     ("hub", "nn"),
     ("models", "fusion"),
-    ("loader", "export", "inspect", "prompt_cache", "generate"),
+    ("loader", "export", "inspect", "prompt_cache", "generate", "perplexity"),
     ("bench", "doctor"),
     ("cli",),
     ("__main__",),

@@ -2,5 +2,6 @@
 
 from . import generate as generate
 from . import inspect as inspect
+from . import perplexity as perplexity
 from ._common import app as app
 from ._common import main as main
