@@ -18,6 +18,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .errors import MLXFuseError, UnsupportedError
+from .nn.cache import CompressedKVCache
 from .nn.kv import KVOptions, check_model, compressed, describe
 
 
@@ -286,12 +287,15 @@ def bounded_cache(model: Any, size: int) -> list[Any]:
 
     mlx-lm's ``max_kv_size`` does nothing for the models that make their own caches.
     """
-    return [
-        RotatingKVCache(max_size=size, keep=4)
-        if type(cache) is KVCache or getattr(cache, "max_size", 0) > size
-        else cache
-        for cache in make_prompt_cache(model)
-    ]
+    return [_bounded(cache, size) for cache in make_prompt_cache(model)]
+
+
+def _bounded(cache: Any, size: int) -> Any:
+    if isinstance(cache, CompressedKVCache):
+        cache.window = min(cache.window or size, size - cache.keep)
+    elif type(cache) is KVCache or getattr(cache, "max_size", 0) > size:
+        return RotatingKVCache(max_size=size, keep=4)
+    return cache
 
 
 def _expect_trimmable(model: Any, prompt_cache: list[Any] | None) -> None:

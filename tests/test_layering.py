@@ -23,6 +23,7 @@ LAYERS = (
     ("hub", "nn"),
     ("models", "fusion"),
     ("loader", "export", "inspect", "prompt_cache", "generate", "perplexity"),
+    ("chat", "server"),
     ("bench", "doctor"),
     ("cli",),
     ("__main__",),

@@ -1,7 +1,9 @@
 """The command line: one module a command."""
 
+from . import chat as chat
 from . import generate as generate
 from . import inspect as inspect
 from . import perplexity as perplexity
+from . import server as server
 from ._common import app as app
 from ._common import main as main

@@ -1,0 +1,251 @@
+"""``mlxfuse chat``."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import asdict
+from threading import Event
+from typing import TYPE_CHECKING, Any, TextIO
+
+import typer
+
+from ..process import INTERRUPTED, fail
+from ..progress import status_line
+from ..terminal import neutralize
+from ._common import app, before_imports, clean, command, one_model, resolve_model
+from ._options import (
+    ChatTemplateConfig,
+    Debug,
+    DTypeOption,
+    ExtraEOSToken,
+    Fuse,
+    Json,
+    KVBits,
+    KVForce,
+    KVGroupSize,
+    KVRotate,
+    MaxKVSize,
+    MaxTokens,
+    MinP,
+    MinTokensToKeep,
+    ModelArgument,
+    ModelOption,
+    PrefillStepSize,
+    Revision,
+    Seed,
+    SystemPrompt,
+    Temp,
+    TopK,
+    TopP,
+    XTCProbability,
+    XTCThreshold,
+    json_object,
+    kv_options,
+)
+
+if TYPE_CHECKING:
+    from ..chat import Chat
+    from ..generate import Result
+
+FENCE = '"""'
+HELP = f"""\
+/reset   forget the conversation (not the system prompt)
+/stats   tokens, speeds and memory
+/help    this
+/exit    leave; so does Ctrl-D
+Ctrl-C   stop the answer; twice at the prompt: leave
+{FENCE} begins and ends a message of several lines; a \\ at the end continues a line."""
+
+
+@app.command("chat", rich_help_panel="Run")
+@command
+def chat_command(
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
+    revision: Revision = None,
+    dtype: DTypeOption = None,
+    fuse: Fuse = "auto",
+    max_kv_size: MaxKVSize = None,
+    kv_bits: KVBits = None,
+    kv_group_size: KVGroupSize = 64,
+    kv_rotate: KVRotate = True,
+    kv_force: KVForce = False,
+    prefill_step_size: PrefillStepSize = 2048,
+    system_prompt: SystemPrompt = None,
+    chat_template_config: ChatTemplateConfig = None,
+    max_tokens: MaxTokens = 1024,
+    temp: Temp = 0.0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    top_k: TopK = 0,
+    xtc_probability: XTCProbability = 0.0,
+    xtc_threshold: XTCThreshold = 0.1,
+    min_tokens_to_keep: MinTokensToKeep = 1,
+    seed: Seed = None,
+    extra_eos_token: ExtraEOSToken = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Talk with a model. Where stdin is no terminal, each line of it is a message.
+
+    --json prints one object for each answer.
+    """
+    config = json_object(chat_template_config)
+    path = resolve_model(one_model(model, model_option), revision, True)
+    before_imports()
+    # Python's `input` writes its prompt on stdout.
+    stdout, interactive = sys.stdout, sys.stdin.isatty() and sys.stdout.isatty()
+    with redirect_stdout(sys.stderr), status_line(True) as say:
+        say(f"loading {path.name}")
+        from ..chat import Chat
+        from ..generate import Settings
+        from ..loader import load
+        from ..nn.kv import compress_caches
+
+        kv = kv_options(kv_bits, kv_group_size, kv_rotate)
+        loaded, tokenizer = load(path, dtype=dtype and dtype.value, fuse=fuse)
+        if kv is not None:
+            compress_caches(loaded, kv, force=kv_force)
+        chat = Chat(
+            loaded,
+            tokenizer,
+            Settings(
+                system_prompt=system_prompt and clean(system_prompt),
+                chat_template_config=config,
+                extra_eos_token=tuple(extra_eos_token or ()),
+                max_tokens=max_tokens,
+                temp=temp,
+                top_p=top_p,
+                min_p=min_p,
+                top_k=top_k,
+                xtc_probability=xtc_probability,
+                xtc_threshold=xtc_threshold,
+                min_tokens_to_keep=min_tokens_to_keep,
+                seed=seed,
+                max_kv_size=max_kv_size,
+                prefill_step_size=prefill_step_size,
+            ),
+        )
+    if interactive:
+        print(f"{neutralize(path.name)}; /help shows what there is to say", file=sys.stderr)
+    interrupts = _Interrupts()
+    before = signal.signal(signal.SIGINT, interrupts)
+    try:
+        _converse(chat, interrupts, stdout, interactive=interactive, as_json=as_json)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _converse(
+    chat: Chat, interrupts: _Interrupts, stdout: TextIO, *, interactive: bool, as_json: bool
+) -> None:
+    last: Result | None = None
+    for message in _messages(interactive):
+        match message.strip():
+            case "":
+                continue
+            case "/exit":
+                return
+            case "/help":
+                print(HELP, file=sys.stderr)
+            case "/reset":
+                chat.reset()
+                print("the conversation is forgotten", file=sys.stderr)
+            case "/stats":
+                print(f"{chat.cached_tokens} tokens in the cache", file=sys.stderr)
+                print(last.footer() if last else "no answer yet", file=sys.stderr)
+            case text if text.startswith("/") and text[1:].isalpha():
+                fail(f"no command {text}; /help lists them")
+            case _:
+                last = _answer(chat, interrupts, clean(message), stdout, as_json) or last
+
+
+def _answer(
+    chat: Chat, interrupts: _Interrupts, text: str, stdout: TextIO, as_json: bool
+) -> Result | None:
+    on_terminal = stdout.isatty()
+    with redirect_stdout(sys.stderr), status_line(not as_json) as say, interrupts.answering():
+        say("reading")
+
+        def write(piece: str) -> None:
+            say(None)
+            if not as_json:
+                stdout.write(neutralize(piece) if on_terminal else piece)
+                stdout.flush()
+
+        result = chat.say(
+            text,
+            write=write,
+            on_prompt=lambda done, total: say(f"reading: {done:,} of {total:,} tokens"),
+            stop=interrupts.stop.is_set,
+        )
+    if result is not None:
+        line = json.dumps(asdict(result)) if as_json else ""
+        print(line, file=stdout, flush=True)
+    return result
+
+
+class _Interrupts:
+    """Ctrl-C for as long as a conversation lasts.
+
+    While an answer is made it sets ``stop`` instead of raising somewhere inside the model.
+    """
+
+    def __init__(self) -> None:
+        self.stop = Event()
+        self._answering = False
+
+    def __call__(self, *_: Any) -> None:
+        if not self._answering:
+            raise KeyboardInterrupt
+        self.stop.set()
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        self.stop.clear()
+        self._answering = True
+        try:
+            yield
+        finally:
+            self._answering = False
+
+
+def _messages(interactive: bool) -> Iterator[str]:
+    """What the user says, message by message."""
+    while (line := _line(">>> ", interactive)) is not None:
+        if line.lstrip().startswith(FENCE):
+            lines = [line.lstrip().removeprefix(FENCE)]
+            while not lines[-1].rstrip().endswith(FENCE):
+                if (more := _line("... ", interactive)) is None:
+                    break
+                lines.append(more)
+            yield "\n".join(lines).rstrip().removesuffix(FENCE).strip("\n")
+            continue
+        while line.endswith("\\"):
+            line = line[:-1] + "\n" + (_line("... ", interactive) or "")
+        yield line
+
+
+def _line(prompt: str, interactive: bool) -> str | None:
+    """One line of stdin without its end; None after the last."""
+    if not interactive:
+        line = sys.stdin.readline()
+        return line.rstrip("\r\n") if line else None
+    with suppress(ImportError):
+        import readline  # noqa: F401 (gives `input` its editing and history)
+    interrupts = 0
+    while True:
+        try:
+            return input(prompt)
+        except EOFError:
+            print(file=sys.stderr)
+            return None
+        except KeyboardInterrupt:
+            interrupts += 1
+            if interrupts > 1:
+                raise typer.Exit(INTERRUPTED) from None
+            print("\nCtrl-C again, Ctrl-D or /exit to leave", file=sys.stderr)

@@ -1,0 +1,111 @@
+"""``mlxfuse server``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from ..process import INTERRUPTED
+from ..progress import status_line
+from ..terminal import one_line
+from ._common import app, before_imports, command, one_model, resolve_model
+from ._options import (
+    ChatTemplateConfig,
+    Debug,
+    DTypeOption,
+    Fuse,
+    MaxTokens,
+    MinP,
+    ModelArgument,
+    ModelOption,
+    PrefillStepSize,
+    Revision,
+    Temp,
+    TopK,
+    TopP,
+    json_object,
+    option,
+)
+
+SERVER = "Server"
+
+
+@app.command("server", rich_help_panel="Run")
+@command
+def server_command(
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
+    revision: Revision = None,
+    dtype: DTypeOption = None,
+    fuse: Fuse = "auto",
+    prefill_step_size: PrefillStepSize = 2048,
+    host: Annotated[str, option(SERVER, "Address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, option(SERVER, "Port to listen on; 0: any free one.", min=0, max=65535)
+    ] = 8080,
+    allowed_origins: Annotated[
+        str, option(SERVER, "Web pages that may call it (CORS), with commas; * for all.")
+    ] = "",
+    prompt_cache_size: Annotated[
+        int, option(SERVER, "Conversations whose prompt caches are kept.", min=1)
+    ] = 10,
+    log_level: Annotated[
+        str, option(SERVER, "DEBUG, INFO, WARNING or ERROR.", metavar="LEVEL")
+    ] = "WARNING",
+    chat_template_config: ChatTemplateConfig = None,
+    max_tokens: MaxTokens = 512,
+    temp: Temp = 0.0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    top_k: TopK = 0,
+    debug: Debug = False,
+) -> None:
+    """Serve a model to OpenAI clients at http://127.0.0.1:8080/v1.
+
+    The sampling options are for requests that do not give their own. Whatever model a request
+    names, it gets this one.
+    """
+    config = json_object(chat_template_config)
+    level = logging.getLevelNamesMapping().get(log_level.upper())
+    if level is None:
+        raise typer.BadParameter(f"--log-level: no level {one_line(log_level)!r}")
+    if max_tokens < 0:
+        raise typer.BadParameter("--max-tokens: a request needs a limit; give 1 or more")
+    path = resolve_model(one_model(model, model_option), revision, True)
+    before_imports()
+    logging.basicConfig(level=level, format="%(asctime)s - %(levelname)s - %(message)s")
+    with status_line(True) as say:
+        say(f"loading {path.name}")
+        from ..generate import Settings
+        from ..loader import load
+        from ..server import Server
+
+        loaded, tokenizer = load(path, dtype=dtype and dtype.value, fuse=fuse)
+        server = Server(
+            loaded,
+            tokenizer,
+            path.stem,
+            Settings(
+                chat_template_config=config,
+                max_tokens=max_tokens,
+                temp=temp,
+                top_p=top_p,
+                min_p=min_p,
+                top_k=top_k,
+                prefill_step_size=prefill_step_size,
+            ),
+            host=host,
+            port=port,
+            allowed_origins=tuple(x.strip() for x in allowed_origins.split(",") if x.strip()),
+            prompt_caches=prompt_cache_size,
+        )
+    print(f"{one_line(path.name)} at {server.address}/v1; Ctrl-C ends it", file=sys.stderr)
+    try:
+        server.serve()
+    except KeyboardInterrupt:
+        # MLX 0.32 on CPU aborts a normal exit once a thread that computed has ended.
+        os._exit(INTERRUPTED)

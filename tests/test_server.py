@@ -1,0 +1,139 @@
+"""The server, as a real OpenAI client sees it."""
+
+import http.client
+import re
+import signal
+import subprocess
+import threading
+from urllib.parse import urlsplit
+
+import openai
+import pytest
+from mlx_lm.generate import stream_generate
+
+from mlxfuse.generate import Settings
+from mlxfuse.loader import load
+from mlxfuse.server import BODY_LIMIT, Server
+
+from .models import tiny
+from .test_cli import TEMPLATE, start
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    made = tiny.build("llama", 0)
+    made.metadata["tokenizer.chat_template"] = TEMPLATE
+    return str(tiny.write(tmp_path_factory.mktemp("models") / "tiny.gguf", made))
+
+
+@pytest.fixture(scope="module")
+def server(path):
+    model, tokenizer = load(path)
+    made = Server(model, tokenizer, "tiny", Settings(max_tokens=9), port=0)
+    thread = threading.Thread(target=made.serve)
+    thread.start()
+    yield made
+    made.stop()
+    thread.join(timeout=30)
+    assert not thread.is_alive()
+
+
+@pytest.fixture
+def client(server):
+    return openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def expected(path, message, count):
+    """The text without a server."""
+    model, tokenizer = load(path)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
+    )
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return "".join(r.text for r in stream_generate(model, tokenizer, ids, max_tokens=count))
+
+
+def streamed(client, message, count):
+    chunks = client.chat.completions.create(
+        model="any name at all",
+        messages=[{"role": "user", "content": message}],
+        max_tokens=count,
+        stream=True,
+    )
+    return [c.choices[0].delta.content or "" for c in chunks if c.choices]
+
+
+def test_streamed_text_is_the_models(client, path):
+    pieces = streamed(client, "Hello", 12)
+    assert "".join(pieces) == expected(path, "Hello", 12)
+    assert sum(1 for piece in pieces if piece) > 1, "it came in one piece"
+
+
+def test_defaults_and_usage(client, path):
+    answer = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "Hello"}]
+    )
+    assert answer.choices[0].message.content == expected(path, "Hello", 9)
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.completion_tokens == 9
+    assert answer.usage.prompt_tokens == len("[user]Hello\n")
+
+
+def test_two_requests_at_once(client, path):
+    messages = ("Hello", "another one")
+    found = {}
+
+    def ask(message):
+        found[message] = "".join(streamed(client, message, 40))
+
+    threads = [threading.Thread(target=ask, args=(m,)) for m in messages]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert found == {m: expected(path, m, 40) for m in messages}
+
+
+def test_only_the_served_model_is_listed(client):
+    assert [m.id for m in client.models.list()] == ["tiny"]
+
+
+def raw(server, headers):
+    parts = urlsplit(server.address)
+    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=30)
+    connection.putrequest("POST", "/v1/completions")
+    for name, value in headers.items():
+        connection.putheader(name, value)
+    connection.endheaders()
+    return connection.getresponse()
+
+
+@pytest.mark.parametrize("length", [str(BODY_LIMIT + 1), "-1", "9" * 30])
+def test_a_body_too_long_is_refused_unread(server, length):
+    assert raw(server, {"Content-Length": length}).status == 413
+
+
+def test_web_pages_are_not_let_in_by_default(server):
+    answer = raw(server, {"Content-Length": "0", "Origin": "http://evil.example"})
+    assert answer.getheader("Access-Control-Allow-Origin") is None
+
+
+def test_the_command_listens_and_ends(path):
+    process = start("server", path, "--port", "0", stdout=subprocess.DEVNULL)
+    for line in process.stderr:
+        if found := re.search(rb"at (http://127\.0\.0\.1:\d+)/v1", line):
+            break
+    client = openai.OpenAI(base_url=f"{found[1].decode()}/v1", api_key="none", timeout=60)
+    assert "".join(streamed(client, "Hello", 12)) == expected(path, "Hello", 12)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    assert b"Traceback" not in process.stderr.read()
+
+
+def test_a_port_in_use_is_one_message(server, path):
+    port = urlsplit(server.address).port
+    process = start("server", path, "--port", port)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert b"in use" in err
+    assert b"Traceback" not in err
