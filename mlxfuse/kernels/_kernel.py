@@ -70,6 +70,8 @@ class Launch:
     template     template arguments; never a length that grows, since each value compiles anew.
     shapes       shape of each output.
     dtypes       type of each output.
+    then         None, or a second dispatch, which makes the first result out of all outputs but
+                 the last ``extra``; those are the other results.
     """
 
     program: Program
@@ -79,6 +81,16 @@ class Launch:
     template: tuple[tuple[str, mx.Dtype | int | bool], ...]
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[mx.Dtype, ...]
+    then: Callable[[list[mx.array]], Launch] | None = field(default=None, compare=False)
+    extra: int = 0
+
+    def results(self, dispatch: Callable[[Launch], list[mx.array]]) -> list[mx.array]:
+        """The results, where ``dispatch`` gives the outputs of one dispatch."""
+        outputs = dispatch(self)
+        if self.then is None:
+            return outputs
+        split = len(outputs) - self.extra
+        return dispatch(self.then(outputs[:split])) + outputs[split:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +131,9 @@ class Kernel(Generic[P]):
         if self.refuse(*args, **kwargs) is not None:
             return self.reference(*args, **kwargs)
         _recorders[-1].append((self, args))
-        launch = self.launch(*args, **kwargs)
-        return [mx.zeros(s, d) for s, d in zip(launch.shapes, launch.dtypes, strict=True)]
+        return self.launch(*args, **kwargs).results(
+            lambda one: [mx.zeros(s, d) for s, d in zip(one.shapes, one.dtypes, strict=True)]
+        )
 
 
 _recorders: list[list[tuple[Kernel[Any], tuple[Any, ...]]]] = []
@@ -156,7 +169,12 @@ def summary() -> list[str]:
 
 def run(launch: Launch, *, emulated: bool = False) -> list[mx.array]:
     """Dispatch, unconditionally."""
-    kernel = _compiled(launch.program, _bench() if emulated else mx.fast.metal_kernel)
+    factory = _bench() if emulated else mx.fast.metal_kernel
+    return launch.results(lambda one: _dispatch(one, factory))
+
+
+def _dispatch(launch: Launch, factory: Callable[..., Any]) -> list[mx.array]:
+    kernel = _compiled(launch.program, factory)
     outputs: list[mx.array] = kernel(
         inputs=list(launch.arrays),
         grid=launch.grid,

@@ -6,11 +6,18 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .kv_scheme import FLOATS, KVScheme, unpack
+from ._kernel import Kernel, Launch
+from ._kv_source import constants, refuse_dims
+from ._sdpa_program import geometry, merge_program, parts_program
+from .kv_scheme import FLOATS, KVScheme, decoded, rotated
 
 MAX_QUERIES = 8
 """Queries of a sequence up to which the kernel runs; above, keys and values are better
 dequantised once and given to `mx.fast.scaled_dot_product_attention`."""
+
+SPLIT_TOKENS = 256
+MAX_SPLITS = 64
+"""Tokens of capacity for each split of a sequence, and the most splits. Not measured on a Mac."""
 
 Length = mx.array | int
 
@@ -89,10 +96,10 @@ def compressed_sdpa(
         window=window,
         sinks=sinks,
         softcap=softcap,
-        left_padding=left_padding,
+        left=_lengths(0 if left_padding is None else left_padding),
     )
     call.check()
-    return tuple(_reference(call))
+    return tuple(KERNEL(call))
 
 
 def _lengths(value: Length) -> mx.array:
@@ -120,7 +127,7 @@ class _Call:
     window: int | None
     sinks: mx.array | None
     softcap: float | None
-    left_padding: mx.array | None
+    left: mx.array
 
     @property
     def kv_heads(self) -> int:
@@ -144,7 +151,7 @@ class _Call:
             ("k", k, scheme.dtype, scheme.k.dim),
             ("v", v, scheme.dtype, scheme.v.dim),
         )
-        if all(array is None for _, array, _, _ in held):
+        if not any(array is not None and array.size for _, array, _, _ in held):
             raise ValueError("attention needs rows, a tail, a sink or fresh keys and values")
         for name, array, dtype, width in held:
             if array is None:
@@ -161,9 +168,9 @@ class _Call:
             raise ValueError(
                 f"rows: expected a capacity that is a multiple of 4, found {self.rows.shape[2]}"
             )
-        for name in ("length", "tail_length", "sink_length", "left_padding"):
+        for name in ("length", "tail_length", "sink_length", "left"):
             array = getattr(self, name)
-            if array is not None and array.shape not in ((1,), (batch,)):
+            if array.shape not in ((1,), (batch,)):
                 raise ValueError(f"{name}: expected one number or {batch}, found {array.shape}")
         if self.sinks is not None and self.sinks.shape != (heads,):
             raise ValueError(f"sinks: expected ({heads},), found {self.sinks.shape}")
@@ -188,7 +195,8 @@ def _reference(call: _Call) -> list[mx.array]:
     """The meaning of the kernel: all keys at once, the unused ones masked."""
     scheme, q = call.scheme, call.q
     batch, heads, queries, _ = q.shape
-    keys, values, places, used = [], [], [], []
+    grouped = call.scale * q.astype(mx.float32).reshape(batch, call.kv_heads, -1, q.shape[-1])
+    products, values, places, used = [], [], [], []
     start = mx.zeros((1,), mx.int32)
     fresh = None if call.fresh is None else mx.concatenate(list(call.fresh), axis=-1)
     for rows, length in (
@@ -199,15 +207,18 @@ def _reference(call: _Call) -> list[mx.array]:
     ):
         if rows is None:
             continue
-        if rows is call.rows:
-            k, v = unpack(scheme, rows)
+        packed = rows is call.rows
+        if packed:
+            k, v = decoded(scheme, rows)
         else:
             k, v = mx.split(rows.astype(mx.float32), [scheme.k.dim], axis=-1)
         index = mx.arange(rows.shape[2])
-        inside = index < length[:, None]
-        keys.append(k)
+        inside = index < mx.minimum(length, rows.shape[2])[:, None]
+        own = rotated(grouped, scheme.k_block) if packed else grouped
+        products.append(own @ k.swapaxes(-1, -2))
         # What lies beyond the length may be no number; 0 times that is none either.
-        values.append(mx.where(inside[:, None, :, None], v, 0))
+        v = mx.where(inside[:, None, :, None], v, 0)
+        values.append((v, scheme.v_block if packed else 1))
         places.append(mx.broadcast_to(start[:, None] + index, (batch, index.size)))
         used.append(mx.broadcast_to(inside, (batch, index.size)))
         start = start + length
@@ -218,11 +229,8 @@ def _reference(call: _Call) -> list[mx.array]:
         seen = seen & (place <= last)
     if call.window is not None:
         seen = seen & (place > last - call.window)
-    if call.left_padding is not None:
-        seen = seen & (place >= call.left_padding.reshape(-1, 1, 1, 1))
-    grouped = q.astype(mx.float32).reshape(batch, call.kv_heads, -1, q.shape[-1])
-    scores = grouped @ mx.concatenate(keys, axis=2).swapaxes(-1, -2) * call.scale
-    scores = scores.reshape(batch, heads, queries, -1)
+    seen = seen & (place >= call.left.reshape(-1, 1, 1, 1))
+    scores = mx.concatenate(products, axis=-1).reshape(batch, heads, queries, -1)
     if call.softcap is not None:
         scores = call.softcap * mx.tanh(scores / call.softcap)
     if call.mask is not None:
@@ -247,5 +255,83 @@ def _reference(call: _Call) -> list[mx.array]:
     if call.sinks is not None:
         total = total + mx.exp(logits - most)
     p = (p / mx.where(total == 0, 1, total)).reshape(*grouped.shape[:3], -1)
-    out = (p @ mx.concatenate(values, axis=2)).reshape(batch, heads, queries, -1).astype(q.dtype)
+    out, first = mx.array(0.0), 0
+    for v, block in values:
+        out = out + rotated(p[..., first : first + v.shape[2]] @ v, block)
+        first += v.shape[2]
+    out = out.reshape(batch, heads, queries, -1).astype(q.dtype)
     return [out] if fresh is None else [out, fresh]
+
+
+def _refuse(call: _Call) -> str | None:
+    if call.q.shape[2] > MAX_QUERIES:
+        return f"more than {MAX_QUERIES} queries"
+    return refuse_dims(call.scheme)
+
+
+def _launch(call: _Call) -> Launch:
+    q, scheme = call.q, call.scheme
+    batch, heads, queries, _ = q.shape
+    rows = heads // call.kv_heads * queries
+    shape = geometry(rows, scheme)
+    k, v = call.fresh or (None, None)
+    optional = {
+        "rows": call.rows,
+        "tail": call.tail,
+        "sink": call.sink,
+        "k": k,
+        "v": v,
+        "mask": call.mask,
+    }
+    given = {n: a for n, a in optional.items() if a is not None and a.size}
+    splits = 0
+    if call.rows is not None:
+        splits = min(-(-call.rows.shape[2] // SPLIT_TOKENS), MAX_SPLITS)
+    parts = splits + any(n in given for n in ("tail", "sink", "k"))
+    lengths = (call.length, call.tail_length, call.sink_length, call.left)
+    sizes = (
+        *(queries, rows, call.kv_heads, splits, int(call.causal), call.window or 0),
+        *(0 if a is None else a.shape[2] for a in (call.rows, call.tail, call.sink)),
+        *_mask_strides(call.mask),
+        *(int(a.size > 1) for a in lengths),
+    )
+    held = batch * call.kv_heads
+    fresh = () if k is None else ((batch, call.kv_heads, queries, scheme.k.dim + scheme.v.dim),)
+
+    def merge(outputs: list[mx.array]) -> Launch:
+        sinks = () if call.sinks is None else (call.sinks,)
+        threads = min(scheme.v.dim, 128)
+        return Launch(
+            program=merge_program(scheme.v.dim, bool(sinks), threads),
+            arrays=(*outputs, *sinks, constants((rows, parts, queries, heads))),
+            grid=(threads, batch * heads * queries, 1),
+            threadgroup=(threads, 1, 1),
+            template=(("T", q.dtype),),
+            shapes=((batch, heads, queries, scheme.v.dim),),
+            dtypes=(q.dtype,),
+        )
+
+    numbers = constants((call.scale, call.softcap or 0.0), mx.float32)
+    return Launch(
+        program=parts_program(scheme, tuple(given), shape),
+        arrays=(q, *given.values(), *lengths, constants(sizes), numbers),
+        grid=(parts * shape.threads, -(-rows // (shape.rows * shape.groups)), held),
+        threadgroup=(shape.threads, 1, 1),
+        template=(("T", q.dtype),),
+        shapes=((held, parts, rows, scheme.v.dim), (held, parts, rows, 2), *fresh),
+        dtypes=(mx.float32, mx.float32, *[scheme.dtype] * len(fresh)),
+        then=merge,
+        extra=len(fresh),
+    )
+
+
+def _mask_strides(mask: mx.array | None) -> tuple[int, ...]:
+    """Keys, and the strides of batch, head and query."""
+    if mask is None:
+        return 2**31 - 1, 0, 0, 0
+    *lead, keys = (1,) * (4 - mask.ndim) + mask.shape
+    strides = (lead[1] * lead[2] * keys, lead[2] * keys, keys)
+    return (keys, *(s if n > 1 else 0 for n, s in zip(lead, strides, strict=True)))
+
+
+KERNEL = Kernel("compressed_sdpa", _launch, _refuse, _reference)

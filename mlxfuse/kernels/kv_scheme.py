@@ -194,24 +194,26 @@ def _values(side: KVSide, words: mx.array, scales: mx.array, dtype: mx.Dtype) ->
     """float32 values of a side's words."""
     if not side.quantized:
         return words.view(dtype).astype(mx.float32)
+    numbers = scales.view(dtype)[..., : side.numbers].astype(mx.float32)
+    if side.kind == "symmetric":
+        scale, bias = numbers, numbers * -float(1 << (side.bits - 1))
+    else:
+        scale, bias = numbers[..., ::2], numbers[..., 1::2]
+        bias = bias if side.kind == "affine" else -scale * bias
     codes = words.view(mx.uint8)
     if side.bits == 4:
         codes = mx.stack([codes & 15, codes >> 4], axis=-1)
     codes = codes.reshape(*words.shape[:-1], side.groups, side.group).astype(mx.float32)
-    numbers = scales.view(dtype)[..., : side.numbers].astype(mx.float32)
-    if side.kind == "symmetric":
-        values = (codes - (1 << (side.bits - 1))) * numbers[..., None]
-    else:
-        pairs = numbers.reshape(*numbers.shape[:-1], side.groups, 2)
-        scale, second = pairs[..., :1], pairs[..., 1:]
-        values = codes * scale + second if side.kind == "affine" else (codes - second) * scale
-    return values.reshape(*words.shape[:-1], side.dim)
+    return (codes * scale[..., None] + bias[..., None]).reshape(*words.shape[:-1], side.dim)
+
+
+def decoded(scheme: KVScheme, rows: mx.array) -> tuple[mx.array, mx.array]:
+    """Keys and values as they were quantised, float32 ``[..., dim]``: rotated, if they are."""
+    kc, vc, ks, vs = (rows[..., a:b] for a, b in pairwise((*scheme.offsets, scheme.row_words)))
+    return _values(scheme.k, kc, ks, scheme.dtype), _values(scheme.v, vc, vs, scheme.dtype)
 
 
 def unpack(scheme: KVScheme, rows: mx.array) -> tuple[mx.array, mx.array]:
     """Keys and values, float32 ``[..., dim]``, as they were before they were rotated."""
-    first = (*scheme.offsets, scheme.row_words)
-    kc, vc, ks, vs = (rows[..., a:b] for a, b in pairwise(first))
-    k = rotated(_values(scheme.k, kc, ks, scheme.dtype), scheme.k_block)
-    v = rotated(_values(scheme.v, vc, vs, scheme.dtype), scheme.v_block)
-    return k, v
+    k, v = decoded(scheme, rows)
+    return rotated(k, scheme.k_block), rotated(v, scheme.v_block)
