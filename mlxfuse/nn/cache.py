@@ -339,6 +339,9 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
             dead = self.offset - MAX_QUERIES - self.window + 1 - self._first
             dead = min(max(0, dead), self._sealed + plain.shape[2])
         skip = max(0, dead - self._sealed)
+        if skip == plain.shape[2]:
+            self._first, self._sealed = self._first + dead, 0
+            return
         packed = quantize_kv(*self._split(plain[:, :, skip:]), self.scheme)
         end = self._sealed + packed.shape[2]
         if self.rows is not None and not skip and end <= self.rows.shape[2]:
@@ -348,7 +351,7 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
         parts = [packed]
         if dead < self._sealed:
             parts.insert(0, self.rows[:, :, dead : self._sealed])
-        self._sealed = end - dead if not skip else packed.shape[2]
+        self._sealed = max(0, self._sealed - dead) + packed.shape[2]
         self._first += dead
         spare = (*packed.shape[:2], -self._sealed % self.STEP, packed.shape[3])
         self.rows = mx.concatenate([*parts, mx.zeros(spare, packed.dtype)], axis=2)
