@@ -274,13 +274,14 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
     def _prepare(self, keys: mx.array, values: mx.array) -> None:
         """Seal what the tail has no room for beside the new tokens, before anything is read.
 
-        MLX writes into an array in place where nobody else holds it, and copies it where a
-        reader is still at work.
+        MLX writes into an array in place where nobody else holds it, and copies all of it where
+        a reader of the step before is still at work: it is waited for, once in ``BLOCK`` tokens.
         """
         if self.scheme is None:
             self.scheme = self._scheme(keys.shape[3], values.shape[3], keys.dtype)
         due, held = self._due(keys.shape[2]), self._tail_length
         if 0 < due <= held:
+            mx.synchronize()
             tail = self.tail
             self._seal(tail[:, :, :due])
             self.tail = self._padded(tail[:, :, due:held])
@@ -355,6 +356,8 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
         self._first += dead
         spare = (*packed.shape[:2], -self._sealed % self.STEP, packed.shape[3])
         self.rows = mx.concatenate([*parts, mx.zeros(spare, packed.dtype)], axis=2)
+        del parts
+        mx.eval(self.rows)  # the old rows are gone before the next layer's grow
 
 
 def _write(into: mx.array | None, rows: mx.array, start: int, capacity: int) -> mx.array:
