@@ -329,6 +329,7 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
             plain = mx.concatenate([self.tail[:, :, :held], plain], axis=2)
         self._seal(plain[:, :, :due])
         self.tail = self._padded(plain[:, :, due:])
+        mx.eval(self.tail)  # all of the new tokens would wait for it, in every layer
 
     def _padded(self, plain: mx.array) -> mx.array:
         return mx.pad(plain, [(0, 0), (0, 0), (0, self.CAPACITY - plain.shape[2]), (0, 0)])
