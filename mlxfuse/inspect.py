@@ -15,6 +15,7 @@ from .gguf.vocab import read_vocab
 from .models import ARCHITECTURES
 from .models.config import read_config
 from .models.plan import plan
+from .needs import Needs, needs
 from .terminal import one_line
 
 # Tensors that one kernel can compute together: the group's name -> its members, in order.
@@ -43,6 +44,7 @@ def inspect(path: Path) -> dict[str, Any]:
     with open_gguf(path) as file:
         architecture = file.architecture
         layers = file.get(f"{architecture}.block_count", int, default=0)
+        context = file.get(f"{architecture}.context_length", int, default=0)
         types = _types(file)
         unsupported = _unsupported(file)
         return {
@@ -55,7 +57,7 @@ def inspect(path: Path) -> dict[str, Any]:
             "name": file.get("general.name", str, default=""),
             "parameters": sum(prod(t.shape) for t in file.tensors.values()),
             "layers": layers,
-            "context_length": file.get(f"{architecture}.context_length", int, default=0),
+            "context_length": context,
             "tokenizer": {
                 "model": file.get("tokenizer.ggml.model", str, default=""),
                 "pre": file.get("tokenizer.ggml.pre", str, default=""),
@@ -64,6 +66,7 @@ def inspect(path: Path) -> dict[str, Any]:
             "chat_template": bool(file.get("tokenizer.chat_template", str, default="")),
             "tensor_types": types,
             "fusion": _fusion(file),
+            "memory": _memory(needs(file), context),
             "unsupported": unsupported,
         }
 
@@ -84,6 +87,12 @@ def _unsupported(file: GGUFFile) -> list[str]:
         except (GGUFError, UnsupportedError) as error:
             reasons.append(str(error).removeprefix(f"{file.path}: "))
     return reasons
+
+
+def _memory(wanted: Needs, context: int) -> dict[str, int]:
+    """Bytes in memory, and read for each token; the cache is that of the whole context."""
+    cache = wanted.cache(context)
+    return {"weights": wanted.weights, "cache": cache, "active": wanted.active}
 
 
 def _types(file: GGUFFile) -> list[dict[str, Any]]:
@@ -154,6 +163,7 @@ def render(summary: Mapping[str, Any]) -> str:
         ("parameters", f"{summary['parameters']:,} in {summary['layers']} layers"),
         ("context", f"{summary['context_length']:,} tokens"),
         ("tokenizer", f"{kind or '-'}, {tokenizer['tokens']:,} tokens"),
+        ("memory", _spoken(summary["memory"])),
         ("chat template", "yes" if summary["chat_template"] else "no"),
     ]
     lines = [f"{label:<14}{value}" for label, value in rows]
@@ -171,6 +181,11 @@ def render(summary: Mapping[str, Any]) -> str:
             lines.append(f"{group:<17}{'|'.join(types) + note:<24}{_ranges(entry['layers'])}")
     lines += [f"\nnot supported: {one_line(reason, 1000)}" for reason in summary["unsupported"]]
     return "\n".join(lines)
+
+
+def _spoken(memory: Mapping[str, int]) -> str:
+    weights, cache, active = (_bytes(memory[k]) for k in ("weights", "cache", "active"))
+    return f"{weights} and a cache of up to {cache}; {active} read for each token"
 
 
 def _bytes(count: int) -> str:

@@ -20,7 +20,7 @@ LAYERS = (
     ("chat_template",),
     ("gguf", "kernels"),
     ("demo",),
-    ("hub", "nn"),
+    ("hub", "nn", "needs"),
     ("models", "fusion"),
     ("loader", "export", "inspect", "prompt_cache", "generate", "perplexity"),
     ("chat", "server"),
@@ -38,7 +38,16 @@ ONLY = {
 }
 NO_MLX = {
     *("errors", "env", "formats", "terminal", "process", "progress", "download", "demo", "hub"),
-    *("gguf", "inspect", "chat_template", "template_budget", "template_sandbox", "blas", "memory"),
+    *(
+        "gguf",
+        "inspect",
+        "needs",
+        "chat_template",
+        "template_budget",
+        "template_sandbox",
+        "blas",
+        "memory",
+    ),
 }
 # Imported by a loaded model only.
 TOKENIZER = {"gguf.tokenizer", "gguf.spm"}

@@ -1,6 +1,7 @@
 """The command line: one module a command."""
 
 from . import chat as chat
+from . import doctor as doctor
 from . import generate as generate
 from . import inspect as inspect
 from . import perplexity as perplexity

@@ -26,9 +26,14 @@ from . import _kernel
 from ._kernel import Kernel, Launch, Program
 from ._source import header
 from .dequantize import KERNEL as DEQUANTIZE
+from .norm_rope import KERNEL as NORM_ROPE
+from .norm_rope import _Call as RopeCall
+from .quantize_int8 import KERNEL as QUANTIZE_INT8
 from .quantized_matmul import KERNEL as QUANTIZED_MATMUL
 from .quantized_matmul import MAX_BATCH, MAX_VECTOR_ROWS
 from .quantized_matmul import _Call as Call
+from .rms_norm import KERNEL as RMS_NORM
+from .rms_norm import _Call as NormCall
 from .weight import Part, QuantizedWeight, Segment
 
 # Rows of x of which a model's calls use every variant: one by one up to a whole batch, and so
@@ -42,7 +47,10 @@ _ROWS = 11
 _SEED = 20
 
 # Largest error, of the largest value: sums in another order, then one rounding to the type.
-_BOUNDS = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}
+_BOUNDS: dict[object, float] = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}
+# What one int8 code that is rounded the other way is of the largest, and of a sum of 32; and what
+# Metal's fast sine, which mx.fast.rope takes, may be off.
+_CODE, _SUM, _SINE = 1e-2, 2e-3, 1e-3
 
 
 def calls(run: Callable[[], object]) -> list[Recorded]:
@@ -111,17 +119,25 @@ def _key(launch: Launch) -> str:
 
 def _compare(kernel: Kernel[Any], arguments: tuple[Any, ...], *, emulated: bool) -> str:
     """Empty where the outputs agree, else how they differ."""
+    launch = kernel.launch(*arguments)
     try:
-        got = _kernel.run(kernel.launch(*arguments), emulated=emulated)
+        got = _kernel.run(launch, emulated=emulated)
         mx.eval(got)
     except RuntimeError as error:  # Metal's compiler speaks through it
         return str(error).strip().splitlines()[0] or "it does not run"
     want = kernel.reference(*arguments)
+    # All outputs follow from values rounded to the type the program is made for.
+    bound = _BOUNDS[dict(launch.template)["T"]]
+    if mx.int8 in launch.dtypes:
+        bound = max(bound, _SUM)
+    if kernel.name == NORM_ROPE.name:
+        bound = max(bound, _SINE)
     for a, b in zip(got, want, strict=True):
         x, y = (np.array(v.astype(mx.float32)) for v in (a, b))
         worst = float(np.abs(x - y.reshape(x.shape)).max())
         largest = float(np.abs(y).max())
-        if not worst <= _BOUNDS[a.dtype] * largest:  # a NaN is no agreement
+        allowed = _CODE if a.dtype == mx.int8 else bound
+        if not worst <= allowed * largest:  # a NaN is no agreement
             return f"largest error {worst:.3g}, largest value {largest:.3g}, in {a.dtype}"
     return ""
 
@@ -159,11 +175,7 @@ def _small_matmul(call: Call) -> tuple[Call]:
         parts.append(Part(segments[id(part.segment)], at[id(part.segment)], count))
         at[id(part.segment)] += count
     weight = QuantizedWeight(tuple(parts))
-    random = np.random.default_rng(_SEED)
-
-    def normal(*shape: int) -> mx.array:
-        return mx.array(random.standard_normal(shape, np.float32)).astype(call.x.dtype)
-
+    normal = _normal(call.x.dtype)
     given = call.x.size // weight.columns
     small = replace(call, x=normal(given, weight.columns), weight=weight)
     if call.experts is not None:
@@ -175,9 +187,54 @@ def _small_matmul(call: Call) -> tuple[Call]:
     return (small,)
 
 
+def _normal(dtype: mx.Dtype) -> Callable[..., mx.array]:
+    """Random values of given shapes, one array after the other."""
+    random = np.random.default_rng(_SEED)
+
+    def draw(*shape: int) -> mx.array:
+        return mx.array(random.standard_normal(shape, np.float32)).astype(dtype)
+
+    return draw
+
+
+def _small_norm(call: NormCall) -> tuple[NormCall]:
+    """A few random rows of the same length."""
+    normal = _normal(call.x.dtype)
+    shape = min(call.x.size // call.columns, 8), call.columns
+    small = replace(call, x=normal(*shape))
+    if call.residual is not None:
+        small = replace(small, residual=normal(*shape))
+    if call.weight is not None:
+        small = replace(small, weight=normal(call.columns))
+    return (small,)
+
+
+def _small_quantize(x: mx.array) -> tuple[mx.array]:
+    return (_normal(x.dtype)(min(x.size // x.shape[-1], 8), x.shape[-1]),)
+
+
+def _small_rope(call: RopeCall) -> tuple[RopeCall]:
+    """A few random positions of the same heads."""
+    normal = _normal(call.q.dtype)
+    lead = tuple(min(n, 8) for n in call.q.shape[:2])
+    offset = mx.arange(lead[0], dtype=call.offset.dtype)
+    small = replace(
+        call,
+        q=normal(*lead, call.q.shape[-1]),
+        k=normal(*lead, call.k.shape[-1]),
+        offset=offset if call.offset.ndim else offset[0],
+    )
+    if call.q_weight is not None:
+        small = replace(small, q_weight=normal(call.columns), k_weight=normal(call.columns))
+    return (small,)
+
+
 _SMALL: dict[str, Callable[..., tuple[Any, ...]]] = {
     DEQUANTIZE.name: _small_rows,
+    NORM_ROPE.name: _small_rope,
+    QUANTIZE_INT8.name: _small_quantize,
     QUANTIZED_MATMUL.name: _small_matmul,
+    RMS_NORM.name: _small_norm,
 }
 
 

@@ -11,8 +11,11 @@ for its 4- and 8-bit weights in groups of 64 stand beside. Columns:
 * SIMD: SIMD-group operations, over outputs.
 
 The second table has the instructions of one iteration of the inner loop in PTX, loads and stores
-left out, over weights, and against affine_qmv_fast. The figures are counts, not times: they do not
-depend on the machine.
+left out, over weights, and against affine_qmv_fast.
+
+The third has the kernels around the products, for 64 rows or positions: bytes as above, and how
+often lanes read each byte of x, residual, q and k and write each byte of the outputs; one dispatch
+each. The figures are counts, not times: they do not depend on the machine.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import mlx.core as mx
 from mlxfuse.formats import BY_NAME
 from tests import msl
 from tests.kernels import traffic
-from tests.kernels.variants import MLX, NAMES
+from tests.kernels.variants import MLX, NAMES, norm, quantize, rope
 from tests.msl import mlx_kernels, ptx
 
 ROWS = 128
@@ -99,10 +102,28 @@ def loops(names: list[str]) -> None:
         print(f"| affine_qmv_fast {bits}-bit | {found:.2f} | {found / mlx:.2f} |")
 
 
+def norms() -> None:
+    """The third table."""
+    print("| kernel | bytes | read | written |")
+    print("|---|---|---|---|")
+    cases = [norm(64, k, DTYPE) for k in (576, 2880, 4096, 16384)]
+    cases += [norm(64, 4096, DTYPE, added=False, outputs=(o,)) for o in ("y", "int8")]
+    cases += [quantize(64, 14336, DTYPE)]
+    cases += [rope(d, d, DTYPE, length=64, normed=n) for d, n in ((64, False), (128, True))]
+    for case in cases:
+        counts = traffic.of_rows(case)
+        read = (t.times_read for n, t in counts.buffers.items() if n in traffic.ROWS)
+        written = (counts.buffers[n].times_written for n in case.launch.program.outputs)
+        ratio = counts.distinct_bytes / case.nbytes
+        print(f"| {case} | {ratio:.4f} | {max(read):.2f} | {max(written):.2f} |")
+
+
 def main(names: list[str]) -> None:
     moved(names)
     print()
     loops(names)
+    print()
+    norms()
 
 
 if __name__ == "__main__":

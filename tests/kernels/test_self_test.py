@@ -5,6 +5,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -15,6 +16,7 @@ from mlxfuse.kernels import _kernel, fallbacks, self_test
 from mlxfuse.loader import load
 from mlxfuse.nn.quantized import QuantizedLinear
 from tests import msl
+from tests.kernels import variants
 from tests.models import tiny
 
 
@@ -94,6 +96,28 @@ def test_a_wrong_kernel_is_disabled(factor: float, tmp_path: Path, own_cache: Pa
         patch.setattr(self_test, "version", lambda name: "0.99")
         assert self_test.check([(matmul, arguments)], emulated=True) == {}
     assert len(json.loads(own_cache.read_text())) == 2
+
+
+NORMS = list(variants.norms())
+
+
+@pytest.mark.parametrize("variant", NORMS, ids=str)
+def test_the_norm_kernels_pass(variant: variants.Variant) -> None:
+    """On small cases, whose arguments differ from the ones that were recorded."""
+    found = [(variant.kernel, variant.arguments)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert self_test.check(found, emulated=True) == {}
+    # Control: every output is looked at.
+    for i in range(len(variant.launch.shapes)):
+
+        def reference(*arguments: Any, i: int = i) -> list[mx.array]:
+            outputs = variant.kernel.reference(*arguments)
+            outputs[i] = (outputs[i].astype(mx.float32) * 1.05).astype(outputs[i].dtype)
+            return outputs
+
+        off = dataclasses.replace(variant.kernel, reference=reference)
+        assert self_test._compare(off, variant.arguments, emulated=True).startswith("largest error")
 
 
 def test_a_kernel_that_does_not_compile_is_disabled(

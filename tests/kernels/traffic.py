@@ -9,10 +9,11 @@ import mlx.core as mx
 
 from mlxfuse.kernels import _kernel
 from tests import msl
-from tests.kernels.variants import capture, product, segment
+from tests.kernels.variants import Variant, capture, product, segment
 from tests.msl.instructions import largest_loop
 from tests.msl.mlx_kernels import Affine, Case, qmv_fast
 
+ROWS = ("x", "residual", "q", "k")  # inputs of which a norm kernel reads each value once
 SLOTS = 4  # rows of W that a SIMD-group multiplies at once, here and in affine_qmv_fast
 
 
@@ -139,3 +140,25 @@ def moved_by(case: Case) -> Moved:
         case.weight.nbytes + case.x.nbytes + y.nbytes,
         y.shape[1] * case.x.shape[1],
     )
+
+
+def of_rows(variant: Variant) -> msl.Counts:
+    """What a norm kernel moves.
+
+    That each value is loaded and stored once is asserted; the weight is loaded for each row.
+    """
+    launch = variant.launch
+    with msl.installed(), msl.counting() as found:
+        _kernel.run(launch)
+    (counts,) = found
+    for name, buffer in counts.buffers.items():
+        if name in ROWS:
+            assert buffer.times_read == 1.0, name
+        elif name in launch.program.outputs:
+            assert (buffer.times_written, buffer.read_bytes) == (1.0, 0), name
+    return counts
+
+
+def norm_ratio(variant: Variant) -> float:
+    """Distinct bytes a norm kernel moves over those of its inputs and outputs."""
+    return of_rows(variant).distinct_bytes / variant.nbytes

@@ -11,7 +11,14 @@ import numpy as np
 
 from mlxfuse.formats import BY_NAME
 from mlxfuse.gguf.relayout import stream_shapes
-from mlxfuse.kernels import _kernel, dequantize, quantized_matmul
+from mlxfuse.kernels import (
+    _kernel,
+    dequantize,
+    norm_rope,
+    quantize_int8,
+    quantized_matmul,
+    rms_norm,
+)
 from mlxfuse.kernels._source import header
 from mlxfuse.kernels.quantized_matmul import ACTIVATIONS, _Call
 from mlxfuse.kernels.weight import AffineSegment, AnySegment, Part, QuantizedWeight, Segment
@@ -164,3 +171,74 @@ def variants() -> Iterator[Variant]:
     experts = QuantizedWeight.whole(segment("MXFP4", 4 * ROWS, COLUMNS, experts=4))
     ids = mx.array([[3, 1]], mx.uint32)
     yield _product("experts", experts, 1, half, experts=ids)
+    yield from norms()
+
+
+def norm(
+    rows: int,
+    columns: int,
+    dtype: mx.Dtype,
+    *,
+    added: bool = True,
+    weighted: bool = True,
+    **more: Any,
+) -> Variant:
+    """`rms_norm` of random rows, with residual and weight by default, for all its outputs."""
+    x, residual, weight = _normal(dtype, (rows, columns), (rows, columns), (columns,))
+    options = {"offset": 0.0, "cast": "llama", "outputs": rms_norm.OUTPUTS, **more}
+    given = residual if added else None, options["offset"], options["cast"], options["outputs"]
+    call = rms_norm._Call(x, weight if weighted else None, 1e-5, *given)
+    call.check(call.outputs)
+    kind = f"{rows} x {columns} {', '.join(('h', *call.outputs) if added else call.outputs)}"
+    cast = call.cast if weighted else "no weight"
+    return Variant(f"rms_norm {kind} {cast} {_short(dtype)}", rms_norm.KERNEL, (call,))
+
+
+def rope(
+    columns: int, dims: int, dtype: mx.Dtype, *, length: int = 3, normed: bool = True, **more: Any
+) -> Variant:
+    """`norm_rope` of 6 heads of q and 2 of k."""
+    shapes = (1, length, 6 * columns), (1, length, 2 * columns), (columns,), (columns,)
+    q, k, *weights = _normal(dtype, *shapes)
+    options = {"heads": 6, "kv_heads": 2, "offset": mx.array(7), "dims": dims, "eps": 1e-6}
+    options |= {"q_weight": None, "k_weight": None, "norm_offset": 0.0, "base": 1e4, "freqs": None}
+    options |= {"scale": 1.0, "mscale": 1.0, "traditional": False}
+    if normed:
+        options |= zip(("q_weight", "k_weight"), weights, strict=True)
+    call = norm_rope._Call(q, k, **{**options, **more})
+    call.check()
+    kind = f"{columns} of which {dims}{' traditional' if call.traditional else ''}"
+    name = f"norm_rope {kind}{'' if normed else ' without norm'} {_short(dtype)}"
+    return Variant(name, norm_rope.KERNEL, (call,))
+
+
+def quantize(rows: int, columns: int, dtype: mx.Dtype) -> Variant:
+    """`quantize_int8` of random rows."""
+    (x,) = _normal(dtype, (rows, columns))
+    return Variant(f"quantize_int8 {rows} x {columns} {_short(dtype)}", quantize_int8.KERNEL, (x,))
+
+
+def norms() -> Iterator[Variant]:
+    """Each type, each option, rows in one and in several pieces."""
+    half, bfloat, single = DTYPES
+    yield norm(2, 576, half, offset=1.0)
+    yield norm(2, 2880, bfloat, cast="gemma")
+    yield norm(2, 16384, single, added=False, weighted=False)
+    yield norm(2, 31, bfloat, outputs=("y",))
+    yield norm(2, 576, half, added=False, outputs=("y",))
+    yield norm(2, 576, half, added=False, outputs=("int8",))
+    yield norm(2, 576, half, added=False, outputs=("sums",))
+    yield quantize(4, 512, half)
+    yield quantize(4, 512, bfloat)
+    yield rope(128, 128, half)
+    yield rope(256, 64, bfloat, normed=False, traditional=True)
+    yield rope(80, 20, single)
+
+
+def _normal(dtype: mx.Dtype, *shapes: tuple[int, ...]) -> list[mx.array]:
+    rng = np.random.default_rng(1)
+    return [mx.array(rng.standard_normal(s), mx.float32).astype(dtype) for s in shapes]
+
+
+def _short(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")

@@ -19,7 +19,7 @@ from . import cuda, ptx
 from .errors import MslError, MslSetupError
 
 # Normalised mean square error against the reference in MLX operations.
-LIMITS = {mx.float32: 1e-10, mx.float16: 1e-6, mx.bfloat16: 1e-5}
+LIMITS = {mx.float32: 1e-10, mx.float16: 1e-6, mx.bfloat16: 1e-5, mx.int8: 1e-6}
 LARGE = (32768, 4096)  # more than the caches hold
 REPEATS = 50
 

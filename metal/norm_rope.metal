@@ -1,0 +1,116 @@
+// Rotary embedding of q and k, behind an RMSNorm of each head where they have one:
+// [B, L, heads D] to [B, heads, L, D].
+//
+// A SIMD-group has one position and up to `heads_each` heads of q and k, which share its angles.
+// `size` holds the heads of q, those of k, D, the pairs that turn, L, and what to advance in the
+// offsets for each row of B: 0 if they share one. `numbers` holds the scale of positions, what
+// rotated values are multiplied by, eps of the norm and what is added to its weights.
+
+constant constexpr uint heads_each = 4;
+
+// Lane i holds both sides of the pairs i + 32 j of a head in slots j and pairs + j, and in those
+// after them the values i + 32 j of the rest.
+template <int pairs, bool traditional>
+struct Slots {
+  uint columns;
+  uint count;
+  uint lane;
+  uint at(int s) const {
+    const uint i = lane + 32 * (s % pairs);
+    if (s < pairs) {
+      return traditional ? 2 * i : i;
+    }
+    if (s < 2 * pairs) {
+      return traditional ? 2 * i + 1 : i + count;
+    }
+    return 2 * count + lane + 32 * (s - 2 * pairs);
+  }
+  bool inside(int s) const {
+    return s < 2 * pairs ? lane + 32 * (s % pairs) < count : at(s) < columns;
+  }
+};
+
+// N is one of the norms below.
+template <typename N, int pairs, int rest, bool traditional, typename T, typename F, typename O,
+          typename S, typename M>
+METAL_FUNC void norm_rope(
+    const device T* q, const device T* k, N norm, F freqs, O offset, S size, M numbers,
+    uint2 thread_at, uint lane, device T* q_out, device T* k_out) {
+  constexpr int count = 2 * pairs + rest;
+  const uint heads = uint(size[0]);
+  const uint kv_heads = uint(size[1]);
+  const uint length = uint(size[4]);
+  const uint b = thread_at.y / length;
+  const uint l = thread_at.y % length;
+  const Slots<pairs, traditional> slots = {uint(size[2]), uint(size[3]), lane};
+  const float position = numbers[0] * float(int(offset[b * uint(size[5])]) + int(l));
+  float cosine[pairs];
+  float sine[pairs];
+  UNROLL
+  for (int j = 0; j < pairs; j++) {
+    const float turn = position * (1.0f / freqs[metal::min(lane + 32 * j, slots.count - 1)]);
+    cosine[j] = metal::precise::cos(turn);
+    sine[j] = metal::precise::sin(turn);
+  }
+  const uint first = thread_at.x / 32 * heads_each;
+  const uint last = metal::min(first + heads_each, heads + kv_heads);
+  for (uint head = first; head < last; head++) {
+    const bool is_q = head < heads;
+    const uint h = is_q ? head : head - heads;
+    const uint n = is_q ? heads : kv_heads;
+    const device T* x = (is_q ? q : k) + (ulong(thread_at.y) * n + h) * slots.columns;
+    device T* out = (is_q ? q_out : k_out) + ((ulong(b) * n + h) * length + l) * slots.columns;
+    T v[count];
+    UNROLL
+    for (int s = 0; s < count; s++) {
+      v[s] = slots.inside(s) ? x[slots.at(s)] : T(0);
+    }
+    norm.template apply<count>(slots, is_q, numbers, v);
+    UNROLL
+    for (int j = 0; j < pairs; j++) {
+      const float factor = numbers[1];
+      const float a = float(static_cast<T>(float(v[j]) * factor));
+      const float c = float(static_cast<T>(float(v[pairs + j]) * factor));
+      v[j] = static_cast<T>(fma(a, cosine[j], -(c * sine[j])));
+      v[pairs + j] = static_cast<T>(fma(a, sine[j], c * cosine[j]));
+    }
+    UNROLL
+    for (int s = 0; s < count; s++) {
+      if (slots.inside(s)) {
+        out[slots.at(s)] = v[s];
+      }
+    }
+  }
+}
+
+//@ NoNorm:
+struct NoNorm {
+  template <int count, typename L, typename M, typename T>
+  void apply(L, bool, M, thread T*) const {}
+};
+
+//@ Norm:
+// Rounds where mx.fast.rms_norm does.
+template <typename T>
+struct Norm {
+  const device T* q_weight;
+  const device T* k_weight;
+  template <int count, typename L, typename M>
+  void apply(L slots, bool is_q, M numbers, thread T* v) const {
+    float sum = 0.0f;
+    UNROLL
+    for (int s = 0; s < count; s++) {
+      sum = fma(float(v[s]), float(v[s]), sum);
+    }
+    const float inverse =
+        metal::precise::rsqrt(simd_sum(sum) / float(slots.columns) + numbers[2]);
+    const device T* w = is_q ? q_weight : k_weight;
+    UNROLL
+    for (int s = 0; s < count; s++) {
+      if (slots.inside(s)) {
+        const T weight = static_cast<T>(numbers[3] + float(w[slots.at(s)]));
+        v[s] = static_cast<T>(float(static_cast<T>(float(v[s]) * inverse)) * float(weight));
+      }
+    }
+  }
+};

@@ -1,0 +1,36 @@
+"""``mlxfuse doctor``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from ._common import app, before_imports, command, one_model, resolve_model
+from ._options import Debug, Json, ModelOption, Revision, of_model
+
+
+@app.command("doctor", rich_help_panel="Look")
+@command
+def doctor_command(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A model to judge.")
+    ] = None,
+    model_option: ModelOption = None,
+    revision: Revision = None,
+    context: Annotated[
+        int,
+        of_model("Tokens it is to be used with (default: all it can).", "-c", "--ctx-size", min=0),
+    ] = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show this machine, the kernels' self-tests, and whether a model fits; loads no weights."""
+    ref = one_model(model, model_option)
+    path = None if ref is None else resolve_model(ref, revision, True)
+    before_imports()
+    from ..doctor import diagnose, render
+
+    found = diagnose(path, context)
+    print(json.dumps(found) if as_json else render(found))

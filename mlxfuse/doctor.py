@@ -1,0 +1,218 @@
+"""What this machine gives to mlxfuse: device, versions, kernels, and whether a model fits."""
+
+from __future__ import annotations
+
+import math
+import platform
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from . import __version__, blas, env, memory
+from .formats import FORMATS, Format
+from .gguf.reader import open_gguf
+from .gguf.relayout import allocate, relayout
+from .kernels import self_test, unavailable
+from .kernels.dequantize import dequantize
+from .kernels.quantized_matmul import quantized_matmul
+from .kernels.weight import QuantizedWeight, Segment
+from .needs import needs
+from .terminal import one_line
+
+PACKAGES = ("mlx", "mlx-lm", "numpy", "transformers", "huggingface_hub")
+# applegpu_g13: M1, ...; from the architecture names that MLX reports.
+_GENERATIONS = {"13": "M1", "14": "M2", "15": "M3", "16": "M4", "17": "M5"}
+
+
+def diagnose(path: Path | None = None, context: int = 0) -> dict[str, Any]:
+    """Everything as plain data, ready for JSON; sizes in bytes.
+
+    Args:
+        path: a GGUF file that is to be judged too; its weights are not read.
+        context: tokens it is to be used with, by default all it was made for.
+
+    Raises:
+        GGUFError, UnsupportedError, ModelRefError: as for ``inspect``.
+        KernelError: ``MLXFUSE_KERNELS`` has no such value, or is ``metal`` without a device.
+    """
+    found: dict[str, Any] = {
+        "mlxfuse": __version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "device": _device(),
+        "kernels": _kernels(),
+    }
+    if path is not None:
+        found["model"] = _model(path, context, found["device"])
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _device() -> dict[str, Any]:
+    """``budget``: bytes that weights and cache may take together."""
+    if not mx.metal.is_available():
+        used = blas.in_use()
+        hint = ""
+        if used == "reference" and sys.platform == "linux":
+            hint = "MLX's own BLAS is slow; a faster one: apt-get install libopenblas0-pthread"
+        return {"name": platform.processor() or platform.machine(), "kind": "cpu"} | {
+            "blas": used,
+            "hint": hint,
+            "budget": memory.available(),
+        }
+    info = mx.device_info()
+    generation = re.fullmatch(r"applegpu_g(\d+)(\w?)", str(info["architecture"]))
+    return {
+        "name": info["device_name"],
+        "kind": "metal",
+        "architecture": info["architecture"],
+        "generation": _GENERATIONS.get(generation[1], "newer than M5") if generation else "",
+        "memory": info["memory_size"],
+        "budget": info["max_recommended_working_set_size"],
+    }
+
+
+def _kernels() -> dict[str, Any]:
+    """Whether kernels run, and the result of each variant's self-test where they do."""
+    reason = unavailable()
+    return {
+        "mode": env.get("MLXFUSE_KERNELS"),
+        "unavailable": reason,
+        "variants": [] if reason else list(_variants()),
+    }
+
+
+def _variants() -> Iterator[dict[str, str]]:
+    """The self-test of each kernel for each format, in float32."""
+    emulated = env.get("MLXFUSE_KERNELS") == "emulated"
+    for format in FORMATS.values():
+        if not format.kernel:
+            continue
+        weight = QuantizedWeight.whole(_sample(format))
+
+        def multiply(rows: int, weight: QuantizedWeight = weight) -> object:
+            return quantized_matmul(mx.zeros((rows, weight.columns)), weight)
+
+        def decode(weight: QuantizedWeight = weight) -> object:
+            return dequantize(weight.segments[0], None, mx.float32)
+
+        runs: dict[str, Callable[[], object]] = {
+            "quantized_matmul, 1 row": partial(multiply, 1),
+            "quantized_matmul, 4 rows": partial(multiply, 4),
+            "dequantize": decode,
+        }
+        for name, run in runs.items():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # it is reported here
+                failures = self_test.check(self_test.calls(run), emulated=emulated)
+            yield {"variant": f"{name}, {format.name}", "failure": "; ".join(failures.values())}
+
+
+def _sample(format: Format) -> Segment:
+    """A few random rows. No two of their bytes make a float16 that is not finite."""
+    low, high = (100, 140) if format.name == "MXFP4" else (0, 256)  # its scales are exponents
+    allowed = [b for b in range(low, high) if b & 0x7C != 0x7C]
+    columns = 2 * max(256, format.block_size)
+    random = np.random.default_rng(0)
+    data = random.choice(np.array(allowed, np.uint8), (16, format.row_bytes(columns)))
+    streams = allocate(format, len(data), columns)
+    relayout(data, format, streams)
+    return Segment(format, columns, {name: mx.array(a) for name, a in streams.items()})
+
+
+def _model(path: Path, context: int, device: dict[str, Any]) -> dict[str, Any]:
+    """``longest_context``: the most tokens that fit, at most those the model was made for."""
+    with open_gguf(path) as file:
+        wanted = needs(file)
+        trained = file.get(f"{file.architecture}.context_length", int, default=0)
+    tokens, budget = context or trained, device["budget"]
+    streamed = 0
+    if device["kind"] == "cpu":
+        # Without kernels matrices are float32 for as long as half of the memory lasts; the rest
+        # is dequantised at every call. The cache is float32 too.
+        held = min(wanted.dense, budget // 2)
+        streamed = wanted.dense - held
+        wanted = replace(wanted, weights=held, kv=tuple((2 * n, t) for n, t in wanted.kv))
+    total = wanted.weights + wanted.cache(tokens)
+    return {
+        "file": str(path),
+        "weights": wanted.weights,
+        "streamed": streamed,
+        "active": wanted.active,
+        "context": tokens,
+        "cache": wanted.cache(tokens),
+        "total": total,
+        "budget": budget,
+        "fits": total <= budget,
+        "longest_context": min(wanted.longest(budget), trained or (1 << 32)),
+    }
+
+
+def render(found: dict[str, Any]) -> str:
+    """``diagnose``'s result for people, safe to print on a terminal."""
+    device, kernels = found["device"], found["kernels"]
+    rows = [
+        ("mlxfuse", f"{found['mlxfuse']}, Python {found['python']}, {found['system']}"),
+        ("packages", ", ".join(f"{n} {v or 'absent'}" for n, v in found["packages"].items())),
+    ]
+    if device["kind"] == "metal":
+        rows += [
+            ("device", f"{device['name']} ({device['generation'] or device['architecture']})"),
+            ("memory", f"{_gb(device['memory'])}, of which MLX may use {_gb(device['budget'])}"),
+        ]
+    else:
+        rows += [
+            ("device", f"CPU ({device['name']}), BLAS: {device['blas']}"),
+            ("memory", f"{_gb(device['budget'])} available"),
+        ]
+        if device["hint"]:
+            rows.append(("hint", device["hint"]))
+    failures = [v for v in kernels["variants"] if v["failure"]]
+    if kernels["unavailable"]:
+        rows.append(("kernels", f"not used: {kernels['unavailable']}"))
+    else:
+        passed = len(kernels["variants"]) - len(failures)
+        rows.append(("kernels", f"{passed} of {len(kernels['variants'])} variants pass"))
+    lines = [f"{label:<10}{one_line(str(value), 1000)}" for label, value in rows]
+    lines += [f"          {v['variant']}: {one_line(v['failure'])}" for v in failures]
+    if model := found.get("model"):
+        lines += ["", *_verdict(model)]
+    return "\n".join(lines)
+
+
+def _verdict(model: dict[str, Any]) -> list[str]:
+    name = one_line(Path(model["file"]).name)
+    verdict = "fits" if model["fits"] else "does not fit"
+    lines = [
+        f"{name} {verdict}: weights {_gb(model['weights'])} + cache of {model['context']:,} tokens "
+        f"{_gb(model['cache'])} = {_gb(model['total'])} of {_gb(model['budget'])}",
+        f"{_gb(model['active'])} of the file are read for each token",
+    ]
+    if model["streamed"]:
+        lines.append(f"{_gb(model['streamed'])} more are dequantised for each token: very slow")
+    if not model["fits"]:
+        longest = model["longest_context"]
+        advice = f"up to {longest:,} tokens fit" if longest else "the weights alone do not fit"
+        lines.append(f"{advice}; a smaller quantisation or --kv-bits takes less")
+    return lines
+
+
+def _gb(count: int) -> str:
+    digits = 1 if count >= 10**10 else 2 if count >= 10**8 else 3
+    return f"{math.ceil(count / 10 ** (9 - digits)) / 10**digits:.{digits}f} GB"

@@ -1,0 +1,101 @@
+"""How much memory a GGUF file's model takes and reads, from its header; MLX is not imported."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .gguf.reader import GGUFFile
+
+_EXPERTS = re.compile(r"blk\.\d{1,6}\.ffn_(gate|up|down|gate_up)_exps\.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Bytes, unless said otherwise.
+
+    weights        of all tensors, as they lie in the file; what stays in memory where every
+                   type has a kernel.
+    dense          of all matrices in float32: what the CPU's reference path would keep.
+    active         read for one decoded token: all weights but the embedding's other rows and
+                   the experts that are not chosen.
+    kv             (bytes a token, tokens it is kept for or 0 for all) of each layer, in float16.
+    """
+
+    weights: int
+    dense: int
+    active: int
+    kv: tuple[tuple[int, int], ...]
+
+    def cache(self, tokens: int) -> int:
+        """Bytes of the key-value cache after ``tokens``."""
+        return sum(size * min(tokens, window or tokens) for size, window in self.kv)
+
+    def longest(self, budget: int) -> int:
+        """The most tokens of which weights and cache fit in ``budget``; 0 if none."""
+        low, high = 0, 1 << 32
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self.weights + self.cache(middle) <= budget
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
+
+
+def needs(file: GGUFFile) -> Needs:
+    """What the header tells; a key that a file lacks counts as llama.cpp's default.
+
+    Raises:
+        GGUFError: a key has another type than it must have.
+    """
+    arch = file.architecture
+    used = file.get(f"{arch}.expert_used_count", int, default=0)
+    total = file.get(f"{arch}.expert_count", int, default=0)
+    weights = active = dense = 0
+    for tensor in file.tensors.values():
+        size = tensor.nbytes
+        weights += size
+        dense += math.prod(tensor.shape) * 4
+        if _EXPERTS.fullmatch(tensor.name) and 0 < used < total:
+            size = size * used // total
+        elif tensor.name == "token_embd.weight" and "output.weight" in file.tensors:
+            size = size // max(1, tensor.shape[0])
+        active += size
+    return Needs(weights, dense, active, _caches(file))
+
+
+def _caches(file: GGUFFile) -> tuple[tuple[int, int], ...]:
+    arch = file.architecture
+
+    def each(key: str, default: int, layers: int) -> list[int]:
+        """One value a layer; a file gives one number or a list."""
+        value: Any = file.metadata.get(f"{arch}.{key}", default)
+        if isinstance(value, np.ndarray):
+            value = [int(v) for v in value[:layers]]
+            return [*value, *[default] * (layers - len(value))]
+        return [int(value)] * layers if isinstance(value, int) else [default] * layers
+
+    # A huge count is a lie: each layer has at least one tensor.
+    layers = min(file.get(f"{arch}.block_count", int, default=0), len(file.tensors))
+    heads = file.get(f"{arch}.attention.head_count", int, default=0) if layers else 0
+    embd = file.get(f"{arch}.embedding_length", int, default=0)
+    head = embd // heads if heads else 0
+    keys = file.get(f"{arch}.attention.key_length", int, default=head)
+    values = file.get(f"{arch}.attention.value_length", int, default=head)
+    window = file.get(f"{arch}.attention.sliding_window", int, default=0)
+    # mlx-lm bounds the cache of these architectures' sliding layers.
+    periods = {"gemma3": 6, "gpt-oss": 2, "gemma4": 6}
+    slides = [0] * layers
+    if window and arch in periods:
+        regular = [int((i + 1) % periods[arch] != 0) for i in range(layers)]
+        pattern = file.metadata.get(f"{arch}.attention.sliding_window_pattern")
+        given = isinstance(pattern, np.ndarray)
+        slides = each("attention.sliding_window_pattern", 0, layers) if given else regular
+    kv_heads = each("attention.head_count_kv", heads, layers)
+    return tuple(
+        (2 * n * (keys + values), window if slide else 0)
+        for n, slide in zip(kv_heads, slides, strict=True)
+    )

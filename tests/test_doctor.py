@@ -1,0 +1,145 @@
+"""`doctor`, and what a header tells about memory."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlxfuse import blas, doctor, env
+from mlxfuse.gguf.reader import open_gguf
+from mlxfuse.kernels import _kernel
+from mlxfuse.loader import load
+from mlxfuse.needs import Needs, needs
+
+from .models import tiny
+from .test_cli import invoke
+
+
+@pytest.fixture(params=["llama", "qwen3", "gemma3"])
+def path(request, tmp_path):
+    return tiny.write(tmp_path / "tiny.gguf", tiny.build(request.param, 0))
+
+
+def needs_of(path):
+    with open_gguf(path) as file:
+        return needs(file)
+
+
+def test_needs_are_what_the_model_takes(path):
+    """The cache of as many tokens as a step of mlx-lm's caches, in its own type: float32."""
+    wanted = needs_of(path)
+    model, _ = load(path)
+    assert wanted.dense == sum(a.nbytes for _, a in tree_flatten(model.parameters()))
+    caches = make_prompt_cache(model)
+    tokens = 256
+    for _ in range(tokens // 64):
+        mx.eval(model(mx.zeros((1, 64), mx.int32), cache=caches))
+    for (size, window), cache in zip(wanted.kv, caches, strict=True):
+        assert window == getattr(cache, "max_size", 0)
+        if not window:
+            assert cache.nbytes == 2 * size * tokens
+    assert wanted.cache(tokens) == sum(s * min(tokens, w or tokens) for s, w in wanted.kv)
+
+
+def test_active_bytes_leave_out_the_other_rows_and_experts(tmp_path):
+    made = tiny.build("llama-q4", 0)  # its output head is not the embedding
+    wanted = needs_of(tiny.write(tmp_path / "a.gguf", made))
+    embedding = made.tensors["token_embd.weight"][0].nbytes
+    assert wanted.weights - wanted.active == embedding - embedding // tiny.VOCABULARY
+    tied = needs_of(tiny.write(tmp_path / "b.gguf", tiny.build("llama", 0)))
+    assert tied.active == tied.weights
+
+
+def test_experts_count_by_those_that_are_used(tmp_path):
+    made = tiny.build("llama", 0)
+    before = needs_of(tiny.write(tmp_path / "a.gguf", made))
+    made.metadata |= {"llama.expert_count": 8, "llama.expert_used_count": 2}
+    name, kind = "blk.0.ffn_gate_exps.weight", next(iter(made.tensors.values()))[1]
+    made.tensors[name] = (np.zeros((8, 4, 34), np.uint8), kind)
+    after = needs_of(tiny.write(tmp_path / "b.gguf", made))
+    size = after.weights - before.weights
+    assert size == 8 * 4 * 34
+    assert after.active - before.active == size // 4
+
+
+def test_the_longest_context_is_the_last_that_fits():
+    wanted = Needs(1000, 0, 0, ((10, 0), (10, 5)))
+    longest = wanted.longest(1200)
+    assert (longest, wanted.cache(longest), wanted.cache(longest + 1)) == (15, 200, 210)
+    assert wanted.longest(999) == 0
+
+
+def test_on_this_machine(tmp_path):
+    path = tiny.write(tmp_path / "tiny.gguf", tiny.build("llama", 0))
+    result = invoke("doctor", path, "--json", "-c", "100")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["packages"]["mlx"] == mx.__version__
+    model = found["model"]
+    assert model["fits"] is True
+    assert model["context"] == 100
+    assert model["total"] == model["weights"] + model["cache"]
+    text = invoke("doctor", path).stdout
+    assert "tiny.gguf fits" in text
+    if not mx.metal.is_available():
+        assert found["device"]["blas"] == blas.in_use()
+        assert found["kernels"]["unavailable"] == "this MLX has no Metal device"
+        assert model["weights"] == needs_of(path).dense
+
+
+def test_what_does_not_fit(monkeypatch, tmp_path):
+    path = tiny.write(tmp_path / "tiny.gguf", tiny.build("llama", 0))
+    wanted = needs_of(path)
+    budget = wanted.weights + wanted.cache(10)
+    device = {"name": "M1", "kind": "metal", "architecture": "applegpu_g13g", "generation": "M1"}
+    device |= {"memory": 1 << 33, "budget": budget}
+    monkeypatch.setattr(doctor, "_device", lambda: device)
+    found = doctor.diagnose(path)
+    assert found["model"]["fits"] is False
+    assert found["model"]["longest_context"] == 10
+    assert "up to 10 tokens fit" in doctor.render(found)
+    device["budget"] = wanted.weights - 1
+    assert "the weights alone do not fit" in doctor.render(doctor.diagnose(path))
+
+
+def test_the_machine_of_a_mac(monkeypatch):
+    info = {"device_name": "Apple M4 Pro", "architecture": "applegpu_g16s"}
+    info |= {"memory_size": 48 << 30, "max_recommended_working_set_size": 36 << 30}
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    found = doctor._device()
+    assert (found["generation"], found["budget"]) == ("M4", 36 << 30)
+    info["architecture"] = "applegpu_g19s"
+    assert doctor._device()["generation"] == "newer than M5"
+
+
+@pytest.fixture
+def one_format(monkeypatch, tmp_path):
+    monkeypatch.setenv("MLXFUSE_CACHE", str(tmp_path))
+    few = {n: f for n, f in doctor.FORMATS.items() if f.name == "Q4_K"}
+    monkeypatch.setattr(doctor, "FORMATS", few)
+
+
+def test_the_kernels_self_tests(one_format, kernels, monkeypatch):
+    found = doctor._kernels()
+    assert found["unavailable"] is None
+    names = {"quantized_matmul, 1 row, Q4_K", "quantized_matmul, 4 rows, Q4_K", "dequantize, Q4_K"}
+    assert {v["variant"]: v["failure"] for v in found["variants"]} == dict.fromkeys(names, "")
+    # A kernel that is wrong is named with what is wrong.
+    (env.cache_dir() / "self-tests.json").unlink()
+    right = _kernel.run
+    monkeypatch.setattr(_kernel, "run", lambda *a, **k: [y * 1.01 for y in right(*a, **k)])
+    monkeypatch.setattr(_kernel, "disabled", {})
+    failures = [v["failure"] for v in doctor._kernels()["variants"]]
+    assert all("largest error" in failure for failure in failures), failures
+
+
+@pytest.mark.parametrize("name", [f.name for f in doctor.FORMATS.values() if f.kernel])
+def test_samples_decode_to_finite_numbers_that_differ(name):
+    format = next(f for f in doctor.FORMATS.values() if f.name == name)
+    values = np.array(doctor.dequantize(doctor._sample(format), None, mx.float32))
+    assert np.isfinite(values).all()
+    assert len(np.unique(values)) > 100
