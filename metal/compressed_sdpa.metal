@@ -172,10 +172,9 @@ METAL_FUNC uint2 span_of(Z size, Head h, uint at) {
 //@ merge:
 // Element `i` of one row: the parts of the softmax, and of the logit that has no value, together.
 // `size` holds the rows of a KV head, the parts, the queries of a head and the heads of queries.
-template <int dv, bool has_sinks, typename T, typename Z, typename L>
+template <int dv, bool has_sinks, typename T, typename P, typename L, typename Z>
 METAL_FUNC void merge_row(
-    const device float* sums, const device float* stats, L sinks, Z size, uint row, uint i,
-    device T* out) {
+    const device float* sums, P stats, L sinks, Z size, uint row, uint i, device T* out) {
   const uint rows = uint(size[0]);
   const uint parts = uint(size[1]);
   const ulong first = ulong(row / rows) * parts * rows + row % rows;

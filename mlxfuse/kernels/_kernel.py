@@ -84,6 +84,16 @@ class Launch:
     then: Callable[[list[mx.array]], Launch] | None = field(default=None, compare=False)
     extra: int = 0
 
+    def chain(self) -> list[Launch]:
+        """This dispatch and the one after it, if there is one; nothing runs."""
+        if self.then is None:
+            return [self]
+        return [self, self.then(self.blank()[: len(self.shapes) - self.extra])]
+
+    def blank(self) -> list[mx.array]:
+        """Zeros that are never computed, in place of the outputs of this dispatch."""
+        return [mx.zeros(s, d) for s, d in zip(self.shapes, self.dtypes, strict=True)]
+
     def results(self, dispatch: Callable[[Launch], list[mx.array]]) -> list[mx.array]:
         """The results, where ``dispatch`` gives the outputs of one dispatch."""
         outputs = dispatch(self)
@@ -131,9 +141,7 @@ class Kernel(Generic[P]):
         if self.refuse(*args, **kwargs) is not None:
             return self.reference(*args, **kwargs)
         _recorders[-1].append((self, args))
-        return self.launch(*args, **kwargs).results(
-            lambda one: [mx.zeros(s, d) for s, d in zip(one.shapes, one.dtypes, strict=True)]
-        )
+        return self.launch(*args, **kwargs).results(Launch.blank)
 
 
 _recorders: list[list[tuple[Kernel[Any], tuple[Any, ...]]]] = []

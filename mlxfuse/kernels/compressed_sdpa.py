@@ -104,6 +104,8 @@ def compressed_sdpa(
 
 def _lengths(value: Length) -> mx.array:
     """int32 ``[1]`` or ``[B]``."""
+    if isinstance(value, int) and value == 0:
+        return constants((0,))
     array = value if isinstance(value, mx.array) else mx.array(value)
     return array.astype(mx.int32).reshape(-1)
 

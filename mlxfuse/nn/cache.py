@@ -104,6 +104,10 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
         if plain is not None:
             self.scheme = self._scheme(k_dim, v_dim, plain.dtype)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedKVCache:
+        made: CompressedKVCache = type(self).from_state(copy.deepcopy(self.state, memo))
+        return made
+
     def is_trimmable(self) -> bool:
         return self._first == self.keep  # nothing has left the window
 
