@@ -48,16 +48,12 @@ _ROWS = 11
 _SEED = 20
 
 # Largest error, of the largest value: sums in another order, then one rounding to the type.
-<<<<<<< HEAD
 _BOUNDS: dict[object, float] = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}
 # What one int8 code that is rounded the other way is of the largest, and of a sum of 32; and what
 # Metal's fast sine, which mx.fast.rope takes, may be off.
 _CODE, _SUM, _SINE = 1e-2, 2e-3, 1e-3
-=======
-_BOUNDS = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}
 # Packed words in which a code may be rounded the other way: a reciprocal may be off by a bit.
 _WORDS = 0.02
->>>>>>> sdpa
 
 
 def calls(run: Callable[[], object]) -> list[Recorded]:
@@ -253,11 +249,8 @@ _SMALL: dict[str, Callable[..., tuple[Any, ...]]] = {
     NORM_ROPE.name: _small_rope,
     QUANTIZE_INT8.name: _small_quantize,
     QUANTIZED_MATMUL.name: _small_matmul,
-<<<<<<< HEAD
     RMS_NORM.name: _small_norm,
-=======
     **SMALL_KV,
->>>>>>> sdpa
 }
 
 

@@ -11,18 +11,16 @@ import numpy as np
 
 from mlxfuse.formats import BY_NAME
 from mlxfuse.gguf.relayout import stream_shapes
-<<<<<<< HEAD
 from mlxfuse.kernels import (
     _kernel,
     dequantize,
+    dequantize_kv,
     norm_rope,
     quantize_int8,
+    quantize_kv,
     quantized_matmul,
     rms_norm,
 )
-=======
-from mlxfuse.kernels import _kernel, dequantize, dequantize_kv, quantize_kv, quantized_matmul
->>>>>>> sdpa
 from mlxfuse.kernels._source import header
 from mlxfuse.kernels.compressed_sdpa import compressed_sdpa
 from mlxfuse.kernels.kv_scheme import KVScheme, KVSide, pack
@@ -178,8 +176,8 @@ def variants() -> Iterator[Variant]:
     experts = QuantizedWeight.whole(segment("MXFP4", 4 * ROWS, COLUMNS, experts=4))
     ids = mx.array([[3, 1]], mx.uint32)
     yield _product("experts", experts, 1, half, experts=ids)
-<<<<<<< HEAD
     yield from norms()
+    yield from _compressed()
 
 
 def norm(
@@ -250,8 +248,6 @@ def _normal(dtype: mx.Dtype, *shapes: tuple[int, ...]) -> list[mx.array]:
 
 def _short(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
-=======
-    yield from _compressed()
 
 
 def _compressed() -> Iterator[Variant]:
@@ -300,4 +296,3 @@ def _compressed() -> Iterator[Variant]:
         )
         name = f"compressed_sdpa {dk} {dv} {heads} x {queries} {' '.join(sources)}"
         yield Variant(name, kernel, arguments)
->>>>>>> sdpa
