@@ -1,15 +1,19 @@
 """Peak memory of key-value caches: plain, mlx-lm's quantised one and the compressed one.
 
-    python -m tests.bench.bench_kv_memory [--tokens 16384] [--step 2048]
+    python -m tests.bench.bench_kv_memory [--tokens 16384] [--computed 2048] [--step 2048]
 
-A narrow llama of 24 layers with float16 weights (random ones: memory does not depend on them)
-reads the same prompt with each cache, in `mlx_lm`'s steps. ``cache`` is what the cache holds at
-the end, ``peak`` what MLX held at most beside the weights. On the CPU attention materialises its
-scores, ``scores`` bytes of float16 for a step and a layer, with every cache; on Metal it does so
-with mlx-lm's quantised cache only. Then 1,000 tokens are appended one by one, pipelined as
-mlx-lm's generation is, to a cache of ``--filled`` tokens, with attention replaced by one small
-read of all that it reads: ``growth`` is the peak above the start, ``copies`` what of that the
-cache did not need, in sizes of the cache.
+A narrow llama of 24 layers, float16, reads a prompt with each cache as mlx-lm does, ``--step``
+tokens at a time. What comes before the last ``--computed`` tokens is put into the caches without
+the attention that a CPU takes an hour for; memory is greatest in the last step. ``cache`` is what
+the cache holds at the end, ``peak`` what MLX held at most beside the weights.
+
+On the CPU, MLX's attention writes down its scores (``scores``: float16, one layer, one step) with
+every cache; on Metal mlx-lm's quantised cache only makes it do so. Random weights: memory does
+not depend on them.
+
+Then 1,000 tokens are appended one by one, pipelined as mlx-lm's generation is, to caches of
+``--filled`` tokens, with one small read of everything in the place of attention. ``growth`` is
+the peak above the start; ``copies`` is what of it the tokens did not need, in sizes of the cache.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from unittest import mock
 import mlx.core as mx
 from mlx_lm.generate import generate_step
 from mlx_lm.models import llama
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from mlxfuse.fusion import patch_model
 from mlxfuse.nn import cache as module
@@ -50,18 +54,22 @@ def model() -> Any:
 
 
 def prompt(
-    of: Any, make: Callable[[], Any], tokens: int, step: int, **options: Any
+    of: Any, make: Callable[[], Any], tokens: int, computed: int, step: int
 ) -> tuple[int, int]:
     """(bytes of the cache at the end, peak bytes) of reading a prompt and generating a token."""
-    ids = mx.random.randint(0, 256, (tokens,), key=mx.random.key(0))
+    ids = mx.random.randint(0, 256, (computed,), key=mx.random.key(0))
+    kv = mx.random.normal((1, HEADS, step, HEAD)).astype(mx.float16)
+    mx.eval(ids, kv)
     caches = [make() for _ in range(LAYERS)]
-    mx.eval(ids)
     mx.clear_cache()
     start = mx.get_active_memory()
     mx.reset_peak_memory()
-    for _ in generate_step(
-        ids, of, max_tokens=1, prompt_cache=caches, prefill_step_size=step, **options
-    ):
+    for done in range(0, tokens - computed, step):
+        new = kv[:, :, : tokens - computed - done]
+        for cache in caches:
+            cache.update_and_fetch(new, new)
+            mx.eval(cache.state)
+    for _ in generate_step(ids, of, max_tokens=1, prompt_cache=caches, prefill_step_size=step):
         pass
     mx.synchronize()
     return sum(c.nbytes for c in caches), mx.get_peak_memory() - start
@@ -119,22 +127,22 @@ def decode(make: Callable[[], Any], filled: int, tokens: int = 1000) -> tuple[in
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--computed", type=int, default=2048)
     parser.add_argument("--step", type=int, default=2048)
     parser.add_argument("--filled", type=int, default=4096)
     arguments = parser.parse_args()
     tokens, step = arguments.tokens, arguments.step
-    quantised = {"kv_bits": 8, "quantized_kv_start": 0}
     plain, fused = model(), model()
     patch_model(fused, "all")
-    scores = 2 * HEADS * min(step, tokens) * tokens
+    scores = 2 * HEADS * min(step, arguments.computed) * tokens
     print(f"{tokens:,} tokens, {step:,} at a time; scores {scores / 1e6:.1f} MB")
-    for name, of, make, options in (
-        ("plain", plain, KVCache, {}),
-        ("k8v4", fused, CompressedKVCache, {}),
-        ("k8v4, not patched", plain, CompressedKVCache, {}),
-        ("mlx-lm, 8 bits", plain, KVCache, quantised),
+    for name, of, make in (
+        ("plain", plain, KVCache),
+        ("k8v4", fused, CompressedKVCache),
+        ("k8v4, not patched", plain, CompressedKVCache),
+        ("mlx-lm, 8 bits", plain, lambda: QuantizedKVCache(group_size=64, bits=8)),
     ):
-        held, peak = prompt(of, make, tokens, step, **options)
+        held, peak = prompt(of, make, tokens, arguments.computed, step)
         print(f"{name:<20} cache {held / 1e6:7.1f} MB   peak {peak / 1e6:7.1f} MB", flush=True)
     print(f"\n1,000 tokens more than {arguments.filled:,}, one by one")
     for name, make in (("plain", KVCache), ("k8v4", CompressedKVCache)):
