@@ -26,6 +26,7 @@ from mlxfuse.loader import load
 from mlxfuse.nn.cache import CompressedKVCache
 from mlxfuse.nn.kv import KVOptions, check_model, compress_caches, compressed, plain_caches
 from mlxfuse.perplexity import Way, perplexity
+from tests.bench.bench_kv_quality import measure
 from tests.models import tiny
 
 LOSSLESS = KVOptions(16, 16, rotate=False)
@@ -378,3 +379,13 @@ def test_the_command_prints_a_table_or_json(models, tmp_path):
     assert shown[0].split() == ["plain", "k4v4", "rotated"]
     plain = run(*args[:4], "-c", "200").stdout.splitlines()
     assert plain[1].split()[1][:6] == shown[1].split()[1][:6]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "bar"), [("k8v8", 5e-4), ("k8v4", 8e-3)])
+def test_kld_of_the_demo_model(demo, bits, bar):
+    model, tokenizer = load(demo)
+    rotated, as_it_is = (measure(model, tokenizer, bits, rotate) for rotate in (True, False))
+    assert 0 < rotated.kld.value <= bar
+    noise = 2 * (rotated.kld.error**2 + as_it_is.kld.error**2) ** 0.5
+    assert rotated.kld.value <= as_it_is.kld.value + noise

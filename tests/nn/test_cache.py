@@ -13,8 +13,11 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 
+from mlxfuse.kernels import launches
 from mlxfuse.kernels.kv_scheme import pack, unpack
 from mlxfuse.nn.cache import CompressedKVCache
+from tests.bench import bench_kv_memory
+from tests.dispatches import dispatches
 
 HEADS, K_DIM, V_DIM = 2, 64, 32
 KEEP, RECENT, BLOCK = 4, CompressedKVCache.RECENT, CompressedKVCache.BLOCK
@@ -264,3 +267,68 @@ def test_a_plain_cache_is_converted(tokens, keep):
         feed(cache, part(pair, tokens, tokens + 130), (10,))
     assert made.offset == direct.offset == tokens + 130
     assert same_bits(held(made, pair), held(direct, pair))
+
+
+# --- kernels and memory -----------------------------------------------------------------------
+
+
+def test_a_step_that_seals_nothing_is_three_dispatches():
+    pair = stream(501, dtype=mx.float16)
+    queries = mx.zeros((1, 4 * HEADS, 1, K_DIM), mx.float16)
+    one = part(pair, 500, 501)
+    for tokens, want in ((450, {"mlxfuse_compressed_sdpa": 2, "SliceUpdate": 1}), (451, None)):
+        cache = feed(CompressedKVCache(), part(pair, 0, tokens), (150,))
+        mx.eval(cache.state)
+
+        def step(q, k, v, cache=cache):
+            return cache.attend(q, k, v, scale=0.1), cache.tail, cache.rows
+
+        found = dispatches(step, queries, *one)
+        if want is None:  # control: to seal a block takes more
+            assert found.total() > 3
+            assert found["mlxfuse_quantize_kv"] == 1
+        else:
+            assert found == want
+
+
+def test_the_kernels_in_the_cache(kernels, monkeypatch):
+    """Emulated or on Metal: quantised, decompressed and attended to as by the reference."""
+    pair = stream(160, dtype=mx.float16)
+    queries = mx.random.normal((1, 2 * HEADS, 1, K_DIM), key=mx.random.key(1)).astype(mx.float16)
+
+    def outputs():
+        cache = feed(CompressedKVCache(), part(pair, 0, 150), (150,))
+        steps = []
+        for i in range(150, 153):
+            steps.append(cache.attend(queries, *part(pair, i, i + 1), scale=0.2))
+            mx.eval(steps[-1], cache.state)
+        steps.append(mx.concatenate(list(cache.update_and_fetch(*part(pair, 153, 154))), axis=-1))
+        return cache, steps
+
+    launches.clear()
+    cache, got = outputs()
+    assert launches["quantize_kv"] == launches["dequantize_kv"] == 1
+    assert launches["compressed_sdpa"] >= 3
+    monkeypatch.setenv("MLXFUSE_KERNELS", "reference")
+    reference, want = outputs()
+    assert cache._sealed == reference._sealed == 64
+    for a, b in zip(got, want, strict=True):
+        assert mx.abs(a.astype(mx.float32) - b.astype(mx.float32)).max().item() < 0.02
+    codes = cache.rows[:, :, :64] == reference.rows[:, :, :64]
+    assert codes.astype(mx.float32).mean().item() > 0.98
+
+
+def test_memory_of_a_thousand_pipelined_tokens():
+    """The compressed rows are never copied as a whole; a plain cache is, while it is read."""
+    assert bench_kv_memory.decode(CompressedKVCache, 2048)[1] < 0.5
+    if mx.default_device() == mx.cpu:
+        assert bench_kv_memory.decode(KVCache, 2048, 100)[1] > 0.9
+
+
+def test_memory_of_a_prompt_is_below_the_plain_caches():
+    of = bench_kv_memory.model()
+    (plain, most), (held, peak) = (
+        bench_kv_memory.prompt(of, make, 4096, 64, 512) for make in (KVCache, CompressedKVCache)
+    )
+    assert held < 0.5 * plain
+    assert peak < 0.7 * most
