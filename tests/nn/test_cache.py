@@ -331,4 +331,4 @@ def test_memory_of_a_prompt_is_below_the_plain_caches():
         bench_kv_memory.prompt(of, make, 4096, 64, 512) for make in (KVCache, CompressedKVCache)
     )
     assert held < 0.5 * plain
-    assert peak < 0.7 * most
+    assert peak < 0.8 * most
