@@ -81,7 +81,7 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
         What was sealed before comes decompressed, the new tokens as they were given.
         """
         self._prepare(keys, values)
-        past = self._past(keys)
+        past = self._past(keys.dtype)
         self._append(keys, values)
         if not past:
             return keys, values
@@ -278,8 +278,9 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
     def _prepare(self, keys: mx.array, values: mx.array) -> None:
         """Seal what the tail has no room for beside the new tokens, before anything is read.
 
-        MLX writes into an array in place where nobody else holds it, and copies all of it where
-        a reader of the step before is still at work: it is waited for, once in ``BLOCK`` tokens.
+        MLX writes into an array in place where nobody else holds it, else it copies all of it. A
+        Metal command buffer holds what it reads until it is done, and the step before may still
+        be at work: it is waited for, once in ``BLOCK`` tokens.
         """
         if self.scheme is None:
             self.scheme = self._scheme(keys.shape[3], values.shape[3], keys.dtype)
@@ -295,16 +296,15 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
         blocks = max(0, self.offset + length - self.keep - self.RECENT) // self.BLOCK
         return self.keep + blocks * self.BLOCK - self._first - self._sealed
 
-    def _past(self, fresh: mx.array) -> list[Pair]:
+    def _past(self, dtype: mx.Dtype) -> list[Pair]:
         """What a token after those held may see, piece by piece."""
         pieces = []
         if self.sink is not None:
             pieces.append(self._split(self.sink[:, :, : self.offset]))
         skip = self._unseen
         if skip < self._sealed:
-            # Without the dependency MLX may decompress every layer before it uses the first.
-            rows = mx.depends(self.rows, fresh)[:, :, skip : self._sealed]
-            pieces.append(dequantize_kv(rows, self.scheme, fresh.dtype))
+            rows = self.rows[:, :, skip : self._sealed]
+            pieces.append(dequantize_kv(rows, self.scheme, dtype))
         skip = max(0, skip - self._sealed)
         if skip < self._tail_length:
             pieces.append(self._split(self.tail[:, :, skip : self._tail_length]))
