@@ -1,5 +1,7 @@
 """A batch of compressed caches gives what each sequence gives alone."""
 
+import copy
+
 import mlx.core as mx
 import pytest
 from mlx_lm.generate import BatchGenerator, generate_step
@@ -97,3 +99,15 @@ def test_mlx_lms_batch_generator(name, fuse, tmp_path):
             got[r.uid].append(r.token)
     assert [got[uid] for uid in uids] == want
     assert all(type(c) is not KVCache for c in model.make_cache())
+
+
+def test_copies_go_their_own_ways():
+    """mlx-lm deep-copies caches that several prompts begin with."""
+    one, two = stream(40, seed=6), stream(40, seed=7)
+    start = singles()[0]
+    first, second = copy.deepcopy(start), start
+    for i in range(40):
+        first.update_and_fetch(*part(one, i, i + 1))
+        second.update_and_fetch(*part(two, i, i + 1))
+    assert same(first, feed(singles()[0], one, (1,)))
+    assert same(second, feed(singles()[0], two, (1,)))
