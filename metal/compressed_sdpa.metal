@@ -58,59 +58,6 @@ METAL_FUNC void attend(
   }
 }
 
-// Compressed rows, as they lie.
-template <int words>
-struct Packed {
-  const device uint* rows;
-  uint before;
-  uint key(uint i) const {
-    return before + i;
-  }
-  // `first` is a multiple of 4.
-  void stage(uint first, uint count, threadgroup uint4* to, uint me, uint threads) const {
-    const device uint4* from = (const device uint4*)(rows + ulong(first) * words);
-    for (uint i = me; i < (count * words + 3) / 4; i += threads) {
-      to[i] = from[i];
-    }
-  }
-};
-
-// Plain rows of the sink, the tail and what is not yet in the tail, which is put side by side there.
-template <typename S, int dk, int dv, bool has_fresh>
-struct Plain {
-  static constexpr constant uint width = (dk + dv) * sizeof(S) / 16;
-  static constexpr constant uint k_width = dk * sizeof(S) / 16;
-  const device uint4* sink;
-  const device uint4* tail;
-  const device uint4* k;
-  const device uint4* v;
-  device uint4* fresh;
-  bool writes;
-  uint sinks;
-  uint tails;
-  uint between;
-  uint key(uint i) const {
-    return i < sinks ? i : i + between;
-  }
-  void stage(uint first, uint count, threadgroup uint4* to, uint me, uint threads) const {
-    for (uint i = me; i < count * width; i += threads) {
-      const uint t = first + i / width;
-      const uint at = i % width;
-      if (t < sinks) {
-        to[i] = sink[t * width + at];
-      } else if (!has_fresh || t < sinks + tails) {
-        to[i] = tail[(t - sinks) * width + at];
-      } else {
-        const uint f = t - sinks - tails;
-        to[i] = at < k_width ? k[f * k_width + at] : v[f * (width - k_width) + at - k_width];
-        if (writes) {
-          fresh[f * width + at] = to[i];
-        }
-      }
-    }
-  }
-};
-
 // What all threadgroups of a KV head share.
 struct Head {
   uint queries;
@@ -168,6 +115,61 @@ METAL_FUNC uint2 span_of(Z size, Head h, uint at) {
   const uint from = metal::min(first + at * each, end);
   return uint2(from, metal::min(from + each, end));
 }
+
+//@ packed:
+// Compressed rows, as they lie.
+template <int words>
+struct Packed {
+  const device uint* rows;
+  uint before;
+  uint key(uint i) const {
+    return before + i;
+  }
+  // `first` is a multiple of 4.
+  void stage(uint first, uint count, threadgroup uint4* to, uint me, uint threads) const {
+    const device uint4* from = (const device uint4*)(rows + ulong(first) * words);
+    for (uint i = me; i < (count * words + 3) / 4; i += threads) {
+      to[i] = from[i];
+    }
+  }
+};
+
+//@ plain:
+// Plain rows of the sink, the tail and what is not yet in the tail, which is put side by side there.
+template <typename S, int dk, int dv, bool has_fresh>
+struct Plain {
+  static constexpr constant uint width = (dk + dv) * sizeof(S) / 16;
+  static constexpr constant uint k_width = dk * sizeof(S) / 16;
+  const device uint4* sink;
+  const device uint4* tail;
+  const device uint4* k;
+  const device uint4* v;
+  device uint4* fresh;
+  bool writes;
+  uint sinks;
+  uint tails;
+  uint between;
+  uint key(uint i) const {
+    return i < sinks ? i : i + between;
+  }
+  void stage(uint first, uint count, threadgroup uint4* to, uint me, uint threads) const {
+    for (uint i = me; i < count * width; i += threads) {
+      const uint t = first + i / width;
+      const uint at = i % width;
+      if (t < sinks) {
+        to[i] = sink[t * width + at];
+      } else if (!has_fresh || t < sinks + tails) {
+        to[i] = tail[(t - sinks) * width + at];
+      } else {
+        const uint f = t - sinks - tails;
+        to[i] = at < k_width ? k[f * k_width + at] : v[f * (width - k_width) + at - k_width];
+        if (writes) {
+          fresh[f * width + at] = to[i];
+        }
+      }
+    }
+  }
+};
 
 //@ merge:
 // Element `i` of one row: the parts of the softmax, and of the logit that has no value, together.

@@ -23,6 +23,27 @@ struct Spread {
   }
 };
 
+// Numbers<S>: values of type S in words: two, one, and a unit of them. Codes<bits>: a unit of codes.
+// A kind gives the scale, and what is added to scale times code, from the numbers of group g.
+template <typename S>
+struct Numbers;
+template <int bits>
+struct Codes;
+
+template <typename C, typename K, typename N, int first, int scales, int group>
+struct Side {
+  static constexpr constant bool scaled = group > 0;
+  template <typename P>
+  static void load(P row, uint unit, thread float* v) {
+    C::load(row + first, unit, v);
+  }
+  template <typename P>
+  static float2 scale(P row, uint unit) {
+    return K::template scale<N>(row + scales, unit * 8 / group);
+  }
+};
+
+//@ halves:
 METAL_FUNC float2 halves(uint word, half) {
   return float2(as_type<half2>(word));
 }
@@ -30,7 +51,6 @@ METAL_FUNC float2 halves(uint word, bfloat16_t) {
   return float2(as_type<float>(word << 16), as_type<float>(word & 0xffff0000u));
 }
 
-// Values of type S in words, one by one and 8 at a time.
 template <typename S>
 struct Numbers {
   template <typename P>
@@ -52,6 +72,8 @@ struct Numbers {
     }
   }
 };
+
+//@ floats:
 template <>
 struct Numbers<float> {
   template <typename P>
@@ -71,8 +93,7 @@ struct Numbers<float> {
   }
 };
 
-template <int bits>
-struct Codes;
+//@ codes8:
 template <>
 struct Codes<8> {
   template <typename P>
@@ -87,6 +108,8 @@ struct Codes<8> {
     }
   }
 };
+
+//@ codes4:
 template <>
 struct Codes<4> {
   template <typename P>
@@ -102,13 +125,15 @@ struct Codes<4> {
   }
 };
 
-// Kinds: the scale and what is added to scale times code, from the numbers of group g.
+//@ affine:
 struct Affine {
   template <typename N, typename P>
   static float2 scale(P words, uint g) {
     return N::pair(words, g);
   }
 };
+
+//@ zero_point:
 struct ZeroPoint {
   template <typename N, typename P>
   static float2 scale(P words, uint g) {
@@ -116,25 +141,14 @@ struct ZeroPoint {
     return float2(found.x, -found.x * found.y);
   }
 };
+
+//@ symmetric:
 template <int zero>
 struct Symmetric {
   template <typename N, typename P>
   static float2 scale(P words, uint g) {
     const float found = N::one(words, g);
     return float2(found, -float(zero) * found);
-  }
-};
-
-template <typename C, typename K, typename N, int first, int scales, int group>
-struct Side {
-  static constexpr constant bool scaled = group > 0;
-  template <typename P>
-  static void load(P row, uint unit, thread float* v) {
-    C::load(row + first, unit, v);
-  }
-  template <typename P>
-  static float2 scale(P row, uint unit) {
-    return K::template scale<N>(row + scales, unit * 8 / group);
   }
 };
 

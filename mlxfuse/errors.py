@@ -46,6 +46,12 @@ class PromptCacheError(MLXFuseError, ValueError):
     exit_code = 4
 
 
+class ExportError(MLXFuseError, ValueError):
+    """A folder that ``mlxfuse export`` wrote and that is not as it wrote it."""
+
+    exit_code = 4
+
+
 class DownloadError(MLXFuseError):
     """A download that could not start, finish or be verified."""
 

@@ -23,7 +23,7 @@ LAYERS = (
     ("hub", "nn", "needs"),
     ("models", "fusion"),
     ("loader", "export", "inspect", "prompt_cache", "generate", "perplexity"),
-    ("chat", "server"),
+    ("chat", "server", "export_mlx"),
     ("bench", "doctor"),
     ("cli",),
     ("__main__",),

@@ -2,6 +2,7 @@
 
 from . import chat as chat
 from . import doctor as doctor
+from . import export as export
 from . import generate as generate
 from . import inspect as inspect
 from . import perplexity as perplexity

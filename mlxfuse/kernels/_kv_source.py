@@ -14,6 +14,14 @@ THREADGROUP = (32, 4, 1)
 NAMES = {mx.float16: "half", mx.bfloat16: "bfloat16_t", mx.float32: "float"}
 
 
+def sections(scheme: KVScheme) -> tuple[str, ...]:
+    """The parts of ``kv_rows.h`` that decode a scheme's rows, and plain ones."""
+    coded = [side for side in (scheme.k, scheme.v) if side.quantized]
+    names = ["floats" if scheme.dtype == mx.float32 else "halves"]
+    names += sorted({f"codes{side.bits}" for side in coded} | {side.kind for side in coded})
+    return tuple(f"kv_rows.h:{name}" for name in (*names, "hadamard"))
+
+
 def refuse_dims(scheme: KVScheme) -> str | None:
     """What every kernel says to heads that do not fit a SIMD-group."""
     dims = (scheme.k.dim, scheme.v.dim)
@@ -39,7 +47,7 @@ def plain_sides(scheme: KVScheme) -> tuple[str, str]:
 def _side(side: KVSide, dtype: mx.Dtype, first: int, scales: int) -> str:
     numbers = f"Numbers<{NAMES[dtype]}>"
     if not side.quantized:
-        return f"Side<{numbers}, Affine, {numbers}, {first}, 0, 0>"
+        return f"Side<{numbers}, void, {numbers}, {first}, 0, 0>"
     codes = f"Codes<{side.bits}>"
     kinds = {"affine": "Affine", "zero_point": "ZeroPoint"}
     kind = kinds.get(side.kind, f"Symmetric<{1 << (side.bits - 1)}>")

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from functools import cache
 
 from ._kernel import Program
-from ._kv_source import NAMES, plain_sides, sides
+from ._kv_source import NAMES, plain_sides, sections, sides
 from .kv_scheme import KVScheme
 
 MAX_ROWS = 32
 """Queries of all heads that share a KV head which one reading of the cache serves."""
 
 _RUN = 8  # tokens that a SIMD-group scores at once, as in the Metal source
-_TILE_BYTES = 16384  # of threadgroup memory for packed rows, where a run of them fits
+_TILE_BYTES = 8192  # of threadgroup memory for packed rows, where a run of them fits
 _TILE = 32  # most tokens in it
 
 
@@ -51,8 +51,12 @@ def _units(dim: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """Tokens of one kind: how they are decoded and, in Metal, what they are and which they are."""
+    """Tokens of one kind: how they are decoded and, in Metal, what they are and which they are.
 
+    ``name`` is the section of the Metal source.
+    """
+
+    name: str
     types: tuple[str, str]
     words: int
     tokens: str
@@ -74,6 +78,7 @@ class _Source:
 def _packed(scheme: KVScheme) -> _Source:
     words = scheme.row_words
     return _Source(
+        name="packed",
         types=sides(scheme),
         words=words,
         tokens=f"Packed<{words}>{{rows + ulong(at.z) * uint(size[6]) * {words}, uint(h.sinks)}}",
@@ -105,6 +110,7 @@ def _plain(scheme: KVScheme, given: tuple[str, ...]) -> _Source:
     )
     kind = f"Plain<{NAMES[scheme.dtype]}, {dk}, {dv}, {str(fresh).lower()}>"
     return _Source(
+        name="plain",
         types=plain_sides(scheme),
         words=(dk + dv) * scheme.dtype.size // 4,
         tokens=f"{kind}{{{', '.join(members)}}}",
@@ -169,7 +175,12 @@ def parts_program(scheme: KVScheme, given: tuple[str, ...], shape: Geometry) -> 
         inputs=("q", *given, *lengths, "size", "numbers"),
         outputs=("sums", "stats", *(["fresh"] if fresh else [])),
         body="\n".join(lines) + "\n",
-        parts=("kv_rows.h:hadamard", "online_softmax.h", "compressed_sdpa.metal:parts"),
+        parts=(
+            *sections(scheme),
+            "online_softmax.h",
+            "compressed_sdpa.metal:parts",
+            *(f"compressed_sdpa.metal:{s.name}" for s in sources),
+        ),
     )
 
 

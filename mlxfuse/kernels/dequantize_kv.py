@@ -7,7 +7,7 @@ from functools import cache
 import mlx.core as mx
 
 from ._kernel import Kernel, Launch, Program
-from ._kv_source import THREADGROUP, refuse_dims, sides
+from ._kv_source import THREADGROUP, refuse_dims, sections, sides
 from .kv_scheme import FLOATS, KVScheme, unpack
 
 
@@ -55,7 +55,7 @@ def _program(scheme: KVScheme) -> Program:
             f"dequantize_side<{v}, {scheme.v.dim}, {scheme.v_block}>("
             f"row, v + ulong(token) * {scheme.v.dim}, lane);\n"
         ),
-        parts=("kv_rows.h:hadamard", "dequantize_kv.metal"),
+        parts=(*sections(scheme), "dequantize_kv.metal"),
     )
 
 

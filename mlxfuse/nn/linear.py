@@ -213,6 +213,8 @@ class StreamedEmbedding(nn.Module):
         return f"{self._shape[0]}, {self._shape[1]}, streamed"
 
     def __call__(self, ids: mx.array) -> mx.array:
+        if not ids.size:
+            return mx.zeros((*ids.shape, self._shape[1]), self._dtype)
         wanted, place = np.unique(np.asarray(ids), return_inverse=True)
         table = np.concatenate([self._rows(int(i), int(i) + 1) for i in wanted])
         return mx.array(table).astype(self._dtype)[mx.array(place).reshape(ids.shape)]

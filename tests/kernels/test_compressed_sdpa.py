@@ -42,10 +42,10 @@ AXES: dict[str, tuple[Any, ...]] = {
 
 
 def valid(case: Case) -> bool:
-    """No more multiplications than the emulation does in a second."""
+    """No more multiplications than the emulation does in half a second."""
     dk, dv = case["dims"]
     fits = case["group"] == 0 or (dk % case["group"] == 0 and dv % case["group"] == 0)
-    return fits and case["heads"] * case["queries"] * (dk + dv) * case["length"] <= 12_000_000
+    return fits and case["heads"] * case["queries"] * (dk + dv) * case["length"] <= 5_000_000
 
 
 PAIRS = pairwise(AXES, valid)
@@ -61,18 +61,19 @@ def problem_of(case: Case, seed: int = 0) -> Problem:
     )
     scheme = KVScheme(k, v, dtype)
     batch = 2 if case["length"] < 600 or case["more"] == "padding" else 1
+    held = batch, 3 - batch
     capacity = -(-length // 4) * 4 + 4
-    rows = packed(scheme, rng, batch, 1, capacity)
+    rows = packed(scheme, rng, *held, capacity)
     options: Case = {"scale": dk**-0.5, "causal": case["causal"], "window": case["window"]}
-    heads = case["heads"]
+    heads = case["heads"] * held[1]
     tail, tails = None, mx.array(0)
     if case["plain"] != "none":
         tails = mx.array([11, 13][:batch])
-        tail = normal(rng, dtype, batch, 1, 16, dk + dv)
+        tail = normal(rng, dtype, *held, 16, dk + dv)
     if case["plain"] == "sink":
-        options |= {"sink": normal(rng, dtype, batch, 1, 4, dk + dv), "sink_length": 4}
+        options |= {"sink": normal(rng, dtype, *held, 4, dk + dv), "sink_length": 4}
     if case["plain"] == "fresh":
-        fresh = normal(rng, dtype, batch, 1, queries, dk), normal(rng, dtype, batch, 1, queries, dv)
+        fresh = normal(rng, dtype, *held, queries, dk), normal(rng, dtype, *held, queries, dv)
         options["fresh"] = fresh
     keys = capacity + 4 + 16 + 8
     if case["mask"] == "bool":
@@ -309,6 +310,7 @@ def test_lengths_and_layers_share_a_program() -> None:
 def test_a_step_is_three_dispatches() -> None:
     problem = problem_of(USUAL)
     fresh = problem.options.pop("fresh")
+    mx.eval(problem.arguments, fresh)
 
     def step(q: mx.array, k: mx.array, v: mx.array, tail: mx.array, n: mx.array) -> Any:
         given = problem.arguments[1:4]

@@ -176,8 +176,8 @@ def variants() -> Iterator[Variant]:
     experts = QuantizedWeight.whole(segment("MXFP4", 4 * ROWS, COLUMNS, experts=4))
     ids = mx.array([[3, 1]], mx.uint32)
     yield _product("experts", experts, 1, half, experts=ids)
+    yield from compressed()
     yield from norms()
-    yield from _compressed()
 
 
 def norm(
@@ -250,7 +250,7 @@ def _short(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
 
 
-def _compressed() -> Iterator[Variant]:
+def compressed() -> Iterator[Variant]:
     """Each width of codes and kind, rotated or not; each source of tokens and kind of mask."""
     affine, symmetric = KVSide(128, 8, 64, "affine", True), KVSide(80, 4, 0, "symmetric", True)
     usual = KVScheme(affine, KVSide(128, 4, 64, "affine", True), mx.float16)
