@@ -15,7 +15,7 @@ class Weight:
     """Where one GGUF tensor goes.
 
     module  path of the mlx-lm module, below ``model.layers.N.`` for a layer's tensor.
-    shape   names of the sizes: two for a matrix, one for a norm.
+    shape   names of the sizes: one for a norm, two for a matrix, three for experts' matrices.
     bias    ``no``, ``optional`` or ``required``: whether NAME.bias may, must or must not be there.
     heads   name of the size that counts the heads whose rotary rows may be stored in pairs.
     """
@@ -40,6 +40,8 @@ class Architecture:
     norm_offset  what the file's norm weights have on top of mlx-lm's.
     metal_dtype  activation type on Metal unless the caller says otherwise.
     rope_types   rotary scalings that are supported besides none.
+    may_tie      mlx-lm's class can use the embedding as its output head.
+    args         fields of mlx-lm's ``ModelArgs`` that every file of the architecture has alike.
     """
 
     name: str
@@ -57,6 +59,13 @@ class Architecture:
     norm_offset: float = 0.0
     metal_dtype: str = "float16"
     rope_types: tuple[str, ...] = ("linear", "yarn")
+    may_tie: bool = True
+    args: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def experts(self) -> bool:
+        """Whether its layers have experts."""
+        return "ffn_gate_inp" in self.layer
 
 
 _NORMS = {
@@ -74,7 +83,9 @@ _QK_NORMS = {
     "attn_q_norm": Weight("self_attn.q_norm", ("head",)),
     "attn_k_norm": Weight("self_attn.k_norm", ("head",)),
 }
-_GROUPS = {"qkv": ("attn_q", "attn_k", "attn_v"), "gate_up": ("ffn_gate", "ffn_up")}
+_QKV = {"qkv": ("attn_q", "attn_k", "attn_v")}
+_GROUPS = _QKV | {"gate_up": ("ffn_gate", "ffn_up")}
+_EXPERT_GROUPS = _QKV | {"gate_up": ("ffn_gate_exps", "ffn_up_exps")}
 
 
 def _attention(bias: str = "no", output_bias: str = "no") -> dict[str, Weight]:
@@ -92,6 +103,20 @@ def _mlp(bias: str = "no") -> dict[str, Weight]:
         "ffn_up": Weight("mlp.up_proj", ("ff", "embd"), bias),
         "ffn_down": Weight("mlp.down_proj", ("embd", "ff"), bias),
     }
+
+
+_EXPERTS = {
+    "ffn_gate_inp": Weight("mlp.gate", ("experts", "embd")),
+    "ffn_gate_exps": Weight("mlp.switch_mlp.gate_proj", ("experts", "expert_ff", "embd")),
+    "ffn_up_exps": Weight("mlp.switch_mlp.up_proj", ("experts", "expert_ff", "embd")),
+    "ffn_down_exps": Weight("mlp.switch_mlp.down_proj", ("experts", "embd", "expert_ff")),
+}
+_SHARED_EXPERT = {
+    "ffn_gate_inp_shexp": Weight("mlp.shared_expert_gate", ("one", "embd")),
+    "ffn_gate_shexp": Weight("mlp.shared_expert.gate_proj", ("shared_ff", "embd")),
+    "ffn_up_shexp": Weight("mlp.shared_expert.up_proj", ("shared_ff", "embd")),
+    "ffn_down_shexp": Weight("mlp.shared_expert.down_proj", ("embd", "shared_ff")),
+}
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -118,6 +143,22 @@ ARCHITECTURES: dict[str, Architecture] = {
             module="mlx_lm.models.qwen3",
             layer=_NORMS | _attention() | _QK_NORMS | _mlp(),
             groups=_GROUPS,
+        ),
+        Architecture(
+            name="qwen2moe",
+            module="mlx_lm.models.qwen2_moe",
+            layer=_NORMS | _attention("required") | _EXPERTS | _SHARED_EXPERT,
+            groups=_EXPERT_GROUPS | {"shared_gate_up": ("ffn_gate_shexp", "ffn_up_shexp")},
+            may_tie=False,
+        ),
+        # Both projects normalise the weights of a token's experts in every qwen3moe and in no
+        # qwen2moe; llama.cpp reads no key for it.
+        Architecture(
+            name="qwen3moe",
+            module="mlx_lm.models.qwen3_moe",
+            layer=_NORMS | _attention() | _QK_NORMS | _EXPERTS,
+            groups=_EXPERT_GROUPS,
+            args={"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": ()},
         ),
         # Gemma's residual stream leaves float16's range (65504): mlx-lm clips it there
         # (gemma3_text.clip_residual) and its authors trained and publish it in bfloat16.

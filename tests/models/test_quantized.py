@@ -153,13 +153,13 @@ def test_a_file_that_shrinks_while_it_loads_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tiny.write(tmp_path / "m.gguf", tiny.build("llama", 0))
-    real = streams.relayout
+    real = streams.fill
 
     def shrink(*arguments: object) -> None:
         real(*arguments)
         os.truncate(path, path.stat().st_size // 2)
 
-    monkeypatch.setattr(streams, "relayout", shrink)
+    monkeypatch.setattr(streams, "fill", shrink)
     with pytest.raises(GGUFError, match="changed while open"):
         quantised(path)
 
