@@ -28,7 +28,7 @@ from .models import tiny
 from .test_cli import REPOSITORY, TEMPLATE, invoke
 
 IDS = mx.array([[1, 5, 9, 200, 7]])
-CASES = ("llama-q4", "llama-k-quants", "llama-fused-qkv", "qwen2", "gemma3", "phi3")
+CASES = ("llama-q4", "llama-k-quants", "llama-fused-qkv", "qwen2", "qwen3moe", "gemma3", "phi3")
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import mlx.nn as nn
 from .. import env
 from ..kernels import self_test, unavailable
 from ..nn.attention import FusedAttention
+from ..nn.experts import QuantizedSwitchLinear
 from ..nn.linear import FusedLinear, Linear
 from ..nn.mlp import FusedMLP
 from ..nn.quantized import FusedQuantizedLinear, QuantizedLinear
@@ -107,7 +108,8 @@ def patch_model(model: nn.Module, fuse: str | Iterable[str] = "auto") -> PatchRe
 
 def _self_test(model: nn.Module, report: PatchReport) -> None:
     """Try the kernel variants that the model uses, unless they are emulated or cannot run."""
-    quantised = any(isinstance(m, QuantizedLinear) for _, m in _modules(model))
+    kinds = (QuantizedLinear, QuantizedSwitchLinear)
+    quantised = any(isinstance(m, kinds) for _, m in _modules(model))
     if not quantised or env.get("MLXFUSE_KERNELS") == "emulated" or unavailable() is not None:
         return
     start = time.perf_counter()

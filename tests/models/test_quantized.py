@@ -17,6 +17,7 @@ from mlxfuse.gguf.relayout import restore
 from mlxfuse.kernels.dequantize import dequantize
 from mlxfuse.loader import load
 from mlxfuse.models import streams
+from mlxfuse.nn.experts import QuantizedSwitchLinear
 from mlxfuse.nn.quantized import QuantizedEmbedding, QuantizedLinear
 from tests.models import tiny
 
@@ -31,11 +32,11 @@ def quantised(path: Path, **more: object) -> nn.Module:
 
 
 def dense(layer: nn.Module) -> np.ndarray:
-    if not isinstance(layer, (QuantizedLinear, QuantizedEmbedding)):
+    if not isinstance(layer, (QuantizedLinear, QuantizedEmbedding, QuantizedSwitchLinear)):
         return np.array(layer.weight)
     rows = []
     for part in layer.weight.parts:
-        rows.append(np.array(dequantize(part.segment)[part.first : part.first + part.rows]))
+        rows.append(np.array(dequantize(part.segment))[..., part.first :, :][..., : part.rows, :])
     return np.concatenate(rows)
 
 
