@@ -290,7 +290,9 @@ def test_affine_is_exact(name):
     assert np.allclose(np.array(got), want, rtol=0, atol=2**-22 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("name", ["llama-q4", "llama-k-quants", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["llama-q4", "llama-k-quants", "qwen2", "qwen3", "qwen2moe", "qwen3moe"]
+)
 def test_stock_mlx_lm_runs_it(made, tmp_path, name):
     path, target = made(name), tmp_path / "mlx"
     summary = export_mlx(path, target)

@@ -341,7 +341,12 @@ BAD_TENSORS: list[tuple[str, Change, type[Exception], str]] = [
         GGUFError,
         "(6, 64); expected (2147483647, 64)",
     ),
-    ("qwen3moe", say("qwen3moe.expert_feed_forward_length", 2**30), GGUFError, "(6, 1073741824, 64)"),
+    (
+        "qwen3moe",
+        say("qwen3moe.expert_feed_forward_length", 2**30),
+        GGUFError,
+        "(6, 1073741824, 64)",
+    ),
     ("qwen3moe", add("blk.0.ffn_gate_exps.bias"), UnsupportedError, "blk.0.ffn_gate_exps.bias"),
     ("qwen2moe", drop("output.weight"), GGUFError, "output.weight is missing"),
     ("qwen2moe", cut("blk.0.ffn_gate_inp_shexp.weight", 32), GGUFError, "(32,); expected (1, 64)"),
