@@ -37,7 +37,12 @@ GROUP = 32
 # format -> bits of MLX's mode affine: the codes are those of gguf.quants, made unsigned.
 EXACT = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8}
 _ZERO = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128}
-_MODEL_TYPES = {"gemma3": "gemma3_text", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
+_MODEL_TYPES = {
+    "gemma3": "gemma3_text",
+    "gpt-oss": "gpt_oss",
+    "qwen2moe": "qwen2_moe",
+    "qwen3moe": "qwen3_moe",
+}
 _LARGEST = float(np.finfo(np.float16).max)
 
 Arrays = dict[str, np.ndarray]
@@ -186,6 +191,8 @@ def _unit(file: GGUFFile, weight: WeightPlan, config: Config, bits: int | None) 
             arrays = {"weight": floats(weight.weight, offset)}
         if weight.bias:
             arrays["bias"] = floats(weight.bias)
+        if weight.bare:
+            return {weight.module: arrays["weight"]}
         if len(weight.shape) == 3:
             lead = weight.shape[:2]
             arrays = {name: array.reshape(*lead, -1) for name, array in arrays.items()}

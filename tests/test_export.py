@@ -28,7 +28,16 @@ from .models import tiny
 from .test_cli import REPOSITORY, TEMPLATE, invoke
 
 IDS = mx.array([[1, 5, 9, 200, 7]])
-CASES = ("llama-q4", "llama-k-quants", "llama-fused-qkv", "qwen2", "qwen3moe", "gemma3", "phi3")
+CASES = (
+    "llama-q4",
+    "llama-k-quants",
+    "llama-fused-qkv",
+    "qwen2",
+    "qwen3moe",
+    "gpt-oss",
+    "gemma3",
+    "phi3",
+)
 
 
 @pytest.fixture
@@ -325,8 +334,9 @@ def test_scales_that_would_overflow_stay_float16(made, tmp_path):
 
 
 def test_what_mlx_lm_cannot_be_told_is_refused(made, tmp_path):
-    with pytest.raises(UnsupportedError, match="rotary scaling"):
-        export_mlx(made("llama-yarn"), tmp_path / "mlx")
+    for name in ("llama-yarn", "gpt-oss"):
+        with pytest.raises(UnsupportedError, match="rotary scaling"):
+            export_mlx(made(name), tmp_path / "mlx")
     assert not (tmp_path / "mlx").exists()
 
 

@@ -17,6 +17,7 @@ class Weight:
     module  path of the mlx-lm module, below ``model.layers.N.`` for a layer's tensor.
     shape   names of the sizes: one for a norm, two for a matrix, three for experts' matrices.
     bias    ``no``, ``optional`` or ``required``: whether NAME.bias may, must or must not be there.
+    bare    ``module`` is no layer that has a weight but an array of its own.
     heads   name of the size that counts the heads whose rotary rows may be stored in pairs.
     """
 
@@ -24,6 +25,7 @@ class Weight:
     shape: tuple[str, ...]
     bias: str = "no"
     heads: str = ""
+    bare: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +107,16 @@ def _mlp(bias: str = "no") -> dict[str, Weight]:
     }
 
 
-_EXPERTS = {
-    "ffn_gate_inp": Weight("mlp.gate", ("experts", "embd")),
-    "ffn_gate_exps": Weight("mlp.switch_mlp.gate_proj", ("experts", "expert_ff", "embd")),
-    "ffn_up_exps": Weight("mlp.switch_mlp.up_proj", ("experts", "expert_ff", "embd")),
-    "ffn_down_exps": Weight("mlp.switch_mlp.down_proj", ("experts", "embd", "expert_ff")),
-}
+def _experts(router: str, switch: str, bias: str = "no") -> dict[str, Weight]:
+    up, down = ("experts", "expert_ff", "embd"), ("experts", "embd", "expert_ff")
+    return {
+        "ffn_gate_inp": Weight(f"mlp.{router}", ("experts", "embd"), bias),
+        "ffn_gate_exps": Weight(f"mlp.{switch}.gate_proj", up, bias),
+        "ffn_up_exps": Weight(f"mlp.{switch}.up_proj", up, bias),
+        "ffn_down_exps": Weight(f"mlp.{switch}.down_proj", down, bias),
+    }
+
+
 _SHARED_EXPERT = {
     "ffn_gate_inp_shexp": Weight("mlp.shared_expert_gate", ("one", "embd")),
     "ffn_gate_shexp": Weight("mlp.shared_expert.gate_proj", ("shared_ff", "embd")),
@@ -147,7 +153,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture(
             name="qwen2moe",
             module="mlx_lm.models.qwen2_moe",
-            layer=_NORMS | _attention("required") | _EXPERTS | _SHARED_EXPERT,
+            layer=_NORMS | _attention("required") | _experts("gate", "switch_mlp") | _SHARED_EXPERT,
             groups=_EXPERT_GROUPS | {"shared_gate_up": ("ffn_gate_shexp", "ffn_up_shexp")},
             may_tie=False,
         ),
@@ -156,9 +162,24 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture(
             name="qwen3moe",
             module="mlx_lm.models.qwen3_moe",
-            layer=_NORMS | _attention() | _QK_NORMS | _EXPERTS,
+            layer=_NORMS | _attention() | _QK_NORMS | _experts("gate", "switch_mlp"),
             groups=_EXPERT_GROUPS,
             args={"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": ()},
+        ),
+        # Its authors trained it in bfloat16 and say nothing of float16's range.
+        Architecture(
+            name="gpt-oss",
+            module="mlx_lm.models.gpt_oss",
+            layer={
+                "attn_norm": _NORMS["attn_norm"],
+                "post_attention_norm": Weight("post_attention_layernorm", ("embd",)),
+                **_attention("required", "required"),
+                "attn_sinks": Weight("self_attn.sinks", ("heads",), bare=True),
+                **_experts("router", "experts", "required"),
+            },
+            groups=_EXPERT_GROUPS,
+            metal_dtype="bfloat16",
+            may_tie=False,
         ),
         # Gemma's residual stream leaves float16's range (65504): mlx-lm clips it there
         # (gemma3_text.clip_residual) and its authors trained and publish it in bfloat16.

@@ -73,7 +73,7 @@ def build(
             with account.time("dequantize"):
                 made = make_module(file, weight, dtype, getattr(parent, name), config, dense=dense)
                 setattr(parent, name, made)
-                mx.eval(made.parameters())
+                mx.eval(made if isinstance(made, mx.array) else made.parameters())
             if quantized:
                 _note(account, weight, nbytes if dense else 0)
     model.eval()
@@ -111,20 +111,23 @@ def make_module(
     file: GGUFFile,
     weight: WeightPlan,
     dtype: mx.Dtype,
-    stock: nn.Module,
+    stock: nn.Module | mx.array,
     config: Config,
     *,
     dense: bool,
-) -> nn.Module:
-    """The one place where rows of the file become a module of the model.
+) -> nn.Module | mx.array:
+    """The one place where rows of the file become a module of the model, or a bare array.
 
     Args:
-        stock: mlx-lm's module at that place, not evaluated; a norm keeps it for its epsilon.
+        stock: what mlx-lm has at that place, not evaluated; a norm keeps it for its epsilon.
         dense: whether a matrix is dequantised now, or its rows at every call.
     """
     rows = FileRows(file, weight.weight, mapped=not dense)
     if len(weight.shape) == 1:
-        values = mx.array(rows(0, weight.shape[0]) - config.architecture.norm_offset)
+        values = mx.array(rows(0, weight.shape[0]))
+        if isinstance(stock, mx.array):
+            return values.astype(dtype)
+        values = values - config.architecture.norm_offset
         stock.weight = values.astype(dtype)
         return stock
     # Experts' matrices one below the other.
@@ -212,7 +215,7 @@ def _parent(model: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 def _check_parameters(model: nn.Module, weights: Plan) -> None:
     """mlx-lm's model has exactly the weights that the file will fill, in the same shapes."""
-    filled = {f"{w.module}.weight": w.shape for p in (weights.outer, *weights.layers) for w in p}
+    filled = {w.parameter: w.shape for p in (weights.outer, *weights.layers) for w in p}
     parameters: Any = tree_flatten(model.parameters())
     expected = {
         name: value.shape

@@ -203,6 +203,8 @@ def read_config(file: GGUFFile, context_length: int | None = None) -> Config:
         "rope_theta": rope.base,
         "tie_word_embeddings": tied,
     }
+    if arch.name == "gpt-oss":
+        args |= _gpt_oss(file, key, layers, expert_sizes["expert_ff"])
     rope_swa = None
     if arch.name in _LAYERS_27B:
         args |= _gemma(file, arch, key, head, layers)
@@ -293,25 +295,43 @@ def _vocab_size(file: GGUFFile) -> int:
 def _gemma(
     file: GGUFFile, arch: Architecture, key: _Keys, head: int, layers: int
 ) -> dict[str, Any]:
-    """Query scale and sliding window: every period-th layer sees the whole context."""
+    """Query scale and sliding window."""
     embd = key.count("embedding_length")
     heads = key.count("attention.head_count")
     gemma2 = arch.name == "gemma2"
-    window = key.count("attention.sliding_window", 4096 if gemma2 else None)
-    pattern = file.metadata.get(f"{arch.name}.attention.sliding_window_pattern")
+    return {
+        "query_pre_attn_scalar": embd // heads if layers == _LAYERS_27B[arch.name] else head,
+        "sliding_window": key.count("attention.sliding_window", 4096 if gemma2 else None),
+        "sliding_window_pattern": _window_period(file, key, layers, 2 if gemma2 else 6),
+    }
+
+
+def _gpt_oss(file: GGUFFile, key: _Keys, layers: int, expert_ff: int) -> dict[str, Any]:
+    """Windows, of which mlx-lm needs a layer with and one without, and mlx-lm's own names."""
+    period = _window_period(file, key, layers, 2)
+    if period == 1:
+        raise UnsupportedError("gpt-oss without a layer that has a sliding window")
+    kinds = ("sliding_attention", "full_attention")
+    return {
+        "num_local_experts": key.count("expert_count"),
+        "intermediate_size": expert_ff,
+        "sliding_window": key.count("attention.sliding_window"),
+        "layer_types": [kinds[i % period == period - 1] for i in range(layers)],
+    }
+
+
+def _window_period(file: GGUFFile, key: _Keys, layers: int, default: int) -> int:
+    """The last of so many layers sees the whole context, the others a window."""
+    pattern = file.metadata.get(f"{key.name}.attention.sliding_window_pattern")
     if isinstance(pattern, np.ndarray):
         period = _period(pattern, layers)
         if period is None:
             raise UnsupportedError("an irregular attention.sliding_window_pattern")
     else:
-        period = key.count("attention.sliding_window_pattern", 2 if gemma2 else 6)
+        period = key.count("attention.sliding_window_pattern", default)
     if period > layers:
         raise UnsupportedError(f"{layers} layers, none of which sees the whole context")
-    return {
-        "query_pre_attn_scalar": embd // heads if layers == _LAYERS_27B[arch.name] else head,
-        "sliding_window": window,
-        "sliding_window_pattern": period,
-    }
+    return period
 
 
 def _period(pattern: np.ndarray, layers: int) -> int | None:

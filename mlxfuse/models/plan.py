@@ -106,12 +106,19 @@ class WeightPlan:
     weight  its rows, from one or several tensors, one after the other.
     bias    likewise, or empty.
     group   path of the fused group it belongs to, for example ``model.layers.0.qkv``, or empty.
+    bare    see `Weight`.
     """
 
     module: str
     weight: tuple[RowSource, ...]
     bias: tuple[RowSource, ...] = ()
     group: str = ""
+    bare: bool = False
+
+    @property
+    def parameter(self) -> str:
+        """The name of the weight among the model's parameters."""
+        return self.module if self.bare else f"{self.module}.weight"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -236,12 +243,14 @@ class _Finder:
         """
         shape = tuple(self.sizes[s] for s in weight.shape)
         if suffix == "bias":
-            shape = shape[:1]
+            shape = shape[:-1]
         tensors = self.file.tensors
         if f"{prefix}{name}.{suffix}" in tensors:
             tensor = self._checked(f"{prefix}{name}.{suffix}", shape)
-            return (self._source(tensor, 0, shape[-2:][0], weight),)
+            return (self._source(tensor, 0, tensor.shape[-2:][0], weight),)
         for whole, members in FUSED.items():
+            if suffix == "bias" and whole != FUSED_QKV:
+                continue
             if name in members and f"{prefix}{whole}.{suffix}" in tensors:
                 rows = [self._part_rows(part) for part in members]
                 start = sum(rows[: members.index(name)])
@@ -294,7 +303,7 @@ class _Finder:
             bias = self.rows(prefix, name, weight, "bias")
             if weight.bias == "required" and not bias:
                 raise GGUFError(self.file.path, f"{prefix}{name}.bias is missing")
-        return WeightPlan(module, rows, bias, group)
+        return WeightPlan(module, rows, bias, group, weight.bare)
 
 
 def plan(file: GGUFFile, config: Config) -> Plan:

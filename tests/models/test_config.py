@@ -89,6 +89,15 @@ def test_lengths_of_experts(tmp_path: Path) -> None:
     assert args["shared_expert_intermediate_size"] == 96
 
 
+def test_gpt_oss(tmp_path: Path) -> None:
+    args = config(tmp_path, "gpt-oss", feed_forward_length=99).args
+    assert args["layer_types"] == ["sliding_attention", "full_attention"] * 2
+    assert args["sliding_window"] == 6
+    assert (args["num_local_experts"], args["intermediate_size"]) == (6, 32)
+    args = config(tmp_path, "gpt-oss", attention__sliding_window_pattern=3).args
+    assert [kind[:4] for kind in args["layer_types"]] == ["slid", "slid", "full", "slid"]
+
+
 def test_gemma2(tmp_path: Path) -> None:
     found = config(tmp_path, "gemma2")
     assert found.args["sliding_window"] == 6
@@ -207,6 +216,9 @@ BAD_KEYS: list[tuple[str, dict[str, object], type[Exception], str]] = [
         GGUFError,
         "qwen3moe.expert_feed_forward_length is missing",
     ),
+    ("gpt-oss", {"attention__sliding_window": None}, GGUFError, "attention.sliding_window"),
+    ("gpt-oss", {"attention__sliding_window_pattern": 1}, UnsupportedError, "a sliding window"),
+    ("gpt-oss", {"attention__sliding_window_pattern": 5}, UnsupportedError, "4 layers"),
     (
         "qwen2moe",
         {"expert_shared_feed_forward_length": 0, "feed_forward_length": None},
@@ -348,6 +360,11 @@ BAD_TENSORS: list[tuple[str, Change, type[Exception], str]] = [
         "(6, 1073741824, 64)",
     ),
     ("qwen3moe", add("blk.0.ffn_gate_exps.bias"), UnsupportedError, "blk.0.ffn_gate_exps.bias"),
+    ("gpt-oss", drop("blk.1.attn_sinks.weight"), GGUFError, "attn_sinks.weight is missing"),
+    ("gpt-oss", cut("blk.1.attn_sinks.weight", 3), GGUFError, "(3,); expected (4,)"),
+    ("gpt-oss", cut("blk.0.ffn_up_exps.bias", 5), GGUFError, "(5, 32); expected (6, 32)"),
+    ("gpt-oss", drop("blk.3.ffn_down_exps.bias"), GGUFError, "ffn_down_exps.bias is missing"),
+    ("gpt-oss", drop("blk.0.ffn_gate_inp.bias"), GGUFError, "ffn_gate_inp.bias is missing"),
     ("qwen2moe", drop("output.weight"), GGUFError, "output.weight is missing"),
     ("qwen2moe", cut("blk.0.ffn_gate_inp_shexp.weight", 32), GGUFError, "(32,); expected (1, 64)"),
     (
@@ -402,7 +419,7 @@ def test_the_tables_need_neither_mlx_nor_mlx_lm() -> None:
 def test_each_table_is_complete() -> None:
     assert list(ARCHITECTURES) == [
         *("llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe"),
-        *("gemma2", "gemma3", "phi3"),
+        *("gpt-oss", "gemma2", "gemma3", "phi3"),
     ]
     for arch in ARCHITECTURES.values():
         for names in arch.groups.values():

@@ -41,6 +41,11 @@ def logits(model: nn.Module, prompts: np.ndarray, schedule: list[int]) -> np.nda
     return np.array(mx.concatenate(rows, axis=1))
 
 
+def switch_of(layer: nn.Module) -> nn.Module:
+    """The layer's SwitchGLU."""
+    return layer.mlp.experts if "experts" in layer.mlp else layer.mlp.switch_mlp
+
+
 def fused(model: tiny.Tiny, order: tuple[str, str] = ("gate", "up")) -> tiny.Tiny:
     """Gate and up of every expert in one tensor, as llama.cpp's converters can store them."""
     for layer in range(model.case.layers):
@@ -56,7 +61,7 @@ def test_quantised_experts_match_llama_cpp(name: str, tmp_path: Path) -> None:
     """In one call, step by step, and beside another prompt."""
     made, want = model_of(name, tiny.SEEDS[0])
     model = quantised(tiny.write(tmp_path / "m.gguf", made))
-    kinds = {type(model.layers[0].mlp.switch_mlp[p]) for p in PROJECTIONS}
+    kinds = {type(switch_of(model.layers[0])[p]) for p in PROJECTIONS}
     assert kinds == {QuantizedSwitchLinear}
     both = np.stack([made.prompt, made.prompt[::-1]])
     for schedule, prompts in (("whole", both), ("steps", both[:1]), ("chunks", both)):
@@ -76,6 +81,17 @@ def test_weights_of_the_chosen_experts_add_up_to_one_in_qwen3moe(
     model = load(path)[0] if dense else quantised(path)
     for layer in model.layers:
         layer.mlp.norm_topk_prob = False
+    assert min(disagreement(logits(model, made.prompt[None], [24])[0], want)) > CONTROL
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_gpt_oss_clips_gate_and_up(dense: bool, tmp_path: Path) -> None:
+    """Control: an activation that does not is noticed."""
+    made, want = model_of("gpt-oss", tiny.SEEDS[0])
+    path = tiny.write(tmp_path / "m.gguf", made)
+    model = load(path)[0] if dense else quantised(path)
+    for layer in model.layers:
+        layer.mlp.experts.activation._limit = 1e4
     assert min(disagreement(logits(model, made.prompt[None], [24])[0], want)) > CONTROL
 
 
@@ -146,15 +162,17 @@ def test_only_the_chosen_experts_are_dequantised(
         np.testing.assert_allclose(np.array(y), want, rtol=0, atol=1e-5)
 
 
-def test_a_model_that_does_not_fit_is_dequantised_at_every_call(tmp_path: Path) -> None:
-    made, want = model_of("qwen2moe", tiny.SEEDS[0])
+@pytest.mark.parametrize("name", ["qwen2moe", "gpt-oss"])
+def test_a_model_that_does_not_fit_is_dequantised_at_every_call(name: str, tmp_path: Path) -> None:
+    made, want = model_of(name, tiny.SEEDS[0])
     with open_gguf(tiny.write(tmp_path / "m.gguf", made)) as file:
         model = build(file, plan(file, read_config(file)), mx.float32, budget=0)
         assert max(disagreement(logits(model, made.prompt[None], [20, 4])[0], want)) <= BOUND
 
 
-def test_active_bytes_are_those_of_the_chosen_experts(tmp_path: Path) -> None:
-    made = tiny.build("qwen2moe", 0)
+@pytest.mark.parametrize("name", ["qwen2moe", "gpt-oss"])
+def test_active_bytes_are_those_of_the_chosen_experts(name: str, tmp_path: Path) -> None:
+    made = tiny.build(name, 0)
     with open_gguf(tiny.write(tmp_path / "m.gguf", made)) as file:
         found = needs(file)
     size = {name: data.nbytes for name, (data, _) in made.tensors.items()}

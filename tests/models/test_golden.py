@@ -162,6 +162,8 @@ def controls(name: str) -> Iterator[tuple[str, Change]]:
         yield "other-experts-down", edit("ffn_down_exps", lambda data: np.roll(data, 1, 0))
         yield "fewer-experts", set_key("expert_used_count", case.used - 1)
         yield "more-experts", set_key("expert_used_count", case.used + 1)
+    if case.sinks:
+        yield "no-sinks", edit("attn_sinks", lambda data: data - 1e4)
     if case.shared_ffn:
         yield "no-shared-expert", edit("ffn_down_shexp", np.zeros_like)
         yield "no-shared-gate", edit("ffn_gate_inp_shexp", np.zeros_like)

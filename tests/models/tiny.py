@@ -52,6 +52,8 @@ class Case:
     biases: tuple[str, ...] = ()
     head_norms: bool = False
     post_norms: bool = False
+    post_attention_norm: bool = False  # in the place of ffn_norm
+    sinks: bool = False
     experts: int = 0
     used: int = 0
     expert_ffn: int = 0
@@ -76,6 +78,7 @@ YARN = {
 }
 PHI3 = {"rope.scaling.attn_factor": 1.25, "rope.dimension_count": 12}
 LONGROPE = {"rope_factors_long": 6, "rope_factors_short": 6}
+EXPERT_BIASES = tuple(f"ffn_{name}" for name in ("gate_inp", "gate_exps", "up_exps", "down_exps"))
 EXPERT_Q4 = {"": "Q4_0", "attn_v": "Q8_0", "ffn_down_exps": "Q5_0", "token_embd": "Q8_0"}
 
 CASES: dict[str, Case] = {
@@ -230,6 +233,23 @@ CASES: dict[str, Case] = {
         shared_ffn=64,
         formats={"": "Q8_0"},
     ),
+    "gpt-oss": Case(
+        "gpt-oss",
+        layers=4,
+        head_dim=32,
+        untied=True,
+        biases=(*QKV, "attn_output", *EXPERT_BIASES),
+        post_attention_norm=True,
+        sinks=True,
+        experts=6,
+        used=3,
+        expert_ffn=32,
+        keys={**YARN, "attention.sliding_window": 6},
+        formats={
+            "": "Q8_0",
+            **dict.fromkeys(("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"), "MXFP4"),
+        },
+    ),
 }
 
 
@@ -281,7 +301,8 @@ def _shapes(case: Case) -> Iterator[tuple[str, tuple[int, ...]]]:
             matrices["ffn_gate"] = (ffn, hidden)
         matrices["ffn_up"] = (ffn * (2 if case.fused_gate else 1), hidden)
         matrices["ffn_down"] = (hidden, ffn)
-    norms = {"attn_norm": hidden, "ffn_norm": hidden}
+    second = "post_attention_norm" if case.post_attention_norm else "ffn_norm"
+    norms = {"attn_norm": hidden, second: hidden}
     if case.head_norms:
         norms |= {"attn_q_norm": case.head_dim, "attn_k_norm": case.head_dim}
     if case.post_norms:
@@ -290,9 +311,11 @@ def _shapes(case: Case) -> Iterator[tuple[str, tuple[int, ...]]]:
         for name, shape in matrices.items():
             yield f"blk.{layer}.{name}.weight", shape
         for name in case.biases:  # fused weights may have separate biases
-            yield f"blk.{layer}.{name}.bias", (rows.get(name, hidden),)
+            yield f"blk.{layer}.{name}.bias", matrices.get(name, (rows.get(name, hidden),))[:-1]
         for name, length in norms.items():
             yield f"blk.{layer}.{name}.weight", (length,)
+        if case.sinks:
+            yield f"blk.{layer}.attn_sinks.weight", (case.heads,)
 
 
 def _expert_shapes(case: Case) -> dict[str, tuple[int, ...]]:
@@ -314,15 +337,18 @@ def _expert_shapes(case: Case) -> dict[str, tuple[int, ...]]:
 
 
 def _blocks(random: np.random.RandomState, kind: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Random valid Q4_K or Q6_K rows of about unit gain: uint8 [..., rows, packed bytes].
+    """Random valid rows of about unit gain: uint8 [..., rows, packed bytes].
 
     gguf-py cannot quantise to these types, and another quantiser's search may round differently
     from one machine to the next.
     """
     columns = shape[-1]
-    blocks = math.prod(shape) // 256
+    blocks = math.prod(shape) // (32 if kind == "MXFP4" else 256)
     gain = columns**-0.5
-    if kind == "Q4_K":  # d, dmin, 12 bytes of 6-bit scales and minima, 128 bytes of codes
+    if kind == "MXFP4":  # exponent, 16 bytes of codes, whose values are 2.9 on average
+        packed = random.randint(0, 256, (blocks, 17), dtype=np.uint8)
+        packed[:, 0] = 126 + math.frexp(gain / 2.9)[1] + random.randint(0, 2, blocks)
+    elif kind == "Q4_K":  # d, dmin, 12 bytes of 6-bit scales and minima, 128 bytes of codes
         packed = random.randint(0, 256, (blocks, 144), dtype=np.uint8)
         # weight = d * scale * code - dmin * minimum; code averages 7.5, so dmin = 7.5 d centres it
         packed[:, :4] = np.array([gain / 260, 7.5 * gain / 260], np.float16).view(np.uint8)
@@ -344,13 +370,15 @@ def build(name: str, seed: int) -> Tiny:
         short, suffix = full.removesuffix(".weight").removesuffix(".bias").split(".")[-1], full
         if short.startswith("rope_"):
             tensors[full] = random.uniform(1, 6, shape).astype(np.float32), "F32"
-        elif len(shape) == 1 and short != "ffn_gate_inp_shexp":
-            low, high = (-1.5, 1.5) if suffix.endswith(".bias") else (0.2, 2.2)
+        elif suffix.endswith(".bias") or (len(shape) == 1 and short != "ffn_gate_inp_shexp"):
+            # gpt-oss clips gate and up at 7.
+            wide = 9 if short in ("ffn_gate_exps", "ffn_up_exps") else 1.5
+            low, high = (-wide, wide) if suffix.endswith(".bias") else (0.2, 2.2)
             tensors[full] = random.uniform(low, high, shape).astype(np.float32), "F32"
         else:
             router = short.startswith("ffn_gate_inp")
             kind = "F32" if router else case.formats.get(short, case.formats[""])
-            if kind in ("Q4_K", "Q6_K"):
+            if kind in ("Q4_K", "Q6_K", "MXFP4"):
                 tensors[full] = _blocks(random, kind, shape), kind
                 continue
             # Uniform of standard deviation gain / sqrt(columns); sharper attention than 1.
