@@ -311,7 +311,8 @@ def _shapes(case: Case) -> Iterator[tuple[str, tuple[int, ...]]]:
         for name, shape in matrices.items():
             yield f"blk.{layer}.{name}.weight", shape
         for name in case.biases:  # fused weights may have separate biases
-            yield f"blk.{layer}.{name}.bias", matrices.get(name, (rows.get(name, hidden),))[:-1]
+            shape = matrices[name][:-1] if name in matrices else (rows[name],)
+            yield f"blk.{layer}.{name}.bias", shape
         for name, length in norms.items():
             yield f"blk.{layer}.{name}.weight", (length,)
         if case.sinks:
