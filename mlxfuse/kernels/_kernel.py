@@ -9,6 +9,10 @@ A `Kernel` is a pure description: given arguments it names a program, a grid and
 * ``metal``: as above, but a fallback raises `KernelError`.
 * ``reference``: always the reference.
 * ``emulated``: the Metal source, run on the CPU by the test bench of a checkout.
+
+A Metal kernel has no gradient. MLX itself raises under `mx.grad`; a wrapper that says more would
+add a fifth to the host time of every launch (`mx.custom_function`). The emulated launches,
+which MLX does not see, have it.
 """
 
 from __future__ import annotations
@@ -16,11 +20,11 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Generic, ParamSpec
+from typing import Any, Generic, ParamSpec, cast
 
 import mlx.core as mx
 
@@ -156,9 +160,17 @@ def summary() -> list[str]:
 
 def run(launch: Launch, *, emulated: bool = False) -> list[mx.array]:
     """Dispatch, unconditionally."""
-    kernel = _compiled(launch.program, _bench() if emulated else mx.fast.metal_kernel)
+    if emulated:
+        return cast(list[mx.array], _emulate(list(launch.arrays), launch))
+    return _dispatch(launch.arrays, launch, mx.fast.metal_kernel)
+
+
+def _dispatch(
+    arrays: Sequence[mx.array], launch: Launch, factory: Callable[..., Any]
+) -> list[mx.array]:
+    kernel = _compiled(launch.program, factory)
     outputs: list[mx.array] = kernel(
-        inputs=list(launch.arrays),
+        inputs=list(arrays),
         grid=launch.grid,
         threadgroup=launch.threadgroup,
         template=list(launch.template),
@@ -166,6 +178,18 @@ def run(launch: Launch, *, emulated: bool = False) -> list[mx.array]:
         output_dtypes=list(launch.dtypes),
     )
     return outputs
+
+
+@mx.custom_function
+def _emulate(arrays: list[mx.array], launch: Launch) -> list[mx.array]:
+    return _dispatch(arrays, launch, _bench())
+
+
+@_emulate.vjp
+def _no_gradient(arrays: Any, cotangents: Any, outputs: Any) -> None:
+    raise KernelError(
+        "a Metal kernel has no gradient: call model.train(), or set MLXFUSE_KERNELS=reference"
+    )
 
 
 @cache

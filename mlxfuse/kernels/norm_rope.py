@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from ._kernel import Kernel, Launch, Program
-from .dequantize import FLOATS
+from .weight import FLOATS
 
 HEADS_EACH = 4
 """Heads of one position that a SIMD-group turns by the same angles. Not measured on a Mac."""

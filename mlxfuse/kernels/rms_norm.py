@@ -11,7 +11,7 @@ import mlx.core as mx
 from . import quantize_int8
 from ._kernel import Kernel, Launch, Program
 from .activations import GROUP, Int8Activations
-from .dequantize import FLOATS
+from .weight import FLOATS
 
 MAX_COLUMNS = 16384
 """Longest row the kernel keeps in registers: 64 values for each thread of a threadgroup."""

@@ -11,7 +11,7 @@ import mlx.nn as nn
 from ..kernels.dequantize import dequantize
 from ..kernels.quantized_matmul import quantized_matmul
 from ..kernels.weight import Part, QuantizedWeight
-from .linear import GATED, join_biases
+from .linear import join_biases
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,8 @@ class _Holder(nn.Module):
     """Holds the streams of a weight.
 
     They are in the module's tree, where MLX-LM adds up what a model takes, but they are not
-    parameters: `set_dtype` would convert the scales, and no optimiser can change them.
+    parameters: `set_dtype` would convert the scales, and no optimiser can change them. In
+    training mode layers multiply by MLX's own operations, which have gradients.
     """
 
     def __init__(self, weight: QuantizedWeight) -> None:
@@ -62,7 +63,12 @@ class QuantizedLinear(_Holder):
     ) -> mx.array:
         """x ``[..., K]`` -> ``[..., N]``; see `quantized_matmul` for the epilogues."""
         (y,) = quantized_matmul(
-            x, self.weight, bias=self.get("bias"), residual=residual, activation=activation
+            x,
+            self.weight,
+            bias=self.get("bias"),
+            residual=residual,
+            activation=activation,
+            differentiable=self.training,
         )
         return y
 
@@ -75,7 +81,7 @@ class FusedQuantizedLinear(QuantizedLinear):
         """The rows of ``linears`` one after the other.
 
         Where they are the views of one whole weight, it is that weight: its formats' rows are
-        together, which the gated activations need. Missing biases are zeros.
+        together. Missing biases are zeros.
         """
         whole = linears[0].place.whole
         at, together = 0, True
@@ -106,12 +112,12 @@ class FusedQuantizedLinear(QuantizedLinear):
 
     def split(self, x: mx.array) -> tuple[mx.array, ...]:
         """One contiguous result for each part, all by one dispatch."""
-        return quantized_matmul(x, self.weight, bias=self.get("bias"), split=True)
+        return quantized_matmul(
+            x, self.weight, bias=self.get("bias"), split=True, differentiable=self.training
+        )
 
     def gated(self, x: mx.array, activation: str) -> mx.array:
-        """``act(gate) * up``, in the same dispatch if gate and up have one format."""
-        if len(self.weight.segments) > 1:
-            return GATED[activation](*self.split(x))
+        """``act(gate) * up``, in the same dispatch."""
         return self(x, activation=activation)
 
 
@@ -134,5 +140,5 @@ class QuantizedEmbedding(_Holder):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """x ``[..., K]`` -> ``[..., vocabulary]``: a tied output head."""
-        (y,) = quantized_matmul(x, self.weight)
+        (y,) = quantized_matmul(x, self.weight, differentiable=self.training)
         return y
