@@ -14,7 +14,7 @@ import mlx.nn as nn
 from .. import env
 from ..kernels import self_test, unavailable
 from ..nn.attention import FusedAttention
-from ..nn.experts import QuantizedSwitchLinear
+from ..nn.experts import MAX_ROWS_PER_EXPERT, QuantizedSwitchLinear
 from ..nn.linear import FusedLinear, Linear
 from ..nn.mlp import FusedMLP
 from ..nn.quantized import FusedQuantizedLinear, QuantizedLinear
@@ -108,14 +108,17 @@ def patch_model(model: nn.Module, fuse: str | Iterable[str] = "auto") -> PatchRe
 
 def _self_test(model: nn.Module, report: PatchReport) -> None:
     """Try the kernel variants that the model uses, unless they are emulated or cannot run."""
-    kinds = (QuantizedLinear, QuantizedSwitchLinear)
-    quantised = any(isinstance(m, kinds) for _, m in _modules(model))
+    modules = [module for _, module in _modules(model)]
+    experts = [m.weight.experts or 1 for m in modules if isinstance(m, QuantizedSwitchLinear)]
+    quantised = experts or any(isinstance(m, QuantizedLinear) for m in modules)
     if not quantised or env.get("MLXFUSE_KERNELS") == "emulated" or unavailable() is not None:
         return
     start = time.perf_counter()
+    # So many that every expert is dequantised.
+    many = [MAX_ROWS_PER_EXPERT * max(experts) + 1] if experts else []
 
     def run() -> None:
-        for length in self_test.LENGTHS:
+        for length in (*self_test.LENGTHS, *many):
             model(mx.zeros((1, length), mx.int32))
 
     disabled = self_test.check(self_test.calls(run))

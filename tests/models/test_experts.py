@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlxfuse.export import export
+from mlxfuse.gguf.exported import open_model
 from mlxfuse.gguf.reader import open_gguf
+from mlxfuse.inspect import inspect
+from mlxfuse.kernels import _kernel, self_test
 from mlxfuse.loader import load
 from mlxfuse.models.build import build
 from mlxfuse.models.config import read_config
-from mlxfuse.models.plan import plan
+from mlxfuse.models.plan import plan, stored_rows
 from mlxfuse.needs import needs
 from mlxfuse.nn import experts
 from mlxfuse.nn.experts import QuantizedSwitchLinear, StreamedSwitchLinear, SwitchLinear
@@ -104,6 +108,18 @@ def test_gate_and_up_stored_as_one_give_the_same_bits(tmp_path: Path) -> None:
         want, got, other = (logits(get(p), prompt, [24]) for p in (path, together, wrong))
         assert np.array_equal(got, want)
         assert min(disagreement(other, want)) > CONTROL
+    with open_gguf(together) as file:
+        streamed = build(file, plan(file, read_config(file)), mx.float32, budget=0)
+        assert np.array_equal(logits(streamed, prompt, [24]), got)
+    export(together, tmp_path / "out")
+    got, want = (logits(quantised(p), prompt, [24]) for p in (tmp_path / "out", together))
+    assert np.array_equal(got, want)
+    with open_gguf(together) as file, open_model(tmp_path / "out") as exported:
+        exported.arrange(stored_rows(plan(exported, read_config(exported))))
+        name = "blk.1.ffn_gate_up_exps.weight"
+        for rows in (slice(None), slice(40, 140), slice(3, 4)):  # 64 of each expert
+            wanted = file.read(file.tensors[name], rows)
+            assert np.array_equal(exported.read(exported.tensors[name], rows), wanted)
 
 
 @pytest.mark.parametrize("name", ["qwen3moe", "qwen3moe-k-quants"])
@@ -180,3 +196,39 @@ def test_active_bytes_are_those_of_the_chosen_experts(name: str, tmp_path: Path)
     rows = size["token_embd.weight"]
     assert found.weights == sum(size.values())
     assert found.weights - found.active == idle + rows - rows // tiny.VOCABULARY
+
+
+def test_inspect_tells_which_experts_go_together(tmp_path: Path) -> None:
+    path = tiny.write(tmp_path / "m.gguf", tiny.build("qwen2moe", 0))
+    found = inspect(path)
+    assert found["supported"] is True
+    alike = [{"kind": "equal", "types": ["Q8_0"] * 2, "layers": [0, 1, 2]}]
+    assert found["fusion"]["experts gate|up"] == found["fusion"]["shared gate|up"] == alike
+    together = tiny.write(tmp_path / "one.gguf", fused(tiny.build("qwen3moe", 0)))
+    one = [{"kind": "stored as one", "types": ["Q4_0"], "layers": [0, 1, 2]}]
+    assert inspect(together)["fusion"]["experts gate|up"] == one
+
+
+def test_both_ways_to_multiply_by_experts_are_self_tested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gpt-oss has MXFP4 in its experts only: their kernels are tried before they are used."""
+    path = tiny.write(tmp_path / "m.gguf", tiny.build("gpt-oss", 0))
+    seen = set()
+
+    def note(recorded: list[self_test.Recorded]) -> dict[str, str]:
+        for kernel, arguments in recorded:
+            launch = kernel.launch(*arguments)
+            gathered = "experts" in launch.program.inputs or "rows" in launch.program.inputs
+            seen.add((kernel.name, "MXFP4" in launch.program.body, gathered))
+        return {}
+
+    monkeypatch.setattr(self_test, "check", note)
+    monkeypatch.setattr(_kernel, "_unavailable", lambda mode: None)
+    load(path, dtype=mx.float16)
+    assert seen >= {
+        ("quantized_matmul", True, True),
+        ("dequantize", True, True),  # gate and up share a segment
+        ("dequantize", True, False),
+    }
+    assert ("quantized_matmul", True, False) not in seen
