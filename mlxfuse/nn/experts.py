@@ -140,12 +140,14 @@ class QuantizedSwitchLinear(_Holder):
         if ids is not None:
             y = _grouped(x.astype(mx.float32), ids, self._matrix, self.weight.rows).astype(x.dtype)
         elif indices.size > MAX_ROWS_PER_EXPERT * (self.weight.experts or 1):
+            # MLX's CPU back-end, where kernels are emulated, gathers float32 only.
+            dtype = mx.float32 if mx.default_device() == mx.cpu else x.dtype
             y = mx.gather_mm(
-                x,
-                self._matrices(x.dtype).swapaxes(-1, -2),
+                x.astype(dtype),
+                self._matrices(dtype).swapaxes(-1, -2),
                 rhs_indices=indices,
                 sorted_indices=sorted_indices,
-            )
+            ).astype(x.dtype)
         else:
             y = quantized_matmul(x, self.weight, experts=indices)[0][..., None, :]
         return _biased(self, y, indices)

@@ -23,6 +23,7 @@ from mlxfuse.models.plan import plan, stored_rows
 from mlxfuse.needs import needs
 from mlxfuse.nn import experts
 from mlxfuse.nn.experts import QuantizedSwitchLinear, StreamedSwitchLinear, SwitchLinear
+from tests import msl
 from tests.models import tiny
 from tests.models.test_golden import BOUND, CONTROL, SCHEDULES, disagreement, model_of
 
@@ -73,6 +74,19 @@ def test_quantised_experts_match_llama_cpp(name: str, tmp_path: Path) -> None:
         assert max(disagreement(got[0], want)) <= BOUND, schedule
     alone = logits(model, both[1:], [24])
     assert max(disagreement(got[1], alone[0])) <= BOUND
+
+
+def test_the_kernels_match_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole model by the Metal source: all experts dequantised, then only the chosen read."""
+    monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
+    made, want = model_of("gpt-oss", tiny.SEEDS[0])
+    with msl.installed(build="fast"):
+        model, _ = load(tiny.write(tmp_path / "m.gguf", made))
+        _kernel.fallbacks.clear()
+        for schedule in ([24], [20, 1, 1, 1, 1]):
+            got = logits(model, made.prompt[None], schedule)
+            assert max(disagreement(got[0], want)) <= BOUND, schedule
+    assert not _kernel.fallbacks
 
 
 @pytest.mark.parametrize("dense", [False, True])

@@ -79,6 +79,11 @@ def test_many_rows_dequantise_every_expert_once(monkeypatch: pytest.MonkeyPatch)
             want = np.array(x, np.float64) @ weight[ids].swapaxes(1, 2)
             assert np.abs(np.array(got) - want).max() <= 1e-5 * np.abs(want).max()
         assert len(seen) == (0 if count == 8 * EXPERTS else 2)
+        seen.clear()
+    half = layer(x.astype(mx.float16), mx.array(ids, mx.uint32))
+    wide = np.array(layer(x.astype(mx.float16).astype(mx.float32), mx.array(ids, mx.uint32)))
+    assert half.dtype == mx.float16
+    assert np.array_equal(np.array(half), wide.astype(np.float16))
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.float32])
