@@ -58,5 +58,11 @@ class DownloadError(MLXFuseError):
     exit_code = 5
 
 
+class PatchError(MLXFuseError):
+    """A fusion that was demanded and is not possible, or that changes what the model computes."""
+
+    exit_code = 3
+
+
 class KernelError(MLXFuseError, RuntimeError):
     """A Metal kernel that was demanded and cannot run, with the reason."""

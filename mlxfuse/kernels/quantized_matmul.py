@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ._decode import decode
-from ._kernel import Kernel, Launch
+from ._kernel import Kernel, Launch, Prepared
 from ._product import Call, Tile, batches, finish, launch, refuse
 from .dequantize import dequantize
 from .weight import AffineSegment, AnySegment, QuantizedWeight
@@ -64,6 +64,29 @@ def quantized_matmul(
     else:
         outputs = KERNEL(call)
     return tuple(y.reshape(*call.lead, y.shape[-1]) for y in outputs)
+
+
+def prepare(
+    x: mx.array,
+    weight: QuantizedWeight,
+    *,
+    bias: mx.array | None = None,
+    residual: mx.array | None = None,
+    activation: str | None = None,
+    split: bool = False,
+    experts: mx.array | None = None,
+) -> Prepared | None:
+    """`quantized_matmul` of such arguments as one launch, to be called with x and, where there are
+    any, the residual and the experts, of the same shapes and types; None if it is no single launch.
+    """
+    call = Call(x, weight, bias, residual, activation, split, experts, LARGE)
+    call.check()
+    alike = residual is None or residual.dtype == x.dtype
+    if refuse(call) is not None or not alike or call.route == "dequantize":
+        return None
+    given = {"residual": residual, "experts": experts}
+    free = ("x", *(name for name, array in given.items() if array is not None))
+    return Prepared(_launch(call), free, [(*call.lead, n) for n in call.widths])
 
 
 def _tile(call: Call[mx.array]) -> Tile:

@@ -115,6 +115,8 @@ class StreamedSwitchLinear(nn.Module):
 class QuantizedSwitchLinear(_Holder):
     """The matrices stay at their file's bytes, of which only the chosen experts' are read.
 
+    In training mode all are dequantised: kernels have no gradient.
+
     Args:
         weight: ``[experts, N, K]`` of one part, which may be some rows of each expert.
         bias: ``[experts, N]``.
@@ -139,7 +141,7 @@ class QuantizedSwitchLinear(_Holder):
         ids = _values(indices) if unavailable() is not None else None
         if ids is not None:
             y = _grouped(x.astype(mx.float32), ids, self._matrix, self.weight.rows).astype(x.dtype)
-        elif indices.size > MAX_ROWS_PER_EXPERT * (self.weight.experts or 1):
+        elif self.training or indices.size > MAX_ROWS_PER_EXPERT * (self.weight.experts or 1):
             # MLX's CPU back-end, where kernels are emulated, gathers float32 only.
             dtype = mx.float32 if mx.default_device() == mx.cpu else x.dtype
             y = mx.gather_mm(
