@@ -76,16 +76,27 @@ def test_quantised_experts_match_llama_cpp(name: str, tmp_path: Path) -> None:
     assert max(disagreement(got[1], alone[0])) <= BOUND
 
 
-def test_the_kernels_match_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "fused", "dispatches"),
+    # In a layer: q with k and v, o, gate and up together or not, down; and the head.
+    [("gpt-oss", "experts 0/4", 5 * 4 + 1), ("qwen3moe", "experts 3/3", 4 * 3 + 1)],
+)
+def test_the_kernels_match_llama_cpp(
+    name: str, fused: str, dispatches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A whole model by the Metal source: all experts dequantised, then only the chosen read."""
     monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
-    made, want = model_of("gpt-oss", tiny.SEEDS[0])
+    made, want = model_of(name, tiny.SEEDS[0])
     with msl.installed(build="fast"):
         model, _ = load(tiny.write(tmp_path / "m.gguf", made))
+        assert fused in str(model.load_report.patch)
         _kernel.fallbacks.clear()
         for schedule in ([24], [20, 1, 1, 1, 1]):
             got = logits(model, made.prompt[None], schedule)
             assert max(disagreement(got[0], want)) <= BOUND, schedule
+        _kernel.launches.clear()
+        logits(model, made.prompt[None], [1] * 3)
+        assert _kernel.launches["quantized_matmul"] == 3 * dispatches
     assert not _kernel.fallbacks
 
 
