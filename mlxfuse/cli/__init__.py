@@ -5,6 +5,7 @@ from . import doctor as doctor
 from . import export as export
 from . import generate as generate
 from . import inspect as inspect
+from . import perplexity as perplexity
 from . import server as server
 from ._common import app as app
 from ._common import main as main
