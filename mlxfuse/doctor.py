@@ -48,8 +48,8 @@ def diagnose(path: Path | None = None, context: int = 0) -> dict[str, Any]:
         "mlxfuse": __version__,
         "python": platform.python_version(),
         "system": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "device": _device(),
+        "packages": {name: version_of(name) for name in PACKAGES},
+        "device": device(),
         "kernels": _kernels(),
     }
     if path is not None:
@@ -57,14 +57,15 @@ def diagnose(path: Path | None = None, context: int = 0) -> dict[str, Any]:
     return found
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Of an installed package."""
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def _device() -> dict[str, Any]:
+def device() -> dict[str, Any]:
     """``budget``: bytes that weights and cache may take together."""
     if not mx.metal.is_available():
         used = blas.in_use()

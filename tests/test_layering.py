@@ -24,7 +24,8 @@ LAYERS = (
     ("models", "fusion"),
     ("loader", "export", "inspect", "prompt_cache", "generate"),
     ("chat", "server"),
-    ("bench", "doctor"),
+    ("doctor",),
+    ("bench", "tune"),
     ("cli",),
     ("__main__",),
 )

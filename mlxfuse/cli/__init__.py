@@ -1,5 +1,6 @@
 """The command line: one module a command."""
 
+from . import bench as bench
 from . import chat as chat
 from . import doctor as doctor
 from . import generate as generate

@@ -1,0 +1,302 @@
+"""Two forms of one model that are timed beside each other: stock MLX-LM's, and mlxfuse's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from ..errors import MLXFuseError
+from ..kernels._decode import decode
+from ..kernels.weight import QuantizedWeight
+from ..nn.linear import Embedding, Linear, StreamedEmbedding, StreamedLinear
+from ..nn.quantized import QuantizedEmbedding, QuantizedLinear
+from .measure import Test, seconds
+
+# Largest error, of the largest logit: sums in another order, rounded once a layer and operation.
+BOUNDS = {mx.float32: 1e-4, mx.float16: 2e-2, mx.bfloat16: 1e-1}
+# Tokens of each call that is compared: more than the kernels take, one token, some tokens.
+_SCHEDULE = (40, 1, 6)
+_SEED = 8
+_STEP = 2048  # tokens of a prompt that are processed at a time, as in mlx_lm.generate
+# Type -> bits and zero point of MLX's affine weights, where those can be the same.
+_AFFINE = {"Q4_0": (4, 8), "Q4_1": (4, 0), "Q8_0": (8, 128)}
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One form of the model.
+
+    name    for the table.
+    what    exactly what it is.
+    model   an mlx-lm model.
+    """
+
+    name: str
+    what: str
+    model: nn.Module
+
+
+class Runner:
+    """An arm at one test: makes ready once, then can be called for the seconds of one run."""
+
+    def __init__(self, arm: Arm, test: Test, vocabulary: int) -> None:
+        self._model: Any = arm.model
+        self._test = test
+        count = test.depth + max(1, test.prompt)
+        ids = np.random.default_rng(_SEED).integers(0, vocabulary, (1, count))
+        self._tokens = mx.array(ids)
+        self._cache: Any = None
+        self._held = nbytes(arm.model)
+        self._read = active(arm.model)
+        self.memory = 0
+        self.read: float | None = None
+
+    def warm_up(self) -> None:
+        """The same work, of a few decoded tokens at most; not timed."""
+        self._run(min(self._test.generated, 4))
+        self.memory = 0
+
+    def __call__(self) -> float:
+        return self._run(self._test.generated)
+
+    def _run(self, generated: int) -> float:
+        from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+
+        test = self._test
+        if self._cache is None:
+            self._cache = make_prompt_cache(self._model)
+            self._read_prompt(self._tokens[:, : test.depth])
+        before, depth_bytes = mx.get_active_memory(), cached(self._cache)
+        mx.reset_peak_memory()
+        rest = self._tokens[:, test.depth :]
+        taken = seconds(
+            lambda: self._prefill(rest) if test.prompt else self._decode(rest, generated)
+        )
+        held = cached(self._cache)
+        peak = max(0, mx.get_peak_memory() - before)
+        self.memory = max(self.memory, self._held + depth_bytes + peak)
+        if test.generated and self._read is not None:
+            self.read = self._read + (depth_bytes + held) / 2
+        if test.depth and can_trim_prompt_cache(self._cache):
+            trim_prompt_cache(self._cache, test.prompt or generated)
+        else:
+            self._cache = None
+        return taken
+
+    def _read_prompt(self, tokens: mx.array) -> None:
+        for start in range(0, tokens.shape[1], _STEP):
+            self._model(tokens[:, start : start + _STEP], cache=self._cache)
+            mx.eval([c.state for c in self._cache])
+
+    def _prefill(self, tokens: mx.array) -> None:
+        """As mlx-lm does: logits of the last token only."""
+        self._read_prompt(tokens[:, :-1])
+        mx.eval(self._model(tokens[:, -1:], cache=self._cache))
+
+    def _decode(self, token: mx.array, count: int) -> None:
+        """As mlx-lm does: the next step is built while the GPU works on this one."""
+        ahead = mx.argmax(self._model(token, cache=self._cache)[:, -1], axis=-1)
+        mx.async_eval(ahead)
+        for i in range(count):
+            now = ahead
+            if i < count - 1:
+                ahead = mx.argmax(self._model(now[None], cache=self._cache)[:, -1], axis=-1)
+                mx.async_eval(ahead)
+            mx.eval(now)
+
+
+def compare(stock: nn.Module, ours: nn.Module, vocabulary: int) -> float:
+    """Largest difference of logits, of the largest stock logit, over a prompt and decoded tokens.
+
+    Raises:
+        MLXFuseError: it is more than rounding explains, or the most likely token is another one
+            although it leads by more than that.
+    """
+    want, got = logits(stock, vocabulary), logits(ours, vocabulary)
+    bound = max(BOUNDS[want.dtype], BOUNDS[got.dtype])
+    a, b = (np.array(v.astype(mx.float32)) for v in (want, got))
+    scale = float(np.abs(a).max())
+    error = float(np.abs(a - b).max()) / scale
+    if not error <= bound:  # a NaN is no agreement
+        raise MLXFuseError(
+            f"mlxfuse is not timed: its logits differ from stock MLX-LM's by {error:.3g} of the "
+            f"largest, at most {bound:g} is rounding; please report this, with the model's name"
+        )
+    ranked = np.sort(a, axis=-1)
+    clear = ranked[:, -1] - ranked[:, -2] > 2 * bound * scale
+    if (wrong := (clear & (a.argmax(-1) != b.argmax(-1))).sum()) > 0:
+        raise MLXFuseError(f"mlxfuse is not timed: {wrong} greedy tokens differ from stock MLX-LM")
+    return error
+
+
+def logits(model: nn.Module, vocabulary: int) -> mx.array:
+    """[tokens, vocabulary] of a random prompt that is read in a few calls."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    ids = np.random.default_rng(_SEED).integers(0, vocabulary, (1, sum(_SCHEDULE)))
+    tokens, rows, start, cache = mx.array(ids), [], 0, make_prompt_cache(model)
+    for count in _SCHEDULE:
+        rows.append(model(tokens[:, start : start + count], cache=cache)[0])
+        mx.eval(rows[-1])
+        start += count
+    return mx.concatenate(rows)
+
+
+def stock_of(model: nn.Module) -> tuple[nn.Module, str]:
+    """The same model with mlx-lm's and MLX's own modules, and what its weights are.
+
+    Arrays are shared. What lies in a file's bytes becomes MLX's affine weights where those are
+    exactly the same numbers, else dense in the type of the activations.
+
+    Raises:
+        MLXFuseError: weights that do not fit in memory have no stock form.
+    """
+    dtype = next(
+        a.dtype for _, a in tree_flatten(model.parameters()) if mx.issubdtype(a.dtype, mx.floating)
+    )
+    kinds: dict[str, None] = {}
+    made = _copy(model, dtype, kinds)
+    return made, " and ".join(kinds) or "the checkpoint's own weights"
+
+
+def _copy(node: Any, dtype: mx.Dtype, kinds: dict[str, None]) -> Any:
+    if isinstance(node, list):
+        return [_copy(child, dtype, kinds) for child in node]
+    if isinstance(node, nn.Module):
+        leaf = _stock_leaf(node, dtype, kinds)
+        if leaf is not None:
+            return leaf
+        made = type(node).__new__(type(node))
+        nn.Module.__init__(made)
+        vars(made).update(vars(node))
+        dict.update(made, {k: _copy(v, dtype, kinds) for k, v in node.items()})
+        return made
+    if isinstance(node, dict):
+        return {k: _copy(v, dtype, kinds) for k, v in node.items()}
+    return node
+
+
+def _stock_leaf(module: nn.Module, dtype: mx.Dtype, kinds: dict[str, None]) -> nn.Module | None:
+    """MLX's own layer for one of ours; None where it is MLX's already."""
+    made: nn.Module
+    if isinstance(module, StreamedLinear | StreamedEmbedding):
+        raise MLXFuseError(
+            "there is no stock MLX-LM to compare with: its dense weights do not fit in memory"
+        )
+    if isinstance(module, Linear | Embedding):
+        made = nn.Linear(1, 1, bias=False) if isinstance(module, Linear) else nn.Embedding(1, 1)
+        made.update(dict(module.items()))
+        kinds[f"dense {_name(module.weight.dtype)}"] = None
+        return made.eval()
+    if not isinstance(module, QuantizedLinear | QuantizedEmbedding):
+        return None
+    linear = isinstance(module, QuantizedLinear)
+    exact = _exact(module.weight)
+    if exact is None:
+        dense = mx.concatenate([decode(p.segment)[_rows(p)] for p in module.weight.parts])
+        made = nn.Linear(1, 1, bias=False) if linear else nn.Embedding(1, 1)
+        made.weight = dense.astype(dtype)
+        kinds[f"dense {_name(dtype)}"] = None
+    else:
+        bits, arrays = exact
+        # Of the smallest size: the arrays are replaced.
+        if linear:
+            made = nn.QuantizedLinear(64, 1, bias=False, group_size=32, bits=bits)
+        else:
+            made = nn.QuantizedEmbedding(1, 64, group_size=32, bits=bits)
+        made.update(arrays)
+        kinds[f"affine {bits}-bit (group 32), exactly the file's"] = None
+    if "bias" in module:
+        made.bias = module.bias
+    mx.eval(made.parameters())
+    return made.eval()
+
+
+def _rows(part: Any) -> slice:
+    return slice(part.first, part.first + part.rows)
+
+
+def _exact(weight: QuantizedWeight) -> tuple[int, dict[str, mx.array]] | None:
+    """Bits and arrays of MLX's affine weights, if they are the same numbers."""
+    names = {p.segment.name for p in weight.parts}
+    if len(names) > 1 or not names <= _AFFINE.keys():
+        return None
+    bits, zero = _AFFINE[names.pop()]
+    found: list[dict[str, mx.array]] = []
+    for part in weight.parts:
+        segment = part.segment.take(_rows(part))
+        scales = segment.arrays["scales"]
+        if zero:
+            biases = scales * -zero
+        else:
+            pairs = scales.reshape(len(scales), -1, 2)
+            scales, biases = pairs[..., 0], pairs[..., 1]
+        want = decode(segment).reshape(*scales.shape, 32)
+        d, m = (a.astype(mx.float32)[..., None] for a in (scales, biases))
+        codes = mx.where(d == 0, 0, mx.round((want - m) / mx.where(d == 0, 1, d)))
+        per_word = 32 // bits
+        words = codes.astype(mx.uint32).reshape(len(scales), -1, per_word)
+        packed = (words << (mx.arange(per_word, dtype=mx.uint32) * bits)).sum(-1)
+        if not mx.array_equal(codes * d + m, want):
+            return None
+        found.append({"weight": packed.astype(mx.uint32), "scales": scales, "biases": biases})
+    return bits, {k: mx.concatenate([f[k] for f in found]) for k in found[0]}
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
+
+
+def _arrays(node: Any) -> Iterator[mx.array]:
+    if isinstance(node, mx.array):
+        yield node
+    elif isinstance(node, dict | list):
+        for child in node.values() if isinstance(node, dict) else node:
+            yield from _arrays(child)
+
+
+def nbytes(node: Any) -> int:
+    """Bytes of all arrays of a module, each once."""
+    return sum(a.nbytes for a in {id(a): a for a in _arrays(node)}.values())
+
+
+def active(model: nn.Module) -> int | None:
+    """Bytes of weights that one decoded token reads; None where the experts used are not known.
+
+    All but the rows of an embedding that has a head of its own, and the experts not chosen.
+    """
+    total = nbytes(model)
+    modules = dict(model.named_modules())
+    own_head = any(path.rpartition(".")[2] == "lm_head" for path in modules)
+    used = getattr(getattr(model, "args", None), "num_experts_per_tok", None)
+    embeddings = (nn.Embedding, nn.QuantizedEmbedding, QuantizedEmbedding)
+    for module in modules.values():
+        if own_head and isinstance(module, embeddings):
+            weight = module.weight
+            rows = weight.rows if isinstance(weight, QuantizedWeight) else len(weight)
+            total -= nbytes(module) * (rows - 1) // rows
+        elif "Switch" in type(module).__name__ and not module.children():
+            if not isinstance(used, int):
+                return None
+            experts = next(len(a) for a in _arrays(module))
+            total -= nbytes(module) * (experts - used) // experts
+    return total
+
+
+def cached(caches: Any) -> int:
+    """Bytes of what mlx-lm's caches hold now, without what is only reserved."""
+    total = 0
+    for cache in caches:
+        keys = getattr(cache, "keys", None)
+        if keys is not None:
+            reserved = (keys if isinstance(keys, mx.array) else keys[0]).shape[-2]
+            total += cache.nbytes * min(cache.offset, reserved) // reserved
+        elif not cache.empty():
+            total += cache.nbytes
+    return total
