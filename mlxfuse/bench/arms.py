@@ -114,9 +114,10 @@ class Runner:
 def compare(stock: nn.Module, ours: nn.Module, vocabulary: int) -> float:
     """Largest difference of logits, of the largest stock logit, over a prompt and decoded tokens.
 
+    A greedy token that leads by more than twice the bound is then the same in both.
+
     Raises:
-        MLXFuseError: it is more than rounding explains, or the most likely token is another one
-            although it leads by more than that.
+        MLXFuseError: it is more than rounding explains.
     """
     want, got = logits(stock, vocabulary), logits(ours, vocabulary)
     bound = max(BOUNDS[want.dtype], BOUNDS[got.dtype])
@@ -128,10 +129,6 @@ def compare(stock: nn.Module, ours: nn.Module, vocabulary: int) -> float:
             f"mlxfuse is not timed: its logits differ from stock MLX-LM's by {error:.3g} of the "
             f"largest, at most {bound:g} is rounding; please report this, with the model's name"
         )
-    ranked = np.sort(a, axis=-1)
-    clear = ranked[:, -1] - ranked[:, -2] > 2 * bound * scale
-    if (wrong := (clear & (a.argmax(-1) != b.argmax(-1))).sum()) > 0:
-        raise MLXFuseError(f"mlxfuse is not timed: {wrong} greedy tokens differ from stock MLX-LM")
     return error
 
 
@@ -157,9 +154,8 @@ def stock_of(model: nn.Module) -> tuple[nn.Module, str]:
     Raises:
         MLXFuseError: weights that do not fit in memory have no stock form.
     """
-    dtype = next(
-        a.dtype for _, a in tree_flatten(model.parameters()) if mx.issubdtype(a.dtype, mx.floating)
-    )
+    arrays: Any = tree_flatten(model.parameters())
+    dtype = next(a.dtype for _, a in arrays if mx.issubdtype(a.dtype, mx.floating))
     kinds: dict[str, None] = {}
     made = _copy(model, dtype, kinds)
     return made, " and ".join(kinds) or "the checkpoint's own weights"
@@ -197,7 +193,7 @@ def _stock_leaf(module: nn.Module, dtype: mx.Dtype, kinds: dict[str, None]) -> n
     if not isinstance(module, QuantizedLinear | QuantizedEmbedding):
         return None
     linear = isinstance(module, QuantizedLinear)
-    exact = _exact(module.weight)
+    exact = _exact(module.weight, dtype)
     if exact is None:
         dense = mx.concatenate([decode(p.segment)[_rows(p)] for p in module.weight.parts])
         made = nn.Linear(1, 1, bias=False) if linear else nn.Embedding(1, 1)
@@ -222,8 +218,11 @@ def _rows(part: Any) -> slice:
     return slice(part.first, part.first + part.rows)
 
 
-def _exact(weight: QuantizedWeight) -> tuple[int, dict[str, mx.array]] | None:
-    """Bits and arrays of MLX's affine weights, if they are the same numbers."""
+def _exact(weight: QuantizedWeight, dtype: mx.Dtype) -> tuple[int, dict[str, mx.array]] | None:
+    """Bits and arrays of MLX's affine weights, if they are the same numbers.
+
+    The scales have the type of the activations: of another, MLX would give another type.
+    """
     names = {p.segment.name for p in weight.parts}
     if len(names) > 1 or not names <= _AFFINE.keys():
         return None
@@ -237,6 +236,7 @@ def _exact(weight: QuantizedWeight) -> tuple[int, dict[str, mx.array]] | None:
         else:
             pairs = scales.reshape(len(scales), -1, 2)
             scales, biases = pairs[..., 0], pairs[..., 1]
+        scales, biases = scales.astype(dtype), biases.astype(dtype)
         want = decode(segment).reshape(*scales.shape, 32)
         d, m = (a.astype(mx.float32)[..., None] for a in (scales, biases))
         codes = mx.where(d == 0, 0, mx.round((want - m) / mx.where(d == 0, 1, d)))

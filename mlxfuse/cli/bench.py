@@ -52,7 +52,7 @@ def bench_command(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]",
+            metavar="MODEL",
             help="A .gguf file, a folder with an MLX-LM checkpoint, a hub repository such as "
             "org/repo:Q4_K_M, or nothing for the demo model; kernels: each kernel by itself; "
             "a report (.json): only draw its --plot.",
