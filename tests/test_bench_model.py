@@ -347,7 +347,7 @@ def test_json_lines_and_csv_are_the_same_rows(model):
         (("-p", "4-1"), 2, "never reaches its end"),
         (("-p", "0", "-n", "0"), 2, "nothing to time"),
         (("-r", "0"), 2, "greater than or equal to 1"),
-        (("--delay", "nan"), 2, "finite"),
+        (("--delay", "inf"), 2, "finite"),
         (("--report", "/nowhere/report.json"), 2, "no folder"),
         (("--compare", "/nowhere.json"), 1, "No such file"),
         (("--llama-bench",), 1, "needs llama-bench"),
