@@ -88,11 +88,12 @@ struct Merged {
 };
 
 //@ Bits:
-// Weight 16 h + 4 j + b: byte b, bit 4 (j % 2) + 2 h + j / 2.
+// Weight 16 h + 4 j + b: byte b, bit 4 h + j; rotated, bit 4 (j % 2) + 2 h + j / 2.
+template <bool rotated>
 struct Bits {
   uint w;
   uint word(int q) const {
-    return (w >> (4 * (q & 1) + (q >> 1))) & 0x01010101u;
+    return (w >> (rotated ? 4 * (q & 1) + (q >> 1) : q)) & 0x01010101u;
   }
 };
 
@@ -239,7 +240,7 @@ struct Q4_1 : Nibbles, Biased {
 };
 
 //@ Q5_0: Nibbles Bits Merged Single
-struct Q5_0 : Merged<Nibbles, Bits, 4>, Single<16> {
+struct Q5_0 : Merged<Nibbles, Bits<true>, 4>, Single<16> {
   template <typename P>
   Q5_0(P p, uint first, uint i) {
     low.w = elements<uint4>(p.codes)[first + i];
@@ -249,7 +250,7 @@ struct Q5_0 : Merged<Nibbles, Bits, 4>, Single<16> {
 };
 
 //@ Q5_1: Nibbles Bits Merged Biased
-struct Q5_1 : Merged<Nibbles, Bits, 4>, Biased {
+struct Q5_1 : Merged<Nibbles, Bits<true>, 4>, Biased {
   template <typename P>
   Q5_1(P p, uint first, uint i) {
     low.w = elements<uint4>(p.codes)[first + i];
@@ -304,7 +305,7 @@ struct Q2_K : Pairs {
 };
 
 //@ Q3_K: Pairs Bits Merged Halves
-struct Q3_K : Merged<Pairs, Bits, 2>, Halves<4> {
+struct Q3_K : Merged<Pairs, Bits<false>, 2>, Halves<4> {
   template <typename P>
   Q3_K(P p, uint first, uint i) {
     low.w = elements<uint2>(p.codes)[first + i];
@@ -330,7 +331,7 @@ struct Q4_K : Nibbles, SixBits {
 };
 
 //@ Q5_K: Nibbles Bits Merged SixBits
-struct Q5_K : Merged<Nibbles, Bits, 4>, SixBits {
+struct Q5_K : Merged<Nibbles, Bits<false>, 4>, SixBits {
   template <typename P>
   Q5_K(P p, uint first, uint i)
       : SixBits(elements<uint4>(p.scales)[(first + i) >> 3], i & 7) {

@@ -1,52 +1,60 @@
 // y = epilogue(x W^T) for W in any format of formats.h; float32 accumulation.
 //
 // W is one or more parts (row ranges: q, k and v; gate and up), each in one set of streams.
-// `size` holds K, the rows of x, the rows of x before the next one is
-// used (experts: outputs for each row of x; else 1), then six numbers for each part: its first
-// row in its streams, its rows, its first tile in the grid, its first column in its output, the
-// columns of that output and its first column in the bias.
+// A SIMD-group computes rows of one part, decoded by F from p. A gated activation takes the same
+// rows of two parts: those of the gate, then those of up, decoded by G from q, which may be of
+// another format. Elsewhere G and q are F and p again, and not used.
 
-struct Part {
-  uint first;
-  uint rows;
-  uint tile;
-  uint column;
-  uint stride;
-  uint bias;
+// The input `size` holds a Size, then a Part for each part.
+// outputs: of a row of x, before the next one is used; 1 but for experts.
+struct Size {
+  uint columns, rows, outputs;
 };
 
-template <typename S>
-METAL_FUNC Part part_of(S size, uint j) {
-  const uint at = 6 * j + 3;
-  return Part{uint(size[at]),     uint(size[at + 1]), uint(size[at + 2]),
-              uint(size[at + 3]), uint(size[at + 4]), uint(size[at + 5])};
-}
-
-// Epilogue<A, bias, residual, T>: A is None or an activation of the sections below.
-template <typename A, bool biased, bool residual>
-struct Epilogue {
-  typedef A Activation;
-  template <typename B>
-  static float add_bias(float v, B bias, uint at) {
-    return biased ? v + float(bias[at]) : v;
-  }
-  template <typename T, typename R>
-  static T finish(float v, R added, ulong at) {
-    return static_cast<T>(residual ? v + float(added[at]) : v);
-  }
+// A part's first row in its streams, its rows, its first tile in the grid, its first column in
+// its output, the columns of that output and its first column in the bias.
+struct Part {
+  uint first, rows, tile, column, stride, bias;
 };
 
 struct None {
   static constexpr constant bool gated = false;
-  static float apply(float v) {
+  static float apply(float v, float) {
     return v;
   }
 };
 
+// Where results go, and what is done to a sum before.
+template <typename A, bool biased, bool added, typename T, typename B, typename R>
+struct Output {
+  static constexpr constant bool gated = A::gated;
+  Part a, b;
+  B bias;
+  R residual;
+  device T* out;
+};
+template <typename A, bool biased, bool added, typename T, typename B, typename R>
+METAL_FUNC Output<A, biased, added, T, B, R> output(
+    Part a, Part b, B bias, R residual, device T* out) {
+  return Output<A, biased, added, T, B, R>{a, b, bias, residual, out};
+}
+
+// Sum v of row n of the part (gated: and the sum of up's) for row `to` of the outputs.
+template <typename A, bool biased, bool added, typename T, typename B, typename R>
+METAL_FUNC void put(Output<A, biased, added, T, B, R> y, float v, float up, uint n, uint to) {
+  if (biased) {
+    v += float(y.bias[y.a.bias + n]);
+    up += float(y.bias[y.b.bias + n]);
+  }
+  v = A::apply(v, up);
+  const ulong at = ulong(to) * y.a.stride + y.a.column + n;
+  y.out[at] = static_cast<T>(added ? v + float(y.residual[at]) : v);
+}
+
 //@ Silu:
 struct Silu {
   static constexpr constant bool gated = false;
-  static float apply(float v) {
+  static float apply(float v, float) {
     return v / (1.0f + metal::precise::exp(-v));
   }
 };
@@ -54,16 +62,16 @@ struct Silu {
 //@ Relu2:
 struct Relu2 {
   static constexpr constant bool gated = false;
-  static float apply(float v) {
-    const float r = metal::max(v, 0.0f);
-    return r * r;
+  static float apply(float v, float) {
+    v = metal::max(v, 0.0f);
+    return v * v;
   }
 };
 
 //@ GeluTanh:
 struct GeluTanh {
   static constexpr constant bool gated = false;
-  static float apply(float v) {
+  static float apply(float v, float) {
     // 0.5 (1 + tanh(u)) = 1 / (1 + exp(-2 u)), which does not cancel for negative v.
     const float u = 0.7978845608028654f * (v + 0.044715f * v * v * v);
     return v / (1.0f + metal::precise::exp(-2.0f * u));
@@ -74,7 +82,7 @@ struct GeluTanh {
 // 0.5 v (1 + erf(v / sqrt(2))) by Abramowitz and Stegun 7.1.26, |error of erf| <= 1.5e-7.
 struct Gelu {
   static constexpr constant bool gated = false;
-  static float apply(float v) {
+  static float apply(float v, float) {
     const float z = metal::abs(v) * 0.7071067811865476f;
     const float t = 1.0f / fma(0.3275911f, z, 1.0f);
     float p = fma(t, 1.061405429f, -1.453152027f);
@@ -87,257 +95,221 @@ struct Gelu {
 };
 
 //@ Gated:
-// act(gate) * up; the first half of a tile's rows are rows of the gate.
 template <typename A>
 struct Gated {
   static constexpr constant bool gated = true;
-  static float apply(float v) {
-    return A::apply(v);
+  static float apply(float v, float up) {
+    return A::apply(v, 0.0f) * up;
   }
 };
 
-//@ rows:
-// Row of W that slot r of `slots` computes for output row `row`; gate and up share a tile.
-template <bool gated>
-METAL_FUNC uint weight_row(Part a, Part b, uint row, uint r, uint slots) {
-  if (gated) {
-    return r < slots / 2 ? a.first + row + r : b.first + row + r - slots / 2;
-  }
-  return a.first + row + r;
-}
-
-// Lane r of the SIMD-group holds the sum of slot r, all of them inside W; writes the outputs of
-// one row of x.
-template <typename E, int slots, typename T, typename B, typename R>
-METAL_FUNC void write_rows(
-    float sum, Part a, Part b, uint row, uint to, uint lane, B bias, R added, device T* out) {
-  constexpr bool gated = E::Activation::gated;
-  constexpr uint count = gated ? slots / 2 : slots;
-  float up = 0.0f;
-  if (gated) {
-    up = simd_shuffle_down(sum, ushort(slots / 2));
-  }
-  if (lane < count) {
-    const uint n = row + lane;
-    float v = E::Activation::apply(E::add_bias(sum, bias, a.bias + n));
-    if (gated) {
-      v *= E::add_bias(up, bias, b.bias + n);
-    }
-    const ulong at = ulong(to) * a.stride + a.column + n;
-    out[at] = E::template finish<T>(v, added, at);
-  }
-}
-
-//@ vector: rows
-// One row of x. Each SIMD-group computes `slots` rows of W, each lane one unit at a time.
-template <typename F, int slots, typename T, typename P>
-METAL_FUNC void vector_dots(
-    P p, const device T* x, const thread uint* first, uint units, uint lane, thread float* sums) {
-  UNROLL
-  for (int r = 0; r < slots; r++) {
-    sums[r] = 0.0f;
-  }
-  for (uint base = 0; base < units; base += 32) {
-    const uint i = base + lane;
-    if (i < units) {
-      float v[F::width];
-      float total[2] = {0.0f, 0.0f};
-      const device vec<T, 4>* quads = (const device vec<T, 4>*)(x + i * F::width);
-      UNROLL
-      for (int q = 0; q < F::width / 4; q++) {
-        const float4 quad = float4(quads[q]);
-        UNROLL
-        for (int e = 0; e < 4; e++) {
-          total[q >> 2] += quad[e];
-          v[4 * q + e] = quad[e] * (1.0f / float(1u << F::shift(4 * q + e)));
-        }
-      }
-      UNROLL
-      for (int r = 0; r < slots; r++) {
-        const F f(p, first[r], i);
-        float part[2] = {0.0f, 0.0f};
-        UNROLL
-        for (int e = 0; e < F::width; e++) {
-          part[e >> 4] = fma(f.code(e), v[e], part[e >> 4]);
-        }
-        if (F::halves) {
-          UNROLL
-          for (int h = 0; h < 2; h++) {
-            sums[r] = fma(f.scale(h), fma(-float(F::offset), total[h], part[h]), sums[r]);
-            if (F::biased) {
-              sums[r] = fma(f.bias(h), total[h], sums[r]);
-            }
-          }
-        } else {
-          const float t = total[0] + total[1];
-          const float s = part[0] + part[1];
-          sums[r] = fma(f.scale(0), F::offset ? fma(-float(F::offset), t, s) : s, sums[r]);
-          if (F::biased) {
-            sums[r] = fma(f.bias(0), t, sums[r]);
-          }
-        }
-      }
-    }
-  }
-}
-
-template <typename F, typename E, int slots, typename T, typename P, typename B, typename R>
-METAL_FUNC void vector_slots(
-    P p, const device T* x, Part a, Part b, uint row, uint units, uint skip, uint to, uint lane,
-    B bias, R added, device T* out) {
-  uint first[slots];
-  UNROLL
-  for (int r = 0; r < slots; r++) {
-    first[r] = (skip + weight_row<E::Activation::gated>(a, b, row, r, slots)) * units;
-  }
-  float sums[slots];
-  vector_dots<F, slots>(p, x, first, units, lane, sums);
+//@ lanes:
+// Lane r gets the SIMD-group's sum of sums[r].
+template <int slots>
+METAL_FUNC float sum_of_lane(const thread float* sums, uint lane) {
   float mine = 0.0f;
   UNROLL
   for (int r = 0; r < slots; r++) {
     const float sum = simd_sum(sums[r]);
     mine = lane == uint(r) ? sum : mine;
   }
-  write_rows<E, slots>(mine, a, b, row, to, lane, bias, added, out);
+  return mine;
 }
 
-// `skip` rows of W precede the ones to use: those of the experts before the chosen one.
-template <typename F, typename E, typename T, typename P, typename S, typename B, typename R>
-METAL_FUNC void vector_tile(
-    P p, const device T* x, S size, Part a, Part b, uint skip, uint3 tile, uint group, uint lane,
-    B bias, R added, device T* out) {
-  constexpr uint slots = 4;
-  constexpr uint least = E::Activation::gated ? 2 : 1;
-  constexpr uint count = E::Activation::gated ? slots / 2 : slots;
-  const uint units = uint(size[0]) / F::width;
-  const device T* from = x + ulong(tile.y / uint(size[2])) * units * F::width;
-  const uint row = ((tile.x - a.tile) * 2 + group) * count;
-  if (row + count <= a.rows) {
-    vector_slots<F, E, slots>(
-        p, from, a, b, row, units, skip, tile.y, lane, bias, added, out);
-  } else {
-    for (uint n = row; n < a.rows; n++) {
-      vector_slots<F, E, least>(p, from, a, b, n, units, skip, tile.y, lane, bias, added, out);
-    }
-  }
+//@ decoded:
+// Weights 4 q to 4 q + 3 of a unit.
+template <typename F>
+METAL_FUNC float4 decoded(F f, int q) {
+  const float4 v = f.scale(q >> 2) * (f.quad(q) - float(F::offset));
+  return F::biased ? v + f.bias(q >> 2) : v;
 }
 
-//@ batch: rows
-// `many` rows of x at a time: a unit of W is decoded once for all of them.
-template <typename F, typename E, int slots, int many, typename T, typename P, typename B,
-          typename R>
-METAL_FUNC void batch_slots(
-    P p, const device T* x, Part a, Part b, uint row, uint units, uint to, uint rows, uint lane,
-    B bias, R added, device T* out) {
-  uint first[slots];
-  UNROLL
-  for (int r = 0; r < slots; r++) {
-    first[r] = weight_row<E::Activation::gated>(a, b, row, r, slots) * units;
-  }
-  ulong from[many];
-  UNROLL
-  for (int m = 0; m < many; m++) {
-    from[m] = ulong(metal::min(to + m, rows - 1)) * units * F::width;
-  }
-  float sums[slots][many];
-  UNROLL
-  for (int r = 0; r < slots; r++) {
+//@ vector: lanes
+// One row of x by `slots` rows of W from row n on; a lane takes a unit of each at a time.
+template <typename F, int slots, typename T, typename P>
+METAL_FUNC float vector_dots(P p, const device T* x, uint n, uint columns, uint lane) {
+  constexpr int scales = F::halves ? 2 : 1;
+  constexpr int each = F::width / scales;
+  const uint units = columns / F::width;
+  float sums[slots] = {0.0f};
+  for (uint i = lane; i < units; i += 32) {
+    const device vec<T, 4>* quads = (const device vec<T, 4>*)(x + i * F::width);
+    float v[F::width];
+    float total[scales] = {0.0f};
     UNROLL
-    for (int m = 0; m < many; m++) {
-      sums[r][m] = 0.0f;
-    }
-  }
-  for (uint base = 0; base < units; base += 32) {
-    const uint i = base + lane;
-    if (i < units) {
-      float4 w[slots][F::width / 4];
+    for (int q = 0; q < F::width / 4; q++) {
+      const float4 quad = float4(quads[q]);
       UNROLL
-      for (int r = 0; r < slots; r++) {
-        const F f(p, first[r], i);
-        UNROLL
-        for (int q = 0; q < F::width / 4; q++) {
-          w[r][q] = f.scale(q >> 2) * (f.quad(q) - float(F::offset));
-          if (F::biased) {
-            w[r][q] += f.bias(q >> 2);
-          }
-        }
-      }
-      UNROLL
-      for (int m = 0; m < many; m++) {
-        const device vec<T, 4>* quads = (const device vec<T, 4>*)(x + from[m] + i * F::width);
-        UNROLL
-        for (int q = 0; q < F::width / 4; q++) {
-          const float4 v = float4(quads[q]);
-          UNROLL
-          for (int r = 0; r < slots; r++) {
-            UNROLL
-            for (int e = 0; e < 4; e++) {
-              sums[r][m] = fma(w[r][q][e], v[e], sums[r][m]);
-            }
-          }
-        }
+      for (int e = 0; e < 4; e++) {
+        total[4 * q / each] += quad[e];
+        v[4 * q + e] = quad[e] * (1.0f / float(1u << F::shift(4 * q + e)));
       }
     }
-  }
-  UNROLL
-  for (int m = 0; m < many; m++) {
-    float mine = 0.0f;
     UNROLL
     for (int r = 0; r < slots; r++) {
-      const float sum = simd_sum(sums[r][m]);
-      mine = lane == uint(r) ? sum : mine;
+      const F f(p, (n + r) * units, i);
+      UNROLL
+      for (int h = 0; h < scales; h++) {
+        float dot = 0.0f;
+        UNROLL
+        for (int e = h * each; e < (h + 1) * each; e++) {
+          dot = fma(f.code(e), v[e], dot);
+        }
+        if (F::offset) {
+          dot = fma(-float(F::offset), total[h], dot);
+        }
+        sums[r] = fma(f.scale(h), dot, sums[r]);
+        if (F::biased) {
+          sums[r] = fma(f.bias(h), total[h], sums[r]);
+        }
+      }
     }
-    if (to + m < rows) {
-      write_rows<E, slots>(mine, a, b, row, to + m, lane, bias, added, out);
+  }
+  return sum_of_lane<slots>(sums, lane);
+}
+
+template <typename F, typename G, int slots, typename Y, typename T, typename P, typename Q>
+METAL_FUNC void vector_rows(
+    P p, Q q, const device T* x, Y y, uint n, uint columns, uint to, uint lane) {
+  const float v = vector_dots<F, slots>(p, x, y.a.first + n, columns, lane);
+  float up = 0.0f;
+  if (Y::gated) {
+    up = vector_dots<G, slots>(q, x, y.b.first + n, columns, lane);
+  }
+  if (lane < slots) {
+    put(y, v, up, n + lane, to);
+  }
+}
+
+template <typename F, typename G, typename Y, typename T, typename P, typename Q>
+METAL_FUNC void vector_tile(
+    P p, Q q, const device T* x, const device Size* size, Y y, uint3 tile, uint group, uint lane) {
+  const uint columns = size->columns;
+  x += ulong(tile.y / size->outputs) * columns;
+  uint n = ((tile.x - y.a.tile) * 2 + group) * 4;
+  if (n + 4 <= y.a.rows) {
+    vector_rows<F, G, 4>(p, q, x, y, n, columns, tile.y, lane);
+  } else {
+    for (; n < y.a.rows; n++) {
+      vector_rows<F, G, 1>(p, q, x, y, n, columns, tile.y, lane);
     }
   }
 }
 
-template <typename F, typename E, int many, typename T, typename P, typename S, typename B,
-          typename R>
+//@ batch: lanes decoded
+// `many` rows of x, from `to` on, by `slots` rows of a part: a unit of W is decoded once for all.
+// Rows past the last are the last again.
+template <typename F, int slots, int many, typename T, typename P>
+METAL_FUNC void batch_dots(
+    P p, const device T* x, const device Size* size, Part a, uint n, uint to, uint lane,
+    thread float* mine) {
+  const uint units = size->columns / F::width;
+  const device T* from[many];
+  float sums[many][slots];
+  UNROLL
+  for (int m = 0; m < many; m++) {
+    from[m] = x + ulong(metal::min(to + m, size->rows - 1)) * size->columns;
+    UNROLL
+    for (int r = 0; r < slots; r++) {
+      sums[m][r] = 0.0f;
+    }
+  }
+  for (uint i = lane; i < units; i += 32) {
+    float4 w[slots][F::width / 4];
+    UNROLL
+    for (int r = 0; r < slots; r++) {
+      const F f(p, (a.first + metal::min(n + r, a.rows - 1)) * units, i);
+      UNROLL
+      for (int q = 0; q < F::width / 4; q++) {
+        w[r][q] = decoded(f, q);
+      }
+    }
+    UNROLL
+    for (int m = 0; m < many; m++) {
+      const device vec<T, 4>* quads = (const device vec<T, 4>*)(from[m] + i * F::width);
+      UNROLL
+      for (int q = 0; q < F::width / 4; q++) {
+        const float4 v = float4(quads[q]);
+        UNROLL
+        for (int r = 0; r < slots; r++) {
+          UNROLL
+          for (int e = 0; e < 4; e++) {
+            sums[m][r] = fma(w[r][q][e], v[e], sums[m][r]);
+          }
+        }
+      }
+    }
+  }
+  UNROLL
+  for (int m = 0; m < many; m++) {
+    mine[m] = sum_of_lane<slots>(sums[m], lane);
+  }
+}
+
+template <typename F, typename G, int many, typename Y, typename T, typename P, typename Q>
 METAL_FUNC void batch_tile(
-    P p, const device T* x, S size, Part a, Part b, uint3 tile, uint group, uint lane, B bias,
-    R added, device T* out) {
-  constexpr uint slots = 2;
-  constexpr uint least = E::Activation::gated ? 2 : 1;
-  constexpr uint count = E::Activation::gated ? slots / 2 : slots;
-  const uint units = uint(size[0]) / F::width;
-  const uint rows = uint(size[1]);
-  const uint row = ((tile.x - a.tile) * 2 + group) * count;
+    P p, Q q, const device T* x, const device Size* size, Y y, uint3 tile, uint group, uint lane) {
+  constexpr int slots = 2;
+  const uint n = ((tile.x - y.a.tile) * 2 + group) * slots;
   const uint to = tile.y * many;
-  if (row + count <= a.rows) {
-    batch_slots<F, E, slots, many>(
-        p, x, a, b, row, units, to, rows, lane, bias, added, out);
-  } else if (row < a.rows) {
-    batch_slots<F, E, least, many>(p, x, a, b, row, units, to, rows, lane, bias, added, out);
+  if (n < y.a.rows) {
+    float v[many];
+    float up[many];
+    batch_dots<F, slots, many>(p, x, size, y.a, n, to, lane, v);
+    if (Y::gated) {
+      batch_dots<G, slots, many>(q, x, size, y.b, n, to, lane, up);
+    }
+    UNROLL
+    for (int m = 0; m < many; m++) {
+      if (to + m < size->rows && lane < slots && n + lane < y.a.rows) {
+        put(y, v[m], Y::gated ? up[m] : 0.0f, n + lane, to + m);
+      }
+    }
   }
 }
 
-//@ tiles: rows
+//@ tiles: decoded
 // 32 rows of x by 64 rows of W (gated: 32 of the gate, 32 of up) for 4 SIMD-groups, K in steps
 // of 64. Each thread decodes the 32 weights of one row of the tile.
 constant constexpr int tile_pitch = 72;
 
-template <typename F, typename E, typename T, typename P, typename S, typename B, typename R>
+// Weights k to k + 31 of row n of W, zeros if that is outside.
+template <typename F, typename T, typename P>
+METAL_FUNC void decode_run(
+    P p, uint n, uint k, uint columns, bool inside, threadgroup vec<T, 4>* to) {
+  constexpr int quads = F::width / 4;
+  UNROLL
+  for (int u = 0; u < 8 / quads; u++) {
+    if (inside) {
+      const F f(p, n * (columns / F::width), k / F::width + u);
+      UNROLL
+      for (int q = 0; q < quads; q++) {
+        to[u * quads + q] = vec<T, 4>(decoded(f, q));
+      }
+    } else {
+      UNROLL
+      for (int q = 0; q < quads; q++) {
+        to[u * quads + q] = vec<T, 4>(T(0));
+      }
+    }
+  }
+}
+
+template <typename F, typename G, typename Y, typename T, typename P, typename Q>
 METAL_FUNC void matrix_tile(
-    P p, const device T* x, S size, Part a, Part b, uint3 tile, uint me, uint group, B bias,
-    R added, device T* out, threadgroup float* scratch) {
-  constexpr bool gated = E::Activation::gated;
-  constexpr uint count = gated ? 32 : 64;
-  const uint columns = uint(size[0]);
-  const uint units = columns / F::width;
-  const uint rows = uint(size[1]);
+    P p, Q q, const device T* x, const device Size* size, Y y, uint3 tile, uint group, uint me,
+    threadgroup float* scratch) {
+  constexpr uint count = Y::gated ? 32 : 64;
+  const uint columns = size->columns;
+  const uint rows = size->rows;
   const uint to = tile.y * 32;
-  const uint row = (tile.x - a.tile) * count;
+  const uint row = (tile.x - y.a.tile) * count;
   threadgroup T* xs = (threadgroup T*)scratch;
   threadgroup T* ws = xs + 32 * tile_pitch;
   const uint m = me / 4;
   const uint from = 16 * (me % 4);
-  const uint n = me / 2;
   const uint at = 32 * (me % 2);
-  const bool x_inside = to + m < rows;
-  const bool w_inside = row + n % count < a.rows;
-  const uint first = weight_row<gated>(a, b, row, n, 64) * units;
+  const uint n = row + me / 2 % count;
   const uint sm = 16 * (group / 2);
   const uint sn = 32 * (group % 2);
   simdgroup_matrix<float, 8, 8> sums[2][4];
@@ -351,31 +323,18 @@ METAL_FUNC void matrix_tile(
   for (uint k = 0; k < columns; k += 64) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
     threadgroup vec<T, 4>* px = (threadgroup vec<T, 4>*)(xs + m * tile_pitch + from);
-    const bool x_here = x_inside && k + from < columns;
+    const bool x_inside = to + m < rows && k + from < columns;
     UNROLL
-    for (int q = 0; q < 4; q++) {
-      px[q] = x_here ? *(const device vec<T, 4>*)(x + ulong(to + m) * columns + k + from + 4 * q)
-                     : vec<T, 4>(T(0));
+    for (int i = 0; i < 4; i++) {
+      px[i] = x_inside ? *(const device vec<T, 4>*)(x + ulong(to + m) * columns + k + from + 4 * i)
+                       : vec<T, 4>(T(0));
     }
-    threadgroup vec<T, 4>* pw = (threadgroup vec<T, 4>*)(ws + n * tile_pitch + at);
-    UNROLL
-    for (int u = 0; u < 32 / F::width; u++) {
-      if (w_inside && k + at < columns) {
-        const F f(p, first, (k + at) / F::width + u);
-        UNROLL
-        for (int q = 0; q < F::width / 4; q++) {
-          float4 v = f.scale(q >> 2) * (f.quad(q) - float(F::offset));
-          if (F::biased) {
-            v += f.bias(q >> 2);
-          }
-          pw[u * (F::width / 4) + q] = vec<T, 4>(v);
-        }
-      } else {
-        UNROLL
-        for (int q = 0; q < F::width / 4; q++) {
-          pw[u * (F::width / 4) + q] = vec<T, 4>(T(0));
-        }
-      }
+    threadgroup vec<T, 4>* pw = (threadgroup vec<T, 4>*)(ws + me / 2 * tile_pitch + at);
+    const bool w_inside = n < y.a.rows && k + at < columns;
+    if (Y::gated && group >= 2) {
+      decode_run<G, T>(q, y.b.first + n, k + at, columns, w_inside, pw);
+    } else {
+      decode_run<F, T>(p, y.a.first + n, k + at, columns, w_inside, pw);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     UNROLL
@@ -413,14 +372,9 @@ METAL_FUNC void matrix_tile(
   for (uint e = me; e < 32 * count; e += 128) {
     const uint ym = e / count;
     const uint yn = e % count;
-    if (to + ym < rows && row + yn < a.rows) {
-      const threadgroup float* y = scratch + ym * tile_pitch + yn;
-      float v = E::Activation::apply(E::add_bias(y[0], bias, a.bias + row + yn));
-      if (gated) {
-        v *= E::add_bias(y[32], bias, b.bias + row + yn);
-      }
-      const ulong where = ulong(to + ym) * a.stride + a.column + row + yn;
-      out[where] = E::template finish<T>(v, added, where);
+    if (to + ym < rows && row + yn < y.a.rows) {
+      const threadgroup float* sum = scratch + ym * tile_pitch + yn;
+      put(y, sum[0], Y::gated ? sum[32] : 0.0f, row + yn, to + ym);
     }
   }
 }

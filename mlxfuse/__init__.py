@@ -14,10 +14,12 @@ from .errors import (
     KernelError,
     MLXFuseError,
     ModelRefError,
+    PatchError,
     UnsupportedError,
 )
 
 if TYPE_CHECKING:
+    from .fusion import PatchReport, patch_model, register_detector, unpatch_model
     from .loader import load
 
 __version__ = "0.1.0"
@@ -28,13 +30,24 @@ __all__ = [
     "KernelError",
     "MLXFuseError",
     "ModelRefError",
+    "PatchError",
+    "PatchReport",
     "UnsupportedError",
     "__version__",
     "load",
+    "patch_model",
+    "register_detector",
+    "unpatch_model",
 ]
 
 # Public name -> the module that defines it; resolved on first use (PEP 562).
-_LAZY = {"load": "loader"}
+_LAZY = {
+    "load": "loader",
+    "PatchReport": "fusion",
+    "patch_model": "fusion",
+    "register_detector": "fusion",
+    "unpatch_model": "fusion",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -19,7 +19,7 @@ import numpy as np
 
 from . import __version__, blas, env, memory
 from .formats import FORMATS, Format
-from .gguf.reader import open_gguf
+from .gguf.exported import open_model
 from .gguf.relayout import allocate, relayout
 from .kernels import self_test, unavailable
 from .kernels.dequantize import dequantize
@@ -139,7 +139,7 @@ def _sample(format: Format) -> Segment:
 
 def _model(path: Path, context: int, device: dict[str, Any]) -> dict[str, Any]:
     """``longest_context``: the most tokens that fit, at most those the model was made for."""
-    with open_gguf(path) as file:
+    with open_model(path) as file:
         wanted = needs(file)
         trained = file.get(f"{file.architecture}.context_length", int, default=0)
     tokens, budget = context or trained, device["budget"]

@@ -52,10 +52,22 @@ class ReportError(MLXFuseError, ValueError):
     exit_code = 4
 
 
+class ExportError(MLXFuseError, ValueError):
+    """A folder that ``mlxfuse export`` wrote and that is not as it wrote it."""
+
+    exit_code = 4
+
+
 class DownloadError(MLXFuseError):
     """A download that could not start, finish or be verified."""
 
     exit_code = 5
+
+
+class PatchError(MLXFuseError):
+    """A fusion that was demanded and is not possible, or that changes what the model computes."""
+
+    exit_code = 3
 
 
 class KernelError(MLXFuseError, RuntimeError):

@@ -10,11 +10,12 @@ a group of 32 consecutive weights is contiguous: with weight ``16 h + 4 j + b`` 
 
 * 4-bit plane, 16 bytes: byte ``4 j + b``, low nibble for h = 0, high nibble for h = 1;
 * 2-bit plane, 8 bytes: word ``j % 2``, byte ``b``, bits ``4 h + 2 (j // 2)`` and the next;
-* 1-bit plane, 4 bytes: byte ``b``, bit ``4 (j % 2) + 2 h + j // 2``;
+* 1-bit plane, 4 bytes: byte ``b``, bit ``4 h + j`` in the formats of 256 weights, bit
+  ``4 (j % 2) + 2 h + j // 2`` in those of 32;
 
 so one shift and one mask of a word yield the bits of four weights, each in its own byte. ggml
-keeps the planes of its 256-weight formats in other orders; ``swaps`` says how to exchange the
-bits.
+keeps some planes in other orders; ``swaps`` says how to exchange the bits. The orders of the
+1-bit planes are those that the fewest swaps lead to.
 """
 
 from __future__ import annotations
@@ -43,93 +44,78 @@ class Stream:
     name    ``codes`` (the main bit plane), ``high`` (the bits above it), ``scales``, ``supers``.
     dtype   element type the kernels bind, by numpy's name; never narrower than it must be,
             because MLX counts elements, not bytes, when it cuts command buffers.
-    pieces  (offset, size) in bytes of the parts of a block, in the order they are stored.
+    start   where the field begins in the file's block, in bytes.
+    stop    where it ends.
     swaps   bit exchanges that follow the copy, in order.
     """
 
     name: str
     dtype: str
-    pieces: tuple[tuple[int, int], ...]
+    start: int
+    stop: int
     swaps: tuple[Swap, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Bytes of one block."""
-        return sum(size for _, size in self.pieces)
-
-
-def _stream(name: str, dtype: str, start: int, stop: int, *swaps: Swap) -> Stream:
-    return Stream(name, dtype, ((start, stop - start),), swaps)
+        return self.stop - self.start
 
 
 # ggml's Q4_K pairs group 2 l with group 2 l + 1 in one byte; after the exchange a byte pairs
 # weight j of a group with weight j + 16 of the same group.
 _NIBBLES = (Swap(4, 4, 0x0F0F0F0F),)
+# Q6_K pairs group s with group s + 2 of a 128-weight half.
+_FAR_NIBBLES = (Swap(8, 4, 0x0F0F0F0F), *_NIBBLES)
 # Word k, bits 2 s and 2 s + 1 (group s of a 128-weight half) -> words 2 s and 2 s + 1.
-_PAIRS = (Swap(4, 4, 0x0F0F0F0F), Swap(2, 2, 0x33333333))
+_PAIRS = (*_NIBBLES, Swap(2, 2, 0x33333333))
 # Word k, bit g (group g of 256) -> word g, bit k: an 8 by 8 transposition.
-_BITS = (Swap(1, 1, 0x55555555), Swap(2, 2, 0x33333333), Swap(4, 4, 0x0F0F0F0F))
+_BITS = (*_PAIRS, Swap(1, 1, 0x55555555))
 # Bit i of a 32-weight block -> the 1-bit plane's order: index bits 4 and 1, then 3 and 0.
 _ROTATE = (Swap(0, 14, 0x0000CCCC), Swap(0, 7, 0x00AA00AA))
 
-
-def _bit_plane(start: int) -> Stream:
-    """The 32 bytes that hold one bit for each of 256 weights (Q3_K, Q5_K)."""
-    pieces = tuple((start + 4 * word, 4) for word in (0, 2, 4, 6, 1, 3, 5, 7))
-    return Stream("high", "uint32", pieces, _BITS)
-
-
-# Q6_K: groups 0, 1 of a 128-weight half lie in the low nibbles, 2, 3 in the high ones.
-_Q6_K_CODES = Stream(
-    "codes",
-    "uint32",
-    tuple((64 * n + 16 * k, 16) for n in (0, 1) for k in (0, 2, 1, 3)),
-    (Swap(8, 4, 0x0F0F0F0F),),
-)
-
 _STREAMS: dict[str, tuple[Stream, ...]] = {
-    "Q4_0": (_stream("codes", "uint32", 2, 18), _stream("scales", "float16", 0, 2)),
-    "Q4_1": (_stream("codes", "uint32", 4, 20), _stream("scales", "float16", 0, 4)),
+    "Q4_0": (Stream("codes", "uint32", 2, 18), Stream("scales", "float16", 0, 2)),
+    "Q4_1": (Stream("codes", "uint32", 4, 20), Stream("scales", "float16", 0, 4)),
     "Q5_0": (
-        _stream("codes", "uint32", 6, 22),
-        _stream("high", "uint32", 2, 6, *_ROTATE),
-        _stream("scales", "float16", 0, 2),
+        Stream("codes", "uint32", 6, 22),
+        Stream("high", "uint32", 2, 6, _ROTATE),
+        Stream("scales", "float16", 0, 2),
     ),
     "Q5_1": (
-        _stream("codes", "uint32", 8, 24),
-        _stream("high", "uint32", 4, 8, *_ROTATE),
-        _stream("scales", "float16", 0, 4),
+        Stream("codes", "uint32", 8, 24),
+        Stream("high", "uint32", 4, 8, _ROTATE),
+        Stream("scales", "float16", 0, 4),
     ),
-    "Q8_0": (_stream("codes", "uint32", 2, 34), _stream("scales", "float16", 0, 2)),
+    "Q8_0": (Stream("codes", "uint32", 2, 34), Stream("scales", "float16", 0, 2)),
     "Q2_K": (
-        _stream("codes", "uint32", 16, 80, *_PAIRS),
-        _stream("scales", "uint32", 0, 16),
-        _stream("supers", "float16", 80, 84),
+        Stream("codes", "uint32", 16, 80, _PAIRS),
+        Stream("scales", "uint32", 0, 16),
+        Stream("supers", "float16", 80, 84),
     ),
     "Q3_K": (
-        _stream("codes", "uint32", 32, 96, *_PAIRS),
-        _bit_plane(0),
-        _stream("scales", "uint32", 96, 108),
-        _stream("supers", "float16", 108, 110),
+        Stream("codes", "uint32", 32, 96, _PAIRS),
+        Stream("high", "uint32", 0, 32, _BITS),
+        Stream("scales", "uint32", 96, 108),
+        Stream("supers", "float16", 108, 110),
     ),
     "Q4_K": (
-        _stream("codes", "uint32", 16, 144, *_NIBBLES),
-        _stream("scales", "uint32", 0, 16),
+        Stream("codes", "uint32", 16, 144, _NIBBLES),
+        Stream("scales", "uint32", 0, 16),
     ),
     "Q5_K": (
-        _stream("codes", "uint32", 48, 176, *_NIBBLES),
-        _bit_plane(16),
-        _stream("scales", "uint32", 0, 16),
+        Stream("codes", "uint32", 48, 176, _NIBBLES),
+        Stream("high", "uint32", 16, 48, _BITS),
+        Stream("scales", "uint32", 0, 16),
     ),
     "Q6_K": (
-        _Q6_K_CODES,
-        _stream("high", "uint32", 128, 192, *_PAIRS),
-        _stream("scales", "uint32", 192, 208),
-        _stream("supers", "float16", 208, 210),
+        Stream("codes", "uint32", 0, 128, _FAR_NIBBLES),
+        Stream("high", "uint32", 128, 192, _PAIRS),
+        Stream("scales", "uint32", 192, 208),
+        Stream("supers", "float16", 208, 210),
     ),
-    "IQ4_NL": (_stream("codes", "uint32", 2, 18), _stream("scales", "float16", 0, 2)),
-    "IQ4_XS": (_stream("codes", "uint32", 8, 136), _stream("scales", "uint32", 0, 8)),
-    "MXFP4": (_stream("codes", "uint32", 1, 17), _stream("scales", "uint8", 0, 1)),
+    "IQ4_NL": (Stream("codes", "uint32", 2, 18), Stream("scales", "float16", 0, 2)),
+    "IQ4_XS": (Stream("codes", "uint32", 8, 136), Stream("scales", "uint32", 0, 8)),
+    "MXFP4": (Stream("codes", "uint32", 1, 17), Stream("scales", "uint8", 0, 1)),
 }
 
 

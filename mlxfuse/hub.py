@@ -16,6 +16,7 @@ from typing import cast
 from .demo import ensure_demo
 from .download import Progress, fetch
 from .errors import DownloadError, ModelRefError
+from .gguf.exported import is_export
 from .terminal import one_line
 
 DEFAULT_QUANT = "Q4_K_M"
@@ -94,9 +95,12 @@ def resolve(
     except (OSError, ValueError):
         mode = None
     if mode is not None:
-        if not stat.S_ISREG(mode):
+        if not (stat.S_ISREG(mode) or is_export(path)):
             what = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-            raise ModelRefError(f"{one_line(ref)} is {what}; expected a .gguf file")
+            raise ModelRefError(
+                f"{one_line(ref)} is {what}; expected a .gguf file, "
+                "or a folder that mlxfuse export wrote"
+            )
         if revision:
             raise ModelRefError(f"{one_line(ref)} is a file: a revision is for hub repositories")
         return path

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import GGUFError, UnsupportedError
-from .gguf.reader import GGUFFile, Tensor, open_gguf
+from .gguf.exported import open_model
+from .gguf.reader import GGUFFile, Tensor
 from .gguf.vocab import read_vocab
 from .models import ARCHITECTURES
 from .models.config import read_config
@@ -41,7 +42,7 @@ def inspect(path: Path) -> dict[str, Any]:
         UnsupportedError: it has a tensor type that is not known.
         ModelRefError: there is no such file.
     """
-    with open_gguf(path) as file:
+    with open_model(path) as file:
         architecture = file.architecture
         layers = file.get(f"{architecture}.block_count", int, default=0)
         context = file.get(f"{architecture}.context_length", int, default=0)

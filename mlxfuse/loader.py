@@ -13,14 +13,14 @@ import mlx.nn as nn
 
 from .errors import UnsupportedError
 from .fusion import PatchReport, chosen, patch_model
-from .gguf.reader import open_gguf
+from .gguf.exported import ExportedFile, open_model
 from .gguf.tokenizer import load_tokenizer
 from .hub import resolve
 from .kernels import unavailable
 from .models import Architecture
 from .models.build import build
 from .models.config import read_config
-from .models.plan import plan
+from .models.plan import plan, stored_rows
 from .models.streams import Account
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ def load(
     """Load a GGUF file: the same pair as ``mlx_lm.load``.
 
     Args:
-        ref: a path, ``org/repo[@revision]:Q4_K_M``, or None for the demo model.
+        ref: a path, also of a folder that ``mlxfuse export`` wrote,
+            ``org/repo[@revision]:Q4_K_M``, or None for the demo model.
         dtype: type of activations and dense weights: float32, float16 or bfloat16. By default
             float32 on CPU and, on Metal, float16 or, for the architectures whose residual stream
             leaves its range, bfloat16.
@@ -85,6 +86,7 @@ def load(
     Raises:
         ModelRefError: nothing has that name.
         DownloadError: it cannot be downloaded.
+        ExportError: the exported folder is not as it was written.
         GGUFError: the file is malformed, or its tensors contradict its metadata.
         UnsupportedError: the architecture, a tensor type or a feature is not supported.
     """
@@ -93,17 +95,19 @@ def load(
     path = resolve(None if ref is None else os.fspath(ref), revision=revision)
     with ExitStack() as stack:
         with account.time("header"):
-            file = stack.enter_context(open_gguf(path))
+            file = stack.enter_context(open_model(path))
             try:
                 weights = plan(file, read_config(file, context_length))
             except UnsupportedError as error:
                 named = str(path) in str(error)
                 raise (error if named else UnsupportedError(f"{path}: {error}")) from None
+            if isinstance(file, ExportedFile):
+                file.arrange(stored_rows(weights))
         with account.time("tokenizer"):
             tokenizer = load_tokenizer(file)
         activations = activation_dtype(weights.config.architecture, dtype)
         model = build(file, weights, activations, quantized=quantized, account=account)
-    patch = patch_model(model, fuse)
+    patch = patch_model(model, fuse=fuse)
     if patch.self_test_seconds:
         account.seconds["self-test"] = patch.self_test_seconds
     model.load_report = LoadReport(dict(account.seconds), account.dequantized, patch)

@@ -1,67 +1,66 @@
-"""Counts the GPU dispatches of a function from its traced graph; works without a GPU.
+"""``python -m tests.dispatches``: GPU dispatches of one decoded token and layer, by what they are.
 
-``mx.export_function`` records every primitive, Metal kernels included. MLX's ``mx.fast``
-operations, one kernel each on Metal, are recorded as what they decompose into on the CPU, so
-opaque kernels stand in for them while tracing.
+Counted in the graph, so that it needs no GPU: quantised weights, float16 activations and cache.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
 
 import mlx.core as mx
-import pytest
+import mlx.nn as nn
+from mlx_lm.models import llama, qwen3
+from mlx_lm.models.cache import make_prompt_cache
 
-from mlxfuse.kernels import _kernel
+from mlxfuse import patch_model
+from mlxfuse.fusion.dispatches import dispatches
 
-# Primitives that make another view of the same memory. (A reshape of a transposed array copies,
-# but not where the moved axis has one element, as in the decoding of one token.)
-VIEWS = {
-    *("Broadcast", "ExpandDims", "Flatten", "Reshape", "Slice", "Split", "Squeeze", "Transpose"),
-    *("Unflatten", "StopGradient"),
+SIZES = {
+    "hidden_size": 128,
+    "num_hidden_layers": 1,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 128,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
 }
-FAST = ("rms_norm", "rope", "scaled_dot_product_attention")
 
 
-def _stand_in(name: str) -> Callable[..., mx.array]:
-    """A kernel of the shape of ``mx.fast.NAME``: reads every array, gives one like the first."""
-
-    def call(*arguments: Any, **options: Any) -> mx.array:
-        arrays = [a for a in (*arguments, *options.values()) if isinstance(a, mx.array)]
-        kernel = mx.fast.metal_kernel(
-            name=f"{name}_",
-            input_names=[f"x{i}" for i in range(len(arrays))],
-            output_names=["out"],
-            source="out[0] = x0[0];",
-        )
-        (out,) = kernel(
-            inputs=arrays,
-            output_shapes=[arrays[0].shape],
-            output_dtypes=[arrays[0].dtype],
-            grid=(1, 1, 1),
-            threadgroup=(1, 1, 1),
-        )
-        return out
-
-    return call
+def stock(module: object, bits: int = 4, group_size: int = 64) -> nn.Module:
+    """A small model of mlx-lm in float16 with MLX's quantised weights."""
+    name = module.__name__.rpartition(".")[2]
+    model = module.Model(module.ModelArgs.from_dict({"model_type": name, **SIZES}))
+    model.set_dtype(mx.float16)
+    nn.quantize(model, bits=bits, group_size=group_size)
+    model.eval()
+    return model
 
 
-def dispatches(function: Callable[..., Any], *arrays: mx.array) -> Counter[str]:
-    """Dispatches of ``function(*arrays)`` by primitive, or by the name of a Metal kernel."""
-    found: list[dict[str, Any]] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_kernel, "_unavailable", lambda mode: None)
-        patch.setenv("MLXFUSE_KERNELS", "metal")
-        for name in FAST:
-            patch.setattr(mx.fast, name, _stand_in(name))
-        mx.export_function(found.append, function, *arrays)
-    names = []
-    for record in found:
-        if record["type"] == "primitive" and record["name"] not in VIEWS:
-            name = record["name"]
-            if name == "CustomKernel":
-                name = record["arguments"][0].removeprefix("custom_kernel_").split("__")[0]
-            names.append(name)
-    return Counter(names)
+def of_layer(model: nn.Module) -> Counter[str]:
+    """Dispatches of the first layer, for one token and a cache that has some."""
+    cache = make_prompt_cache(model)
+    mx.eval(model(mx.array([[1, 2, 3]]), cache=cache))
+    hidden = mx.zeros((1, 1, model.args.hidden_size), model(mx.array([[1]])).dtype)
+    mx.eval(hidden)
+    return dispatches(lambda: model.layers[0](hidden, None, cache[0]))
+
+
+def main() -> None:
+    print("| model | dispatches a layer | of these |\n| --- | --- | --- |")
+    for module in (llama, qwen3):
+        model = stock(module)
+        for patched in (False, True):
+            if patched:
+                patch_model(model, fuse="all")
+            found = of_layer(model)
+            parts = ", ".join(f"{n} {name}" for name, n in sorted(found.items()))
+            name = module.__name__.rpartition(".")[2] + (", patched" if patched else "")
+            print(f"| {name} | {found.total()} | {parts} |")
+
+
+if __name__ == "__main__":
+    main()

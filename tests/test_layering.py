@@ -23,7 +23,7 @@ LAYERS = (
     ("hub", "nn", "needs"),
     ("models", "fusion"),
     ("loader", "export", "inspect", "prompt_cache", "generate"),
-    ("chat", "server"),
+    ("chat", "server", "export_mlx"),
     ("doctor",),
     ("bench", "tune"),
     ("cli",),

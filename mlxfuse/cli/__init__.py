@@ -3,6 +3,7 @@
 from . import bench as bench
 from . import chat as chat
 from . import doctor as doctor
+from . import export as export
 from . import generate as generate
 from . import inspect as inspect
 from . import server as server

@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-from .patch import FUSIONS, chosen, patch_model, unpatch_model
+from . import detectors  # registers them
+from .candidates import DETECTORS, Candidate, Skip, Tree, register_detector
+from .options import chosen
+from .patch import patch_model, unpatch_model
 from .report import PatchReport
 
-__all__ = ["FUSIONS", "PatchReport", "chosen", "patch_model", "unpatch_model"]
+FUSIONS = tuple(DETECTORS)
+
+__all__ = [
+    "FUSIONS",
+    "Candidate",
+    "PatchReport",
+    "Skip",
+    "Tree",
+    "chosen",
+    "detectors",
+    "patch_model",
+    "register_detector",
+    "unpatch_model",
+]

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
-LABELS = {"qkv": "qkv", "gate_up": "gate/up", "residual": "residual"}
+from ..kernels import fallbacks
+from .candidates import Candidate, Skip
+
+LABELS = {"gate_up": "gate/up", "norm_rope": "norm+rope", "add_rms_norm": "add+norm"}
 
 
 @dataclass
@@ -28,27 +33,87 @@ class Tally:
         return text
 
 
+@dataclass(frozen=True)
+class Check:
+    """Patched against unpatched logits, on a random prompt.
+
+    error   largest difference, relative to the largest unpatched logit.
+    cosine  of the two, over all tokens.
+    top1    share of tokens with the same most likely next one.
+    """
+
+    error: float
+    cosine: float
+    top1: float
+
+
 @dataclass
 class PatchReport:
     """Result of `patch_model`; ``str`` gives the lines that are shown.
 
     tallies            fusion -> what was fused.
-    skipped            (fusion, path of the module, reason) for every place that was not.
+    fused              every fusion that was made.
+    skipped            every place that was not fused: (fusion, path of the module, reason).
     disabled           kernel -> why its self-test failed; its calls run as reference.
     self_test_seconds  time that the self-tests of kernel variants took.
+    bytes_before, bytes_after  memory that MLX's arrays of the process took.
+    check              what ``check=True`` found.
     """
 
     tallies: dict[str, Tally] = field(default_factory=dict)
-    skipped: list[tuple[str, str, str]] = field(default_factory=list)
+    fused: list[Candidate] = field(default_factory=list)
+    skipped: list[Skip] = field(default_factory=list)
     disabled: dict[str, str] = field(default_factory=dict)
     self_test_seconds: float = 0.0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    check: Check | None = None
+    count: Callable[[], tuple[int, int] | None] = field(default=lambda: None, repr=False)
+
+    @cached_property
+    def dispatches(self) -> tuple[int, int] | None:
+        """GPU dispatches of one decoded token before and after, counted in the model's graph when
+        this is first asked for; None where nothing is fused, or nothing is left of the model.
+        """
+        return self.count()
+
+    @property
+    def fallbacks(self) -> dict[str, int]:
+        """Calls of this process that ran without their kernel although it was wanted, by reason."""
+        return {f"{op}: {reason}": n for (op, reason), n in sorted(fallbacks.items())}
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """(fusion, fused, of, why not the others) for a table."""
+        found = []
+        for name, tally in self.tallies.items():
+            reasons = Counter(s.reason for s in self.skipped if s.name == name)
+            why = "; ".join(f"{count}: {reason}" for reason, count in reasons.items())
+            found.append((LABELS.get(name, name), str(len(tally.fused)), str(tally.total), why))
+        return found
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {
+            "fusions": {
+                name: {"fused": len(tally.fused), "of": tally.total}
+                for name, tally in self.tallies.items()
+            },
+            "fused": [{"fusion": c.name, "path": c.path, "formats": c.formats} for c in self.fused],
+            "skipped": [s._asdict() for s in self.skipped],
+            "disabled": self.disabled,
+            "bytes": {"before": self.bytes_before, "after": self.bytes_after},
+            "dispatches": self.dispatches
+            and {"before": self.dispatches[0], "after": self.dispatches[1]},
+            "check": self.check and vars(self.check),
+            "fallbacks": self.fallbacks,
+        }
 
     def __str__(self) -> str:
-        tallies = (f"{LABELS[name]} {tally}" for name, tally in self.tallies.items())
+        tallies = (f"{LABELS.get(name, name)} {tally}" for name, tally in self.tallies.items())
         lines = [", ".join(tallies) or "nothing fused"]
-        reasons = Counter((name, reason) for name, _, reason in self.skipped)
+        reasons = Counter((s.name, s.reason) for s in self.skipped)
         lines += [
-            f"{LABELS[name]} not fused in {count}: {reason}"
+            f"{LABELS.get(name, name)} not fused in {count}: {reason}"
             for (name, reason), count in reasons.items()
         ]
         lines += [f"{name} is not used: {reason}" for name, reason in self.disabled.items()]

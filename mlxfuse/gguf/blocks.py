@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import Executor
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from mlxfuse.gguf.decoders import DECODERS, Bytes, Decoded
 # Weights decoded at a time: under 2 MiB of scratch, near a core's caches, while numpy's cost
 # per call no longer shows.
 _CHUNK = 1 << 17
+_CHUNKS_PER_JOB = 8
 
 
 def dequantize(
@@ -24,12 +26,12 @@ def dequantize(
     *,
     out: NDArray[Any] | None = None,
     dtype: DTypeLike = np.float32,
+    pool: Executor | None = None,
 ) -> NDArray[Any]:
     """Decode a tensor, or any whole rows of one.
 
     Quantised types, F16, BF16 and the small integers are exact in float32's arithmetic, equal to
-    gguf-py's and llama.cpp's; I32, I64 and F64 are rounded to nearest. Numpy releases the GIL in
-    the loops, so row ranges can be decoded in several threads.
+    gguf-py's and llama.cpp's; I32, I64 and F64 are rounded to nearest.
 
     Args:
         data: uint8, C-contiguous, of any shape: the bytes as they lie in the file.
@@ -38,6 +40,7 @@ def dequantize(
         out: C-contiguous float32 or float16 array of ``shape`` to write to.
         dtype: float32 or float16, of the array made when ``out`` is not given. float16 rounds
             each float32 result once; what leaves its range becomes infinite.
+        pool: threads to work with; the calling thread works alone without one.
 
     Returns:
         ``out``, or a new array of ``shape``.
@@ -64,10 +67,19 @@ def dequantize(
     blocks = data.reshape(-1, format.type_size)
     weights = out.reshape(-1, format.block_size)
     step = max(1, _CHUNK // format.block_size)
-    # Infinite and NaN scales are decoded as they are; they are no reason to warn.
-    with np.errstate(all="ignore"):
-        for i in range(0, len(blocks), step):
-            _multiply_out(decode(blocks[i : i + step]), weights[i : i + step])
+    share = step * _CHUNKS_PER_JOB
+
+    def job(begin: int) -> None:
+        # Infinite and NaN scales are decoded as they are; they are no reason to warn.
+        with np.errstate(all="ignore"):
+            for i in range(begin, min(begin + share, len(blocks)), step):
+                part = slice(i, min(i + step, begin + share))
+                _multiply_out(decode(blocks[part]), weights[part])
+
+    begins = range(0, len(blocks), share)
+    # Numpy releases the interpreter lock in the loops.
+    for _ in map(job, begins) if pool is None or len(begins) < 2 else pool.map(job, begins):
+        pass
     return out
 
 

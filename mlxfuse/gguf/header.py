@@ -335,7 +335,9 @@ def _tensor(cursor: Cursor, index: int, shard: int) -> tuple[Tensor, int]:
     return Tensor(name, form, tuple(ne[::-1]), offset, nbytes, shard), at
 
 
-def _tensors(cursor: Cursor, count: int, alignment: int, shard: int) -> dict[str, Tensor]:
+def _tensors(
+    cursor: Cursor, count: int, alignment: int, shard: int, header_only: bool
+) -> dict[str, Tensor]:
     found: dict[str, tuple[Tensor, int]] = {}
     for index in range(count):
         start = cursor.position
@@ -355,7 +357,7 @@ def _tensors(cursor: Cursor, count: int, alignment: int, shard: int) -> dict[str
                 at,
             )
         begin = data_start + t.offset
-        if begin + t.nbytes > cursor.size:
+        if begin + t.nbytes > cursor.size and not header_only:
             cursor.fail(
                 f"truncated or corrupt: tensor {show(t.name)} ends at byte {begin + t.nbytes}, "
                 f"the file at {cursor.size}; download the file again",
@@ -366,13 +368,16 @@ def _tensors(cursor: Cursor, count: int, alignment: int, shard: int) -> dict[str
     return tensors
 
 
-def parse(path: str | os.PathLike[str], data: mmap.mmap, shard: int) -> Header:
+def parse(
+    path: str | os.PathLike[str], data: mmap.mmap, shard: int, *, header_only: bool = False
+) -> Header:
     """The header of one file.
 
     Args:
         path: for messages.
         data: the whole file.
         shard: what ``Tensor.shard`` shall be.
+        header_only: the file ends where its tensors' bytes would begin.
 
     Raises:
         GGUFError: malformed.
@@ -384,4 +389,6 @@ def parse(path: str | os.PathLike[str], data: mmap.mmap, shard: int) -> Header:
     n_tensors = cursor.count("tensors", MIN_TENSOR)
     n_pairs = cursor.count("key-value pairs", MIN_PAIR)
     metadata, offsets, alignment = _pairs(cursor, n_pairs)
-    return Header(version, metadata, offsets, _tensors(cursor, n_tensors, alignment, shard))
+    return Header(
+        version, metadata, offsets, _tensors(cursor, n_tensors, alignment, shard, header_only)
+    )

@@ -196,21 +196,25 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
         GGUFError: malformed; one of the shards is missing or does not belong to the set.
         UnsupportedError: a tensor type that ggml removed or that is newer than this package.
     """
+    return GGUFFile(open_shards(path))
+
+
+def open_shards(path: str | os.PathLike[str], *, header_only: bool = False) -> tuple[_Shard, ...]:
+    """The files of `open_gguf`; with ``header_only`` they end where tensors would begin."""
     if "\0" in os.fspath(path):
         raise ModelRefError(f"{os.fspath(path)!r} holds a NUL and cannot be a path")
     with ExitStack() as stack:  # closes what is open if a later check fails
-        first = _open_shard(Path(path), 0, stack)
+        first = _open_shard(Path(path), 0, stack, header_only)
         shards = [first]
         count = _number(first, "split.count", 0)
         if count > 1:
             prefix = _first_shard_prefix(first, count)
             for index in range(1, count):
-                shards.append(
-                    _open_shard(_shard_path(first.path, prefix, index, count), index, stack)
-                )
+                name = _shard_path(first.path, prefix, index, count)
+                shards.append(_open_shard(name, index, stack, header_only))
             _check_set(shards, count)
         stack.pop_all()
-    return GGUFFile(tuple(shards))
+    return tuple(shards)
 
 
 def _map(path: Path, stack: ExitStack) -> tuple[IO[bytes], mmap.mmap]:
@@ -228,14 +232,14 @@ def _map(path: Path, stack: ExitStack) -> tuple[IO[bytes], mmap.mmap]:
         raise ModelRefError(f"{path}: {error.strerror}; a GGUF file expected") from error
 
 
-def _open_shard(path: Path, index: int, stack: ExitStack) -> _Shard:
+def _open_shard(path: Path, index: int, stack: ExitStack, header_only: bool) -> _Shard:
     try:
         file, data = _map(path, stack)
     except ModelRefError as error:
         if not index:
             raise
         raise GGUFError(path, f"shard {index + 1} of the set cannot be opened: {error}") from error
-    return _Shard(path, file, data, parse(path, data, index))
+    return _Shard(path, file, data, parse(path, data, index, header_only=header_only))
 
 
 def _number(shard: _Shard, key: str, default: int) -> int:

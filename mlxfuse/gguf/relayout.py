@@ -7,14 +7,14 @@ numpy releases the interpreter lock for both, so a thread pool scales.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
-from ..formats import Format, Stream, Swap
+from ..formats import Format, Swap
 
 Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.unsignedinteger]
@@ -127,8 +127,7 @@ def _run(
 
 def _split(blocks: Bytes, streams: list[Bytes], format: Format, scratch: Bytes) -> None:
     for s, stored in zip(format.streams, streams, strict=True):
-        for source, target in _pieces(blocks, stored, s):
-            np.copyto(target, source)
+        np.copyto(_items(stored, 0, s.nbytes), _items(blocks, s.start, s.nbytes))
         for swap in s.swaps:
             _exchange(stored, swap, scratch)
 
@@ -139,25 +138,13 @@ def _join(blocks: Bytes, streams: list[Bytes], format: Format, scratch: Bytes) -
             stored = stored.copy()
         for swap in reversed(s.swaps):
             _exchange(stored, swap, scratch)
-        for target, source in _pieces(blocks, stored, s):
-            np.copyto(target, source)
+        np.copyto(_items(blocks, s.start, s.nbytes), _items(stored, 0, s.nbytes))
 
 
-def _pieces(
-    blocks: Bytes, stored: Bytes, stream: Stream
-) -> Iterator[tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]]:
-    """The same piece of every block, in the file's place and in the stream's.
-
-    Viewed as one item a block, which numpy moves 5 times faster than single bytes.
-    """
-    at = 0
-    for offset, size in stream.pieces:
-        item = np.dtype(f"u{size}" if size in (2, 4, 8) else f"V{size}")
-        yield (
-            np.ndarray(len(blocks), item, blocks, offset, (blocks.strides[0],)),
-            np.ndarray(len(blocks), item, stored, at, (stored.strides[0],)),
-        )
-        at += size
+def _items(rows: Bytes, at: int, size: int) -> npt.NDArray[np.generic]:
+    """Bytes ``at`` to ``at + size`` of each row as one item, which numpy copies fastest."""
+    item = np.dtype(f"u{size}" if size in (1, 2, 4, 8) else f"V{size}")
+    return np.ndarray(len(rows), item, rows, at, (rows.strides[0],))
 
 
 def _exchange(stored: Bytes, swap: Swap, scratch: Bytes) -> None:
@@ -180,7 +167,7 @@ def _exchange(stored: Bytes, swap: Swap, scratch: Bytes) -> None:
         words = flat.view(np.uint64)
         half = swap.distance // 2
         low, high = words[:-half], words[half:]
-        masks = _masks(half, swap.mask, 1 << (len(words) - 1).bit_length())[: len(low)]
+        masks = _masks(half, swap.mask, _CHUNK // 8)[: len(low)]
     bits = scratch[: low.nbytes].view(low.dtype)
     np.right_shift(low, shift, out=bits)
     bits ^= high
@@ -192,5 +179,6 @@ def _exchange(stored: Bytes, swap: Swap, scratch: Bytes) -> None:
 
 @lru_cache(maxsize=8)
 def _masks(half: int, mask: int, length: int) -> Words:
-    """``half`` words of ``mask`` and ``half`` words of 0, in turn."""
-    return np.tile(np.repeat(np.array([mask << 32 | mask, 0], np.uint64), half), length // half)
+    """``half`` words of ``mask`` and ``half`` words of 0, in turn, ``length`` at least."""
+    turn = np.repeat(np.array([mask << 32 | mask, 0], np.uint64), half)
+    return np.tile(turn, length // len(turn) + 1)

@@ -1,3 +1,29 @@
-from ._kernel import counts, fallbacks, launches, summary, unavailable
+from ._kernel import (
+    Prepared,
+    assumed,
+    assuming_metal,
+    counts,
+    disabled,
+    fallbacks,
+    launches,
+    opaque,
+    ready,
+    summary,
+    unavailable,
+    wanted,
+)
 
-__all__ = ["counts", "fallbacks", "launches", "summary", "unavailable"]
+__all__ = [
+    "Prepared",
+    "assumed",
+    "assuming_metal",
+    "counts",
+    "disabled",
+    "fallbacks",
+    "launches",
+    "opaque",
+    "ready",
+    "summary",
+    "unavailable",
+    "wanted",
+]

@@ -28,6 +28,9 @@ def decode(segment: AnySegment) -> mx.array:
             bits=segment.bits,
             mode=segment.mode,
         ).astype(mx.float32)
+    lead = segment.arrays["codes"].shape[:-1]
+    if 0 in lead:
+        return mx.zeros((*lead, segment.columns))  # below, sizes are inferred
     name = segment.format.name
     arrays = {s: a.flatten(0, -2) for s, a in segment.arrays.items()}
     codes = _CODES[name](arrays)
@@ -36,44 +39,43 @@ def decode(segment: AnySegment) -> mx.array:
     weights = scale[..., None] * codes.reshape(*scale.shape, segment.columns // scale.shape[1])
     if bias is not None:
         weights = weights + bias[..., None]
-    lead = segment.arrays["codes"].shape[:-1]
     return weights.reshape(*lead, segment.columns)
 
 
-def _unpack(words: mx.array, per_group: int, low: int, mask: int) -> mx.array:
-    """Bits of every weight from a plane of ``per_group`` words for 32 weights.
+def _unpack(words: mx.array, bits: int, place: Callable[[int, int], tuple[int, int]]) -> mx.array:
+    """The ``bits`` of every weight from a plane of ``bits`` words for 32 weights.
 
-    Returns uint32 ``[rows, groups, 2, 4, 4]``: weight ``16 h + 4 j + b`` at ``[..., h, j, b]``.
-    ``low`` is the plane's bits for each weight, which says how its quads are placed.
+    Returns uint32 ``[rows, groups, 2, 4, 4]``: weight ``16 h + 4 j + b`` at ``[..., h, j, b]``,
+    from byte ``b`` of the word and from the bit on that ``place(h, j)`` says.
     """
-    groups = words.reshape(words.shape[0], words.shape[1] // per_group, per_group)
+    groups = words.reshape(words.shape[0], words.shape[1] // bits, bits)
     quads = []
     for h in (0, 1):
         for j in range(4):
-            word, at = {
-                4: (j, 4 * h),
-                2: (j % 2, 4 * h + 2 * (j // 2)),
-                1: (0, 4 * (j % 2) + 2 * h + j // 2),
-            }[low]
+            word, at = place(h, j)
             shifts = mx.array([at, at + 8, at + 16, at + 24], mx.uint32)
-            quads.append((groups[..., word, None] >> shifts) & mask)
+            quads.append((groups[..., word, None] >> shifts) & ((1 << bits) - 1))
     return mx.stack(quads, axis=-2).reshape(*groups.shape[:2], 2, 4, 4)
 
 
 def _nibbles(a: dict[str, mx.array]) -> mx.array:
-    return _unpack(a["codes"], 4, 4, 15)
+    return _unpack(a["codes"], 4, lambda h, j: (j, 4 * h))
 
 
 def _pairs(words: mx.array) -> mx.array:
-    return _unpack(words, 2, 2, 3)
+    return _unpack(words, 2, lambda h, j: (j % 2, 4 * h + 2 * (j // 2)))
 
 
 def _bits(a: dict[str, mx.array]) -> mx.array:
-    return _unpack(a["high"], 1, 1, 1)
+    return _unpack(a["high"], 1, lambda h, j: (0, 4 * h + j))
+
+
+def _rotated_bits(a: dict[str, mx.array]) -> mx.array:
+    return _unpack(a["high"], 1, lambda h, j: (0, 4 * (j % 2) + 2 * h + j // 2))
 
 
 def _fives(a: dict[str, mx.array]) -> mx.array:
-    return _nibbles(a) | _bits(a) << 4
+    return _nibbles(a) | _rotated_bits(a) << 4
 
 
 def _table(values: tuple[int, ...]) -> Callable[[dict[str, mx.array]], mx.array]:
@@ -101,7 +103,7 @@ _CODES: dict[str, Callable[[dict[str, mx.array]], mx.array]] = {
     "Q2_K": lambda a: _pairs(a["codes"]).astype(mx.float32),
     "Q3_K": _minus(lambda a: _pairs(a["codes"]) | _bits(a) << 2, 4),
     "Q4_K": _minus(_nibbles, 0),
-    "Q5_K": _minus(_fives, 0),
+    "Q5_K": _minus(lambda a: _nibbles(a) | _bits(a) << 4, 0),
     "Q6_K": _minus(lambda a: _nibbles(a) | _pairs(a["high"]) << 4, 32),
     "IQ4_NL": _table(IQ4_VALUES),
     "IQ4_XS": _table(IQ4_VALUES),

@@ -9,18 +9,23 @@ A `Kernel` is a pure description: given arguments it names a program, a grid and
 * ``metal``: as above, but a fallback raises `KernelError`.
 * ``reference``: always the reference.
 * ``emulated``: the Metal source, run on the CPU by the test bench of a checkout.
+
+A Metal kernel has no gradient. MLX itself raises under `mx.grad`; a wrapper that says more would
+add a fifth to the host time of every launch (`mx.custom_function`). The emulated launches,
+which MLX does not see, have it.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, Generic, ParamSpec
+from typing import Any, Generic, ParamSpec, cast
 
 import mlx.core as mx
 
@@ -97,9 +102,9 @@ class Kernel(Generic[P]):
     reference: Callable[P, list[mx.array]]
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> list[mx.array]:
-        if _recorders:
-            return self._record(*args, **kwargs)
-        mode = env.get("MLXFUSE_KERNELS")
+        if _recording.found is not None:
+            return self._record(_recording.found, *args, **kwargs)
+        mode = _mode()
         if mode == "reference":
             return self.reference(*args, **kwargs)
         reason = _unavailable(mode) or self.refuse(*args, **kwargs)
@@ -107,33 +112,93 @@ class Kernel(Generic[P]):
             launch = self.launch(*args, **kwargs)
             reason = disabled.get(launch.program)
             if reason is None:
-                launches[self.name] += 1
+                if _recording.assumed is None:
+                    launches[self.name] += 1
                 return run(launch, emulated=mode == "emulated")
-        if mode == "metal":
-            raise KernelError(f"{self.name} cannot run on Metal: {reason}")
-        fallbacks[self.name, reason] += 1
+        _fall_back(self.name, mode, reason)
         return self.reference(*args, **kwargs)
 
-    def _record(self, *args: P.args, **kwargs: P.kwargs) -> list[mx.array]:
+    def _record(self, found: list[Recorded], *args: P.args, **kwargs: P.kwargs) -> list[mx.array]:
         """Note the call; zeros that are never computed stand for its outputs."""
         if self.refuse(*args, **kwargs) is not None:
             return self.reference(*args, **kwargs)
-        _recorders[-1].append((self, args))
+        found.append((self, args))
         launch = self.launch(*args, **kwargs)
         return [mx.zeros(s, d) for s, d in zip(launch.shapes, launch.dtypes, strict=True)]
 
 
-_recorders: list[list[tuple[Kernel[Any], tuple[Any, ...]]]] = []
+Recorded = tuple[Kernel[Any], tuple[Any, ...]]
+
+
+class _Recording(threading.local):
+    """Of this thread alone, so that other models go on: where calls are noted, if they are."""
+
+    found: list[Recorded] | None = None
+    assumed: Counter[str] | None = None
+
+
+_recording = _Recording()
 
 
 @contextmanager
-def recording(found: list[tuple[Kernel[Any], tuple[Any, ...]]]) -> Iterator[None]:
-    """Within, calls that could be launched are added to ``found`` instead."""
-    _recorders.append(found)
+def recording(found: list[Recorded]) -> Iterator[None]:
+    """Within, calls of this thread that could be launched are added to ``found`` instead."""
+    before, _recording.found = _recording.found, found
     try:
         yield
     finally:
-        _recorders.pop()
+        _recording.found = before
+
+
+@contextmanager
+def assuming_metal(counted: Counter[str]) -> Iterator[None]:
+    """Within, this thread builds the graphs that it would build on Metal.
+
+    An opaque operation stands for each kernel, of which the results are zeros; ``counted`` gets
+    the name of each.
+    """
+    before, _recording.assumed = _recording.assumed, counted
+    try:
+        yield
+    finally:
+        _recording.assumed = before
+
+
+def assumed() -> bool:
+    """Whether this thread is within `assuming_metal`."""
+    return _recording.assumed is not None
+
+
+def opaque(
+    inputs: Sequence[mx.array], shapes: Sequence[tuple[int, ...]], dtypes: Sequence[mx.Dtype]
+) -> list[mx.array]:
+    """One operation from ``inputs`` to zeros, of which the primitive is ``Depends``."""
+    zeros = [mx.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    mx.eval(zeros)
+    return list(mx.depends(zeros, list(inputs)))
+
+
+def wanted(name: str, refusal: str | None) -> bool:
+    """Whether kernel ``name`` is to run, for a caller with a better reference than the kernel's.
+
+    Args:
+        refusal: why this call cannot run on Metal, if so.
+    """
+    if _recording.found is not None:
+        return refusal is None
+    mode = _mode()
+    if mode == "reference":
+        return False
+    reason = _unavailable(mode) or refusal
+    if reason is not None:
+        _fall_back(name, mode, reason)
+    return reason is None
+
+
+def _fall_back(name: str, mode: str, reason: str) -> None:
+    if mode == "metal":
+        raise KernelError(f"{name} cannot run on Metal: {reason}")
+    fallbacks[name, reason] += 1
 
 
 def counts() -> dict[str, dict[str, int]]:
@@ -156,9 +221,20 @@ def summary() -> list[str]:
 
 def run(launch: Launch, *, emulated: bool = False) -> list[mx.array]:
     """Dispatch, unconditionally."""
-    kernel = _compiled(launch.program, _bench() if emulated else mx.fast.metal_kernel)
+    if _recording.assumed is not None:
+        _recording.assumed[launch.program.op] += 1
+        return opaque(launch.arrays, launch.shapes, launch.dtypes)
+    if emulated:
+        return cast(list[mx.array], _emulate(list(launch.arrays), launch))
+    return _dispatch(launch.arrays, launch, mx.fast.metal_kernel)
+
+
+def _dispatch(
+    arrays: Sequence[mx.array], launch: Launch, factory: Callable[..., Any]
+) -> list[mx.array]:
+    kernel = _compiled(launch.program, factory)
     outputs: list[mx.array] = kernel(
-        inputs=list(launch.arrays),
+        inputs=list(arrays),
         grid=launch.grid,
         threadgroup=launch.threadgroup,
         template=list(launch.template),
@@ -166,6 +242,76 @@ def run(launch: Launch, *, emulated: bool = False) -> list[mx.array]:
         output_dtypes=list(launch.dtypes),
     )
     return outputs
+
+
+class Prepared:
+    """A launch that is repeated with other values of some of its inputs.
+
+    Building a launch costs the host more than MLX's own operations do; a prepared one does not.
+
+    Args:
+        free: names of the inputs that change, of the program's.
+        shapes: of the outputs, each with as many elements as the launch's.
+    """
+
+    __slots__ = ("_emulated", "_inputs", "_kernel", "_launch", "_options", "_places", "name")
+
+    def __init__(
+        self, name: str, launch: Launch, free: Sequence[str], shapes: Sequence[tuple[int, ...]]
+    ) -> None:
+        self.name = name
+        self._launch = replace(launch, shapes=tuple(shapes))
+        self._inputs = list(launch.arrays)
+        self._places = [launch.program.inputs.index(n) for n in free]
+        self._emulated = _mode() == "emulated"
+        self._kernel = _compiled(
+            launch.program, _bench() if self._emulated else mx.fast.metal_kernel
+        )
+        self._options: dict[str, Any] = {
+            "grid": launch.grid,
+            "threadgroup": launch.threadgroup,
+            "template": list(launch.template),
+            "output_shapes": list(shapes),
+            "output_dtypes": list(launch.dtypes),
+        }
+        # What does not change is cast now, not in every call.
+        mx.eval([a for i, a in enumerate(self._inputs) if i not in self._places])
+
+    def __call__(self, *arrays: mx.array) -> list[mx.array] | None:
+        """The outputs; None if a self-test found the program to be wrong."""
+        if disabled and self._launch.program in disabled:
+            return None
+        inputs = self._inputs.copy()
+        for place, array in zip(self._places, arrays, strict=True):
+            inputs[place] = array
+        options = self._options
+        if _recording.assumed is not None:
+            _recording.assumed[self.name] += 1
+            return opaque(inputs, options["output_shapes"], options["output_dtypes"])
+        launches[self.name] += 1
+        if self._emulated:
+            return cast(list[mx.array], _emulate(inputs, self._launch))
+        return self._kernel(inputs=inputs, **options)
+
+
+def ready() -> str:
+    """The mode in which kernels are launched now; empty where they are not."""
+    if _recording.found is not None:
+        return ""
+    mode = _mode()
+    return "" if mode == "reference" or _unavailable(mode) is not None else mode
+
+
+@mx.custom_function
+def _emulate(arrays: list[mx.array], launch: Launch) -> list[mx.array]:
+    return _dispatch(arrays, launch, _bench())
+
+
+@_emulate.vjp
+def _no_gradient(arrays: Any, cotangents: Any, outputs: Any) -> None:
+    raise KernelError(
+        "a Metal kernel has no gradient: call model.train(), or set MLXFUSE_KERNELS=reference"
+    )
 
 
 @cache
@@ -186,7 +332,7 @@ def unavailable() -> str | None:
     Raises:
         KernelError: ``MLXFUSE_KERNELS`` has no such value, or is ``metal`` without a device.
     """
-    mode = env.get("MLXFUSE_KERNELS")
+    mode = _mode()
     if mode == "reference":
         return "MLXFUSE_KERNELS is reference"
     reason = _unavailable(mode)
@@ -195,8 +341,12 @@ def unavailable() -> str | None:
     return reason
 
 
+def _mode() -> str:
+    return "metal" if _recording.assumed is not None else env.get("MLXFUSE_KERNELS")
+
+
 def _unavailable(mode: str) -> str | None:
-    if mode == "emulated":
+    if mode == "emulated" or _recording.assumed is not None:
         return None
     if mode not in MODES:
         raise KernelError(f"MLXFUSE_KERNELS is one of {', '.join(MODES)}; found {mode!r}")

@@ -11,6 +11,10 @@ from ..errors import KernelError
 _PACKAGE = Path(__file__).resolve().parent.parent
 _SECTION = re.compile(r"^//@ (\w+):(.*)$", re.M)
 _COMMENT = re.compile(r"//[^\n]*")
+# A space between two names, or between two operators that might make a third, stays.
+_SPACE = re.compile(
+    r"(?<=\w) (?=\W)|(?<=\W) (?=\w)|(?<=[^\w+\-&|<>=*/]) (?=\W)|(?<=\W) (?=[^\w+\-&|<>=*/])"
+)
 
 
 def checkout() -> Path:
@@ -41,8 +45,8 @@ def header(parts: tuple[str, ...]) -> str:
         parts: ``"file"`` for what precedes the first section of a file, which comes along with
             any of its sections, or ``"file:section"``.
 
-    MLX rebuilds and hashes a kernel's whole text at every call, so comments and blank lines
-    are left out.
+    MLX rebuilds and hashes a kernel's whole text at every call, so comments, blank lines and
+    spaces that separate nothing are left out.
     """
     wanted: dict[str, None] = {"common.h": None}
     for part in parts:
@@ -74,4 +78,5 @@ def _sections(file: str) -> dict[str, tuple[tuple[str, ...], str]]:
 
 def _squeeze(text: str) -> str:
     lines = (line.strip() for line in _COMMENT.sub("", text).splitlines())
-    return "".join(f"{line}\n" for line in lines if line)
+    # In a preprocessor's line a space may end the name of a macro.
+    return "".join(f"{x if x[0] == '#' else _SPACE.sub('', x)}\n" for x in lines if x)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import mlx.core as mx
 
 from ._decode import decode
 from ._kernel import Kernel, Launch, Program
-from .weight import STREAMS, AnySegment
-
-FLOATS = (mx.float16, mx.bfloat16, mx.float32)
+from .weight import FLOATS, STREAMS, AnySegment
 
 
 def dequantize(
@@ -19,15 +18,23 @@ def dequantize(
     """Decode a matrix, or the rows of it that are asked for.
 
     Args:
-        segment: ``[N, K]`` weights of one format.
+        segment: ``[N, K]`` weights of one format; without ``rows`` also ``[experts, N, K]``.
         rows: integer array of any shape, each in ``[0, N)``; None for all rows in order.
         dtype: float16, bfloat16 or float32. Every weight is computed in float32 exactly as
             ggml defines it (one rounding where the format has a bias, none elsewhere) and
             then rounded once to ``dtype``.
 
     Returns:
-        ``[N, K]``, or ``[*rows.shape, K]``.
+        Of the segment's shape, or ``[*rows.shape, K]``.
+
+    Raises:
+        ValueError: ``rows`` of a segment with experts.
     """
+    if rows is not None and segment.experts is not None:
+        raise ValueError(
+            f"rows of a matrix: expected a segment [N, K], found one of {segment.experts} experts; "
+            "take() an expert first"
+        )
     (out,) = KERNEL(segment, rows, dtype)
     return out
 
@@ -64,17 +71,17 @@ def _program(trait: str, held: tuple[str, ...], expression: str, gathered: bool)
 def _launch(segment: AnySegment, rows: mx.array | None, dtype: mx.Dtype) -> Launch:
     held, expression = bindings(segment)
     units = segment.columns // segment.unit
-    count = segment.rows if rows is None else rows.size
-    lead = (segment.rows,) if rows is None else rows.shape
+    # Rows of all experts lie one after the other.
+    lead = segment.arrays["codes"].shape[:-1] if rows is None else rows.shape
     chosen = () if rows is None else (rows.reshape(-1),)
     return Launch(
         program=_program(segment.trait, held, expression, rows is not None),
         arrays=(
             *(segment.arrays[s] for s in held),
             *chosen,
-            mx.array([segment.rows, units], mx.int32),
+            mx.array([segment.rows * (segment.experts or 1), units], mx.int32),
         ),
-        grid=(units, count, 1),
+        grid=(units, math.prod(lead), 1),
         threadgroup=(min(units, 128), 1, 1),
         template=(("T", dtype),),
         shapes=((*lead, segment.columns),),
@@ -85,8 +92,6 @@ def _launch(segment: AnySegment, rows: mx.array | None, dtype: mx.Dtype) -> Laun
 def _refuse(segment: AnySegment, rows: mx.array | None, dtype: mx.Dtype) -> str | None:
     if dtype not in FLOATS:
         return f"results are float16, bfloat16 or float32, not {dtype}"
-    if segment.experts is not None:
-        return "the weight has experts"
     if rows is not None and rows.size == 0:
         return "there are no rows"
     return None

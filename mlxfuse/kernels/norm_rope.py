@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from ._kernel import Kernel, Launch, Program
-from .dequantize import FLOATS
+from ._kernel import Kernel, Launch, Prepared, Program
+from .weight import FLOATS
 
 HEADS_EACH = 4
 """Heads of one position that a SIMD-group turns by the same angles. Not measured on a Mac."""
@@ -73,6 +74,33 @@ def norm_rope(
     call.check()
     q, k = KERNEL(call)
     return q, k
+
+
+def prepare(
+    q: mx.array, k: mx.array, *, heads: int, kv_heads: int, offset: mx.array, **options: Any
+) -> Prepared | None:
+    """`norm_rope` of such arguments as one launch, to be called with q, k and the offset as int32
+    ``[1]`` or ``[B]``; None where there is no kernel for it.
+    """
+    call = _Call(q, k, heads, kv_heads, offset, **{**_DEFAULTS, **options})
+    call.check()
+    if _refuse(call) is not None:
+        return None
+    launch = _launch(call)
+    return Prepared("norm_rope", launch, ("q", "k", "offset"), launch.shapes)
+
+
+_DEFAULTS: dict[str, Any] = {
+    "q_weight": None,
+    "k_weight": None,
+    "eps": 1e-6,
+    "norm_offset": 0.0,
+    "base": None,
+    "freqs": None,
+    "scale": 1.0,
+    "mscale": 1.0,
+    "traditional": False,
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from ._kernel import Kernel, Launch, Program
 from .activations import GROUP, Int8Activations
-from .dequantize import FLOATS
+from .weight import FLOATS
 
 SMALLEST = 2.0**-126
 """Smallest normal float32; GPUs flush what is smaller to 0."""

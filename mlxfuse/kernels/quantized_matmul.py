@@ -9,9 +9,9 @@ from functools import cache, lru_cache
 import mlx.core as mx
 
 from ._decode import decode
-from ._kernel import Kernel, Launch, Program
-from .dequantize import FLOATS, bindings, dequantize, section
-from .weight import AffineSegment, AnySegment, Part, QuantizedWeight
+from ._kernel import Kernel, Launch, Prepared, Program
+from .dequantize import bindings, dequantize, section
+from .weight import FLOATS, AffineSegment, AnySegment, Part, QuantizedWeight
 
 MAX_BATCH = 8
 """Rows of x that one decoded unit of the weight is used for."""
@@ -39,11 +39,15 @@ def quantized_matmul(
     activation: str | None = None,
     split: bool = False,
     experts: mx.array | None = None,
+    differentiable: bool = False,
 ) -> tuple[mx.array, ...]:
     """``activation(x @ weight.T + bias) + residual``.
 
     Products are summed in float32 and the epilogue is computed in float32 from the unrounded
-    sums; the result is rounded once.
+    sums; the result is rounded once. More than `MAX_VECTOR_ROWS` rows in float16 or bfloat16 are
+    multiplied by MLX, which rounds weights and sums to that type too, by up to half a unit in the
+    last place each. Before an activation, which makes more of an error, bfloat16 products are
+    float32 there; not those of MLX's own weights, which are as MLX-LM has them.
 
     Args:
         x: ``[..., K]``, float16, bfloat16 or float32.
@@ -56,6 +60,8 @@ def quantized_matmul(
         split: one result for each part of the weight, each contiguous, instead of one for all.
         experts: integer ids ``[..., k]`` of the expert to use for each result row. ``x`` has
             one row for each id, or one for each group of ``k``.
+        differentiable: by MLX's own operations, which have gradients. The kernel has none: MLX
+            raises ``[Primitive::vjp] Not implemented for CustomKernel`` under ``mx.grad``.
 
     Returns:
         ``[..., N]`` in ``x.dtype``, alone in a tuple; with ``split`` one for each part; with
@@ -64,9 +70,11 @@ def quantized_matmul(
     Raises:
         ValueError: arguments whose shapes do not fit together.
     """
-    call = _Call(x, weight, bias, residual, activation, split, experts)
+    call = _Call(x, weight, bias, residual, activation, split, experts, LARGE)
     call.check()
-    if route(call.rows, experts is not None) == "dequantize":
+    if differentiable:
+        outputs = _dense(call)
+    elif call.route == "dequantize":
         outputs = _dense(call, dequantized=True)
     else:
         outputs = KERNEL(call)
@@ -74,11 +82,28 @@ def quantized_matmul(
     return tuple(y.reshape(*lead, y.shape[-1]) for y in outputs)
 
 
-def route(rows: int, gathered: bool = False) -> str:
-    """How ``rows`` rows of x are multiplied: ``vector``, ``batch`` or `LARGE`."""
-    if rows == 1 or gathered:
-        return "vector"
-    return "batch" if rows <= MAX_VECTOR_ROWS else LARGE
+def prepare(
+    x: mx.array,
+    weight: QuantizedWeight,
+    *,
+    bias: mx.array | None = None,
+    residual: mx.array | None = None,
+    activation: str | None = None,
+    split: bool = False,
+    experts: mx.array | None = None,
+) -> Prepared | None:
+    """`quantized_matmul` of such arguments as one launch, to be called with x and, where there are
+    any, the residual and the experts, of the same shapes and types; None if it is no single launch.
+    """
+    call = _Call(x, weight, bias, residual, activation, split, experts, LARGE)
+    call.check()
+    alike = residual is None or residual.dtype == x.dtype
+    if _refuse(call) is not None or not alike or call.route == "dequantize":
+        return None
+    given = {"residual": residual, "experts": experts}
+    free = ("x", *(name for name, array in given.items() if array is not None))
+    lead = x.shape[:-1] if experts is None else experts.shape
+    return Prepared("quantized_matmul", _launch(call), free, [(*lead, n) for n in call.widths])
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +117,14 @@ class _Call:
     activation: str | None
     split: bool
     experts: mx.array | None
+    large: str = "dequantize"
+
+    @property
+    def route(self) -> str:
+        """How the rows of x are multiplied: ``vector``, ``batch`` or what `LARGE` says."""
+        if self.rows == 1 or self.experts is not None:
+            return "vector"
+        return "batch" if self.rows <= MAX_VECTOR_ROWS else self.large
 
     @property
     def rows(self) -> int:
@@ -139,22 +172,20 @@ def _refuse(call: _Call) -> str | None:
         return f"x is float16, bfloat16 or float32, not {call.x.dtype}"
     if call.rows == 0:
         return "x has no rows"
-    if call.gated and len(call.weight.segments) > 1:
-        return "gate and up have different formats"
     return None
 
 
 def _launch(call: _Call) -> Launch:
     x, weight = call.x, call.weight
-    kind = route(call.rows, call.experts is not None)
+    kind = call.route
     many = 1
     if kind == "batch":
         many = -(-call.rows // -(-call.rows // MAX_BATCH))
     elif kind == "tiles":
         many = 32
-    # Rows of the weight and threads of a threadgroup; gated, half as many rows of each part.
-    per_group, threads = {"vector": (8, 64), "batch": (4, 64), "tiles": (64, 128)}[kind]
-    per_group //= 2 if call.gated else 1
+    # Rows of a part and threads of a threadgroup.
+    tile_rows = 32 if call.gated else 64
+    per_group, threads = {"vector": (8, 64), "batch": (4, 64), "tiles": (tile_rows, 128)}[kind]
     segments = weight.segments
     parts = weight.parts[:1] if call.gated else weight.parts
     size, tiles = _size(call, parts, per_group)
@@ -166,13 +197,14 @@ def _launch(call: _Call) -> Launch:
         held += names
         arrays += [segment.arrays[n[: -len(str(i))]] for n in names]
         expressions.append(expression)
+    places = [id(s) for s in segments]  # other arrays of the same format compare as equal
     optional = {"bias": call.bias, "residual": call.residual, "experts": call.experts}
     given = {n: a for n, a in optional.items() if a is not None}
     program = _program(
         kind,
         tuple(s.trait for s in segments),
         tuple(expressions),
-        tuple(segments.index(p.segment) for p in weight.parts),
+        tuple(places.index(id(p.segment)) for p in weight.parts),
         call.activation,
         (*held, *given),
         len(call.widths),
@@ -211,9 +243,12 @@ def _size(call: _Call, parts: tuple[Part, ...], per_group: int) -> tuple[mx.arra
 
 @lru_cache(maxsize=1024)
 def _numbers(values: tuple[int, ...]) -> mx.array:
-    array = mx.array(values, mx.int32)
+    array = mx.array(values, mx.uint32)
     mx.eval(array)
     return array
+
+
+_TILE = {"vector": "vector_tile", "batch": "batch_tile", "tiles": "matrix_tile"}
 
 
 @cache
@@ -231,43 +266,41 @@ def _program(
     act = {**_PLAIN, **_GATED}.get(activation or "", "None")
     bias = "bias" if "bias" in inputs else "x"
     residual = "residual" if "residual" in inputs else "x"
-    epilogue = (
-        f"Epilogue<{f'Gated<{act}>' if gated else act}, "
-        f"{str(bias == 'bias').lower()}, {str(residual == 'residual').lower()}>"
-    )
-    lines = ["const uint3 tile = threadgroup_position_in_grid;"]
-    lines += ["const uint group = simdgroup_index_in_threadgroup;"]
+    flags = f"{str(bias == 'bias').lower()}, {str(residual == 'residual').lower()}"
+    epilogue = f"output<{f'Gated<{act}>' if gated else act}, {flags}>"
+    lines = [
+        "const uint3 tile = threadgroup_position_in_grid;",
+        "const device Part* parts = (const device Part*)(size + 3);",
+    ]
+    place = "tile, simdgroup_index_in_threadgroup, thread_index_in_simdgroup"
     if kind == "tiles":
-        lines += ["const uint me = thread_index_in_threadgroup;"]
         lines += ["threadgroup float scratch[96 * tile_pitch * sizeof(T) / 4];"]
-    else:
-        lines += ["const uint lane = thread_index_in_simdgroup;"]
-    if gated or len(of_part) == 1:
-        lines += ["const uint j = 0;"]
-    else:
-        later = (f"uint(tile.x >= uint(size[{6 * j + 5}]))" for j in range(1, len(of_part)))
-        lines += [f"const uint j = {' + '.join(later)};"]
-    lines += [f"const Part a = part_of(size, j), b = {'part_of(size, 1)' if gated else 'a'};"]
+        place = "tile, simdgroup_index_in_threadgroup, thread_index_in_threadgroup, scratch"
+    if not gated:
+        later = (f" + uint(tile.x >= parts[{j}].tile)" for j in range(1, len(of_part)))
+        lines += [f"const uint j = 0{''.join(later)};"]
     out = "out0"
     for j in range(1, outputs):
         out = f"j == {j} ? out{j} : {out}" if j == 1 else f"j == {j} ? out{j} : ({out})"
-    lines += [f"device T* out = {out};"]
-    for s, (trait, streams) in enumerate(zip(traits, expressions, strict=True)):
-        if kind == "vector":
-            skip = "0"
-            if "experts" in inputs:
-                # All parts of one segment lie in each expert's matrix.
-                skip = f"uint(experts[tile.y]) * uint(codes{s}_shape[1])"
-            call = f"vector_tile<{trait}, {epilogue}>({streams}, x, size, a, b, {skip}, tile, "
-        elif kind == "batch":
-            call = f"batch_tile<{trait}, {epilogue}, {many}>({streams}, x, size, a, b, tile, "
-        else:
-            call = f"matrix_tile<{trait}, {epilogue}>({streams}, x, size, a, b, tile, "
-        where = "me, group" if kind == "tiles" else "group, lane"
-        scratch = ", scratch" if kind == "tiles" else ""
-        call += f"{where}, {bias}, {residual}, out{scratch});"
-        here = [f"j == {j}" for j, of in enumerate(of_part) if of == s]
-        lines += [f"if ({' || '.join(here)}) {{ {call} }}" if len(traits) > 1 else call]
+    # The segments of a call: one of them for the parts that it holds, or gate's and up's.
+    calls = [of_part] if gated else [(s, s) for s in range(len(traits))]
+    for f, g in calls:
+        block = [f"Part a = parts[{'0' if gated else 'j'}], b = {'parts[1]' if gated else 'a'};"]
+        if "experts" in inputs:
+            # All parts of one segment lie in each expert's matrix.
+            block += [
+                f"{part}.first += uint(experts[tile.y]) * uint(codes{s}_shape[1]);"
+                for part, s in (("a", f), ("b", g))
+            ]
+        block += [
+            f"{_TILE[kind]}<{traits[f]}, {traits[g]}{f', {many}' if kind == 'batch' else ''}>("
+            f"{expressions[f]}, {expressions[g]}, x, (const device Size*)size, "
+            f"{epilogue}(a, b, {bias}, {residual}, {out}), {place});",
+        ]
+        if len(calls) > 1:
+            here = " || ".join(f"j == {j}" for j, of in enumerate(of_part) if of == f)
+            block = [f"if ({here}) {{", *block, "}"]
+        lines += block
     sections = [kind, *([] if act == "None" else [act]), *(["Gated"] if gated else [])]
     return Program(
         op="quantized_matmul",
@@ -296,10 +329,8 @@ _REFERENCE: dict[str, Callable[[mx.array], mx.array]] = {
 def _dense(call: _Call, *, dequantized: bool = False) -> list[mx.array]:
     """The meaning of the kernel: decode, multiply, epilogue.
 
-    ``dequantized`` multiplies in the type of x with weights from the `dequantize` kernel, which
-    is how large M runs; the reference multiplies in float32.
+    ``dequantized`` is how large M runs, see `_product`; the reference multiplies in float32.
     """
-    dtype = call.x.dtype if dequantized else mx.float32
     x = call.x.reshape(-1, call.x.shape[-1])
     columns = []
     for part in call.weight.parts:
@@ -310,8 +341,10 @@ def _dense(call: _Call, *, dequantized: bool = False) -> list[mx.array]:
             w = decode(segment.take(ids))[:, rows]
             rows_of_x = mx.repeat(x, ids.size // x.shape[0], axis=0)
             y = (w @ rows_of_x[..., None].astype(mx.float32))[..., 0]
+        elif dequantized:
+            y = _product(x, segment.take(rows), call.activation is not None).astype(mx.float32)
         else:
-            y = _product(x.astype(dtype), segment.take(rows), dequantized).astype(mx.float32)
+            y = x.astype(mx.float32) @ decode(segment.take(rows)).T
         columns.append(y)
     if call.bias is not None:
         at = 0
@@ -330,9 +363,7 @@ def _dense(call: _Call, *, dequantized: bool = False) -> list[mx.array]:
     return [y.astype(call.x.dtype) for y in columns]
 
 
-def _product(x: mx.array, segment: AnySegment, dequantized: bool) -> mx.array:
-    if not dequantized:
-        return x @ decode(segment).T
+def _product(x: mx.array, segment: AnySegment, activated: bool) -> mx.array:
     if isinstance(segment, AffineSegment):
         return mx.quantized_matmul(
             x,
@@ -344,6 +375,8 @@ def _product(x: mx.array, segment: AnySegment, dequantized: bool) -> mx.array:
             bits=segment.bits,
             mode=segment.mode,
         )
+    if activated and x.dtype == mx.bfloat16:
+        x = x.astype(mx.float32)
     return x @ dequantize(segment, dtype=x.dtype).T
 
 

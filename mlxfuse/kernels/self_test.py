@@ -23,7 +23,7 @@ import numpy as np
 
 from .. import env
 from . import _kernel
-from ._kernel import Kernel, Launch, Program
+from ._kernel import Kernel, Launch, Program, Recorded
 from ._source import header
 from .dequantize import KERNEL as DEQUANTIZE
 from .norm_rope import KERNEL as NORM_ROPE
@@ -40,7 +40,6 @@ from .weight import Part, QuantizedWeight, Segment
 # many that the weight is dequantised.
 LENGTHS = (*range(1, MAX_BATCH + 1), MAX_VECTOR_ROWS + 1)
 
-Recorded = tuple[Kernel[Any], tuple[Any, ...]]
 
 # Rows of a weight in a small case: more than a threadgroup works on, and no multiple of that.
 _ROWS = 11

@@ -10,6 +10,7 @@ import mlx.core as mx
 from ..formats import Format
 
 STREAMS = ("codes", "high", "scales", "supers")
+FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 
 _DTYPES: dict[str, mx.Dtype] = {
     "uint8": mx.uint8,
@@ -94,7 +95,8 @@ class AffineSegment(_Rows):
     group_size  weights of one scale: 32, 64 or 128; 32 in mode mxfp4.
     mode        ``affine`` or ``mxfp4``.
     columns     weights of a row, K.
-    arrays      ``codes`` uint32, ``scales`` and, in mode affine, ``supers``: MLX's biases.
+    arrays      ``codes`` uint32, ``scales`` and, in mode affine, ``supers``: MLX's biases. Those
+                are float16, bfloat16 or float32, the type of the model; exponents in mode mxfp4.
     """
 
     bits: int
@@ -116,6 +118,10 @@ class AffineSegment(_Rows):
         found = {s: a.shape for s, a in self.arrays.items()}
         if found != expected or self.arrays["codes"].dtype != mx.uint32:
             raise ValueError(f"MLX weights {kind}: expected {expected}, found {found}")
+        dtypes = {a.dtype for s, a in self.arrays.items() if s != "codes"}
+        allowed = FLOATS if self.mode == "affine" else (mx.uint8,)
+        if len(dtypes) > 1 or not dtypes.issubset(allowed):
+            raise ValueError(f"scales of MLX weights {kind}: expected {allowed}, found {dtypes}")
 
     @property
     def name(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,8 @@ from ..nn.linear import Embedding, Linear, StreamedEmbedding, StreamedLinear
 from ..nn.quantized import Place, QuantizedEmbedding, QuantizedLinear
 from ..nn.rope import FrequencyRoPE
 from .config import Config, Rope
-from .plan import Plan, RowSource, WeightPlan
-from .streams import Account, StreamLoader, part_of
+from .plan import Plan, RowSource, WeightPlan, groups, has_kernel
+from .streams import POOL, Account, StreamLoader, part_of
 
 if TYPE_CHECKING:
     from ..gguf.reader import GGUFFile
@@ -59,54 +59,32 @@ def build(
     _set_ropes(file, model, config)
     _check_parameters(model, weights)
     left = memory.available() // 2 if budget is None else budget
-    with StreamLoader(file, account) as loader:
-        for group in _groups(weights):
-            if quantized and _has_kernel(group):
-                _place_quantized(loader, model, group, dtype)
-                continue
-            for weight in group:
-                parent, name = _parent(model, weight.module)
-                nbytes = math.prod(weight.shape) * dtype.size
-                dense = len(weight.shape) == 1 or nbytes <= left
-                left -= nbytes if dense else 0
-                with account.time("dequantize"):
-                    made = make_module(
-                        file, weight, dtype, getattr(parent, name), config, dense=dense
-                    )
-                    setattr(parent, name, made)
-                    mx.eval(made.parameters())
-                if quantized:
-                    _note(account, weight, nbytes if dense else 0)
+    loader = StreamLoader(file, account)
+    for group in groups(weights):
+        if quantized and has_kernel(group):
+            _place_quantized(loader, model, group, dtype)
+            continue
+        for weight in group:
+            parent, name = _parent(model, weight.module)
+            nbytes = math.prod(weight.shape) * dtype.size
+            dense = len(weight.shape) == 1 or nbytes <= left
+            left -= nbytes if dense else 0
+            with account.time("dequantize"):
+                made = make_module(file, weight, dtype, getattr(parent, name), config, dense=dense)
+                setattr(parent, name, made)
+                mx.eval(made.parameters())
+            if quantized:
+                _note(account, weight, nbytes if dense else 0)
     model.eval()
     return model
-
-
-def _groups(weights: Plan) -> Iterator[Sequence[WeightPlan]]:
-    """The weights that share one `QuantizedWeight`; alone where that cannot be."""
-    for layer in (weights.outer, *weights.layers):
-        groups: dict[str, list[WeightPlan]] = {}
-        for weight in layer:
-            groups.setdefault(weight.group or weight.module, []).append(weight)
-        for group in groups.values():
-            if _has_kernel(group):
-                yield group
-            else:
-                yield from ([weight] for weight in group)
-
-
-def _has_kernel(group: Sequence[WeightPlan]) -> bool:
-    return all(
-        len(weight.shape) == 2 and source.format.kernel
-        for weight in group
-        for source in weight.weight
-    )
 
 
 def _place_quantized(
     loader: StreamLoader, model: nn.Module, group: Sequence[WeightPlan], dtype: mx.Dtype
 ) -> None:
     """One `QuantizedWeight` for the group, and a layer over its rows for each member."""
-    whole = loader.weight([source for weight in group for source in weight.weight])
+    key = group[0].group or group[0].module
+    whole = loader.weight(key, [source for weight in group for source in weight.weight])
     for i, weight in enumerate(group):
         parent, name = _parent(model, weight.module)
         if isinstance(getattr(parent, name), nn.Embedding):
@@ -182,7 +160,7 @@ class FileRows:
                 # A fancy index copies the file's bytes of these rows, not the float rows.
                 picked = data[rows] if order is None else data[order[rows]]
                 shape = (len(picked), *source.shape[1:])
-                found.append(dequantize(picked, source.format, shape))
+                found.append(dequantize(picked, source.format, shape, pool=POOL))
         return found[0] if len(found) == 1 else np.concatenate(found)
 
 

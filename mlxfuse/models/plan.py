@@ -7,6 +7,7 @@ a weight is read.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..errors import GGUFError, UnsupportedError
 from ..gguf.blocks import can_dequantize
+from ..gguf.exported import Stored
 from .architectures import Weight
 from .config import Config
 
@@ -94,6 +96,53 @@ class Plan:
     config: Config
     outer: tuple[WeightPlan, ...]
     layers: tuple[tuple[WeightPlan, ...], ...]
+
+
+def groups(weights: Plan) -> Iterator[Sequence[WeightPlan]]:
+    """The weights that share one set of streams; alone where that cannot be."""
+    for layer in (weights.outer, *weights.layers):
+        found: dict[str, list[WeightPlan]] = {}
+        for weight in layer:
+            found.setdefault(weight.group or weight.module, []).append(weight)
+        for group in found.values():
+            if has_kernel(group):
+                yield group
+            else:
+                yield from ([weight] for weight in group)
+
+
+def has_kernel(group: Sequence[WeightPlan]) -> bool:
+    """Whether all rows of a group are of formats that kernels read."""
+    return all(
+        len(weight.shape) == 2 and source.format.kernel
+        for weight in group
+        for source in weight.weight
+    )
+
+
+def first_rows(sources: Sequence[RowSource]) -> tuple[list[int], dict[Format, int]]:
+    """Where each source begins in the streams of its format, and the rows of each format."""
+    rows: dict[Format, int] = {}
+    first = []
+    for source in sources:
+        first.append(rows.get(source.format, 0))
+        rows[source.format] = first[-1] + source.shape[0]
+    return first, rows
+
+
+def stored_rows(weights: Plan) -> dict[str, list[Stored]]:
+    """Which rows of which tensors an exported folder holds in streams, and where."""
+    found: dict[str, list[Stored]] = {}
+    for group in groups(weights):
+        if not has_kernel(group):
+            continue
+        sources = [source for weight in group for source in weight.weight]
+        first, rows = first_rows(sources)
+        for source, at in zip(sources, first, strict=True):
+            key = group[0].group or group[0].module
+            place = Stored(source.start, source.stop, key, at, source.order(), rows[source.format])
+            found.setdefault(source.tensor.name, []).append(place)
+    return found
 
 
 class _Finder:

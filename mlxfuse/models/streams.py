@@ -9,18 +9,26 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
 import numpy as np
 
+from ..errors import ExportError
+from ..gguf.exported import ExportedFile, stream_name
 from ..gguf.relayout import relayout, stream_shapes
 from ..kernels.weight import Part, QuantizedWeight, Segment
+from .plan import first_rows
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..formats import Format
     from ..gguf.reader import GGUFFile
     from .plan import RowSource
+
+POOL = ThreadPoolExecutor(os.cpu_count())
+"""For the rows of a file; it starts a thread when there is work for one."""
 
 
 @dataclass
@@ -49,35 +57,65 @@ class StreamLoader:
     def __init__(self, file: GGUFFile, account: Account) -> None:
         self.file = file
         self._account = account
-        self._pool = ThreadPoolExecutor(os.cpu_count())
+        self._loaded: dict[Path, dict[str, mx.array]] = {}
 
-    def __enter__(self) -> StreamLoader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
-
-    def weight(self, sources: Sequence[RowSource]) -> QuantizedWeight:
+    def weight(self, key: str, sources: Sequence[RowSource]) -> QuantizedWeight:
         """One part for each of ``sources``; those of one format share a segment.
+
+        Args:
+            key: what an exported folder calls these streams.
 
         Raises:
             GGUFError: the file has become shorter.
+            ExportError: an exported folder's file cannot be read.
         """
         columns = sources[0].shape[1]
-        rows: dict[Format, int] = {}
-        first = []
-        for source in sources:
-            first.append(rows.get(source.format, 0))
-            rows[source.format] = first[-1] + source.shape[0]
-        segments = {f: Segment(f, columns, allocate(f, n, columns)) for f, n in rows.items()}
-        # MLX arrays can be written through numpy: the streams are filled where they will stay.
-        filled = {
-            f: {name: np.asarray(array) for name, array in segment.arrays.items()}
-            for f, segment in segments.items()
-        }
+        first, rows = first_rows(sources)
+        if isinstance(self.file, ExportedFile):
+            segments = self._stored(self.file, key, rows, columns)
+        else:
+            segments = self._relaid(sources, first, rows, columns)
+        return QuantizedWeight(
+            tuple(
+                Part(segments[source.format], start, source.shape[0])
+                for source, start in zip(sources, first, strict=True)
+            )
+        )
+
+    def _stored(
+        self, file: ExportedFile, key: str, rows: dict[Format, int], columns: int
+    ) -> dict[Format, Segment]:
+        """The streams as an exported folder has them, read once and straight into place."""
+        segments = {}
         with self._account.time("read"):
-            read = list(self._pool.map(lambda s: s.bytes(self.file, mapped=False), sources))
+            for format in rows:
+                arrays = {}
+                for stream in format.streams:
+                    name = stream_name(key, format, stream.name)
+                    path = file.path_of(name)
+                    if path not in self._loaded:
+                        self._loaded[path] = cast("dict[str, mx.array]", mx.load(str(path)))
+                    arrays[stream.name] = self._loaded[path].pop(name)
+                try:
+                    mx.eval(arrays)
+                except RuntimeError as error:  # it has become shorter since it was opened
+                    raise ExportError(f"{path}: cannot be read: {error}") from error
+                segments[format] = Segment(format, columns, arrays)
+        return segments
+
+    def _relaid(
+        self, sources: Sequence[RowSource], first: list[int], rows: dict[Format, int], columns: int
+    ) -> dict[Format, Segment]:
+        """The streams made out of the file's blocks."""
+        with self._account.time("read"):
+            read = list(POOL.map(lambda s: s.bytes(self.file, mapped=False), sources))
         with self._account.time("relayout"):
+            segments = {f: Segment(f, columns, allocate(f, n, columns)) for f, n in rows.items()}
+            # MLX arrays can be written through numpy: the streams are filled where they will stay.
+            filled = {
+                f: {name: np.asarray(array) for name, array in segment.arrays.items()}
+                for f, segment in segments.items()
+            }
             for source, start in zip(sources, first, strict=True):
                 data, order = read.pop(0), source.order()
                 span = slice(start, start + source.shape[0])
@@ -85,14 +123,9 @@ class StreamLoader:
                     data if order is None else data[order],
                     source.format,
                     {name: array[span] for name, array in filled[source.format].items()},
-                    self._pool,
+                    POOL,
                 )
-        return QuantizedWeight(
-            tuple(
-                Part(segments[source.format], start, source.shape[0])
-                for source, start in zip(sources, first, strict=True)
-            )
-        )
+        return segments
 
 
 def allocate(format: Format, rows: int, columns: int) -> dict[str, mx.array]:

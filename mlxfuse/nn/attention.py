@@ -2,27 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import scaled_dot_product_attention
 
-from .quantized import QuantizedLinear
+from .form import Form, FusedModule, Run, plus, project
+from .projection import Projection
+from .rotation import Rotation, position
 
 
-def project(linear: nn.Module, x: mx.array, residual: mx.array | None) -> mx.array:
-    """``linear(x) + residual``, in one dispatch where the linear is quantised."""
-    if isinstance(linear, QuantizedLinear):
-        return linear(x, residual=residual)
-    y = linear(x)
-    return y if residual is None else residual + y
+@dataclass
+class AttentionForm(Form):
+    """The variant of attention that a module has, and what is fused of it.
 
-
-class FusedAttention(nn.Module):
-    """Takes the place of the class of an mlx-lm ``Attention`` whose ``q_proj``, ``k_proj`` and
-    ``v_proj``, or ``qkv_proj``, became ``qkv``; everything else of the instance stays.
+    linears          names of q, k and v, or of the one that is all of them.
+    output           name of o.
+    rows             of q, k and v.
+    heads, kv_heads  how many there are of each.
+    norms            names of q's and k's norm, or empty.
+    norm             where they act: on each ``head``, on the whole ``width``, or on each head
+                     when it is ``rotated``.
+    rope             name of the rotary embedding, or empty.
+    softcap          scores go through ``softcap * tanh(scores / softcap)``, unless it is 0.
+    sinks            name of the attention sinks, or empty.
+    qkv, o           the fused projections.
+    rotation         norms and rotary embedding as one kernel.
     """
+
+    linears: tuple[str, ...]
+    output: str
+    rows: tuple[int, int, int]
+    heads: int
+    kv_heads: int
+    scale: float
+    norms: tuple[str, ...] = ()
+    norm: str = ""
+    rope: str = ""
+    softcap: float = 0.0
+    sinks: str = ""
+    qkv: Projection | None = None
+    o: Projection | None = None
+    rotation: Rotation | None = None
+    pieces = ("qkv", "o", "rotation")
+
+
+class FusedAttention(FusedModule):
+    """Mixed with the class of an mlx-lm attention; see `AttentionForm`."""
+
+    _fused: AttentionForm
 
     def __call__(
         self,
@@ -33,29 +64,81 @@ class FusedAttention(nn.Module):
         residual: mx.array | None = None,
     ) -> mx.array:
         """x [B, L, hidden_size] -> the same shape, with ``residual`` added."""
-        batch, length, _ = x.shape
-        queries, keys, values = self.qkv.split(x)
-        queries = self._heads(queries, self.n_heads, "q_norm")
-        keys = self._heads(keys, self.n_kv_heads, "k_norm")
-        values = self._heads(values, self.n_kv_heads, "")
-        if cache is not None:
-            queries = self.rope(queries, offset=cache.offset)
-            keys = self.rope(keys, offset=cache.offset)
-            keys, values = cache.update_and_fetch(keys, values)
-        else:
-            queries, keys = self.rope(queries), self.rope(keys)
-        output = self._attend(queries, keys, values, mask, cache)
-        output = output.transpose(0, 2, 1, 3).reshape(batch, length, -1)
-        return project(self.o_proj, output, residual)
+        if not self._holds():
+            return plus(self._fused.original.__call__(self, x, mask, cache), residual)
+        run = Run.of(x)
+        queries, keys, values = self._part(
+            self._entering(run), self._enter, self._norms, x, self._offset(run, cache)
+        )
+        output = self._attended(queries, keys, values, mask, cache)
+        added = () if residual is None else (residual,)
+        return self._part(run, self._leave, self._norms, output, *added)
 
-    def _heads(self, x: mx.array, heads: int, norm: str) -> mx.array:
-        """[B, L, heads * D] -> [B, heads, L, D]."""
-        x = x.reshape(*x.shape[:2], heads, -1)
-        if norm in self:  # qwen3 and gemma3
-            x = self[norm](x)
-        return x.transpose(0, 2, 1, 3)
+    def _holds(self, *, counted: bool = True) -> bool:
+        """`fusible`, with what is fused of it."""
+        form = self._fused
+        return self.fusible(form.qkv, form.o, form.rotation, counted=counted)
 
-    def _attend(
+    def _norms(self) -> list[tuple[nn.Module, str]]:
+        """Those of q and k, for `_part`."""
+        return [(self, name) for name in self._fused.norms]
+
+    def _entering(self, run: Run) -> Run:
+        """How `_enter` is run: modules that rotate may need the offset's value."""
+        return run if self._fused.rotation or not self._fused.rope else Run(run.mode, False)
+
+    def _offset(self, run: Run, cache: Any) -> int | mx.array:
+        """The tokens before; as an array where a graph is kept, of which it is an input."""
+        offset: int | mx.array = 0 if cache is None else cache.offset
+        return position(offset) if self._entering(run).kept and isinstance(offset, int) else offset
+
+    def _enter(
+        self, mode: str, x: mx.array, offset: int | mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """x [B, L, hidden_size] -> q, k and v, [B, heads, L, D], normed and rotated."""
+        form = self._fused
+        queries, keys, values = self._projected(x, mode)
+        rotated = None if form.rotation is None else form.rotation(queries, keys, offset, mode)
+        queries, keys = rotated or self._rotated(queries, keys, offset)
+        values = values.reshape(*x.shape[:2], form.kv_heads, -1).transpose(0, 2, 1, 3)
+        return queries, keys, values
+
+    def _leave(self, mode: str, output: mx.array, residual: mx.array | None = None) -> mx.array:
+        """What `_attended` gives -> [B, L, hidden_size], with ``residual`` added."""
+        form = self._fused
+        output = output.transpose(0, 2, 1, 3).flatten(2)
+        return project(self, form.output, form.o, output, residual, mode)
+
+    def _projected(self, x: mx.array, mode: str) -> Sequence[mx.array]:
+        form = self._fused
+        parts = None if form.qkv is None else form.qkv.split(x, mode)
+        if parts is not None:
+            return parts
+        if len(form.linears) == 1:
+            a, b, _ = form.rows
+            return list(mx.split(self[form.linears[0]](x), (a, a + b), axis=-1))
+        return [self[name](x) for name in form.linears]
+
+    def _rotated(
+        self, queries: mx.array, keys: mx.array, offset: int | mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """[B, L, heads * D] each -> [B, heads, L, D], normed and rotated by the own modules."""
+        form = self._fused
+        if form.norm == "width":
+            queries, keys = self[form.norms[0]](queries), self[form.norms[1]](keys)
+        queries = queries.reshape(*queries.shape[:2], form.heads, -1)
+        keys = keys.reshape(*keys.shape[:2], form.kv_heads, -1)
+        if form.norm == "head":
+            queries, keys = self[form.norms[0]](queries), self[form.norms[1]](keys)
+        queries, keys = queries.transpose(0, 2, 1, 3), keys.transpose(0, 2, 1, 3)
+        if form.rope:
+            rope = self[form.rope]
+            queries, keys = rope(queries, offset=offset), rope(keys, offset=offset)
+        if form.norm == "rotated":
+            queries, keys = self[form.norms[0]](queries), self[form.norms[1]](keys)
+        return queries, keys
+
+    def _attended(
         self,
         queries: mx.array,
         keys: mx.array,
@@ -63,34 +146,51 @@ class FusedAttention(nn.Module):
         mask: mx.array | str | None,
         cache: Any,
     ) -> mx.array:
+        """What `_enter` gives -> [B, heads, L, D]; this part changes with every token."""
+        form = self._fused
+        sinks = self[form.sinks] if form.sinks else None
+        if hasattr(cache, "attend"):
+            output: mx.array = cache.attend(
+                queries,
+                keys,
+                values,
+                scale=form.scale,
+                mask=mask,
+                sinks=sinks,
+                softcap=form.softcap or None,
+            )
+            return output
+        if cache is not None:
+            keys, values = cache.update_and_fetch(keys, values)
+        if form.softcap:
+            return softcapped(queries, keys, values, form.scale, form.softcap, mask)
         return scaled_dot_product_attention(
-            queries, keys, values, cache=cache, scale=self.scale, mask=mask
+            queries, keys, values, cache=cache, scale=form.scale, mask=mask, sinks=sinks
         )
 
 
-class FusedSoftcapAttention(FusedAttention):
-    """Gemma 2's: scores go through ``softcap * tanh(scores / softcap)``."""
-
-    def _attend(
-        self,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        mask: mx.array | str | None,
-        cache: Any,
-    ) -> mx.array:
-        batch, _, length, size = queries.shape
-        queries = queries * self.scale
-        if self.repeats > 1:
-            queries = queries.reshape(batch, self.n_kv_heads, self.repeats, length, size)
-            keys, values = keys[:, :, None], values[:, :, None]
-        scores = queries @ keys.swapaxes(-1, -2)
-        scores = mx.tanh(scores / self.attn_logit_softcapping) * self.attn_logit_softcapping
-        if isinstance(mask, mx.array):
-            if mask.dtype == mx.bool_:
-                least = mx.array(mx.finfo(scores.dtype).min, scores.dtype)
-                scores = mx.where(mask, scores, least)
-            else:
-                scores = scores + mask
-        output = mx.softmax(scores, precise=True, axis=-1) @ values
-        return output.reshape(batch, self.n_heads, length, size)
+def softcapped(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    scale: float,
+    softcap: float,
+    mask: mx.array | str | None,
+) -> mx.array:
+    """Gemma 2's attention, in mlx-lm's operations; [B, heads, L, D] of queries -> the same."""
+    batch, heads, length, size = queries.shape
+    kv_heads = keys.shape[1]
+    queries = queries * scale
+    if heads > kv_heads:
+        queries = queries.reshape(batch, kv_heads, heads // kv_heads, length, size)
+        keys, values = keys[:, :, None], values[:, :, None]
+    scores = queries @ keys.swapaxes(-1, -2)
+    scores = mx.tanh(scores / softcap) * softcap
+    if isinstance(mask, mx.array):
+        if mask.dtype == mx.bool_:
+            least = mx.array(mx.finfo(scores.dtype).min, scores.dtype)
+            scores = mx.where(mask, scores, least)
+        else:
+            scores = scores + mask
+    output = mx.softmax(scores, precise=True, axis=-1) @ values
+    return output.reshape(batch, heads, length, size)

@@ -7,8 +7,7 @@ models whose dense form does not fit in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import accumulate
+from collections.abc import Callable
 from typing import Any, cast
 
 import mlx.core as mx
@@ -17,6 +16,7 @@ import numpy as np
 from mlx_lm.models.activations import swiglu
 
 from .. import blas
+from ..kernels import assumed
 
 # Float rows [start, stop) of a matrix, as float32 [stop - start, columns].
 Rows = Callable[[int, int], np.ndarray]
@@ -56,6 +56,7 @@ def matmul(x: mx.array, weight: mx.array) -> mx.array:
         and x.size > 0
         and mx.default_device() == mx.cpu
         and blas.numpy_is_faster()
+        and not assumed()
     )
     if fast:
         try:
@@ -81,81 +82,17 @@ class Linear(nn.Linear):
         return y + self.bias if "bias" in self else y
 
 
-# The gated activations of `mlxfuse.kernels.quantized_matmul`, with MLX-LM's own operations.
+# The activations of `mlxfuse.kernels.quantized_matmul`, with MLX-LM's own operations.
 GATED: dict[str, Callable[[mx.array, mx.array], mx.array]] = {
     "swiglu": swiglu,
+    "geglu": lambda gate, up: nn.gelu(gate) * up,
     "geglu_tanh": lambda gate, up: nn.gelu_approx(gate) * up,
 }
-
-
-def join_biases(linears: Sequence[nn.Module], rows: Sequence[int]) -> mx.array | None:
-    """The biases one after the other, zeros where there is none; None if no linear has one."""
-    given = [linear.get("bias") for linear in linears]
-    dtypes = [bias.dtype for bias in given if bias is not None]
-    if not dtypes:
-        return None
-    return mx.concatenate(
-        [
-            mx.zeros(n, dtypes[0]) if bias is None else bias
-            for bias, n in zip(given, rows, strict=True)
-        ]
-    )
-
-
-class FusedLinear(Linear):
-    """Several dense linears of the same input as one matrix ``[N, K]``; results are views.
-
-    Args:
-        rows: rows of each of them.
-    """
-
-    def __init__(self, weight: mx.array, bias: mx.array | None, rows: Sequence[int]) -> None:
-        super().__init__(weight, bias)
-        self._ends = tuple(accumulate(rows))
-
-    @classmethod
-    def join(cls, linears: Sequence[nn.Linear]) -> FusedLinear:
-        """The rows of ``linears`` one after the other; each of them becomes a view of the result.
-
-        So nothing is held twice, and the linears can take their places again.
-        """
-        rows = [linear.weight.shape[0] for linear in linears]
-        weight = mx.concatenate([linear.weight for linear in linears])
-        bias = join_biases(linears, rows)
-        made = cls(weight, bias, rows)
-        mx.eval(made.parameters())
-        made.hand_back(linears)
-        return made
-
-    @classmethod
-    def cut(cls, linear: nn.Linear, rows: Sequence[int]) -> FusedLinear | None:
-        """One linear as several of so many ``rows``."""
-        fits = sum(rows) == linear.weight.shape[0]
-        return cls(linear.weight, linear.get("bias"), rows) if fits else None
-
-    def hand_back(self, linears: Sequence[nn.Linear]) -> None:
-        """Let each of the linears be a view of its rows."""
-        start = 0
-        for linear in linears:
-            end = start + linear.weight.shape[0]
-            for name in ("weight", "bias"):
-                if name in linear:
-                    linear[name] = self[name][start:end]
-                    mx.eval(linear[name])
-            start = end
-
-    @property
-    def formats(self) -> tuple[str, ...]:
-        """The type of each of them."""
-        return (str(self.weight.dtype).removeprefix("mlx.core."),) * len(self._ends)
-
-    def split(self, x: mx.array) -> tuple[mx.array, ...]:
-        """The result of each linear."""
-        return tuple(mx.split(self(x), self._ends[:-1], axis=-1))
-
-    def gated(self, x: mx.array, activation: str) -> mx.array:
-        """``act(gate) * up`` of two linears, gate and up."""
-        return GATED[activation](*self.split(x))
+PLAIN: dict[str, Callable[[mx.array], mx.array]] = {
+    "gelu": nn.gelu,
+    "gelu_tanh": nn.gelu_approx,
+    "relu2": nn.relu2,
+}
 
 
 class Embedding(nn.Embedding):
@@ -213,6 +150,8 @@ class StreamedEmbedding(nn.Module):
         return f"{self._shape[0]}, {self._shape[1]}, streamed"
 
     def __call__(self, ids: mx.array) -> mx.array:
+        if not ids.size:
+            return mx.zeros((*ids.shape, self._shape[1]), self._dtype)
         wanted, place = np.unique(np.asarray(ids), return_inverse=True)
         table = np.concatenate([self._rows(int(i), int(i) + 1) for i in wanted])
         return mx.array(table).astype(self._dtype)[mx.array(place).reshape(ids.shape)]

@@ -1,41 +1,185 @@
-"""Gated MLPs and decoder layers of mlx-lm's models with fewer dispatches."""
+"""MLPs and decoder layers of mlx-lm's models with fewer dispatches."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .attention import project
+from ..kernels import ready
+from .attention import FusedAttention
+from .form import Form, FusedModule, Run, plus, project
+from .linear import GATED, PLAIN
+from .norm import AddedNorm
+from .projection import KernelProjection, Projection
 
 
-class FusedMLP(nn.Module):
-    """Takes the place of the class of an mlx-lm ``MLP`` whose ``gate_proj`` and ``up_proj``, or
-    ``gate_up_proj``, became ``gate_up``.
+@dataclass
+class MLPForm(Form):
+    """The variant of MLP that a module has, and what is fused of it.
+
+    linears     names of gate and up, or of the one that is both, or of the only one.
+    output      name of down.
+    activation  of `mlxfuse.kernels.quantized_matmul`.
+    up, down    the fused projections.
     """
 
-    activation: ClassVar[str] = "swiglu"
+    linears: tuple[str, ...]
+    output: str
+    activation: str
+    up: Projection | None = None
+    down: Projection | None = None
+    pieces = ("up", "down")
+
+
+class FusedMLP(FusedModule):
+    """Mixed with the class of an mlx-lm MLP; see `MLPForm`."""
+
+    _fused: MLPForm
 
     def __call__(self, x: mx.array, *, residual: mx.array | None = None) -> mx.array:
         """x [..., hidden_size] -> the same shape, with ``residual`` added."""
-        return project(self.down_proj, self.gate_up.gated(x, self.activation), residual)
+        if not self._holds():
+            return plus(self._fused.original.__call__(self, x), residual)
+        added = () if residual is None else (residual,)
+        return self._part(Run.of(x), self._whole, list, x, *added)
+
+    def _holds(self, *, counted: bool = True) -> bool:
+        """`fusible`, with what is fused of it."""
+        return self.fusible(self._fused.up, self._fused.down, counted=counted)
+
+    def _whole(self, mode: str, x: mx.array, residual: mx.array | None = None) -> mx.array:
+        """All of it."""
+        form = self._fused
+        hidden = None if form.up is None else form.up.activated(x, form.activation, mode)
+        if hidden is None:
+            parts = [self[name](x) for name in form.linears]
+            if form.activation in PLAIN:
+                hidden = PLAIN[form.activation](parts[0])
+            elif len(parts) == 1:
+                hidden = GATED[form.activation](*mx.split(parts[0], 2, axis=-1))
+            else:
+                hidden = GATED[form.activation](*parts)
+        return project(self, form.output, form.down, hidden, residual, mode)
 
 
-class FusedGeluMLP(FusedMLP):
-    """Gemma's, with the tanh form of GELU."""
+@dataclass
+class ExpertsForm(Form):
+    """The variant of mlx-lm's gated experts that a module has.
 
-    activation = "geglu_tanh"
-
-
-class FusedBlock(nn.Module):
-    """Takes the place of the class of an mlx-lm ``TransformerBlock`` of a `FusedAttention` and a
-    `FusedMLP`, to which it hands its two residual additions.
+    output      name of down.
+    activation  of `mlxfuse.kernels.quantized_matmul`.
+    up          gate and up, fused.
     """
+
+    output: str
+    activation: str
+    up: KernelProjection | None = None
+    pieces = ("up",)
+
+
+class FusedExperts(FusedModule):
+    """Mixed with the class of mlx-lm's ``SwitchGLU``; see `ExpertsForm`."""
+
+    _fused: ExpertsForm
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        """x [..., hidden_size], ids of experts [..., k] -> [..., k, hidden_size]."""
+        form, hidden = self._fused, None
+        if form.up is not None and self.fusible(form.up):
+            hidden = form.up.gathered(x, indices, form.activation, ready())
+        if hidden is None:
+            own: mx.array = form.original.__call__(self, x, indices)
+            return own
+        y: mx.array = self[form.output](mx.expand_dims(hidden, -2), indices)
+        return y.squeeze(-2)
+
+
+@dataclass
+class BlockForm(Form):
+    """A decoder layer that norms, mixes and adds, then norms, multiplies and adds.
+
+    norms          names of both.
+    mixer          name of the attention or of what is in its place.
+    mlp            name of the MLP or of what is in its place.
+    keywords       whether the mixer gets mask and cache by name.
+    mixer_adds     whether the mixer is a `FusedAttention` whose o adds the residual.
+    mlp_adds       whether the MLP is a `FusedMLP` whose down adds the residual.
+    second         the first addition together with the second norm.
+    """
+
+    norms: tuple[str, str]
+    mixer: str
+    mlp: str
+    keywords: bool = False
+    mixer_adds: bool = False
+    mlp_adds: bool = False
+    second: AddedNorm | None = None
+    pieces = ("mixer_adds", "mlp_adds", "second")
+
+
+class FusedBlock(FusedModule):
+    """Mixed with the class of an mlx-lm decoder layer; see `BlockForm`."""
+
+    _fused: BlockForm
 
     def __call__(
         self, x: mx.array, mask: mx.array | str | None = None, cache: Any = None
     ) -> mx.array:
         """x [B, L, hidden_size] -> the same shape."""
-        h = self.self_attn(self.input_layernorm(x), mask, cache, residual=x)
-        return self.mlp(self.post_attention_layernorm(h), residual=h)
+        form = self._fused
+        if not self.fusible():
+            own: mx.array = form.original.__call__(self, x, mask, cache)
+            return own
+        mixer, mlp = self[form.mixer], self[form.mlp]
+        if self._complete(mixer, mlp):
+            run = Run.of(x)
+            offset = mixer._offset(run, cache)
+            heads = self._part(mixer._entering(run), self._enter, self._norms, x, offset)
+            output = mixer._attended(*heads, mask, cache)
+            return self._part(run, self._leave, self._norms, output, x)
+        normed = self[form.norms[0]](x)
+        both = None
+        if form.mixer_adds and isinstance(mixer, FusedAttention):
+            h: mx.array = mixer(normed, mask, cache, residual=x)
+        else:
+            how = {"mask": mask, "cache": cache}
+            r = mixer(normed, **how) if form.keywords else mixer(normed, mask, cache)
+            if form.second is not None and self.fusible(form.second):
+                both = form.second(r, x, ready())
+            h = x + r if both is None else both[0]
+        normed = self[form.norms[1]](h) if both is None else both[1]
+        if form.mlp_adds and isinstance(mlp, FusedMLP):
+            return mlp(normed, residual=h)
+        out: mx.array = h + mlp(normed)
+        return out
+
+    def _complete(self, mixer: nn.Module, mlp: nn.Module) -> bool:
+        """Whether the layer is one part before attention and one after it."""
+        form = self._fused
+        if not (form.mixer_adds and form.mlp_adds):
+            return False
+        if not (isinstance(mixer, FusedAttention) and isinstance(mlp, FusedMLP)):
+            return False
+        return mixer._holds(counted=False) and mlp._holds(counted=False)
+
+    def _norms(self) -> list[tuple[nn.Module, str]]:
+        """Its own and those of q and k, for `_part`."""
+        own: list[tuple[nn.Module, str]] = [(self, name) for name in self._fused.norms]
+        return own + list(self[self._fused.mixer]._norms())
+
+    def _enter(
+        self, mode: str, x: mx.array, offset: int | mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """What comes before attention."""
+        form = self._fused
+        normed = self[form.norms[0]](x)
+        return self[form.mixer]._enter(mode, normed, offset)
+
+    def _leave(self, mode: str, output: mx.array, x: mx.array) -> mx.array:
+        """What comes after it."""
+        form = self._fused
+        h = self[form.mixer]._leave(mode, output, x)
+        return self[form.mlp]._whole(mode, self[form.norms[1]](h), h)

@@ -312,17 +312,15 @@ def test_scratch_does_not_grow_with_the_tensor(name: str) -> None:
     assert peak < out.nbytes / 8
 
 
-def test_threads_decode_rows_independently() -> None:
-    format = BY_NAME["Q4_K"]
-    data = random_rows(format, 512, 8)
-    out = np.empty((512, 2048), np.float32)
-
-    def part(i: int) -> None:
-        dequantize(data[i : i + 64], format, (64, 2048), out=out[i : i + 64])
-
+def test_threads_decode_what_the_oracles_do() -> None:
+    # 2,662,400 weights: two full jobs and a partial one, each of several chunks.
+    format = BY_NAME["Q4_0"]
+    data = random_rows(format, 1300, 64)
+    out = np.full((1300, 2048), np.nan, np.float32)
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(part, range(0, 512, 64)))
-    assert_same_bits(out, decode(data, format))
+        dequantize(data, format, out.shape, out=out, pool=pool)
+    for expected in oracles(data, format):
+        assert_same_bits(out, expected)
 
 
 # SHA-256 of each grid as int8, so that a new gguf package cannot change what we decode.

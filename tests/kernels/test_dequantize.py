@@ -44,6 +44,13 @@ def test_gathered_rows(format: Format, kernels: str) -> None:
     np.testing.assert_array_equal(bits(got), bits(expected(data, format)[np.array(rows)]))
 
 
+@by_format
+def test_no_rows(format: Format) -> None:
+    weight = segment(random_blocks(format, 2, 256), format)
+    (none,) = KERNEL.reference(weight, mx.zeros((0, 3), mx.int32), mx.float16)
+    assert (none.shape, none.dtype) == ((0, 3, 256), mx.float16)
+
+
 def test_a_row_past_the_end_reads_the_last(kernels: str) -> None:
     data = random_blocks(BY_NAME["Q4_0"], 9, 64)
     weight = segment(data, BY_NAME["Q4_0"])

@@ -2,92 +2,139 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxfuse import KernelError
 from mlxfuse.formats import BY_NAME, Format
 from mlxfuse.kernels import _kernel
 from mlxfuse.kernels import quantized_matmul as module
-from mlxfuse.kernels.quantized_matmul import ACTIVATIONS, quantized_matmul, route
-from mlxfuse.kernels.weight import AffineSegment, Part, QuantizedWeight
+from mlxfuse.kernels.quantized_matmul import ACTIVATIONS, quantized_matmul
+from mlxfuse.kernels.weight import AffineSegment, QuantizedWeight
+from mlxfuse.nn.quantized import FusedQuantizedLinear, QuantizedLinear
+from tests import msl
 
+from .matmul_cases import (
+    AFFINE,
+    EPS,
+    FACTORS,
+    GATED,
+    NMSE,
+    K,
+    M,
+    N,
+    activated,
+    allowed,
+    assert_close,
+    assert_product,
+    cases,
+    joined,
+    made,
+    magnitudes,
+    matrix,
+    random_x,
+    spread,
+    sums,
+)
+from .pairwise import Case, pairs, possible
 from .weights import WITH_KERNEL, expected, random_blocks, segment, to_float64
 
-NMSE = {mx.float32: 1e-10, mx.float16: 1e-6, mx.bfloat16: 1e-5}
-EPS = {mx.float32: 2.0**-23, mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}
-M = (1, 2, 3, 5, 8, 9, 32, 40)
-N = (1, 7, 300)
-K = (32, 96, 256, 576, 768, 2880, 4096)
+CASES = cases()
 
 
-def pairs(format: Format) -> list[tuple[int, int, int, mx.Dtype]]:
-    """Shapes in which every two values of M, N, K and dtype meet at least once, greedily."""
-    values = (M, N, tuple(k for k in K if k % format.block_size == 0), tuple(NMSE))
-    open_pairs = {
-        ((i, a), (j, b))
-        for i, j in itertools.combinations(range(4), 2)
-        for a in values[i]
-        for b in values[j]
-    }
-    chosen = []
-    while open_pairs:
-        best = max(
-            itertools.product(*values),
-            key=lambda v: sum(p in open_pairs for p in itertools.combinations(enumerate(v), 2)),
+def name_of(case: Case) -> str:
+    values = [case[f] for f in ("format", "m", "n", "k", "activation", "layout")]
+    options = [o for o in ("bias", "residual") if case[o]]
+    dtype = str(case["dtype"]).removeprefix("mlx.core.")
+    return "-".join([dtype, *(str(v) for v in values if v is not None), *options])
+
+
+def launched() -> int:
+    return _kernel.launches["quantized_matmul"]
+
+
+def scaled(x: mx.array, parts: list[np.ndarray], ids: mx.array | None) -> mx.array:
+    """x times a power of two, so that activations are not all straight lines."""
+    size = max(float(np.sqrt(np.mean(y**2))) for y in sums(x, parts, ids))
+    return x * 2.0 ** round(np.log2(1.5 / size))
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_every_pair(case: Case, kernels: str) -> None:
+    """Every two values of `FACTORS` that may meet; in the checked build 300 rows at most."""
+    if kernels == "checked":
+        case = {**case, "n": min(case["n"], 300)}
+    m, dtype, activation = case["m"], case["dtype"], case["activation"]
+    weight, parts = (found := made(case)).weight, found.parts
+    rng = np.random.default_rng(m)
+    lead = (2, m // 2) if m % 2 == 0 else (m,)
+    ids = None
+    if case["layout"] == "experts":
+        ids = mx.array(rng.integers(0, 2, lead), mx.uint32)
+    # Of experts, x has a row for each group of ids, if they are in groups.
+    given = lead[:1] if ids is not None and len(lead) == 2 else lead
+    x = random_x(int(np.prod(given)), case["k"], dtype, seed=m)
+    x = scaled(x, parts, ids).reshape(*given, -1)
+    v, errors = sums(x, parts, ids), [4 * EPS[dtype] * e for e in magnitudes(x, parts, ids)]
+    bias = residual = None
+    if case["bias"]:
+        bias = random_x(1, weight.rows, dtype, seed=3).reshape(-1)
+        at = np.cumsum([0, *(p.rows for p in weight.parts)])
+        b = to_float64(bias)
+        v = [y + b[i:j] for y, i, j in zip(v, at, at[1:], strict=False)]
+    many = m == 40 and ids is None
+    want = activated(activation, v)
+    bounds = spread(activation, v, errors, erf=5e-7 if many else 1.5e-7)
+    if case["layout"] != "split":
+        want, bounds = [np.concatenate(want, axis=-1)], [np.concatenate(bounds, axis=-1)]
+    if case["residual"]:
+        residual = random_x(m, want[0].shape[1], dtype, seed=5).reshape(*lead, -1)
+        want = [want[0] + to_float64(residual).reshape(want[0].shape)]
+    if case["bias"] or case["residual"] or activation:
+        bounds = [e + EPS[dtype] * np.abs(y) for e, y in zip(bounds, want, strict=True)]
+    before, fallbacks = launched(), _kernel.fallbacks.total()
+    # The order of threads matters no more where there are more of them, and takes longer.
+    with msl.using(orders=msl.ORDERS if case["n"] < 4099 else ()):
+        got = quantized_matmul(
+            x,
+            weight,
+            bias=bias,
+            residual=residual,
+            activation=activation,
+            split=case["layout"] == "split",
+            experts=ids,
         )
-        chosen.append(best)
-        open_pairs -= set(itertools.combinations(enumerate(best), 2))
-    return chosen
+    assert (launched() - before, _kernel.fallbacks.total() - fallbacks) == (0 if many else 1, 0)
+    for y, exact, bound in zip(got, want, bounds, strict=True):
+        assert y.shape == (*lead, exact.shape[1])
+        assert_close(y, exact, bound, dtype)
 
 
-def random_x(rows: int, columns: int, dtype: mx.Dtype, seed: int = 0) -> mx.array:
-    rng = np.random.default_rng(seed)
-    return mx.array(rng.standard_normal((rows, columns)).astype(np.float32)).astype(dtype)
-
-
-def assert_close(got: mx.array, x: mx.array, w: np.ndarray) -> None:
-    """Judge ``x @ w.T``: NMSE, or for few columns an error bound for each output."""
-    dtype = x.dtype
-    assert got.dtype == dtype
-    x64, w64, y = to_float64(x), w.astype(np.float64), to_float64(got)
-    want = x64 @ w64.T
-    assert y.shape == want.shape
-    if w.shape[0] < 32:
-        bound = 4 * EPS[dtype] * (np.abs(x64) @ np.abs(w64).T)
-        assert np.all(np.abs(y - want) <= bound)
-    else:
-        assert np.sum((y - want) ** 2) <= NMSE[dtype] * np.sum(want**2)
-
-
-@pytest.mark.parametrize("format", WITH_KERNEL, ids=lambda f: f.name)
-def test_every_pair_of_shapes(format: Format, kernels: str) -> None:
-    data = random_blocks(format, max(N), max(K) if format.block_size == 256 else 2 * 2880)
-    before = _kernel.launches["quantized_matmul"]
-    shapes = pairs(format)
-    for m, n, k, dtype in shapes:
-        part = np.ascontiguousarray(data[:n, : format.row_bytes(k)])
-        x = random_x(m, k, dtype, seed=m)
-        (y,) = quantized_matmul(x, QuantizedWeight.whole(segment(part, format)))
-        assert_close(y, x, expected(part, format))
-    ran = sum(route(m) != "dequantize" for m, *_ in shapes)
-    assert _kernel.launches["quantized_matmul"] - before == ran
+def test_the_cases_have_every_pair() -> None:
+    assert set().union(*map(pairs, CASES)) == possible(FACTORS, allowed)
+    assert all(allowed(case) for case in CASES)
+    assert not possible({"m": M, "n": N}, allowed) - set().union(*map(pairs, CASES))
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", list(NMSE), ids=str)
 @pytest.mark.parametrize("format", WITH_KERNEL, ids=lambda f: f.name)
-def test_the_full_product(format: Format, kernels: str) -> None:
-    rows = 300 if kernels == "checked" else 4099
+def test_the_full_product(format: Format, dtype: mx.Dtype, kernels: str) -> None:
+    """Every M, N and K of a format and type: half an hour in all, on a core."""
+    largest = 300 if kernels == "checked" else max(N)
     for k in (k for k in K if k % format.block_size == 0):
-        data = random_blocks(format, rows, k)
-        w = expected(data, format)
-        for n, m, dtype in itertools.product((*N, rows), M, NMSE):
+        data = random_blocks(format, largest, k)
+        x = random_x(max(M), k, dtype)
+        w = expected(data, format).astype(np.float64)
+        want = to_float64(x) @ w.T
+        size = np.abs(to_float64(x)) @ np.abs(w).T
+        for n in (n for n in N if n <= largest):
             weight = QuantizedWeight.whole(segment(np.ascontiguousarray(data[:n]), format))
-            x = random_x(m, k, dtype)
-            assert_close(quantized_matmul(x, weight)[0], x, w[:n])
+            for m in M:
+                with msl.using(orders=()):
+                    (y,) = quantized_matmul(x[:m], weight)
+                assert_close(y, want[:m, :n], 4 * EPS[dtype] * size[:m, :n], dtype)
 
 
 def test_one_wrong_block_is_seen(kernels: str) -> None:
@@ -98,153 +145,204 @@ def test_one_wrong_block_is_seen(kernels: str) -> None:
     x = random_x(1, 512, mx.float32)
     (y,) = quantized_matmul(x, QuantizedWeight.whole(segment(data, format)))
     with pytest.raises(AssertionError):
-        assert_close(y, x, w)
-
-
-def joined(
-    names: tuple[str, ...], rows: tuple[int, ...], columns: int
-) -> tuple[QuantizedWeight, list[np.ndarray]]:
-    """Parts of the given formats, those of one format in one segment, and their weights."""
-    data = [
-        random_blocks(BY_NAME[name], n, columns, seed)
-        for seed, (name, n) in enumerate(zip(names, rows, strict=True))
-    ]
-    parts: dict[int, Part] = {}
-    for name in dict.fromkeys(names):
-        mine = [i for i, n in enumerate(names) if n == name]
-        whole = segment(np.concatenate([data[i] for i in mine]), BY_NAME[name])
-        for i in mine:
-            parts[i] = Part(whole, sum(rows[j] for j in mine if j < i), rows[i])
-    weights = [expected(d, BY_NAME[n]) for d, n in zip(data, names, strict=True)]
-    return QuantizedWeight(tuple(parts[i] for i in sorted(parts))), weights
+        assert_product(y, x, w)
 
 
 @pytest.mark.parametrize("m", [1, 3])
 @pytest.mark.parametrize(
-    "names", [("Q4_K",) * 3, ("Q4_K", "Q4_K", "Q6_K"), ("Q5_0", "Q8_0", "Q5_0")], ids="-".join
+    "names", [("Q4_K", "Q4_K", "Q6_K"), ("Q5_0", "Q8_0", "Q5_0")], ids="-".join
 )
 def test_joined_parts_equal_each_alone(names: tuple[str, ...], m: int, kernels: str) -> None:
-    weight, w = joined(names, (37, 8, 10), 512)
+    found = joined(names, (37, 8, 10), 512)
     x = random_x(m, 512, mx.float16)
-    before = _kernel.launches["quantized_matmul"]
-    outputs = quantized_matmul(x, weight, split=True)
-    assert _kernel.launches["quantized_matmul"] - before == 1
-    for got, alone, decoded in zip(outputs, weight.split(), w, strict=True):
+    before = launched()
+    outputs = quantized_matmul(x, found.weight, split=True)
+    assert launched() - before == 1
+    for got, alone, w in zip(outputs, found.weight.split(), found.parts, strict=True):
         assert mx.array_equal(got, quantized_matmul(x, alone)[0])
-        assert_close(got, x, decoded)
-    assert mx.array_equal(quantized_matmul(x, weight)[0], mx.concatenate(outputs, axis=-1))
+        assert_product(got, x, w)
+    assert mx.array_equal(quantized_matmul(x, found.weight)[0], mx.concatenate(outputs, axis=-1))
 
 
-def activated(name: str | None, y: np.ndarray) -> np.ndarray:
-    """The activations in float64, by their definitions."""
-    erf = np.vectorize(math.erf)
-    act = {
-        None: lambda v: v,
-        "silu": lambda v: v / (1 + np.exp(-v)),
-        "gelu": lambda v: 0.5 * v * (1 + erf(v / math.sqrt(2))),
-        "gelu_tanh": lambda v: (
-            0.5 * v * (1 + np.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3)))
-        ),
-        "relu2": lambda v: np.maximum(v, 0) ** 2,
-    }
-    gates = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
-    if name in gates:
-        gate, up = np.split(y, 2, axis=-1)
-        return act[gates[name]](gate) * up
-    return act[name](y)
-
-
-@pytest.mark.parametrize("m", [1, 3, 40])
-@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
-def test_epilogues(activation: str | None, m: int, kernels: str) -> None:
-    weight, w = joined(("Q4_K", "Q4_K"), (45, 45), 256)
-    rng = np.random.default_rng(1)
-    for dtype in (mx.float32, mx.float16):
-        x = random_x(m, 256, dtype) * 0.02
-        bias = mx.array(rng.standard_normal(90).astype(np.float32)).astype(dtype)
-        y = to_float64(x) @ np.concatenate(w).astype(np.float64).T + to_float64(bias)
-        want = activated(activation, y)
-        residual = random_x(*want.shape, dtype, seed=5)
-        want = want + to_float64(residual)
-        (got,) = quantized_matmul(x, weight, bias=bias, residual=residual, activation=activation)
-        error = np.sum((to_float64(got) - want) ** 2) / np.sum(want**2)
-        assert error <= NMSE[dtype]
+@pytest.mark.parametrize("names", [("Q4_K", "Q4_K"), ("Q4_K", "Q6_K")], ids="-".join)
+def test_gate_and_up_equal_each_alone(names: tuple[str, str], kernels: str) -> None:
+    """Without the activation, bit for bit; that is what an unfused model computes."""
+    found = joined(names, (37, 37), 512)
+    x = random_x(1, 512, mx.float16)
+    before = launched()
+    gate, up = quantized_matmul(x, found.weight, split=True)
+    assert launched() - before == 1
+    alone = [quantized_matmul(x, w)[0] for w in found.weight.split()]
+    assert mx.array_equal(gate, alone[0])
+    assert mx.array_equal(up, alone[1])
+    assert not mx.array_equal(gate, up)
 
 
 @pytest.mark.parametrize("dtype", list(NMSE), ids=str)
-@pytest.mark.parametrize("name", ["Q4_0", "Q8_0", "Q3_K", "Q4_K", "Q6_K", "MXFP4"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_after_many_rows(activation: str, dtype: mx.Dtype, kernels: str) -> None:
+    """MLX multiplies; what it rounds must not show after the activation."""
+    found = joined(("Q4_K", "Q4_K"), (150, 150), 4096)
+    parts = found.parts if activation in GATED else [np.concatenate(found.parts)]
+    x = scaled(random_x(40, 4096, dtype), parts, None)
+    (want,) = activated(activation, sums(x, parts))
+    (got,) = quantized_matmul(x, found.weight, activation=activation)
+    assert_close(got, want, np.zeros(()), dtype)
+
+
+def test_activations_of_rounded_sums_are_not_good_enough(kernels: str) -> None:
+    """Control for the test above: all in bfloat16."""
+    found = joined(("Q4_K",), (300,), 4096)
+    x = scaled(random_x(40, 4096, mx.bfloat16), found.parts, None)
+    (y,) = quantized_matmul(x, found.weight)
+    (want,) = activated("relu2", sums(x, found.parts))
+    with pytest.raises(AssertionError):
+        assert_close(mx.square(mx.maximum(y, 0)), want, np.zeros(()), mx.bfloat16)
+
+
+TILES = [
+    *(("Q4_K", dtype) for dtype in NMSE),
+    *(("Q4_0", mx.bfloat16), ("Q8_0", mx.float16), ("Q3_K", mx.bfloat16)),
+    *(("Q6_K", mx.float32), ("MXFP4", mx.float16), ("affine8g32", mx.float32)),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), TILES, ids=str)
 def test_tiles(name: str, dtype: mx.Dtype, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LARGE", "tiles")
-    format = BY_NAME[name]
-    before = _kernel.launches["quantized_matmul"]
-    for m, n, k in ((33, 70, format.block_size), (64, 300, 768), (40, 1, 512)):
-        data = random_blocks(format, n, k)
+    before = launched()
+    for m, n, k in ((33, 70, 256), (64, 300, 768), (40, 1, 512)):
+        held, w = matrix(name, n, k, dtype)
         x = random_x(m, k, dtype)
-        (y,) = quantized_matmul(x, QuantizedWeight.whole(segment(data, format)))
-        assert_close(y, x, expected(data, format))
-    assert _kernel.launches["quantized_matmul"] - before == 3
+        assert_product(quantized_matmul(x, QuantizedWeight.whole(held))[0], x, w)
+    assert launched() - before == 3
 
 
-def test_tiles_with_parts_and_epilogues(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LARGE", "tiles")
-    x = random_x(35, 512, mx.float32) * 0.02
-    weight, w = joined(("Q4_K", "Q4_K", "Q6_K"), (70, 8, 10), 512)
-    for got, decoded in zip(quantized_matmul(x, weight, split=True), w, strict=True):
-        assert_close(got, x, decoded)
-    weight, w = joined(("Q5_0", "Q5_0"), (45, 45), 512)
-    residual = random_x(35, 45, mx.float32, seed=3)
-    (got,) = quantized_matmul(x, weight, activation="swiglu", residual=residual)
-    y = to_float64(x) @ np.concatenate(w).astype(np.float64).T
-    want = activated("swiglu", y) + to_float64(residual)
-    assert np.sum((to_float64(got) - want) ** 2) <= 1e-10 * np.sum(want**2)
-
-
-AFFINE = [(b, g, "affine") for b in (4, 8) for g in (32, 64, 128)] + [(4, 32, "mxfp4")]
-
-
-@pytest.mark.parametrize(("bits", "group", "mode"), AFFINE)
-def test_weights_of_mlx(
-    bits: int, group: int, mode: str, kernels: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("names", [("Q5_0", "Q5_0"), ("Q4_K", "Q8_0")], ids="-".join)
+def test_tiles_of_gate_and_up(
+    names: tuple[str, str], kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for dtype in (mx.float32, mx.float16):
-        source = random_x(70, 640, dtype, seed=9)
-        names = ("codes", "scales", "supers")
-        packed = mx.quantize(source, group_size=group, bits=bits, mode=mode)
-        arrays = dict(zip(names, packed, strict=False))
-        weight = QuantizedWeight.whole(AffineSegment(bits, group, mode, 640, arrays))
-        exact = [a if a.dtype != mx.float16 else a.astype(mx.float32) for a in packed]
-        w = mx.dequantize(*exact, group_size=group, bits=bits, mode=mode).astype(mx.float32)
-        for large, m in (("dequantize", 1), ("dequantize", 3), ("tiles", 40)):
-            monkeypatch.setattr(module, "LARGE", large)
-            x = random_x(m, 640, dtype)
-            assert_close(quantized_matmul(x, weight)[0], x, np.array(w))
-        # Many rows are left to MLX, whose CPU sums float16 products in float16.
-        monkeypatch.setattr(module, "LARGE", "dequantize")
-        how = {"group_size": group, "bits": bits, "mode": mode}
-        want = mx.quantized_matmul(x, *packed, transpose=True, **how)
-        assert mx.array_equal(quantized_matmul(x, weight)[0], want)
+    monkeypatch.setattr(module, "LARGE", "tiles")
+    found = joined(names, (45, 45), 512)
+    x = scaled(random_x(35, 512, mx.float32), found.parts, None)
+    residual = random_x(35, 45, mx.float32, seed=3)
+    before = launched()
+    (got,) = quantized_matmul(x, found.weight, activation="swiglu", residual=residual)
+    assert launched() - before == 1
+    (want,) = activated("swiglu", sums(x, found.parts))
+    assert_close(got, want + to_float64(residual), np.zeros(()), mx.float32)
 
 
+def test_tiles_with_parts(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LARGE", "tiles")
+    found = joined(("Q4_K", "Q4_K", "Q6_K"), (70, 8, 10), 512)
+    x = random_x(35, 512, mx.float32)
+    for got, w in zip(quantized_matmul(x, found.weight, split=True), found.parts, strict=True):
+        assert_product(got, x, w)
+
+
+@pytest.mark.parametrize("name", AFFINE)
+def test_weights_of_mlx(name: str, kernels: str) -> None:
+    """One row by each kind; many rows are left to MLX."""
+    dtype = mx.float16
+    held, w = matrix(name, 70, 640, dtype)
+    weight, x = QuantizedWeight.whole(held), random_x(40, 640, dtype)
+    assert_product(quantized_matmul(x[:1], weight)[0], x[:1], w)
+    bits, group, mode = AFFINE[name]
+    how = {"group_size": group, "bits": bits, "mode": mode, "transpose": True}
+    want = mx.quantized_matmul(x, *held.arrays.values(), **how)
+    assert mx.array_equal(quantized_matmul(x, weight)[0], want)
+
+
+@pytest.mark.parametrize("m", [1, 3])
+def test_scales_of_mlx_may_be_of_another_type(m: int, kernels: str) -> None:
+    for scales, dtype in ((mx.float32, mx.float16), (mx.bfloat16, mx.float32)):
+        held, w = matrix("affine4g64", 70, 640, scales)
+        assert {a.dtype for a in held.arrays.values()} == {mx.uint32, scales}
+        x = random_x(m, 640, dtype)
+        assert_product(quantized_matmul(x, QuantizedWeight.whole(held))[0], x, w)
+
+
+def test_scales_of_no_kernel_are_refused() -> None:
+    held, _ = matrix("affine4g64", 70, 640)
+    for wrong in ({"scales": held.arrays["scales"].astype(mx.float32)}, {}):
+        arrays = {**held.arrays, **wrong}
+        if not wrong:
+            arrays |= {n: arrays[n].astype(mx.int32) for n in ("scales", "supers")}
+        with pytest.raises(ValueError, match="scales of MLX weights"):
+            AffineSegment(4, 64, "affine", 640, arrays)
+
+
+@pytest.mark.parametrize("names", [("Q4_K", "Q4_K"), ("Q4_K", "Q6_K")], ids="-".join)
 @pytest.mark.parametrize("shared", [True, False])
-def test_experts(shared: bool, kernels: str) -> None:
-    format = BY_NAME["Q4_K"]
-    data = random_blocks(format, 4 * 22, 256)
-    w = expected(data, format).reshape(4, 22, 256).astype(np.float64)
-    whole = segment(data, format, experts=4)
-    weight = QuantizedWeight((Part(whole, 0, 11), Part(whole, 11, 11)))
+def test_experts(shared: bool, names: tuple[str, str], kernels: str) -> None:
+    found = joined(names, (11, 11), 256, experts=4)
     ids = mx.array([[3, 0], [1, 1], [2, 3]])
-    x = random_x(3 if shared else 6, 256, mx.float32)
-    x = x.reshape(3, 256) if shared else x.reshape(3, 2, 256)
-    (got,) = quantized_matmul(x, weight, activation="swiglu", experts=ids)
-    rows = to_float64(x)
-    rows = np.repeat(rows[:, None], 2, axis=1) if shared else rows
-    want = activated("swiglu", np.einsum("tkc,tknc->tkn", rows, w[np.array(ids)]))
+    x = scaled(random_x(3 if shared else 6, 256, mx.float32), found.parts, ids)
+    x = x if shared else x.reshape(3, 2, 256)
+    before = launched()
+    (got,) = quantized_matmul(x, found.weight, activation="swiglu", experts=ids)
+    assert launched() - before == 1
     assert got.shape == (3, 2, 11)
-    assert np.sum((to_float64(got) - want) ** 2) <= 1e-10 * np.sum(want**2)
+    v = sums(x, found.parts, ids)
+    errors = [4 * EPS[mx.float32] * e for e in magnitudes(x, found.parts, ids)]
+    (want,), (bound,) = activated("swiglu", v), spread("swiglu", v, errors)
+    assert_close(got, want, bound + EPS[mx.float32] * np.abs(want), mx.float32)
+
+
+@pytest.mark.parametrize("large", ["dequantize", "tiles"])
+def test_no_rows_give_no_rows(large: str, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLXFUSE_KERNELS", "emulated" if kernels != "metal" else "auto")
+    monkeypatch.setattr(module, "LARGE", large)
+    found = joined(("Q4_K", "Q6_K"), (11, 11), 256)
+    for lead in ((0,), (2, 0), (0, 40)):
+        x = mx.zeros((*lead, 256), mx.float16)
+        bias = mx.zeros((22,), mx.float16)
+        residual = mx.zeros((*lead, 11), mx.float16)
+        (y,) = quantized_matmul(x, found.weight, bias=bias, residual=residual, activation="swiglu")
+        assert (y.shape, y.dtype) == ((*lead, 11), mx.float16)
+        parts = quantized_matmul(x, found.weight, split=True)
+        assert [p.shape for p in parts] == [(*lead, 11)] * 2
+
+
+def test_gradients_are_those_of_the_reference_or_an_error(
+    kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = joined(("Q4_K", "Q6_K"), (11, 11), 256)
+    layer = FusedQuantizedLinear(found.weight)
+    x = random_x(2, 256, mx.float32)
+    grad = mx.grad(lambda x: layer.gated(x, "swiglu").sum())
+    with pytest.raises((KernelError, ValueError), match=r"no gradient|vjp"):
+        grad(x)
+    layer.train()
+    before = launched()
+    gate, up = (mx.array(w) for w in found.parts)
+    want = mx.grad(lambda x: ((g := x @ gate.T) * mx.sigmoid(g) * (x @ up.T)).sum())(x)
+    assert mx.allclose(grad(x), want, rtol=1e-4, atol=1e-4)
+    single = QuantizedLinear(found.weight.split()[0])
+    single.train()
+    assert mx.allclose(mx.grad(lambda x: single(x).sum())(x), gate.sum(axis=0), rtol=1e-4)
+    assert launched() == before
+
+
+def test_mlx_refuses_gradients_of_a_metal_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a Mac; here as far as the graph that would be run."""
+    found = joined(("Q4_K",), (11,), 256)
+    monkeypatch.setattr(_kernel, "_unavailable", lambda mode: None)
+    monkeypatch.setenv("MLXFUSE_KERNELS", "metal")
+
+    def loss(x: mx.array) -> mx.array:
+        return quantized_matmul(x, found.weight)[0].sum()
+
+    records: list[object] = []
+    mx.export_function(records.append, loss, mx.zeros((1, 256)))
+    assert records
+    with pytest.raises(ValueError, match=r"\[Primitive::vjp\] Not implemented for CustomKernel"):
+        mx.export_function(records.append, mx.grad(loss), mx.zeros((1, 256)))
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    weight, _ = joined(("Q4_0", "Q4_0"), (6, 8), 64)
+    weight = joined(("Q4_0", "Q4_0"), (6, 8), 64).weight
     x = mx.zeros((2, 64))
     with pytest.raises(ValueError, match=r"x: expected \[\.\.\., 64\], found \(2, 32\)"):
         quantized_matmul(mx.zeros((2, 32)), weight)
@@ -261,7 +359,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 
 
 def test_launch_geometry_is_a_pure_function_of_shapes() -> None:
-    weight, _ = joined(("Q4_0", "Q4_0"), (20, 8), 64)
+    weight = joined(("Q4_0", "Q4_0"), (20, 8), 64).weight
     x = mx.zeros((9, 64), mx.float16)
     call = module._Call(x, weight, None, None, None, True, None)
     launch = module._launch(call)
@@ -269,4 +367,8 @@ def test_launch_geometry_is_a_pure_function_of_shapes() -> None:
     assert launch.shapes == ((9, 20), (9, 8))
     assert launch.threadgroup == (64, 1, 1)
     assert module._launch(call).program is launch.program
-    assert [route(m) for m in (1, 2, 32, 33)] == ["vector", "batch", "batch", "dequantize"]
+    routes = [
+        module._Call(mx.zeros((m, 64)), weight, None, None, None, True, None, "tiles").route
+        for m in (1, 2, 32, 33)
+    ]
+    assert routes == ["vector", "batch", "batch", "tiles"]

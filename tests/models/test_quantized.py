@@ -3,6 +3,7 @@
 import gc
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -161,6 +162,24 @@ def test_a_file_that_shrinks_while_it_loads_is_an_error(
     monkeypatch.setattr(streams, "relayout", shrink)
     with pytest.raises(GGUFError, match="changed while open"):
         quantised(path)
+
+
+def test_relayout_time_has_the_arrays_it_fills(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny.write(tmp_path / "m.gguf", tiny.build("llama-k-quants", 0))
+    clock = [0.0]
+    real = streams.allocate
+
+    def slow(*arguments: object) -> dict[str, mx.array]:
+        clock[0] += 1.0
+        return real(*arguments)
+
+    monkeypatch.setattr(streams, "allocate", slow)
+    monkeypatch.setattr(streams, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    seconds = quantised(path).load_report.seconds
+    assert clock[0] > 3
+    assert seconds["relayout"] == sum(seconds.values()) == clock[0]
 
 
 def test_the_demo_model_takes_its_files_bytes(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:

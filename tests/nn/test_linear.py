@@ -102,6 +102,17 @@ def test_streamed_matches_dense(path: str, monkeypatch: pytest.MonkeyPatch) -> N
     np.testing.assert_array_equal(np.array(embedding(ids)), w[np.array(ids)])
 
 
+@pytest.mark.parametrize("shape", [(0,), (1, 0)])
+def test_looking_up_no_rows_gives_none_as_in_mlx(shape: tuple[int, ...]) -> None:
+    _, w, _ = _case()
+    ids = mx.zeros(shape, mx.int32)
+    stock = nn.Embedding(*w.shape)
+    stock.set_dtype(mx.float16)
+    embedding = linear.StreamedEmbedding(lambda i, j: w[i:j], w.shape, mx.float16)
+    made, wanted = embedding(ids), stock(ids)
+    assert (made.shape, made.dtype) == (wanted.shape, wanted.dtype) == ((*shape, 24), mx.float16)
+
+
 def test_switch_turns_numpy_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blas, "in_use", lambda: "reference")
     assert blas.numpy_is_faster()

@@ -1,0 +1,187 @@
+"""A plain MLX-LM checkpoint out of a GGUF file, for stock ``mlx_lm``.
+
+MLX's affine layers hold ``scale * code + bias`` with unsigned codes. GGUF types whose blocks say
+the same with float16 scales of 32 weights are held exactly; matrices of other types become
+float16, and the result says which.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from sys import stderr
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import UnsupportedError
+from .export import Progress, Unit, new_folder, write_shards
+from .gguf.blocks import dequantize
+from .gguf.exported import open_model
+from .gguf.tokenizer import load_tokenizer
+from .models.config import read_config
+from .models.plan import plan
+
+if TYPE_CHECKING:
+    from .formats import Format
+    from .gguf.reader import GGUFFile
+    from .models.config import Config
+    from .models.plan import RowSource, WeightPlan
+
+GROUP = 32
+# format -> bits of MLX's mode affine: the codes are those of gguf.quants, made unsigned.
+EXACT = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8}
+_ZERO = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128}
+_MODEL_TYPES = {"gemma3": "gemma3_text"}
+_LARGEST = float(np.finfo(np.float16).max)
+
+Arrays = dict[str, np.ndarray]
+Bytes = NDArray[np.uint8]
+
+
+def export_mlx(
+    path: Path, target: Path, *, force: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Write the folder ``target``, which ``mlx_lm.load`` reads.
+
+    Args:
+        force, progress: as for `mlxfuse.export.export`.
+
+    Returns:
+        ``exact`` and ``float16``: GGUF type -> matrices that were kept as they are, or not.
+
+    Raises:
+        UnsupportedError: MLX-LM's configuration cannot say what the file does.
+        MLXFuseError, OSError: as for `mlxfuse.export.export`.
+    """
+    with open_model(path) as file:
+        config = read_config(file)
+        weights = plan(file, config)
+        every = [w for part in (weights.outer, *weights.layers) for w in part]
+        described = _describe(file, config)
+        exact, rounded = Counter[str](), Counter[str]()
+        units = []
+        for weight in every:
+            kinds = {s.format.name for s in weight.weight}
+            (kind,) = kinds if len(kinds) == 1 else ("",)
+            bits = EXACT.get(kind) if len(weight.shape) == 2 else None
+            if bits and _overflows(file, weight, kind):
+                bits = None
+            if bits:
+                described["quantization"][weight.module] = {"group_size": GROUP, "bits": bits}
+                exact[kind] += 1
+            elif any(s.format.quantized for s in weight.weight):
+                rounded[" and ".join(sorted(kinds))] += 1
+            units.append(_unit(file, weight, config, bits))
+        if not exact:
+            del described["quantization"]
+        else:
+            # mlx-lm's names; it quantises what has scales in the files, by the entry of its path.
+            described["quantization_config"] = described["quantization"]
+        with new_folder(target, force=force, nbytes=sum(u.nbytes for u in units)) as folder:
+            write_shards(folder, units, {"format": "mlx"}, progress)
+            with redirect_stdout(stderr):
+                load_tokenizer(file).save_pretrained(folder)
+            (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", "utf-8")
+    return {"exact": dict(exact), "float16": dict(rounded)}
+
+
+def _describe(file: GGUFFile, config: Config) -> dict[str, Any]:
+    """``config.json`` as mlx-lm's model reads it."""
+    if not config.rope.plain:
+        raise UnsupportedError(
+            f"{file.path}: its rotary scaling cannot be told to MLX-LM; "
+            "`mlxfuse export` without --mlx keeps it"
+        )
+    args = {k: v for k, v in config.args.items() if v is not None}
+    args["model_type"] = _MODEL_TYPES.get(args["model_type"], args["model_type"])
+    biased = any(name.endswith("attn_q.bias") for name in file.tensors)
+    end = file.get("tokenizer.ggml.eos_token_id", int, default=None)
+    return {
+        **args,
+        "attention_bias": biased,
+        "torch_dtype": "float16",
+        **({} if end is None else {"eos_token_id": end}),
+        "quantization": {"group_size": GROUP, "bits": 4},
+    }
+
+
+def _blocks(file: GGUFFile, source: RowSource) -> Bytes:
+    """uint8 ``[rows, row_bytes]``, the rows in the model's order."""
+    data, order = source.bytes(file, mapped=True), source.order()
+    return data if order is None else data[order]
+
+
+def _overflows(file: GGUFFile, weight: WeightPlan, kind: str) -> bool:
+    """Whether a zero point times a scale leaves float16's range: 8, 16 or 128 times the scale."""
+    zero = _ZERO.get(kind, 0)
+    return not all(
+        np.all(np.abs(_halves(_blocks(file, source), source.format, 0)) * zero <= _LARGEST)
+        for source in weight.weight
+    )
+
+
+def _halves(data: Bytes, format: Format, at: int) -> NDArray[np.float32]:
+    """The float16 at byte ``at`` of every block, ``[rows, blocks]``."""
+    blocks = data.reshape(len(data), -1, format.type_size)[..., at : at + 2]
+    return np.ascontiguousarray(blocks).view(np.float16)[..., 0].astype(np.float32)
+
+
+def affine(data: Bytes, format: Format) -> Arrays:
+    """Blocks of a type of `EXACT` as ``mx.dequantize`` takes them, groups of 32.
+
+    Args:
+        data: uint8 ``[rows, row_bytes]``.
+
+    Returns:
+        ``weight`` uint32, ``scales`` and ``biases`` float16.
+    """
+    bits = EXACT[format.name]
+    scales = _halves(data, format, 0)
+    if format.name in _ZERO:
+        at, biases = 2, -_ZERO[format.name] * scales
+    else:
+        at, biases = 4, _halves(data, format, 2)
+    fields = data.reshape(len(data), -1, format.type_size)[..., at:]
+    codes: Bytes
+    if bits == 8:
+        codes = np.bitwise_xor(fields, np.uint8(0x80))  # int8 + 128
+    else:
+        nibbles = fields[..., -16:]
+        codes = np.concatenate([nibbles & 15, nibbles >> 4], axis=-1)
+        if bits == 5:
+            codes |= np.unpackbits(fields[..., :4], axis=-1, bitorder="little") << 4
+    # The codes of a row one after the other, lowest bits first.
+    planes = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
+    packed = np.packbits(planes.reshape(len(data), -1), axis=-1, bitorder="little")
+    return {
+        "weight": packed.view(np.uint32),
+        "scales": scales.astype(np.float16),
+        "biases": biases.astype(np.float16),
+    }
+
+
+def _unit(file: GGUFFile, weight: WeightPlan, config: Config, bits: int | None) -> Unit:
+    size = math.prod(weight.shape)
+    offset = config.architecture.norm_offset if len(weight.shape) == 1 else 0.0
+
+    def floats(sources: Sequence[RowSource], offset: float = 0.0) -> np.ndarray:
+        parts = [dequantize(_blocks(file, s), s.format, s.shape) - offset for s in sources]
+        return np.concatenate(parts).astype(np.float16)
+
+    def make() -> Arrays:
+        if bits:
+            parts = [affine(_blocks(file, s), s.format) for s in weight.weight]
+            arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        else:
+            arrays = {"weight": floats(weight.weight, offset)}
+        if weight.bias:
+            arrays["bias"] = floats(weight.bias)
+        return {f"{weight.module}.{name}": array for name, array in arrays.items()}
+
+    return Unit(size * (bits + 1) // 8 if bits else 2 * size, make)

@@ -1,0 +1,167 @@
+"""What may be fused, and the choice among it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One place that can be fused.
+
+    name      of the kind of fusion.
+    score     higher is chosen first.
+    path      of the module it belongs to.
+    replaced  paths of modules whose place the fused form takes.
+    absorbed  paths of modules whose own results are no more computed.
+    emit      makes the fused form; once it is made, does nothing.
+    undo      takes it off again, likewise.
+    explain   what it does, for a report.
+    formats   types or formats of the weights, in order.
+    """
+
+    name: str
+    score: float
+    path: str
+    replaced: frozenset[str]
+    absorbed: frozenset[str]
+    emit: Callable[[], None]
+    undo: Callable[[], None]
+    explain: str
+    formats: tuple[str, ...] = ()
+
+    @property
+    def claims(self) -> frozenset[str]:
+        """Paths that no other candidate may claim; nor what is below or above them."""
+        return self.replaced | self.absorbed
+
+
+class Skip(NamedTuple):
+    """One place that is not fused, and why."""
+
+    name: str
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A model as detectors see it.
+
+    model    the whole.
+    modules  (path, module) in the order of the layers, once for each path.
+    """
+
+    model: nn.Module
+    modules: tuple[tuple[str, nn.Module], ...] = field(repr=False)
+    _uses: Mapping[int, int] = field(repr=False)
+    _holders: Mapping[int, int] = field(repr=False)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Tree:
+        modules = tuple(sorted(_modules(model), key=lambda item: natural(item[0])))
+        uses = Counter(id(module) for _, module in modules)
+        once = {id(module): module for _, module in modules}
+        holders = Counter(
+            id(a) for m in once.values() for a in m.values() if isinstance(a, mx.array)
+        )
+        return cls(model, modules, uses, holders)
+
+    def shared(self, parent: nn.Module, names: Iterable[str], *, arrays: bool = True) -> str | None:
+        """Why the parent or its children cannot be changed for themselves alone, or None.
+
+        Args:
+            arrays: also if only an array of a child is used elsewhere.
+        """
+        if self._uses[id(parent)] > 1:
+            return "it is used in several places"
+        for name in names:
+            if self._uses[id(parent[name])] > 1:
+                return f"{name} is used in several places"
+            held = [a for a in parent[name].values() if isinstance(a, mx.array)]
+            if arrays and any(self._holders[id(a)] > 1 for a in held):
+                return f"{name} shares its weight with another module"
+        return None
+
+    def holders(self, module: nn.Module) -> int:
+        """How many modules have the weight that this one has."""
+        return max(self._holders[id(a)] for a in module.values() if isinstance(a, mx.array))
+
+
+Detector = Callable[[Tree], Iterable[Candidate | Skip]]
+
+DETECTORS: dict[str, Detector] = {}
+"""Kind of fusion -> what finds its places, in the order of the report."""
+
+
+def register_detector(name: str) -> Callable[[Detector], Detector]:
+    """Decorator: add a detector for a kind of fusion, for every later `patch_model`.
+
+    A detector gets a `Tree` and yields a `Candidate` for each place that can be fused and a
+    `Skip` for each that looks like one and cannot. It must not change the model.
+    """
+
+    def register(detector: Detector) -> Detector:
+        DETECTORS[name] = detector
+        return detector
+
+    return register
+
+
+def select(candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Skip]]:
+    """The candidates of which none claims what another does: by score, then by path and name.
+
+    Returns:
+        Those to emit, in order, and a skip for each of the others.
+    """
+    order = sorted(candidates, key=lambda c: (-c.score, natural(c.path), c.name))
+    chosen: list[Candidate] = []
+    skipped: list[Skip] = []
+    owner: dict[str, Candidate] = {}
+    above: dict[str, Candidate] = {}
+    for candidate in order:
+        rival = None
+        for path in sorted(candidate.claims, key=natural):
+            rival = rival or above.get(path) or next(filter(None, map(owner.get, _up(path))), None)
+        if rival is not None:
+            reason = f"{rival.name} of {rival.path or 'the model'} is fused there"
+            skipped.append(Skip(candidate.name, candidate.path, reason))
+            continue
+        chosen.append(candidate)
+        for path in candidate.claims:
+            owner[path] = candidate
+            for parent in _up(path):
+                above.setdefault(parent, candidate)
+    return chosen, skipped
+
+
+def natural(path: str) -> tuple[tuple[int, str], ...]:
+    """Order of paths in which layer 10 follows layer 9."""
+    return tuple((int(p), "") if p.isdigit() else (-1, p) for p in path.split("."))
+
+
+def _up(path: str) -> Iterator[str]:
+    """The path and all above it."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module with its path, once for each path."""
+    stack: list[tuple[str, Any]] = [("", model)]
+    while stack:
+        path, node = stack.pop()
+        if isinstance(node, nn.Module):
+            yield path, node
+            node = node.children()
+        items = node.items() if isinstance(node, dict) else enumerate(node)
+        for key, value in items:
+            if isinstance(value, (dict, list)):
+                stack.append((f"{path}.{key}" if path else str(key), value))

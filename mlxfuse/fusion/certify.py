@@ -1,0 +1,181 @@
+"""Is a class's `__call__` one of the known bodies? Compared as syntax, with what its names mean."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import mlx.nn as nn
+
+from .bodies import BODIES, Body
+
+
+@dataclass(frozen=True)
+class Match:
+    """A class's body is known.
+
+    names  capitals of the known text -> attribute of this class.
+    """
+
+    body: Body
+    names: dict[str, str]
+
+
+def certify(cls: type[nn.Module], kind: str) -> Match | str:
+    """The known body of ``kind`` that the class has, or why it has none."""
+    call = cls.__call__
+    match = _alike(cls, call, kind)
+    if isinstance(match, Match):
+        # What the names mean may change; the text cannot.
+        wrong = _wrong_global(match.body, call.__globals__)
+        if wrong is not None:
+            return f"{_name(cls)}.__call__ has another {wrong}"
+    return match
+
+
+def _name(cls: type[nn.Module]) -> str:
+    return f"{cls.__module__.removeprefix('mlx_lm.models.')}.{cls.__qualname__}"
+
+
+@cache
+def _alike(cls: type[nn.Module], call: Callable[..., Any], kind: str) -> Match | str:
+    """The known body of which the class's has the text, or why there is none."""
+    name = _name(cls)
+    if "__call__" not in vars(cls):
+        # It may have changed anything that the body relies on.
+        return f"{name} is a subclass without a __call__ of its own"
+    if getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is not cls:
+        return f"{name} is not the class that its module has under this name"
+    code = getattr(call, "__code__", None)
+    if code is None or call.__closure__ or hasattr(call, "__wrapped__"):
+        return f"{name}.__call__ is wrapped"
+    try:
+        found = parse(inspect.getsource(code))
+    except (OSError, SyntaxError, TypeError):
+        return f"{name}.__call__ has no source"
+    for body in BODIES:
+        names = unify(_known(body.source), found) if body.kind == kind else None
+        if names is not None:
+            return Match(body, names)
+    return f"{name}.__call__ is not a body that is known"
+
+
+def _wrong_global(body: Body, scope: dict[str, Any]) -> str | None:
+    """The first global name that is not what the body needs."""
+    for name, path in body.names.items():
+        if name not in scope or scope[name] is not _resolve(path):
+            return name
+    return None
+
+
+def _resolve(path: str) -> object:
+    """A module, or an attribute of one, that is imported already."""
+    if path in sys.modules:
+        return sys.modules[path]
+    module, _, name = path.rpartition(".")
+    return getattr(sys.modules.get(module), name, None)
+
+
+@cache
+def _known(source: str) -> ast.FunctionDef:
+    return parse(source)
+
+
+def parse(source: str) -> ast.FunctionDef:
+    """A method without docstring, annotations and differences that mean nothing.
+
+    ``a, b = f(), g()`` is two assignments, keywords are in order, and what is only named to be
+    returned is returned.
+    """
+    (function,) = ast.parse(textwrap.dedent(source)).body
+    if not isinstance(function, ast.FunctionDef) or function.decorator_list:
+        raise SyntaxError("not a plain method")
+    function.returns = None
+    for node in ast.walk(function):
+        if isinstance(node, ast.arg):
+            node.annotation = None
+        elif isinstance(node, ast.Call):
+            node.keywords.sort(key=lambda k: k.arg or "")
+    first = function.body[0]
+    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+        del function.body[0]
+    function.body = [s for statement in function.body for s in _apart(statement)]
+    _return_at_once(function.body)
+    return function
+
+
+def _apart(statement: ast.stmt) -> list[ast.stmt]:
+    """``a, b = f(), g()`` as two assignments, where g does not read a."""
+    if not (isinstance(statement, ast.Assign) and len(statement.targets) == 1):
+        return [statement]
+    target, value = statement.targets[0], statement.value
+    if not (isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)):
+        return [statement]
+    written = {t.id for t in target.elts if isinstance(t, ast.Name)}
+    read = {n.id for n in ast.walk(value) if isinstance(n, ast.Name)}
+    if len(written) != len(value.elts) or written & read:
+        return [statement]
+    return [
+        ast.Assign([t], v, lineno=statement.lineno)
+        for t, v in zip(target.elts, value.elts, strict=True)
+    ]
+
+
+def _return_at_once(body: list[ast.stmt]) -> None:
+    """``r = f(); return r`` as ``return f()``."""
+    if len(body) < 2:
+        return
+    named, last = body[-2:]
+    if (
+        isinstance(last, ast.Return)
+        and isinstance(last.value, ast.Name)
+        and isinstance(named, ast.Assign)
+        and isinstance(named.targets[0], ast.Name)
+        and named.targets[0].id == last.value.id
+    ):
+        body[-2:] = [ast.Return(named.value)]
+
+
+def unify(known: ast.AST, found: ast.AST) -> dict[str, str] | None:
+    """What the capitals of ``known`` are in ``found``, or None if they are different methods."""
+    slots: dict[str, str] = {}
+    there: dict[str, str] = {}
+    back: dict[str, str] = {}
+    local, local_found = _locals(known), _locals(found)
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, list):
+            return (
+                isinstance(b, list)
+                and len(a) == len(b)
+                and all(same(x, y) for x, y in zip(a, b, strict=True))
+            )
+        if type(a) is not type(b):
+            return False
+        if isinstance(a, ast.Name):
+            if a.id in local or b.id in local_found:
+                return there.setdefault(a.id, b.id) == b.id and back.setdefault(b.id, a.id) == a.id
+            return bool(a.id == b.id)
+        if isinstance(a, ast.Attribute) and a.attr.isupper():
+            return same(a.value, b.value) and slots.setdefault(a.attr, b.attr) == b.attr
+        if isinstance(a, ast.AST):
+            return all(same(x, y) for (_, x), (_, y) in zip(_fields(a), _fields(b), strict=True))
+        return bool(a == b)
+
+    return slots if same(known, found) else None
+
+
+def _locals(tree: ast.AST) -> set[str]:
+    return {
+        n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+    }
+
+
+def _fields(node: ast.AST) -> Iterable[tuple[str, Any]]:
+    return [(f, getattr(node, f, None)) for f in node._fields if f not in ("ctx", "type_comment")]

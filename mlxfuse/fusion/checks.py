@@ -1,0 +1,89 @@
+"""Patched against unpatched logits, and where they part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..errors import PatchError
+from .candidates import Candidate
+from .report import Check
+
+# Tokens of each call: a batch that the kernels take, one token, and more than they take.
+_SCHEDULE = (6, 1, 40)
+_SEED = 7
+# Largest error, of the largest logit: sums in another order, rounded once a layer and operation.
+BOUNDS = {mx.float32: 1e-4, mx.float16: 2e-2, mx.bfloat16: 1e-1}
+
+
+def logits(model: nn.Module) -> mx.array:
+    """Of a random prompt in a few calls, [tokens, vocabulary] in the model's type."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    words = min(_vocabulary(model), 1 << 16)
+    tokens = mx.array(np.random.default_rng(_SEED).integers(0, words, (1, sum(_SCHEDULE))))
+    rows, start, cache = [], 0, make_prompt_cache(model)
+    for count in _SCHEDULE:
+        rows.append(model(tokens[:, start : start + count], cache=cache)[0])
+        mx.eval(rows[-1])
+        start += count
+    return mx.concatenate(rows)
+
+
+def _vocabulary(model: nn.Module) -> int:
+    for module in model.modules():
+        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
+            return int(module.weight.shape[0])
+    return 1
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The unpatched model's logits, to which the patched one's are held."""
+
+    logits: mx.array
+
+    def compare(self, model: nn.Module) -> Check:
+        """How far the model is from them."""
+        want, got = (
+            np.array(v.astype(mx.float32), np.float64) for v in (self.logits, logits(model))
+        )
+        error = np.abs(got - want).max() / np.abs(want).max()
+        cosine = (got * want).sum() / (np.linalg.norm(got) * np.linalg.norm(want))
+        top1 = (got.argmax(-1) == want.argmax(-1)).mean()
+        return Check(float(error), float(cosine), float(top1))
+
+    def verify(self, model: nn.Module, fused: Sequence[Candidate]) -> Check:
+        """`compare`; if they are too far apart, undo everything and find out where.
+
+        Raises:
+            PatchError: with the first fusion that, made alone, is too far off.
+        """
+        bound = BOUNDS[self.logits.dtype]
+        whole = self.compare(model)
+        if whole.error <= bound:
+            return whole
+        for candidate in reversed(fused):
+            candidate.undo()
+        for candidate in sorted(fused, key=lambda c: c.path):
+            candidate.emit()
+            alone = self.compare(model)
+            candidate.undo()
+            if not alone.error <= bound:
+                raise PatchError(
+                    f"{candidate.name} of {candidate.path} changes the logits by {alone.error:.3g} "
+                    f"of the largest (at most {bound:g}); the model is not patched"
+                )
+        raise PatchError(
+            f"all fusions together change the logits by {whole.error:.3g} of the largest "
+            f"(at most {bound:g}); the model is not patched"
+        )
+
+
+def check_logits(model: nn.Module) -> Reference:
+    """The logits of the model as it is."""
+    return Reference(logits(model))

@@ -1,0 +1,108 @@
+"""GPU dispatches of a function, counted in the graph it builds; works without a GPU.
+
+MLX's ``mx.fast`` operations and ``mx.dequantize`` are one kernel each on Metal; on the CPU their
+graph has the parts they are made of, so opaque operations stand in for them while counting there.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
+
+from ..kernels import assuming_metal, opaque
+from ..nn.form import unfused
+
+# Primitives that make another view of the same memory. (A reshape of a transposed array copies,
+# but not where the moved axis has one element, as in the decoding of one token.)
+VIEWS = {
+    *("Broadcast", "ExpandDims", "Flatten", "Reshape", "Slice", "Split", "Squeeze", "Transpose"),
+    *("Unflatten", "StopGradient"),
+}
+_FAST = {
+    "RMSNorm": "rms_norm",
+    "LayerNorm": "layer_norm",
+    "RoPE": "rope",
+    "ScaledDotProductAttention": "scaled_dot_product_attention",
+}
+_NODE = re.compile(r'\{ \d+ \[label ="(\w+)[^"]*"')
+_lock = threading.Lock()
+
+
+def dispatches(function: Callable[[], Any]) -> Counter[str]:
+    """Dispatches by primitive, of a kernel of ours by its op; a compiled group counts as one.
+
+    Args:
+        function: gives the arrays of which the graph is counted, not evaluated.
+    """
+    counted: Counter[str] = Counter()
+    with assuming_metal(counted), _stand_ins(counted):
+        graph = io.StringIO()
+        mx.export_to_dot(graph, function())
+    names = Counter(_NODE.findall(graph.getvalue()))
+    kernels = names.pop("Depends", 0)
+    if kernels != counted.total():
+        raise ValueError("what the function uses must be evaluated, and what it launches used")
+    for name, n in names.items():
+        if name not in VIEWS:
+            counted[_FAST.get(name, "Compiled" if name.startswith("Compiled") else name)] += n
+    return counted
+
+
+def per_token(model: nn.Module) -> tuple[int, int]:
+    """Dispatches of one decoded token, by the model's own code and as it is patched."""
+
+    def count() -> int:
+        cache = make_prompt_cache(model)
+        with assuming_metal(Counter()):  # the cache has its memory
+            mx.eval(model(mx.array([[1, 2]]), cache=cache))
+        return dispatches(lambda: model(mx.array([[3]]), cache=cache)).total()
+
+    with unfused():
+        before = count()
+    return before, count()
+
+
+@contextmanager
+def _stand_ins(counted: Counter[str]) -> Iterator[None]:
+    """While `mx.fast` would decompose: opaque operations for this thread, the real for others."""
+    if mx.default_device() == mx.gpu:
+        yield
+        return
+    me = threading.get_ident()
+
+    def stand_in(name: str, real: Callable[..., mx.array]) -> Callable[..., mx.array]:
+        def call(*arguments: Any, **options: Any) -> mx.array:
+            if threading.get_ident() != me:
+                return real(*arguments, **options)
+            counted[name] += 1
+            arrays = [a for a in (*arguments, *options.values()) if isinstance(a, mx.array)]
+            shape, dtype = arrays[0].shape, arrays[0].dtype
+            if name == "dequantize":
+                dtype = mx.float32 if arrays[1].dtype == mx.uint8 else arrays[1].dtype
+                shape = (*shape[:-1], shape[-1] * 32 // options["bits"])
+            elif name == "scaled_dot_product_attention":
+                shape = (*shape[:-1], arrays[2].shape[-1])
+            (out,) = opaque(arrays, [shape], [dtype])
+            return out
+
+        return call
+
+    with _lock:
+        places = [(mx.fast, name) for name in _FAST.values()] + [(mx, "dequantize")]
+        real = [getattr(place, name) for place, name in places]
+        try:
+            for (place, name), function in zip(places, real, strict=True):
+                setattr(place, name, stand_in(name, function))
+            yield
+        finally:
+            for (place, name), function in zip(places, real, strict=True):
+                setattr(place, name, function)

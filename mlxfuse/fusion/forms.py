@@ -1,0 +1,152 @@
+"""What the modules with a known body are: the variant, or what is odd about it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..nn.attention import AttentionForm
+from ..nn.mlp import BlockForm, MLPForm
+from ..nn.rope import FrequencyRoPE
+from ..nn.rotation import Rotation
+from .certify import Match, certify
+
+
+def has(module: nn.Module, *names: str) -> bool:
+    """Whether all of these are modules in it."""
+    return all(isinstance(module.get(name), nn.Module) for name in names)
+
+
+def attention_form(module: nn.Module, match: Match) -> AttentionForm | str:
+    """The variant of attention that a module with a known body has, or what is odd about it."""
+    names = match.names
+
+    def value(slot: str, default: Any = None) -> Any:
+        return getattr(module, names[slot], None) if slot in names else default
+
+    linears = (names["QKV"],) if "QKV" in names else (names["Q"], names["K"], names["V"])
+    norm = match.body.form.get("norm", "") if value("USE_NORM", True) else ""
+    norms = (names["Q_NORM"], names["K_NORM"]) if norm else ()
+    rope = names["ROPE"] if value("USE_ROPE", True) else ""
+    if not has(module, *linears, names["O"], *norms, *([rope] if rope else [])):
+        return "its children are not modules"
+    scale, softcap = value("SCALE"), value("SOFTCAP", 0.0)
+    if not _positive(scale) or ("SOFTCAP" in names and not _positive(softcap)):
+        return "its scale is not a positive number"
+    size = value("HEAD_DIM")
+    if "QKV" in names:
+        rows = tuple(value(n) * size for n in ("HEADS", "KV_HEADS", "KV_HEADS"))
+    else:
+        rows = tuple(row_count(module[name]) for name in linears)
+    heads = value("HEADS") or rows[0] // size
+    kv_heads = value("KV_HEADS") or rows[1] // size
+    return AttentionForm(
+        type(module),
+        linears,
+        names["O"],
+        (rows[0], rows[1], rows[2]),
+        heads,
+        kv_heads,
+        float(scale),
+        norms,
+        norm,
+        rope,
+        float(softcap),
+        names.get("SINKS", ""),
+    )
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value > 0
+
+
+def row_count(linear: nn.Module) -> int:
+    weight = getattr(linear, "weight", None)
+    if isinstance(weight, mx.array):
+        return int(weight.shape[0])
+    return int(getattr(weight, "rows", 0))
+
+
+def mlp_form(module: nn.Module, match: Match) -> MLPForm | str:
+    """The variant of MLP that a module with a known body has, or what is odd about it."""
+    names = match.names
+    if "GATE_UP" in names:
+        linears: tuple[str, ...] = (names["GATE_UP"],)
+    else:
+        linears = tuple(names[n] for n in ("GATE", "UP") if n in names)
+    if not has(module, *linears, names["DOWN"]):
+        return "its children are not modules"
+    return MLPForm(type(module), linears, names["DOWN"], match.body.form["activation"])
+
+
+def block_form(module: nn.Module, match: Match) -> BlockForm | str:
+    names = match.names
+    mixer = names["ATTENTION"]
+    if "OTHER" in names:
+        other = "IS_OTHER" in names
+        flag = getattr(module, names["IS_OTHER" if other else "IS_ATTENTION"])
+        mixer = names["OTHER"] if bool(flag) == other else mixer
+    norms = (names["NORM1"], names["NORM2"])
+    if not has(module, mixer, names["MLP"], *norms):
+        return "its children are not modules"
+    return BlockForm(
+        type(module), norms, mixer, names["MLP"], match.body.form.get("keywords", False)
+    )
+
+
+def norm_options(norm: nn.Module) -> dict[str, float] | str:
+    """Epsilon and offset of an RMSNorm, or why it is none."""
+    match = certify(type(norm), "norm")
+    if isinstance(match, str):
+        return match
+    return {"eps": getattr(norm, match.names["EPS"]), "offset": match.body.form["offset"]}
+
+
+def rotation(module: nn.Module, form: AttentionForm) -> Rotation | str:
+    options = _rope_options(module[form.rope])
+    if isinstance(options, str):
+        return options
+    if form.norm not in ("", "head"):
+        return (
+            f"its norms act on the {form.norm}"
+            if form.norm == "width"
+            else ("its norms act after the rotation")
+        )
+    norms = []
+    for name in form.norms:
+        found = norm_options(module[name])
+        if isinstance(found, str):
+            return found
+        norms.append({"eps": found["eps"], "norm_offset": found["offset"]})
+    if norms and norms[0] != norms[1]:
+        return "its norms differ"
+    if norms:
+        weights = [module[name].weight for name in form.norms]
+        options = {**options, **norms[0], "q_weight": weights[0], "k_weight": weights[1]}
+    size = form.rows[0] // form.heads
+    if not (options["dims"] <= size and size * form.kv_heads == form.rows[1]):
+        return "its heads of q and k have different sizes"
+    parts = {name: module[name] for name in (*form.norms, form.rope)}
+    return Rotation(module, parts, form.heads, form.kv_heads, options)
+
+
+def _rope_options(rope: nn.Module) -> dict[str, Any] | str:
+    """The arguments of `norm_rope` that do what a rotary embedding does, or why there are none."""
+    if type(rope) is FrequencyRoPE:
+        return {"dims": rope.dims, "freqs": rope._freqs, "mscale": rope.scale}
+    match = certify(type(rope), "rope")
+    if isinstance(match, str):
+        return match
+    slots = {slot: getattr(rope, name) for slot, name in match.names.items()}
+    given = {
+        "DIMS": "dims",
+        "TRADITIONAL": "traditional",
+        "BASE": "base",
+        "SCALE": "scale",
+        "FREQS": "freqs",
+        "MSCALE": "mscale",
+    }
+    return {given[slot]: value for slot, value in slots.items()}

@@ -1,0 +1,284 @@
+"""How linears become a `Projection`, or why they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear
+
+from ..kernels.weight import AffineSegment, Part, QuantizedWeight
+from .linear import Linear, matmul
+from .projection import (
+    ARRAYS,
+    DenseProjection,
+    JoinedProjection,
+    KernelProjection,
+    Projection,
+    type_name,
+)
+from .quantized import QuantizedLinear
+
+# Layers that do nothing but multiply and add their bias: no LoRA, no subclass.
+LINEARS = (QuantizedLinear, nn.QuantizedLinear, Linear, nn.Linear)
+
+
+def single(parent: nn.Module, name: str) -> Projection | str:
+    """One linear, for its epilogue; nothing is copied. Or why not."""
+    linear = parent[name]
+    if type(linear) is QuantizedLinear:
+        return KernelProjection(parent, [name], linear.weight, linear.get("bias"), stock=False)
+    if type(linear) is nn.QuantizedLinear:
+        segment = _segment(linear, linear)
+        if isinstance(segment, str):
+            return segment
+        weight = QuantizedWeight.whole(segment)
+        return KernelProjection(parent, [name], weight, linear.get("bias"), stock=True)
+    if type(linear) in (Linear, nn.Linear) and "bias" not in linear:
+        return DenseProjection(parent, name, linear)
+    return f"{name} is {describe(linear)}, which cannot add it"
+
+
+def cut(parent: nn.Module, name: str, rows: Sequence[int]) -> Projection | str:
+    """One linear as several of so many ``rows``; nothing is copied. Or why not."""
+    linear = parent[name]
+    if type(linear) not in LINEARS:
+        return f"its linear is {describe(linear)}"
+    whole = linear.weight.rows if isinstance(linear, QuantizedLinear) else linear.weight.shape[0]
+    if sum(rows) != whole:
+        return "its matrix has other rows than its parts"
+    if isinstance(linear, QuantizedLinear):
+        parts = _cut_parts(linear.weight.parts, rows)
+        if parts is None:
+            return "its matrix has other rows than its parts"
+        return KernelProjection(
+            parent, [name], QuantizedWeight(parts), linear.get("bias"), stock=False
+        )
+    if isinstance(linear, nn.QuantizedLinear):
+        segment = _segment(linear, linear)
+        if not isinstance(segment, str):
+            starts = [0, *accumulate(rows)]
+            split = tuple(Part(segment, a, n) for a, n in zip(starts, rows, strict=False))
+            return KernelProjection(
+                parent, [name], QuantizedWeight(split), linear.get("bias"), stock=True
+            )
+    formats = [format_of(linear)] * len(rows)
+    return JoinedProjection(parent, [name], formats, rows, _multiplication(linear, linear))
+
+
+def refusal(linears: Sequence[nn.Module]) -> str | None:
+    """Why the linears cannot be joined, or None."""
+    if any(type(x) not in LINEARS for x in linears) or len({_family(x) for x in linears}) > 1:
+        return "its linears are " + " and ".join(sorted({describe(x) for x in linears}))
+    if len({_columns(x) for x in linears}) > 1:
+        return "its linears have different inputs"
+    if _family(linears[0]) is nn.Linear and len({x.weight.dtype for x in linears}) > 1:
+        return "its linears have different types"
+    if _family(linears[0]) is nn.QuantizedLinear:
+        without = [s for s in (_segment(x, x) for x in linears) if isinstance(s, str)]
+        if without and len({_stock_kind(x) for x in linears}) > 1:
+            return without[0]
+        if (
+            len(
+                {x.bias.dtype for x in linears if "bias" in x}
+                | {x.scales.dtype for x in linears if x.mode == "affine"}
+            )
+            > 1
+        ):
+            return "its linears have different types"
+    return None
+
+
+def embedding_rows(embedding: nn.QuantizedEmbedding) -> KernelProjection | str:
+    """The weight of MLX's quantised embedding; nothing is copied. Or why not."""
+    segment = _segment(embedding, embedding)
+    if isinstance(segment, str):
+        return segment
+    return KernelProjection(embedding, (), QuantizedWeight.whole(segment), None, stock=True)
+
+
+def join_experts(parent: nn.Module, names: Sequence[str]) -> KernelProjection | str:
+    """The experts of MLX-LM's switch linears together; nothing is copied. Or why not."""
+    linears = [parent[name] for name in names]
+    kinds = {type(x).__name__ for x in linears}
+    if any(type(x) is not QuantizedSwitchLinear for x in linears):
+        return "its experts are " + " and ".join(sorted(kinds))
+    if any("bias" in x for x in linears):
+        return "its experts have biases"
+    if len({x.input_dims for x in linears}) > 1 or len({x.scales.dtype for x in linears}) > 1:
+        return "its experts have different inputs or types"
+    segments = [_segment(x, x) for x in linears]
+    for segment in segments:
+        if isinstance(segment, str):
+            return segment
+    parts = tuple(Part(s, 0, s.rows) for s in segments if not isinstance(s, str))
+    if len({part.rows for part in parts}) > 1:
+        return "gate and up have different rows"
+    return KernelProjection(parent, names, QuantizedWeight(parts), None, stock=True)
+
+
+def copies(linears: Sequence[nn.Module]) -> bool:
+    """Whether `join` puts their rows in new arrays."""
+    if isinstance(linears[0], nn.QuantizedLinear):
+        return any(isinstance(_segment(x, x), str) for x in linears)
+    return isinstance(linears[0], nn.Linear)
+
+
+def join(parent: nn.Module, names: Sequence[str]) -> Projection:
+    """The linears together; they must have no `refusal`.
+
+    Where there is no kernel, the rows are put one after the other in new arrays, of which the
+    linears' arrays become views: nothing is held twice.
+    """
+    linears = [parent[name] for name in names]
+    rows = [_rows(x) for x in linears]
+    bias = _join_biases(linears, rows)
+    if isinstance(linears[0], QuantizedLinear):
+        return KernelProjection(parent, names, _whole(linears), bias, stock=False)
+    if not copies(linears):
+        segments = [s for s in (_segment(x, x) for x in linears) if not isinstance(s, str)]
+        parts = tuple(Part(s, 0, s.rows) for s in segments)
+        return KernelProjection(parent, names, QuantizedWeight(parts), bias, stock=True)
+    arrays = _join_arrays(linears)
+    held = dict(arrays) if bias is None else {**arrays, "bias": bias}
+    formats = [format_of(x) for x in linears]
+    return JoinedProjection(parent, names, formats, rows, _multiplication(linears[0], held))
+
+
+def describe(linear: nn.Module) -> str:
+    """What a linear is, for a reason."""
+    if type(linear) not in LINEARS:
+        return type(linear).__name__
+    return "dense" if isinstance(linear, nn.Linear) else "quantised"
+
+
+def _family(linear: nn.Module) -> type[nn.Module]:
+    return nn.Linear if isinstance(linear, nn.Linear) else type(linear)
+
+
+def _rows(linear: nn.Module) -> int:
+    if isinstance(linear, QuantizedLinear):
+        return linear.weight.rows
+    return int(linear.weight.shape[0])
+
+
+def _columns(linear: nn.Module) -> int:
+    if isinstance(linear, QuantizedLinear):
+        return linear.weight.columns
+    bits = 32 if isinstance(linear, nn.Linear) else linear.bits
+    return int(linear.weight.shape[-1]) * 32 // bits
+
+
+def format_of(linear: nn.Module) -> str:
+    """The format or type of a linear's weight, as reports name it."""
+    if isinstance(linear, QuantizedLinear):
+        return " and ".join(part.segment.name for part in linear.weight.parts)
+    if isinstance(linear, nn.QuantizedLinear):
+        affine = linear.mode == "affine"
+        return f"affine{linear.bits}g{linear.group_size}" if affine else str(linear.mode)
+    return type_name(linear.weight.dtype)
+
+
+def _stock_kind(linear: nn.Module) -> tuple[object, ...]:
+    return linear.bits, linear.group_size, linear.mode, linear.scales.dtype
+
+
+def _segment(linear: nn.Module, arrays: Any) -> AffineSegment | str:
+    """The rows in ``arrays``, quantised like those of ``linear``; or why there is no kernel."""
+    held = {"codes": arrays["weight"], "scales": arrays["scales"]}
+    if linear.mode == "affine":
+        held["supers"] = arrays["biases"]
+    try:
+        return AffineSegment(linear.bits, linear.group_size, linear.mode, _columns(linear), held)
+    except ValueError as error:
+        return str(error)
+
+
+def _join_arrays(linears: Sequence[nn.Module]) -> dict[str, mx.array]:
+    """Their arrays but for the bias, joined along the rows; they become views of the result."""
+    names = [n for n in ARRAYS[:3] if n in linears[0]]
+    arrays = {n: mx.concatenate([x[n] for x in linears]) for n in names}
+    mx.eval(arrays)
+    for name, array in arrays.items():
+        _hand_back(linears, name, array, [_rows(x) for x in linears])
+    return arrays
+
+
+def _hand_back(
+    linears: Iterable[nn.Module], name: str, array: mx.array, rows: Sequence[int]
+) -> None:
+    at = 0
+    for linear, count in zip(linears, rows, strict=True):
+        if name in linear:
+            linear[name] = array[at : at + count]
+            mx.eval(linear[name])
+        at += count
+
+
+def _join_biases(linears: Sequence[nn.Module], rows: Sequence[int]) -> mx.array | None:
+    """The biases one after the other, zeros where there is none; None if no linear has one."""
+    dtypes = [x.bias.dtype for x in linears if "bias" in x]
+    if not dtypes:
+        return None
+    bias = mx.concatenate(
+        [
+            x.bias if "bias" in x else mx.zeros(n, dtypes[0])
+            for x, n in zip(linears, rows, strict=True)
+        ]
+    )
+    mx.eval(bias)
+    _hand_back(linears, "bias", bias, rows)
+    return bias
+
+
+def _multiplication(linear: nn.Module, arrays: Any) -> Callable[[mx.array], mx.array]:
+    """What ``linear`` does, with other arrays."""
+    weight, bias = arrays["weight"], arrays.get("bias")
+    if isinstance(linear, nn.QuantizedLinear):
+        scales, biases = arrays["scales"], arrays.get("biases")
+        how = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
+
+        def quantized(x: mx.array) -> mx.array:
+            y = mx.quantized_matmul(x, weight, scales=scales, biases=biases, transpose=True, **how)
+            return y if bias is None else y + bias
+
+        return quantized
+
+    def dense(x: mx.array) -> mx.array:
+        if bias is not None and type(linear) is nn.Linear:
+            return mx.addmm(bias, x, weight.T)
+        y = matmul(x, weight) if isinstance(linear, Linear) else x @ weight.T
+        return y if bias is None else y + bias
+
+    return dense
+
+
+def _whole(linears: Sequence[nn.Module]) -> QuantizedWeight:
+    """The weight of all; where they are the views of one whole weight, it is that weight.
+
+    Its formats' rows are together then, which the gated activations need.
+    """
+    whole: QuantizedWeight = linears[0].place.whole
+    at, together = 0, True
+    for linear in linears:
+        together &= linear.place.whole is whole and linear.place.first == at
+        at += len(linear.weight.parts)
+    if together and at == len(whole.parts):
+        return whole
+    return QuantizedWeight(tuple(p for linear in linears for p in linear.weight.parts))
+
+
+def _cut_parts(given: Sequence[Part], rows: Sequence[int]) -> tuple[Part, ...] | None:
+    """Parts of so many rows; None if their ends are inside a format's."""
+    parts, left = [], list(given)
+    for count in rows:
+        if not left or left[0].rows < count:
+            return None
+        part = left.pop(0)
+        parts.append(Part(part.segment, part.first, count))
+        if part.rows > count:
+            left.insert(0, Part(part.segment, part.first + count, part.rows - count))
+    return None if left else tuple(parts)

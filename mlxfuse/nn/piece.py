@@ -1,0 +1,69 @@
+"""Parts of a model's graph that are the same at every decoded token, built once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..kernels import disabled, fallbacks, launches
+
+_Graph = tuple[Callable[..., Any], Counter[str]]
+
+
+class Piece:
+    """``function(mode, *arrays)`` as a graph that `mx.compile` keeps, one for each shape.
+
+    To call a Metal kernel costs the host 4 us and more, its place in a kept graph 0.5. What the
+    function reads besides its arguments becomes a constant of the graph: callers see to it that
+    the arrays of projections are still those, here that those of ``children`` are.
+
+    Args:
+        children: (parent, name) of the other modules that the function calls.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], children: Iterable[tuple[nn.Module, str]]
+    ) -> None:
+        self._function = function
+        self._held: list[tuple[Callable[[str], object], str, object]] = []
+        for parent, name in children:
+            self._held.append((parent.get, name, parent[name]))
+            for module in parent[name].modules():
+                arrays = [(n, a) for n, a in module.items() if isinstance(a, mx.array)]
+                self._held += [(module.get, n, a) for n, a in arrays]
+        self._graphs: dict[tuple[str, int], _Graph] = {}
+        self._builds = 0
+
+    def __call__(self, mode: str, *arrays: mx.array) -> Any:
+        for get, name, value in self._held:
+            if get(name) is not value:
+                return self._function(mode, *arrays)
+        key = mode, len(disabled)  # a self-test that fails later is to be heeded
+        graph, launched = self._graphs.get(key) or self._keep(key)
+        builds = self._builds
+        found = graph(*arrays)
+        if self._builds == builds:
+            for op, count in launched.items():
+                launches[op] += count
+        return found
+
+    def _keep(self, key: tuple[str, int]) -> _Graph:
+        launched: Counter[str] = Counter()
+
+        def build(*arrays: mx.array) -> Any:
+            self._builds += 1
+            before, fallen = launches.copy(), fallbacks.total()
+            found = self._function(key[0], *arrays)
+            launched.clear()
+            launched.update(launches - before)
+            if fallbacks.total() > fallen:  # each of them is to be counted
+                self._graphs[key] = partial(self._function, key[0]), Counter()
+            return found
+
+        self._graphs[key] = mx.compile(build), launched
+        return self._graphs[key]

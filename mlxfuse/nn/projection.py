@@ -1,0 +1,221 @@
+"""Linears that are computed together, or with what follows them, over the arrays they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..kernels import Prepared, wanted
+from ..kernels.quantized_matmul import MAX_BATCH, prepare, quantized_matmul
+from ..kernels.weight import AffineSegment, QuantizedWeight
+from .linear import GATED, PLAIN, Linear
+from .quantized import QuantizedLinear
+
+ARRAYS = ("weight", "scales", "biases", "bias")
+
+
+# Expert ids from which mlx-lm sorts them, so that rows of one expert are neighbours.
+MAX_IDS = 64
+
+
+class Projection:
+    """Linears ``names`` of ``parent``, which all have the same input; of none, the parent itself.
+
+    The linears stay where they are and keep their arrays; here are other views of them. Methods
+    give None where the linears have to be called one by one instead.
+
+    formats  the type or format of each linear.
+    """
+
+    def __init__(self, parent: nn.Module, names: Sequence[str], formats: Sequence[str]) -> None:
+        self.formats = tuple(formats)
+        self._held: list[tuple[Callable[[str], object], str, object]] = []
+        for linear in [parent[name] for name in names] or [parent]:
+            if isinstance(linear, QuantizedLinear):
+                self._held.append((vars(linear).get, "weight", linear.weight))
+            self._held += [(linear.get, a, linear[a]) for a in ARRAYS if a in linear]
+        self._held += [(parent.get, name, parent[name]) for name in names]
+
+    def holds(self) -> bool:
+        """Whether the linears still have the arrays that they had.
+
+        They do not after an update, nor inside a gradient with respect to them.
+        """
+        for get, name, value in self._held:  # noqa: SIM110 (a generator takes three times as long)
+            if get(name) is not value:
+                return False
+        return True
+
+    def split(self, x: mx.array, mode: str) -> Sequence[mx.array] | None:
+        """The result of each linear, x ``[..., K]`` -> ``[..., N]``.
+
+        Args:
+            mode: `mlxfuse.kernels.ready`, here and below.
+        """
+        raise NotImplementedError
+
+    def activated(self, x: mx.array, activation: str, mode: str) -> mx.array | None:
+        """``act(gate) * up`` of two, or ``act`` of one; see `quantized_matmul` for the names."""
+        raise NotImplementedError
+
+    def added(self, x: mx.array, residual: mx.array, mode: str) -> mx.array | None:
+        """The result of one linear, plus ``residual``."""
+        raise NotImplementedError
+
+
+class KernelProjection(Projection):
+    """Weights with a kernel.
+
+    Args:
+        stock: the linears are MLX's, which has a multiplication for them that is used where the
+            kernel cannot run and above `MAX_BATCH` rows.
+    """
+
+    def __init__(
+        self,
+        parent: nn.Module,
+        names: Sequence[str],
+        weight: QuantizedWeight,
+        bias: mx.array | None,
+        *,
+        stock: bool,
+    ) -> None:
+        super().__init__(parent, names, [part.segment.name for part in weight.parts])
+        self.weight = weight
+        self.bias = bias
+        self._stock = stock
+        # MLX's result has the wider type of activations and scales.
+        self._dtypes = {
+            s.arrays["scales"].dtype
+            for s in weight.segments
+            if stock and isinstance(s, AffineSegment) and s.mode == "affine"
+        }
+
+        self._prepared: dict[tuple[object, ...], Prepared] = {}
+
+    def _run(
+        self,
+        x: mx.array,
+        mode: str,
+        residual: mx.array | None = None,
+        activation: str | None = None,
+        experts: mx.array | None = None,
+        *,
+        split: bool = False,
+    ) -> Sequence[mx.array] | None:
+        """`quantized_matmul`; None if MLX's own linears are to be called instead."""
+        reason = None
+        given: dict[str, Any] = {
+            "residual": residual,
+            "activation": activation,
+            "experts": experts,
+            "split": split,
+        }
+        if mode:
+            free = [a for a in (x, residual, experts) if a is not None]
+            key = (mode, activation, split, *[(a.shape, a.dtype) for a in free])
+            prepared = self._prepared.get(key)
+            if prepared is None and not self._large(x, experts):
+                if self._refusal(x, residual) is None:
+                    prepared = prepare(x, self.weight, bias=self.bias, **given)
+                if prepared is not None:
+                    self._prepared[key] = prepared
+            if prepared is not None:
+                found = prepared(*free)
+                if found is not None:
+                    return found
+                reason = "it failed its self-test"
+        if self._stock:
+            reason = reason or self._refusal(x, residual)
+            if self._large(x, experts) or not wanted("quantized_matmul", reason):
+                return None
+        return quantized_matmul(x, self.weight, bias=self.bias, **given)
+
+    def _large(self, x: mx.array, experts: mx.array | None) -> bool:
+        """Whether MLX's own linears have so many rows to multiply that they are left to it."""
+        if experts is not None:
+            return experts.size >= MAX_IDS
+        return self._stock and x.size > MAX_BATCH * x.shape[-1]
+
+    def _refusal(self, x: mx.array, residual: mx.array | None) -> str | None:
+        """Why the result would have another type than that of MLX's operations, or None."""
+        if x.dtype != mx.float32 and any(x.dtype != d for d in self._dtypes):
+            return f"activations are {x.dtype} and scales are not"
+        if residual is not None and residual.dtype != x.dtype:
+            return f"activations are {x.dtype} and what is added is {residual.dtype}"
+        return None
+
+    def split(self, x: mx.array, mode: str) -> Sequence[mx.array] | None:
+        return self._run(x, mode, split=True)
+
+    def activated(self, x: mx.array, activation: str, mode: str) -> mx.array | None:
+        found = self._run(x, mode, activation=activation)
+        return None if found is None else found[0]
+
+    def gathered(
+        self, x: mx.array, experts: mx.array, activation: str, mode: str
+    ) -> mx.array | None:
+        """`activated` for some experts of each row: [..., K] and [..., k] -> [..., k, N]."""
+        found = self._run(x, mode, None, activation, experts)
+        return None if found is None else found[0]
+
+    def added(self, x: mx.array, residual: mx.array, mode: str) -> mx.array | None:
+        if not self._stock and residual.dtype != x.dtype:
+            return None
+        found = self._run(x, mode, residual)
+        return None if found is None else found[0]
+
+
+class JoinedProjection(Projection):
+    """One multiplication of MLX's for all, by their rows one after the other."""
+
+    def __init__(
+        self,
+        parent: nn.Module,
+        names: Sequence[str],
+        formats: Sequence[str],
+        rows: Sequence[int],
+        multiply: Callable[[mx.array], mx.array],
+    ) -> None:
+        super().__init__(parent, names, formats)
+        self._ends = tuple(accumulate(rows))[:-1]
+        self._multiply = multiply
+
+    def split(self, x: mx.array, mode: str) -> Sequence[mx.array]:
+        return list(mx.split(self._multiply(x), self._ends, axis=-1))
+
+    def activated(self, x: mx.array, activation: str, mode: str) -> mx.array:
+        if not self._ends:
+            return PLAIN[activation](self._multiply(x))
+        return GATED[activation](*self.split(x, mode))
+
+    def added(self, x: mx.array, residual: mx.array, mode: str) -> mx.array:
+        return residual + self._multiply(x)
+
+
+class DenseProjection(Projection):
+    """A dense linear without a bias: its product and the sum are one operation of MLX's."""
+
+    def __init__(self, parent: nn.Module, name: str, linear: nn.Linear) -> None:
+        super().__init__(parent, [name], [type_name(linear.weight.dtype)])
+        self._linear = linear
+
+    def split(self, x: mx.array, mode: str) -> Sequence[mx.array]:
+        return (self._linear(x),)
+
+    def activated(self, x: mx.array, activation: str, mode: str) -> mx.array:
+        return PLAIN[activation](self._linear(x))
+
+    def added(self, x: mx.array, residual: mx.array, mode: str) -> mx.array:
+        if isinstance(self._linear, Linear) and mx.default_device() == mx.cpu:
+            return residual + self._linear(x)  # by the faster BLAS
+        return mx.addmm(residual, x, self._linear.weight.T)
+
+
+def type_name(dtype: mx.Dtype) -> str:
+    """For example ``float16``."""
+    return str(dtype).removeprefix("mlx.core.")

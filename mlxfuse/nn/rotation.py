@@ -1,0 +1,77 @@
+"""Rotary embedding of q and k with their norms, as one kernel where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..kernels import Prepared, wanted
+from ..kernels.norm_rope import norm_rope, prepare
+
+# Tokens of a call up to which its launch is kept: prompts have lengths of every kind.
+_KEPT = 32
+
+
+class Rotation:
+    """What an attention's norms and rotary embedding do with q and k.
+
+    Args:
+        parts: the modules that do it, by the names they have in ``parent``.
+        options: arguments of `norm_rope`.
+    """
+
+    def __init__(
+        self,
+        parent: nn.Module,
+        parts: Mapping[str, nn.Module],
+        heads: int,
+        kv_heads: int,
+        options: Mapping[str, Any],
+    ) -> None:
+        self._held: list[tuple[Callable[[str], object], str, object]] = []
+        for name, part in parts.items():
+            self._held.append((parent.get, name, part))
+            self._held += [(part.get, n, a) for n, a in part.items() if isinstance(a, mx.array)]
+        self._options = {"heads": heads, "kv_heads": kv_heads, **options}
+        self._prepared: dict[tuple[object, ...], Prepared] = {}
+
+    def holds(self) -> bool:
+        """Whether the modules still have the arrays that they had."""
+        for get, name, value in self._held:  # noqa: SIM110 (a generator takes three times as long)
+            if get(name) is not value:
+                return False
+        return True
+
+    def __call__(
+        self, queries: mx.array, keys: mx.array, offset: int | mx.array, mode: str
+    ) -> list[mx.array] | None:
+        """[B, L, heads * D] each -> [B, heads, L, D]; None if the modules are to be called."""
+        reason = None
+        if mode:
+            place = position(offset) if isinstance(offset, int) else offset
+            key = (mode, queries.shape, queries.dtype, keys.dtype, place.ndim)
+            prepared = self._prepared.get(key)
+            if prepared is None:
+                prepared = prepare(queries, keys, offset=place, **self._options)
+                if prepared is not None and queries.shape[1] <= _KEPT:
+                    self._prepared[key] = prepared
+            if prepared is not None:
+                found = prepared(queries, keys, place.astype(mx.int32).reshape(-1))
+                if found is not None:
+                    return found
+                reason = "it failed its self-test"
+        if not wanted("norm_rope", reason):
+            return None
+        return list(norm_rope(queries, keys, offset=offset, **self._options))
+
+
+@lru_cache(maxsize=16)
+def position(offset: int) -> mx.array:
+    """The same array for every layer."""
+    array = mx.array(offset, mx.int32)
+    mx.eval(array)
+    return array

@@ -1,0 +1,141 @@
+"""`patch_model` on every class that mlx-lm ships: the surgery, on the reference path."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import qwen3
+
+from mlxfuse.fusion import detectors, patch_model, unpatch_model
+from mlxfuse.kernels import fallbacks, launches
+from mlxfuse.nn import projection
+from mlxfuse.nn.linear import GATED
+from tests import msl
+from tests.fusion import zoo
+from tests.fusion.configs import CONFIGS, USED
+
+BOUND = 1e-5  # Sums of up to 128 products in float32, in another order, through 4 layers.
+CASES = [(name, "float32") for name in CONFIGS]
+CASES += [(name, form) for name in USED for form in zoo.FORMS if form != "float32"]
+# With norms of heads, soft caps, geglu, one matrix for q, k and v, experts, sinks and biases.
+EMULATED = ("llama", "qwen3", "gemma2", "phi3", "qwen3_moe", "gpt_oss")
+GOLDEN = zoo.GOLDEN.read_text().splitlines()
+NEW = "run `python -m tests.fusion.zoo --golden` and read the difference"
+
+
+@pytest.fixture(autouse=True)
+def reference(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("MLXFUSE_KERNELS", "reference")
+    # A buffer that is used again may be larger than what it holds.
+    limit = mx.set_cache_limit(0)
+    with zoo.uncompiled():
+        yield
+    mx.set_cache_limit(limit)
+
+
+def modules(model: nn.Module) -> dict[str, tuple[int, type]]:
+    return {path: (id(m), type(m)) for path, m in model.named_modules()}
+
+
+def contents(model: nn.Module) -> dict[str, tuple[mx.Dtype, tuple[int, ...], bytes]]:
+    """Type, shape and bytes of every parameter, by its name."""
+    return {
+        name: (a.dtype, a.shape, np.array(a).tobytes())
+        for name, a in tree_flatten(model.parameters())
+    }
+
+
+def live(limit: int = 0) -> int:
+    """Bytes that arrays take; what is only waiting to be collected does not count."""
+    if mx.get_active_memory() > limit:
+        gc.collect()
+    return mx.get_active_memory()
+
+
+def examine(name: str, form: str) -> None:
+    """Everything that must hold for one class; raises AssertionError."""
+    model = zoo.build(name, form)
+    want = zoo.logits(model)
+    assert np.isfinite(want).all()
+    assert want.std() > 0.05, "logits this flat would hide a wrong module"
+    as_built, before = modules(model), contents(model)
+    held = live()
+    report = patch_model(model, fuse="all")
+    assert zoo.zoo_line(name, form, report) in GOLDEN, NEW
+    assert live(held) <= held, "a weight is held twice"
+    patched = modules(model)
+    assert patch_model(model, fuse="all") is report
+    assert modules(model) == patched, "patching twice changes something"
+    assert zoo.apart(zoo.logits(model), want) <= BOUND, "the patched logits differ"
+    unpatch_model(model)
+    assert modules(model) == as_built, "unpatching leaves other modules"
+    assert contents(model) == before, "unpatching leaves other parameters"
+    assert np.array_equal(zoo.logits(model), want)
+    assert live(held) <= held, "unpatching leaves something behind"
+
+
+@pytest.mark.parametrize(("name", "form"), CASES)
+def test_patched_and_back(name: str, form: str) -> None:
+    examine(name, form)
+
+
+@pytest.mark.parametrize("name", EMULATED)
+def test_patched_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokens that are decoded go through the Metal source."""
+    monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
+    model = zoo.build(name, "affine4", num_hidden_layers=2)
+    want = zoo.logits(model)
+    report = patch_model(model, fuse="all")
+    launches.clear()
+    fallbacks.clear()
+    with msl.installed(build="fast"):
+        got = zoo.logits(model)
+    assert zoo.apart(got, want) <= BOUND
+    matmuls = sum(len(tally.fused) for tally in report.tallies.values())
+    assert launches["quantized_matmul"] >= zoo.DECODED * matmuls > 0
+    assert not fallbacks
+
+
+def test_the_golden_file_has_every_class_once() -> None:
+    lines = [line.split(":")[0] for line in GOLDEN if line.startswith("mlx-lm")]
+    assert sorted(lines) == sorted(f"mlx-lm {name} {form}" for name, form in CASES), NEW
+    assert len(CONFIGS) >= 60
+    assert len(USED) == 30
+
+
+def test_fusions_of_gguf_files_are_those_of_the_golden_file() -> None:
+    assert [line for line in GOLDEN if line.startswith("gguf")] == list(zoo.gguf_lines()), NEW
+
+
+def test_a_wrong_fused_module_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control: another activation."""
+    monkeypatch.setitem(GATED, "swiglu", GATED["geglu_tanh"])
+    with pytest.raises(AssertionError, match="the patched logits differ"):
+        examine("qwen3", "float32")
+
+
+def test_a_lost_fusion_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control: mlx-lm computes something else in a new version."""
+    monkeypatch.setattr(qwen3.MLP, "__call__", lambda self, x: self.down_proj(self.up_proj(x)))
+    with pytest.raises(AssertionError, match="read the difference"):
+        examine("qwen3", "float32")
+
+
+def test_a_weight_held_twice_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control: the originals of a joined matrix are kept."""
+    monkeypatch.setattr(projection, "_hand_back", lambda *arguments: None)
+    with pytest.raises(AssertionError, match="a weight is held twice"):
+        examine("llama", "float32")
+
+
+def test_an_incomplete_undo_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control: the class stays the fused one."""
+    monkeypatch.setattr(detectors, "release", lambda module: None)
+    with pytest.raises(AssertionError, match="unpatching leaves other modules"):
+        examine("qwen3", "float32")

@@ -1,0 +1,218 @@
+"""Graphs that are kept: they give what the same code gives without them.
+
+MLX cannot call a Metal kernel while it compiles where there is no GPU, so MLX's own operations
+stand in for the kernels here.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_map
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlxfuse.fusion import patch_model, unpatch_model
+from mlxfuse.kernels import disabled, fallbacks, launches
+from mlxfuse.kernels import quantized_matmul as matmul
+from mlxfuse.kernels.norm_rope import norm_rope
+from mlxfuse.nn import form, projection, rotation
+from mlxfuse.nn.piece import Piece
+from tests.fusion import zoo
+
+BOUND = 1e-5
+
+
+class StandIn:
+    """In the place of `Prepared`."""
+
+    disabled = False
+
+    def __init__(self, op: str, function: Callable[..., Any]) -> None:
+        self.op = op
+        self.function = function
+
+    def __call__(self, *arrays: mx.array) -> list[mx.array] | None:
+        if self.disabled:
+            return None
+        launches[self.op] += 1
+        return list(self.function(*arrays))
+
+
+def prepare_matmul(x: mx.array, weight: Any, *, residual: Any, split: bool, **options: Any):
+    def product(x: mx.array, residual: mx.array | None = None) -> list[mx.array]:
+        call = matmul._Call(x, weight, residual=residual, split=split, experts=None, **options)
+        found = matmul._dense(call, dequantized=True)
+        return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in found]
+
+    return StandIn("quantized_matmul", product)
+
+
+def prepare_rotation(queries: mx.array, keys: mx.array, *, offset: mx.array, **options: Any):
+    batched = offset.ndim > 0
+    return StandIn(
+        "norm_rope",
+        lambda q, k, place: norm_rope(q, k, offset=place if batched else place[0], **options),
+    )
+
+
+@pytest.fixture(autouse=True)
+def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("MLXFUSE_KERNELS", "reference")
+    monkeypatch.setattr(form, "ready", lambda: "metal")
+    monkeypatch.setattr(projection, "prepare", prepare_matmul)
+    monkeypatch.setattr(rotation, "prepare", prepare_rotation)
+    launches.clear()
+    fallbacks.clear()
+    yield
+    disabled.clear()
+
+
+def patched(name: str) -> nn.Module:
+    model = zoo.build(name, "affine4", num_hidden_layers=2)
+    patch_model(model, fuse="all")
+    return model
+
+
+def stock(name: str) -> nn.Module:
+    return zoo.build(name, "affine4", num_hidden_layers=2)
+
+
+def forms(model: nn.Module) -> list[form.Form]:
+    found = [vars(module).get("_fused") for module in model.modules()]
+    return [f for f in found if isinstance(f, form.Form)]
+
+
+def pieces(model: nn.Module) -> list[Piece]:
+    return [piece for f in forms(model) for piece in f.kept.values()]
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("llama", {"_enter", "_leave"}),  # of the layer
+        ("qwen3", {"_enter", "_leave"}),
+        ("gemma2", {"_enter", "_leave", "_whole"}),  # of its attention and its MLP
+        ("olmo2", {"_leave", "_whole"}),  # modules that rotate need the offset's value
+    ],
+)
+def test_kept_graphs_give_the_same(name: str, parts: set[str]) -> None:
+    model = patched(name)
+    want = zoo.logits(stock(name))
+    assert zoo.apart(zoo.logits(model), want) <= BOUND
+    builds = [piece._builds for piece in pieces(model)]
+    assert builds == [1] * len(builds)
+    assert len(builds) == 2 * len(parts)
+    assert {name for f in forms(model) for name in f.kept} == parts
+    zoo.logits(model)
+    assert [piece._builds for piece in pieces(model)] == builds
+
+
+def test_other_shapes_have_their_own() -> None:
+    model, plain = patched("qwen3"), stock("qwen3")
+    tokens = mx.array(np.random.RandomState(2).randint(0, 64, (2, 12)))
+    states = make_prompt_cache(model), make_prompt_cache(plain)
+    at = 0
+    for count in (3, 1, 1, 2, 1, 4):
+        chunk = tokens[:, at : at + count]
+        got, want = model(chunk, cache=states[0]), plain(chunk, cache=states[1])
+        assert zoo.apart(np.array(got), np.array(want)) <= BOUND
+        at += count
+    # Lengths 3, 1, 2 and 4 of a batch of two.
+    assert {piece._builds for piece in pieces(model)} == {4}
+
+
+def test_launches_are_counted_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = patched("qwen3")
+    zoo.logits(model)
+    counted = launches.copy()
+    zoo.logits(model)
+    assert launches == counted + counted
+    monkeypatch.setattr(form, "assumed", lambda: True)
+    launches.clear()
+    zoo.logits(model)
+    assert launches == counted
+    assert counted["quantized_matmul"] == zoo.DECODED * 2 * 4
+    assert counted["norm_rope"] >= zoo.DECODED * 2
+
+
+def double(module: nn.Module) -> None:
+    module.weight = 2 * module.weight
+
+
+CHANGES: dict[str, Callable[[nn.Module], None]] = {
+    "norm": lambda model: double(model.layers[1].input_layernorm),
+    "head norm": lambda model: double(model.layers[1].self_attn.q_norm),
+    "scales": lambda model: model.update(
+        tree_map(lambda a: 1.5 * a if a.dtype == mx.float32 else a, model.parameters())
+    ),
+    "another norm": lambda model: setattr(model.layers[0], "input_layernorm", nn.LayerNorm(64)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_arrays_are_noticed(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = patched("qwen3"), stock("qwen3")
+    old = zoo.logits(model)
+    for each in (model, plain):
+        CHANGES[change](each)
+    want = zoo.logits(plain)
+    assert zoo.apart(old, want) > 1e-3
+    assert zoo.apart(zoo.logits(model), want) <= BOUND
+
+
+def test_unnoticed_changes_would_be_seen() -> None:
+    """Control for the test above."""
+    model, plain = patched("llama"), stock("llama")
+    zoo.logits(model)
+    for piece in pieces(model):
+        piece._held.clear()
+    for each in (model, plain):
+        double(each.layers[1].input_layernorm)
+    assert zoo.apart(zoo.logits(model), zoo.logits(plain)) > 1e-3
+
+
+def test_a_kernel_that_is_disabled_later_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = patched("llama")
+    zoo.logits(model)
+    launches.clear()
+    monkeypatch.setattr(StandIn, "disabled", True)
+    monkeypatch.setitem(disabled, None, "it failed its self-test")
+    assert zoo.apart(zoo.logits(model), zoo.logits(stock("llama"))) <= BOUND
+    assert not launches
+
+
+def test_fallbacks_are_counted_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fall_back(name: str, reason: str | None) -> bool:
+        fallbacks[name, "no reason"] += 1
+        return False
+
+    monkeypatch.setattr(projection, "prepare", lambda *arguments, **options: None)
+    monkeypatch.setattr(projection, "wanted", fall_back)
+    model = patched("llama")
+    want = zoo.logits(stock("llama"))
+    for times in (1, 2):
+        assert zoo.apart(zoo.logits(model), want) <= BOUND
+        assert fallbacks["quantized_matmul", "no reason"] == times * zoo.DECODED * 2 * 4
+
+
+def test_nothing_stays_behind() -> None:
+    gc.collect()
+    limit = mx.set_cache_limit(0)
+    before = mx.get_active_memory()
+    model = patched("llama")
+    held = mx.get_active_memory()
+    zoo.logits(model)
+    unpatch_model(model)
+    gc.collect()
+    assert pieces(model) == []
+    assert mx.get_active_memory() <= held
+    del model
+    gc.collect()
+    assert mx.get_active_memory() <= before + 4096  # small constants of MLX's and ours
+    mx.set_cache_limit(limit)
