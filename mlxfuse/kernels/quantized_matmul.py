@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 import mlx.core as mx
 
+from . import tuning
 from ._decode import decode
 from ._kernel import Kernel, Launch, Prepared, Program
 from .dequantize import bindings, dequantize, section
@@ -22,8 +23,12 @@ dequantised once and multiplied by `mx.matmul`: at 4.5 bits a weight that moves 
 weight's bytes, as much as 8 readings. Not measured on a Mac."""
 
 LARGE = "dequantize"
-"""What runs above `MAX_VECTOR_ROWS`: ``dequantize``, or ``tiles``, the kernel that decodes tile by
-tile, which stays off until a Mac has measured it faster."""
+"""What runs above `MAX_VECTOR_ROWS` unless `mlxfuse tune` has chosen: ``dequantize``, or ``tiles``,
+the kernel that decodes tile by tile, which stays off until a Mac has measured it faster."""
+
+# Rows of W that a SIMD-group computes in each of the variants of `tuning.VARIANTS`; the first is
+# the one that runs where nothing has been measured, as on every Mac so far.
+_SLOTS = {"vector": {"rows4": 4, "rows8": 8, "rows2": 2}, "batch": {"rows2": 2, "rows4": 4}}
 
 _GATED = {"swiglu": "Silu", "geglu": "Gelu", "geglu_tanh": "GeluTanh"}
 _PLAIN = {"silu": "Silu", "gelu": "Gelu", "gelu_tanh": "GeluTanh", "relu2": "Relu2"}
@@ -70,7 +75,7 @@ def quantized_matmul(
     Raises:
         ValueError: arguments whose shapes do not fit together.
     """
-    call = _Call(x, weight, bias, residual, activation, split, experts, LARGE)
+    call = tuned(_Call(x, weight, bias, residual, activation, split, experts, LARGE))
     call.check()
     if differentiable:
         outputs = _dense(call)
@@ -95,7 +100,7 @@ def prepare(
     """`quantized_matmul` of such arguments as one launch, to be called with x and, where there are
     any, the residual and the experts, of the same shapes and types; None if it is no single launch.
     """
-    call = _Call(x, weight, bias, residual, activation, split, experts, LARGE)
+    call = tuned(_Call(x, weight, bias, residual, activation, split, experts, LARGE))
     call.check()
     alike = residual is None or residual.dtype == x.dtype
     if _refuse(call) is not None or not alike or call.route == "dequantize":
@@ -118,13 +123,29 @@ class _Call:
     split: bool
     experts: mx.array | None
     large: str = "dequantize"
+    variant: str = ""
+    """Of `tuning.VARIANTS`, by default the first."""
+    floor: bool = False
+    """The loads without the arithmetic, for measuring; the result means nothing."""
+
+    @property
+    def kind(self) -> str:
+        """``vector``, ``batch`` or ``large``, of which `tuning.VARIANTS` names the variants."""
+        if self.rows == 1 or self.experts is not None:
+            return "vector"
+        return "batch" if self.rows <= MAX_VECTOR_ROWS else "large"
 
     @property
     def route(self) -> str:
-        """How the rows of x are multiplied: ``vector``, ``batch`` or what `LARGE` says."""
-        if self.rows == 1 or self.experts is not None:
-            return "vector"
-        return "batch" if self.rows <= MAX_VECTOR_ROWS else self.large
+        """How the rows of x are multiplied: ``vector``, ``batch``, ``dequantize`` or ``tiles``."""
+        return (self.variant or self.large) if self.kind == "large" else self.kind
+
+    @property
+    def case(self) -> str:
+        """What variants are chosen by."""
+        parts = "+".join(f"{p.segment.name}:{p.rows}" for p in self.weight.parts)
+        dtype = str(self.x.dtype).removeprefix("mlx.core.")
+        return f"{self.kind} {parts} x{self.weight.columns} {dtype}"
 
     @property
     def rows(self) -> int:
@@ -167,6 +188,13 @@ class _Call:
                 raise ValueError(f"residual: expected {expected}, found {self.residual.shape}")
 
 
+def tuned(call: _Call) -> _Call:
+    """The call in the variant that `mlxfuse tune` has found to be the fastest, if it has run."""
+    if not tuning.active():
+        return call
+    return replace(call, variant=tuning.winner("quantized_matmul", call.case))
+
+
 def _refuse(call: _Call) -> str | None:
     if call.x.dtype not in FLOATS:
         return f"x is float16, bfloat16 or float32, not {call.x.dtype}"
@@ -183,9 +211,12 @@ def _launch(call: _Call) -> Launch:
         many = -(-call.rows // -(-call.rows // MAX_BATCH))
     elif kind == "tiles":
         many = 32
-    # Rows of a part and threads of a threadgroup.
-    tile_rows = 32 if call.gated else 64
-    per_group, threads = {"vector": (8, 64), "batch": (4, 64), "tiles": (tile_rows, 128)}[kind]
+    # Rows of a part and threads of a threadgroup: 2 SIMD-groups, or 4.
+    slots = 0
+    per_group, threads = (32 if call.gated else 64), 128
+    if kind in _SLOTS:
+        slots = _SLOTS[kind][call.variant or next(iter(_SLOTS[kind]))]
+        per_group, threads = 2 * slots, 64
     segments = weight.segments
     parts = weight.parts[:1] if call.gated else weight.parts
     size, tiles = _size(call, parts, per_group)
@@ -209,6 +240,8 @@ def _launch(call: _Call) -> Launch:
         (*held, *given),
         len(call.widths),
         many,
+        slots,
+        4 if call.floor else 1,
     )
     return Launch(
         program=program,
@@ -261,6 +294,8 @@ def _program(
     inputs: tuple[str, ...],
     outputs: int,
     many: int,
+    slots: int,
+    step: int,
 ) -> Program:
     gated = activation in _GATED
     act = {**_PLAIN, **_GATED}.get(activation or "", "None")
@@ -282,6 +317,7 @@ def _program(
     out = "out0"
     for j in range(1, outputs):
         out = f"j == {j} ? out{j} : {out}" if j == 1 else f"j == {j} ? out{j} : ({out})"
+    sizes = {"vector": f", {slots}, {step}", "batch": f", {slots}, {step}, {many}", "tiles": ""}
     # The segments of a call: one of them for the parts that it holds, or gate's and up's.
     calls = [of_part] if gated else [(s, s) for s in range(len(traits))]
     for f, g in calls:
@@ -293,7 +329,7 @@ def _program(
                 for part, s in (("a", f), ("b", g))
             ]
         block += [
-            f"{_TILE[kind]}<{traits[f]}, {traits[g]}{f', {many}' if kind == 'batch' else ''}>("
+            f"{_TILE[kind]}<{traits[f]}, {traits[g]}{sizes[kind]}>("
             f"{expressions[f]}, {expressions[g]}, x, (const device Size*)size, "
             f"{epilogue}(a, b, {bias}, {residual}, {out}), {place});",
         ]

@@ -83,7 +83,7 @@ def check(recorded: Iterable[Recorded], *, emulated: bool = False) -> dict[Progr
         key = _key(launch)
         if key not in known:
             small = _SMALL[kernel.name](*arguments)
-            known[key] = _compare(kernel, small, emulated=emulated)
+            known[key] = compare(kernel, small, emulated=emulated)
         if reason := known[key]:
             if launch.program not in _kernel.disabled:
                 warnings.warn(
@@ -116,7 +116,7 @@ def _key(launch: Launch) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _compare(kernel: Kernel[Any], arguments: tuple[Any, ...], *, emulated: bool) -> str:
+def compare(kernel: Kernel[Any], arguments: tuple[Any, ...], *, emulated: bool) -> str:
     """Empty where the outputs agree, else how they differ."""
     launch = kernel.launch(*arguments)
     try:
