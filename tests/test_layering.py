@@ -25,7 +25,8 @@ LAYERS = (
     ("loader", "export", "inspect", "prompt_cache", "generate"),
     ("chat", "server", "export_mlx"),
     ("doctor",),
-    ("bench", "tune"),
+    ("bench",),
+    ("tune",),
     ("cli",),
     ("__main__",),
 )

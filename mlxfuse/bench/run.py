@@ -62,7 +62,7 @@ def bench(
     from mlx_lm.generate import wired_limit
 
     say(f"loading {path.name}")
-    model, vocabulary = _load(path, dtype)
+    model, vocabulary = load_model(path, dtype)
     stock, weights = stock_of(model)
     patch = patch_model(model, fuse=fuse)
     arms = [
@@ -97,7 +97,7 @@ def bench(
     return found
 
 
-def _load(path: Path, dtype: str | None) -> tuple[nn.Module, int]:
+def load_model(path: Path, dtype: str | None) -> tuple[nn.Module, int]:
     """The model, not fused, and the size of its vocabulary."""
     if path.is_dir():
         from mlx_lm.utils import load as load_checkpoint

@@ -7,5 +7,6 @@ from . import export as export
 from . import generate as generate
 from . import inspect as inspect
 from . import server as server
+from . import tune as tune
 from ._common import app as app
 from ._common import main as main

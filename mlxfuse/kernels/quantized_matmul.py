@@ -8,7 +8,7 @@ from functools import cache, lru_cache
 
 import mlx.core as mx
 
-from . import tuning
+from . import _kernel, tuning
 from ._decode import decode
 from ._kernel import Kernel, Launch, Prepared, Program
 from .dequantize import bindings, dequantize, section
@@ -193,6 +193,13 @@ def tuned(call: _Call) -> _Call:
     if not tuning.active():
         return call
     return replace(call, variant=tuning.winner("quantized_matmul", call.case))
+
+
+def run_call(call: _Call, *, emulated: bool = False) -> list[mx.array]:
+    """Its outputs on Metal, in its variant and unconditionally; for measuring."""
+    if call.route == "dequantize":
+        return _dense(call, dequantized=True)
+    return _kernel.run(_launch(call), emulated=emulated)
 
 
 def _refuse(call: _Call) -> str | None:
