@@ -11,7 +11,9 @@
 //   code(i)         the code of weight i times 2^shift(i): codes need not be shifted into
 //                   place one by one where the activations can be scaled once for many rows
 //   quad(q)         the codes of weights 4 q to 4 q + 3
+//   word(q)         the same, a byte each; not for codes from a table
 //   scale(h), bias(h)
+//   d, times[h]     where there are halves and no biases: scale(h) is d * times[h], an integer
 //
 // so that weight i is scale(i / 16) * (code(i) / 2^shift(i) - offset) + bias(i / 16).
 // All products of a scale and a code are exact in float32.
@@ -210,6 +212,8 @@ struct Halves {
   static constexpr constant bool halves = true;
   static constexpr constant bool biased = false;
   static constexpr constant int offset = subtracted;
+  float d;
+  int2 times;
   float2 s;
   float scale(int h) const {
     return s[h];
@@ -273,6 +277,9 @@ struct Q8_0 : Single<0> {
   static constexpr int shift(int) {
     return 0;
   }
+  uint word(int q) const {
+    return w[q];
+  }
   float4 quad(int q) const {
     return float4(as_type<char4>(w[q]));
   }
@@ -316,8 +323,9 @@ struct Q3_K : Merged<Pairs, Bits<false>, 2>, Halves<4> {
     const uint four = (packed[g & 3] >> (g & 4)) & 0x0f0f;
     const uint two = (packed[4 + (g & 1)] >> (g & 6)) & 0x0303;
     const uint six = four | (two << 4);
-    const float d = float(p.supers[block]);
-    s = d * (float2(float(six & 255), float(six >> 8)) - 32.0f);
+    d = float(p.supers[block]);
+    times = int2(six & 255, six >> 8) - 32;
+    s = d * float2(times);
   }
 };
 
@@ -347,7 +355,9 @@ struct Q6_K : Merged<Nibbles, Pairs, 4>, Halves<32> {
     low.w = elements<uint4>(p.codes)[first + i];
     high.w = elements<uint2>(p.high)[first + i];
     const char2 packed = elements<char2>(p.scales)[first + i];
-    s = float(p.supers[(first + i) >> 3]) * float2(packed);
+    d = float(p.supers[(first + i) >> 3]);
+    times = int2(packed);
+    s = d * float2(packed);
   }
 };
 
@@ -392,6 +402,11 @@ struct Packed {
   float code(int i) const {
     return float(w[(i >> 3) & 3] & (15u << shift(i)));
   }
+  uint word(int q) const {
+    const uint v = (w[(q >> 1) & 3] >> (16 * (q & 1))) & 0xffffu;
+    const uint two = (v | (v << 8)) & 0x00ff00ffu;
+    return (two | (two << 4)) & 0x0f0f0f0fu;
+  }
   float4 quad(int q) const {
     const uint v = w[(q >> 1) & 3] >> (16 * (q & 1));
     return float4(uint4(v, v >> 4, v >> 8, v >> 12) & uint4(15));
@@ -426,6 +441,9 @@ struct Affine8 : Biased {
   }
   float code(int i) const {
     return float(w[i >> 2] & (255u << shift(i)));
+  }
+  uint word(int q) const {
+    return w[q];
   }
   float4 quad(int q) const {
     return bytes(w[q]);

@@ -203,7 +203,7 @@ METAL_FUNC void vector_tile(
 //@ batch: lanes decoded
 // `many` rows of x, from `to` on, by `slots` rows of a part: a unit of W is decoded once for all.
 // Rows past the last are the last again.
-template <typename F, int slots, int many, int step, typename T, typename P>
+template <typename F, int slots, int many, typename T, typename P>
 METAL_FUNC void batch_dots(
     P p, const device T* x, const device Size* size, Part a, uint n, uint to, uint lane,
     thread float* mine) {
@@ -237,7 +237,7 @@ METAL_FUNC void batch_dots(
         UNROLL
         for (int r = 0; r < slots; r++) {
           UNROLL
-          for (int e = 0; e < 4; e += step) {
+          for (int e = 0; e < 4; e++) {
             sums[m][r] = fma(w[r][q][e], v[e], sums[m][r]);
           }
         }
@@ -250,19 +250,20 @@ METAL_FUNC void batch_dots(
   }
 }
 
+//@ batched:
+// For x of any kind that a batch_dots precedes for.
 template <
-    typename F, typename G, int slots, int step, int many, typename Y, typename T, typename P,
-    typename Q>
+    typename F, typename G, int slots, int many, typename Y, typename X, typename P, typename Q>
 METAL_FUNC void batch_tile(
-    P p, Q q, const device T* x, const device Size* size, Y y, uint3 tile, uint group, uint lane) {
+    P p, Q q, X x, const device Size* size, Y y, uint3 tile, uint group, uint lane) {
   const uint n = ((tile.x - y.a.tile) * 2 + group) * slots;
   const uint to = tile.y * many;
   if (n < y.a.rows) {
     float v[many];
     float up[many];
-    batch_dots<F, slots, many, step>(p, x, size, y.a, n, to, lane, v);
+    batch_dots<F, slots, many>(p, x, size, y.a, n, to, lane, v);
     if (Y::gated) {
-      batch_dots<G, slots, many, step>(q, x, size, y.b, n, to, lane, up);
+      batch_dots<G, slots, many>(q, x, size, y.b, n, to, lane, up);
     }
     UNROLL
     for (int m = 0; m < many; m++) {

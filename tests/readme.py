@@ -8,6 +8,7 @@ from pathlib import Path
 from mlxfuse import env
 from mlxfuse.formats import FORMATS
 from mlxfuse.models import ARCHITECTURES
+from tests.fusion.zoo import summary
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -31,6 +32,9 @@ def tables() -> dict[str, str]:
         "formats": _table(
             ("type", "bits a weight", "kernel"),
             [(f.name, f"{f.bits_per_weight:g}", "yes" if f.streams else "") for f in stored],
+        ),
+        "zoo": _table(
+            ("fusion", "classes with places for it", "fused", "partly", "places fused"), summary()
         ),
         "environment": _table(
             ("variable", "default", "meaning"),

@@ -175,7 +175,7 @@ def measure(
     run: Runner = partial(_kernel.run, emulated=emulated)
     turns = {"kernel": lambda: mx.eval([run(launch) for launch in launches])}
     (call, *_) = arguments
-    if hasattr(call, "floor"):
+    if getattr(call, "kind", "") == "vector":
         floors = [k.launch(replace(a[0], floor=True)) for k, a in recorded]
         turns["floor"] = lambda: mx.eval([run(launch) for launch in floors])
     turns["mlx"] = lambda: mx.eval([operation() for operation in case.mlx])

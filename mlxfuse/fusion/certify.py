@@ -30,9 +30,11 @@ class Match:
 def certify(cls: type[nn.Module], kind: str) -> Match | str:
     """The known body of ``kind`` that the class has, or why it has none."""
     call = cls.__call__
+    # What names mean may change; text cannot.
+    if getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is not cls:
+        return f"{_name(cls)} is not the class that its module has under this name"
     match = _alike(cls, call, kind)
     if isinstance(match, Match):
-        # What the names mean may change; the text cannot.
         wrong = _wrong_global(match.body, call.__globals__)
         if wrong is not None:
             return f"{_name(cls)}.__call__ has another {wrong}"
@@ -50,8 +52,6 @@ def _alike(cls: type[nn.Module], call: Callable[..., Any], kind: str) -> Match |
     if "__call__" not in vars(cls):
         # It may have changed anything that the body relies on.
         return f"{name} is a subclass without a __call__ of its own"
-    if getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is not cls:
-        return f"{name} is not the class that its module has under this name"
     code = getattr(call, "__code__", None)
     if code is None or call.__closure__ or hasattr(call, "__wrapped__"):
         return f"{name}.__call__ is wrapped"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -152,8 +153,14 @@ def _six_bits(a: dict[str, mx.array]) -> Scales:
     )
 
 
-def _q6_k(a: dict[str, mx.array]) -> Scales:
-    return mx.repeat(a["supers"].astype(mx.float32), 16, axis=1) * a["scales"].view(mx.int8), None
+def _q6_k(a: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
+    """A block's scale, and the integers it is multiplied by for each 16 weights."""
+    return a["supers"].astype(mx.float32), a["scales"].view(mx.int8).astype(mx.float32)
+
+
+def _q6_k_products(a: dict[str, mx.array]) -> Scales:
+    d, times = _q6_k(a)
+    return mx.repeat(d, 16, axis=1) * times, None
 
 
 def _iq4_xs(a: dict[str, mx.array]) -> Scales:
@@ -181,8 +188,48 @@ _SCALES: dict[str, Callable[[dict[str, mx.array]], Scales]] = {
     "Q3_K": _q3_k,
     "Q4_K": _six_bits,
     "Q5_K": _six_bits,
-    "Q6_K": _q6_k,
+    "Q6_K": _q6_k_products,
     "IQ4_NL": _single,
     "IQ4_XS": _iq4_xs,
     "MXFP4": _mxfp4,
 }
+
+INTEGERS = (
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"),
+    *(f"affine{bits}g{group}" for bits in (4, 8) for group in (32, 64, 128)),
+)
+"""Names of the segments that `integers` takes."""
+
+
+class Integers(NamedTuple):
+    """Rows of weights as ``scales * times * codes + biases``, all in float32.
+
+    codes   ``[rows, K]``, integers from -128 to 127.
+    times   integers ``[rows, K / 16]``, or None for 1.
+    scales  ``[rows, K / 32]``.
+    biases  ``[rows, K / 32]``, or None for 0.
+    """
+
+    codes: mx.array
+    times: mx.array | None
+    scales: mx.array
+    biases: mx.array | None
+
+
+def integers(segment: AnySegment) -> Integers:
+    """What the integer products of ``metal/int8_matmul.metal`` take as weights."""
+    if isinstance(segment, AffineSegment):
+        scales, biases = (segment.arrays[n].astype(mx.float32) for n in ("scales", "supers"))
+        offset = 128 if segment.bits == 8 else 0
+        ones, group = mx.ones_like(scales), segment.group_size
+        codes = mx.dequantize(
+            segment.arrays["codes"], ones, -offset * ones, group_size=group, bits=segment.bits
+        )
+        scales, biases = (mx.repeat(a, group // 32, -1) for a in (scales, biases + offset * scales))
+        return Integers(codes, None, scales, biases)
+    name, arrays = segment.format.name, dict(segment.arrays)
+    codes = _CODES[name](arrays).astype(mx.float32).reshape(segment.rows, segment.columns)
+    if name == "Q6_K":
+        d, times = _q6_k(arrays)
+        return Integers(codes, times, mx.repeat(d, 8, axis=1), None)
+    return Integers(codes, None, *_SCALES[name](arrays))

@@ -257,9 +257,9 @@ class Prepared:
     __slots__ = ("_emulated", "_inputs", "_kernel", "_launch", "_options", "_places", "name")
 
     def __init__(
-        self, name: str, launch: Launch, free: Sequence[str], shapes: Sequence[tuple[int, ...]]
+        self, launch: Launch, free: Sequence[str], shapes: Sequence[tuple[int, ...]]
     ) -> None:
-        self.name = name
+        self.name = launch.program.op
         self._launch = replace(launch, shapes=tuple(shapes))
         self._inputs = list(launch.arrays)
         self._places = [launch.program.inputs.index(n) for n in free]

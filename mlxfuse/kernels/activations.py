@@ -41,3 +41,15 @@ class Int8Activations:
                     f"{name} of int8 activations: expected {dtype} of shape {expected}, "
                     f"found {array.dtype} of shape {array.shape}"
                 )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codes.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.codes.ndim
+
+    @property
+    def size(self) -> int:
+        return self.codes.size

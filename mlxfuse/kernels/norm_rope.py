@@ -87,7 +87,7 @@ def prepare(
     if _refuse(call) is not None:
         return None
     launch = _launch(call)
-    return Prepared("norm_rope", launch, ("q", "k", "offset"), launch.shapes)
+    return Prepared(launch, ("q", "k", "offset"), launch.shapes)
 
 
 _DEFAULTS: dict[str, Any] = {

@@ -88,7 +88,7 @@ def prepare(
     if _refuse(call) is not None:
         return None
     launch = _launch(call)
-    return Prepared("rms_norm", launch, ("x", "residual"), launch.shapes)
+    return Prepared(launch, ("x", "residual"), launch.shapes)
 
 
 @dataclass(frozen=True, slots=True)

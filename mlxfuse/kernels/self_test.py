@@ -24,14 +24,15 @@ import numpy as np
 from .. import env
 from . import _kernel
 from ._kernel import Kernel, Launch, Program, Recorded
+from ._product import MAX_BATCH, MAX_VECTOR_ROWS, Call
 from ._source import header
+from .activations import Int8Activations
 from .dequantize import KERNEL as DEQUANTIZE
+from .int8_matmul import KERNEL as INT8_MATMUL
 from .norm_rope import KERNEL as NORM_ROPE
 from .norm_rope import _Call as RopeCall
 from .quantize_int8 import KERNEL as QUANTIZE_INT8
 from .quantized_matmul import KERNEL as QUANTIZED_MATMUL
-from .quantized_matmul import MAX_BATCH, MAX_VECTOR_ROWS
-from .quantized_matmul import _Call as Call
 from .rms_norm import KERNEL as RMS_NORM
 from .rms_norm import _Call as NormCall
 from .weight import Part, QuantizedWeight, Segment
@@ -152,7 +153,7 @@ def _small_rows(
     return taken, rows, dtype
 
 
-def _small_matmul(call: Call) -> tuple[Call]:
+def _small_matmul(call: Call[Any]) -> tuple[Call[Any]]:
     """The first rows of each part, random activations; the same parts, formats and epilogue."""
     rows: dict[int, list[slice]] = {}
     for part in call.weight.parts:
@@ -175,8 +176,11 @@ def _small_matmul(call: Call) -> tuple[Call]:
         at[id(part.segment)] += count
     weight = QuantizedWeight(tuple(parts))
     normal = _normal(call.x.dtype)
-    given = call.x.size // weight.columns
-    small = replace(call, x=normal(given, weight.columns), weight=weight)
+    x = normal(call.x.size // weight.columns, weight.columns)
+    small = replace(call, x=x, weight=weight)
+    if isinstance(call.x, Int8Activations):
+        codes, scales, sums = QUANTIZE_INT8.reference(x)
+        small = replace(small, x=Int8Activations(codes, scales, sums, x.dtype))
     if call.experts is not None:
         small = replace(small, experts=mx.zeros_like(call.experts))
     if call.bias is not None:
@@ -230,6 +234,7 @@ def _small_rope(call: RopeCall) -> tuple[RopeCall]:
 
 _SMALL: dict[str, Callable[..., tuple[Any, ...]]] = {
     DEQUANTIZE.name: _small_rows,
+    INT8_MATMUL.name: _small_matmul,
     NORM_ROPE.name: _small_rope,
     QUANTIZE_INT8.name: _small_quantize,
     QUANTIZED_MATMUL.name: _small_matmul,

@@ -84,8 +84,11 @@ class FusedAttention(FusedModule):
         return [(self, name) for name in self._fused.norms]
 
     def _entering(self, run: Run) -> Run:
-        """How `_enter` is run: modules that rotate may need the offset's value."""
-        return run if self._fused.rotation or not self._fused.rope else Run(run.mode, False)
+        """How `_enter` is run: modules that rotate may need the offset's value, but for MLX's."""
+        form = self._fused
+        if form.rotation or not form.rope or type(self[form.rope]) is nn.RoPE:
+            return run
+        return Run(run.mode, False)
 
     def _offset(self, run: Run, cache: Any) -> int | mx.array:
         """The tokens before; as an array where a graph is kept, of which it is an input."""

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..kernels import assumed, fallbacks, ready
-from ..kernels.quantized_matmul import MAX_BATCH
+from ..kernels._product import MAX_BATCH
 from .norm import AddedNorm
 from .piece import Piece
 from .projection import Projection

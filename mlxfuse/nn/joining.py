@@ -108,7 +108,9 @@ def join_experts(parent: nn.Module, names: Sequence[str]) -> KernelProjection | 
         return "its experts are " + " and ".join(sorted(kinds))
     if any("bias" in x for x in linears):
         return "its experts have biases"
-    if len({x.input_dims for x in linears}) > 1 or len({x.scales.dtype for x in linears}) > 1:
+    if any(x.bits is None or x.group_size is None for x in linears):
+        return "its experts do not tell their bits and group size"
+    if len({_columns(x) for x in linears}) > 1 or len({x.scales.dtype for x in linears}) > 1:
         return "its experts have different inputs or types"
     segments = [_segment(x, x) for x in linears]
     for segment in segments:

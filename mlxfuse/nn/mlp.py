@@ -8,7 +8,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..kernels import ready
 from .attention import FusedAttention
 from .form import Form, FusedModule, Run, plus, project
 from .linear import GATED, PLAIN
@@ -87,9 +86,18 @@ class FusedExperts(FusedModule):
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """x [..., hidden_size], ids of experts [..., k] -> [..., k, hidden_size]."""
-        form, hidden = self._fused, None
-        if form.up is not None and self.fusible(form.up):
-            hidden = form.up.gathered(x, indices, form.activation, ready())
+        if not self.fusible(self._fused.up):
+            own: mx.array = self._fused.original.__call__(self, x, indices)
+            return own
+        return self._part(Run.of(x), self._whole, self._children, x, indices)
+
+    def _children(self) -> list[tuple[nn.Module, str]]:
+        return [(self, self._fused.output)]
+
+    def _whole(self, mode: str, x: mx.array, indices: mx.array) -> mx.array:
+        """All of it."""
+        form = self._fused
+        hidden = None if form.up is None else form.up.gathered(x, indices, form.activation, mode)
         if hidden is None:
             own: mx.array = form.original.__call__(self, x, indices)
             return own
@@ -148,7 +156,7 @@ class FusedBlock(FusedModule):
             how = {"mask": mask, "cache": cache}
             r = mixer(normed, **how) if form.keywords else mixer(normed, mask, cache)
             if form.second is not None and self.fusible(form.second):
-                both = form.second(r, x, ready())
+                both = form.second(r, x, Run.of(x).mode)
             h = x + r if both is None else both[0]
         normed = self[form.norms[1]](h) if both is None else both[1]
         if form.mlp_adds and isinstance(mlp, FusedMLP):

@@ -18,9 +18,10 @@ _Graph = tuple[Callable[..., Any], Counter[str]]
 class Piece:
     """``function(mode, *arrays)`` as a graph that `mx.compile` keeps, one for each shape.
 
-    To call a Metal kernel costs the host 4 us and more, its place in a kept graph 0.5. What the
-    function reads besides its arguments becomes a constant of the graph: callers see to it that
-    the arrays of projections are still those, here that those of ``children`` are.
+    To call a Metal kernel costs the host 4 us and more, its place in a kept graph 0.5; MLX's own
+    variable ``MLX_DISABLE_COMPILE=1`` does without. What the function reads besides its arguments
+    becomes a constant of the graph: callers see to it that the arrays of projections are still
+    those, here that those of ``children`` are.
 
     Args:
         children: (parent, name) of the other modules that the function calls.

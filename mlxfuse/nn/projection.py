@@ -10,7 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..kernels import Prepared, wanted
-from ..kernels.quantized_matmul import MAX_BATCH, prepare, quantized_matmul
+from ..kernels._product import MAX_BATCH
+from ..kernels.quantized_matmul import prepare, quantized_matmul
 from ..kernels.weight import AffineSegment, QuantizedWeight
 from .linear import GATED, PLAIN, Linear
 from .quantized import QuantizedLinear

@@ -24,7 +24,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "affine4": {"bits": 4, "group_size": 64},
     "affine4-g32": {"bits": 4, "group_size": 32},
     "affine8": {"bits": 8, "group_size": 64},
-    "mxfp4": {"mode": "mxfp4"},
+    "mxfp4": {"bits": 4, "group_size": 32, "mode": "mxfp4"},
 }
 # Every size is a multiple of 64 where a matrix multiplies, so that each format fits.
 TINY: dict[str, Any] = {
@@ -333,7 +333,7 @@ def build(name: str, form: str = "float32", **own: Any) -> nn.Module:
     model.update(tree_unflatten(weights))
     model.eval()
     if FORMS[form]:
-        group = FORMS[form].get("group_size", 32)
+        group = FORMS[form]["group_size"]
         nn.quantize(
             model,
             **FORMS[form],

@@ -27,6 +27,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mlxfuse.fusion import patch_model, unpatch_model
+from mlxfuse.kernels import launches
+from tests import msl
 from tests.fusion import zoo
 from tests.fusion.configs import VOCABULARY, config
 
@@ -85,6 +87,18 @@ def test_generate(pair, tokenizer) -> None:
     assert len(set(same(lambda m: tuple(tokens(m, tokenizer)), pair))) > 3
 
 
+def test_generate_with_kernels(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each decoded token goes through the Metal source."""
+    want = tokens(zoo.build("llama", "affine4"), tokenizer)
+    monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
+    model = patched("llama", "affine4")
+    launches.clear()
+    with msl.installed(build="fast"):
+        assert tokens(model, tokenizer) == want
+    # The last token's logits are built, but no one asks for what would follow.
+    assert launches["quantized_matmul"] >= (COUNT - 1) * 4 * len(model.layers)
+
+
 def test_log_probabilities(pair, tokenizer) -> None:
     stock, ours = (
         np.array([r.logprobs for r in stream_generate(m, tokenizer, PROMPT, max_tokens=4)])
@@ -98,8 +112,7 @@ def test_prefill_in_steps(pair, tokenizer) -> None:
 
 
 def test_mlx_lms_quantised_cache(tokenizer) -> None:
-    both = (zoo.build("llama", head_dim=32), patched("llama", "float32"))
-    both = tuple(zoo.build("llama", head_dim=32) for _ in range(2))
+    both = zoo.build("llama", head_dim=32), zoo.build("llama", head_dim=32)
     patch_model(both[1], fuse="all")
     same(lambda m: tokens(m, tokenizer, kv_bits=8, kv_group_size=32, quantized_kv_start=4), both)
 
@@ -181,9 +194,7 @@ def test_saved_models_load(pair, tokenizer, tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     name = stock.model_type
     form = zoo.FORMS[dict(MODELS)[name]]
-    made = config(name) | ({"quantization": {"group_size": 32, **form}} if form else {})
-    if form.get("mode") == "mxfp4":
-        made["quantization"]["bits"] = 4
+    made = config(name) | ({"quantization": form} if form else {})
     save(tmp_path / "saved", tmp_path / "source", ours, tokenizer, made, donate_model=False)
     loaded, _ = mlx_lm.load(str(tmp_path / "saved"))
     assert np.array_equal(zoo.logits(loaded), zoo.logits(stock))

@@ -226,7 +226,11 @@ def attention_subclassed(model: nn.Module) -> None:
         (subclassed, [1], "its linears are Other and quantised"),
         (aliased, [0, 1], "q_proj is used in several places"),
         (streamed, [1], "its linears are dense and quantised"),
-        (attention_subclassed, [1], "llama.Attention is a subclass without a __call__ of its own"),
+        (
+            attention_subclassed,
+            [1],
+            "llama.Attention is not the class that its module has under this name",
+        ),
     ],
 )
 def test_what_is_not_certain_is_left_alone(

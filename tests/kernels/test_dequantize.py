@@ -45,6 +45,22 @@ def test_gathered_rows(format: Format, kernels: str) -> None:
 
 
 @by_format
+def test_experts(format: Format, kernels: str) -> None:
+    data = random_blocks(format, 9, 256)
+    got = dequantize(segment(data, format, experts=3))
+    assert got.shape == (3, 3, 256)
+    np.testing.assert_array_equal(bits(got).reshape(9, 256), bits(expected(data, format)))
+
+
+def test_rows_of_experts_are_refused() -> None:
+    weight = segment(random_blocks(BY_NAME["Q4_0"], 8, 64), BY_NAME["Q4_0"], experts=2)
+    with pytest.raises(ValueError, match=r"expected a segment \[N, K\], found one of 2 experts"):
+        dequantize(weight, mx.array([1, 0]))
+    got = dequantize(weight.take(mx.array([1])).take(slice(0, 1)))
+    assert got.shape == (1, 4, 64)
+
+
+@by_format
 def test_no_rows(format: Format) -> None:
     weight = segment(random_blocks(format, 2, 256), format)
     (none,) = KERNEL.reference(weight, mx.zeros((0, 3), mx.int32), mx.float16)

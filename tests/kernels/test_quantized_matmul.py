@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ from mlxfuse import KernelError
 from mlxfuse.formats import BY_NAME, Format
 from mlxfuse.kernels import _kernel
 from mlxfuse.kernels import quantized_matmul as module
-from mlxfuse.kernels.quantized_matmul import ACTIVATIONS, quantized_matmul
-from mlxfuse.kernels.weight import AffineSegment, QuantizedWeight
+from mlxfuse.kernels._product import ACTIVATIONS
+from mlxfuse.kernels.quantized_matmul import quantized_matmul
+from mlxfuse.kernels.weight import AffineSegment, Part, QuantizedWeight
 from mlxfuse.nn.quantized import FusedQuantizedLinear, QuantizedLinear
 from tests import msl
 
@@ -117,24 +120,29 @@ def test_the_cases_have_every_pair() -> None:
     assert not possible({"m": M, "n": N}, allowed) - set().union(*map(pairs, CASES))
 
 
+PRODUCT = [
+    pytest.param(f, k, dtype, id=f"{f.name}-{k}-{dtype}")
+    for f, k, dtype in itertools.product(WITH_KERNEL, K, NMSE)
+    if k % f.block_size == 0
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", list(NMSE), ids=str)
-@pytest.mark.parametrize("format", WITH_KERNEL, ids=lambda f: f.name)
-def test_the_full_product(format: Format, dtype: mx.Dtype, kernels: str) -> None:
-    """Every M, N and K of a format and type: half an hour in all, on a core."""
+@pytest.mark.parametrize(("format", "k", "dtype"), PRODUCT)
+def test_the_full_product(format: Format, k: int, dtype: mx.Dtype, kernels: str) -> None:
+    """Every M and N; the checked build up to 300 rows. All of it takes a core half an hour."""
     largest = 300 if kernels == "checked" else max(N)
-    for k in (k for k in K if k % format.block_size == 0):
-        data = random_blocks(format, largest, k)
-        x = random_x(max(M), k, dtype)
-        w = expected(data, format).astype(np.float64)
-        want = to_float64(x) @ w.T
-        size = np.abs(to_float64(x)) @ np.abs(w).T
-        for n in (n for n in N if n <= largest):
-            weight = QuantizedWeight.whole(segment(np.ascontiguousarray(data[:n]), format))
-            for m in M:
-                with msl.using(orders=()):
-                    (y,) = quantized_matmul(x[:m], weight)
-                assert_close(y, want[:m, :n], 4 * EPS[dtype] * size[:m, :n], dtype)
+    data = random_blocks(format, largest, k)
+    x = random_x(max(M), k, dtype)
+    w = expected(data, format).astype(np.float64)
+    want = to_float64(x) @ w.T
+    bound = 4 * EPS[dtype] * (np.abs(to_float64(x)) @ np.abs(w).T)
+    for n, m in itertools.product((n for n in N if n <= largest), M):
+        weight = QuantizedWeight.whole(segment(np.ascontiguousarray(data[:n]), format))
+        # The pairs run in every order of threads.
+        with msl.using(orders=()):
+            (y,) = quantized_matmul(x[:m], weight)
+        assert_close(y, want[:m, :n], bound[:m, :n], dtype)
 
 
 def test_one_wrong_block_is_seen(kernels: str) -> None:
@@ -176,6 +184,23 @@ def test_gate_and_up_equal_each_alone(names: tuple[str, str], kernels: str) -> N
     assert mx.array_equal(gate, alone[0])
     assert mx.array_equal(up, alone[1])
     assert not mx.array_equal(gate, up)
+
+
+@pytest.mark.parametrize("m", [1, 3, 40])
+@pytest.mark.parametrize("name", ["Q4_K", "affine4g64"])
+def test_parts_of_one_format_may_lie_apart(name: str, m: int, kernels: str) -> None:
+    """As gate and up of a model of MLX-LM do, which are two arrays each."""
+    held, parts = zip(*(matrix(name, 37, 256, seed=seed) for seed in (1, 2)), strict=True)
+    weight = QuantizedWeight(tuple(Part(segment, 0, 37) for segment in held))
+    x = scaled(random_x(m, 256, mx.float32), list(parts), None)
+    before = launched()
+    outputs = quantized_matmul(x, weight, split=True)
+    (got,) = quantized_matmul(x, weight, activation="swiglu")
+    assert launched() - before == (2 if m < 40 else 0)
+    for y, w in zip(outputs, parts, strict=True):
+        assert_product(y, x, w)
+    (want,) = activated("swiglu", sums(x, parts))
+    assert_close(got, want, np.zeros(()), mx.float32)
 
 
 @pytest.mark.parametrize("dtype", list(NMSE), ids=str)
@@ -361,14 +386,14 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 def test_launch_geometry_is_a_pure_function_of_shapes() -> None:
     weight = joined(("Q4_0", "Q4_0"), (20, 8), 64).weight
     x = mx.zeros((9, 64), mx.float16)
-    call = module._Call(x, weight, None, None, None, True, None)
+    call = module.Call(x, weight, None, None, None, True, None)
     launch = module._launch(call)
     assert launch.grid == ((5 + 2) * 64, 2, 1)  # 4 rows a threadgroup; 5 rows of x at a time
     assert launch.shapes == ((9, 20), (9, 8))
     assert launch.threadgroup == (64, 1, 1)
     assert module._launch(call).program is launch.program
     routes = [
-        module._Call(mx.zeros((m, 64)), weight, None, None, None, True, None, "tiles").route
+        module.Call(mx.zeros((m, 64)), weight, None, None, None, True, None, "tiles").route
         for m in (1, 2, 32, 33)
     ]
     assert routes == ["vector", "batch", "batch", "tiles"]

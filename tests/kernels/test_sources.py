@@ -18,9 +18,9 @@ def test_generated_text_compiles_in_every_language_version(variant):
 
 def test_a_text_that_needs_a_newer_language_is_found():
     found = capture(VARIANTS[0].launch)
-    assert "const F f(p, row * units, i);" in found.source
+    assert "const F f(p,row*units,i);" in found.source
     newer = found.source.replace(
-        "const F f(p, row * units, i);",
+        "const F f(p,row*units,i);",
         "auto at = [](uint a, uint b) { return a * b; };\nconst F f(p, at(row, units), i);",
     )
     errors = msl.check_languages(newer, found.name)

@@ -61,11 +61,11 @@ def test_ragged_rows_read_the_rest_once():
 def overlapping(monkeypatch):
     """The kernel with passes over a row that overlap by half."""
     whole = _kernel.header
-    step = "i += 32"
+    step = "i+=32"
 
     def header(parts):
         assert step in whole(parts)
-        return whole(parts).replace(step, "i += 16")
+        return whole(parts).replace(step, "i+=16")
 
     monkeypatch.setattr(_kernel, "header", header)
     _kernel._compiled.cache_clear()

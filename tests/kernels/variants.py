@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -14,13 +14,15 @@ from mlxfuse.gguf.relayout import stream_shapes
 from mlxfuse.kernels import (
     _kernel,
     dequantize,
+    int8_matmul,
     norm_rope,
     quantize_int8,
     quantized_matmul,
     rms_norm,
 )
+from mlxfuse.kernels._product import ACTIVATIONS, Call
 from mlxfuse.kernels._source import header
-from mlxfuse.kernels.quantized_matmul import ACTIVATIONS, _Call
+from mlxfuse.kernels.activations import Int8Activations
 from mlxfuse.kernels.weight import AffineSegment, AnySegment, Part, QuantizedWeight, Segment
 from tests import msl
 
@@ -132,9 +134,34 @@ def _product(
     rng = np.random.default_rng(rows)
     x = mx.array(rng.normal(0, 0.01, (rows, weight.columns)), mx.float32).astype(dtype)
     options = {"bias": None, "residual": None, "activation": None, "split": False, "experts": None}
-    call = _Call(x, weight, **{**options, **more})
+    call = Call(x, weight, **{**options, **more}, large="tiles")
     call.check()
     return Variant(f"quantized_matmul {name}", quantized_matmul.KERNEL, (call,))
+
+
+def int8(rows: int, columns: int, dtype: mx.Dtype) -> Int8Activations:
+    """Any codes and scales, with the sums that belong to them."""
+    rng = np.random.default_rng([rows, columns])
+    codes = rng.integers(-127, 128, (rows, columns // 32, 32))
+    scales = rng.uniform(0, 1e-3, codes.shape[:2]).astype(np.float32)
+    sums = scales * codes.sum(-1).astype(np.float32)
+    whole = mx.array(codes.reshape(rows, columns), mx.int8)
+    return Int8Activations(whole, mx.array(scales), mx.array(sums), dtype)
+
+
+def _int8_variants() -> Iterator[Variant]:
+    """Formats with and without biases, halves and unsigned bytes; each way to cut a product."""
+    for parts, rows, more in (
+        ([("Q4_0", ROWS)], 1, {}),
+        ([("Q6_K", ROWS)], 3, {"split": True}),
+        ([("affine8", ROWS)], 40, {}),
+        ([("Q4_K", ROWS), ("Q6_K", ROWS)], 40, {"activation": "swiglu"}),
+        ([("Q5_0", 16), ("affine4", 8), ("affine8", 8)], 8, {"split": True}),
+    ):
+        product = _matmul("", parts, rows, mx.float16, **more)
+        call = replace(product.arguments[0], x=int8(rows, COLUMNS, mx.float16))
+        formats = ", ".join(f for f, _ in parts)
+        yield Variant(f"int8_matmul {formats} M = {rows}", int8_matmul.KERNEL, (call,))
 
 
 def product(name: str, rows: int, columns: int, dtype: mx.Dtype) -> Variant:
@@ -145,32 +172,38 @@ def product(name: str, rows: int, columns: int, dtype: mx.Dtype) -> Variant:
 
 def variants() -> Iterator[Variant]:
     """All formats; each type of x, each epilogue and each kind of weight on some."""
+    half = mx.float16
+    some = mx.array([5, 0, 23], mx.uint32)
     for name in NAMES:
-        for dtype in DTYPES if name in ("Q4_0", "Q6_K") else DTYPES[:1]:
+        for dtype in DTYPES if name == "Q4_0" else DTYPES[:1]:
             kind = f"{name} {str(dtype).removeprefix('mlx.core.')}"
-            some = mx.array([5, 0, 23], mx.uint32)
             part = segment(name, ROWS, COLUMNS)
             if name not in MLX:
-                yield Variant(f"dequantize {kind}", dequantize.KERNEL, (part, None, dtype))
                 yield Variant(f"dequantize rows {kind}", dequantize.KERNEL, (part, some, dtype))
             for rows in (1, 3):
                 yield _matmul(f"{kind} M = {rows}", [(name, ROWS)], rows, dtype)
+    yield Variant("dequantize", dequantize.KERNEL, (segment("Q4_0", ROWS, COLUMNS), None, half))
     rng = np.random.default_rng(0)
-    half = mx.float16
-    gate_up, qkv = [("Q4_K", ROWS), ("Q4_K", ROWS)], [("Q5_0", 16), ("Q5_0", 8), ("Q8_0", 8)]
-    for rows in (1, 8):
-        for activation in ACTIVATIONS:
-            gated = activation in ("swiglu", "geglu", "geglu_tanh")
-            parts = gate_up if gated else gate_up[:1]
-            yield _matmul(f"{activation} M = {rows}", parts, rows, half, activation=activation)
-        yield _matmul(f"split M = {rows}", qkv, rows, half, split=True)
-        bias = mx.array(rng.standard_normal(32), mx.float32).astype(half)
-        yield _matmul(f"joined, bias M = {rows}", qkv, rows, half, bias=bias)
+    same, mixed = [("Q4_K", ROWS), ("Q4_K", ROWS)], [("Q4_K", ROWS), ("Q8_0", ROWS)]
+    qkv = [("Q5_0", 16), ("Q5_0", 8), ("Q8_0", 8)]
+    for activation in ACTIVATIONS:
+        parts = same if activation in ("swiglu", "geglu", "geglu_tanh") else same[:1]
+        yield _matmul(f"{activation} M = 1", parts, 1, half, activation=activation)
+    bias = mx.array(rng.standard_normal(32), mx.float32).astype(half)
+    for rows in (1, 8, 40):
+        kind = f"M = {rows}"
+        yield _matmul(f"swiglu of both {kind}", mixed, rows, half, activation="swiglu")
+        yield _matmul(f"split {kind}", qkv, rows, half, split=True)
+        yield _matmul(f"joined, bias {kind}", qkv, rows, half, bias=bias)
         added = mx.array(rng.standard_normal((rows, ROWS)), mx.float32).astype(half)
-        yield _matmul(f"residual M = {rows}", gate_up[:1], rows, half, residual=added)
-    experts = QuantizedWeight.whole(segment("MXFP4", 4 * ROWS, COLUMNS, experts=4))
+        yield _matmul(f"residual {kind}", same[:1], rows, half, residual=added)
+    yield _matmul("bfloat16 M = 40", same[:1], 40, mx.bfloat16)
     ids = mx.array([[3, 1]], mx.uint32)
-    yield _product("experts", experts, 1, half, experts=ids)
+    halves = [segment(name, 4 * ROWS, COLUMNS, experts=4) for name in ("MXFP4", "Q4_0")]
+    both = QuantizedWeight(tuple(Part(s, 0, ROWS) for s in halves))
+    yield _product("experts", both, 1, half, experts=ids)
+    yield _product("experts, swiglu", both, 1, half, experts=ids, activation="swiglu")
+    yield from _int8_variants()
     yield from norms()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import mlx.core as mx
@@ -15,15 +16,18 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_map
+from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlxfuse.fusion import patch_model, unpatch_model
 from mlxfuse.kernels import disabled, fallbacks, launches
 from mlxfuse.kernels import quantized_matmul as matmul
+from mlxfuse.kernels._product import Call
 from mlxfuse.kernels.norm_rope import norm_rope
 from mlxfuse.nn import form, projection, rotation
 from mlxfuse.nn.piece import Piece
 from tests.fusion import zoo
+from tests.fusion.configs import USED
 
 BOUND = 1e-5
 
@@ -44,11 +48,18 @@ class StandIn:
         return list(self.function(*arrays))
 
 
-def prepare_matmul(x: mx.array, weight: Any, *, residual: Any, split: bool, **options: Any):
-    def product(x: mx.array, residual: mx.array | None = None) -> list[mx.array]:
-        call = matmul._Call(x, weight, residual=residual, split=split, experts=None, **options)
-        found = matmul._dense(call, dequantized=True)
-        return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in found]
+def prepare_matmul(
+    x: mx.array, weight: Any, *, residual: Any = None, experts: Any = None, **options: Any
+):
+    optional = {"residual": residual, "experts": experts}
+    given = [name for name, array in optional.items() if array is not None]
+
+    def product(x: mx.array, *arrays: mx.array) -> list[mx.array]:
+        free = dict.fromkeys(optional) | dict(zip(given, arrays, strict=True))
+        call = Call(x, weight, **{"bias": None, **options}, **free)
+        found = matmul._dense(call, dequantized=experts is None)
+        lead = x.shape[:-1] if experts is None else free["experts"].shape
+        return [y.reshape(*lead, y.shape[-1]) for y in found]
 
     return StandIn("quantized_matmul", product)
 
@@ -73,14 +84,14 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     disabled.clear()
 
 
-def patched(name: str) -> nn.Module:
-    model = zoo.build(name, "affine4", num_hidden_layers=2)
+def patched(name: str, **own: Any) -> nn.Module:
+    model = stock(name, **own)
     patch_model(model, fuse="all")
     return model
 
 
-def stock(name: str) -> nn.Module:
-    return zoo.build(name, "affine4", num_hidden_layers=2)
+def stock(name: str, **own: Any) -> nn.Module:
+    return zoo.build(name, "affine4", **{"num_hidden_layers": 2, **own})
 
 
 def forms(model: nn.Module) -> list[form.Form]:
@@ -92,18 +103,30 @@ def pieces(model: nn.Module) -> list[Piece]:
     return [piece for f in forms(model) for piece in f.kept.values()]
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
 @pytest.mark.parametrize(
-    ("name", "parts"),
+    ("name", "parts", "own"),
     [
-        ("llama", {"_enter", "_leave"}),  # of the layer
-        ("qwen3", {"_enter", "_leave"}),
-        ("gemma2", {"_enter", "_leave", "_whole"}),  # of its attention and its MLP
-        ("olmo2", {"_leave", "_whole"}),  # modules that rotate need the offset's value
+        ("llama", {"_enter", "_leave"}, {}),  # of the layer
+        ("qwen3", {"_enter", "_leave"}, {}),
+        ("gemma2", {"_enter", "_leave", "_whole"}, {}),  # of its attention and its MLP
+        ("olmo2", {"_enter", "_leave", "_whole"}, {}),
+        ("mixtral", {"_enter", "_leave", "_whole"}, {}),  # of its attention and its experts
+        # Other modules that rotate may need the offset's value.
+        ("olmo2", {"_leave", "_whole"}, {"rope_scaling": LLAMA3}),
     ],
 )
-def test_kept_graphs_give_the_same(name: str, parts: set[str]) -> None:
-    model = patched(name)
-    want = zoo.logits(stock(name))
+def test_kept_graphs_give_the_same(name: str, parts: set[str], own: dict[str, Any]) -> None:
+    model = patched(name, **own)
+    want = zoo.logits(stock(name, **own))
     assert zoo.apart(zoo.logits(model), want) <= BOUND
     builds = [piece._builds for piece in pieces(model)]
     assert builds == [1] * len(builds)
@@ -125,6 +148,41 @@ def test_other_shapes_have_their_own() -> None:
         at += count
     # Lengths 3, 1, 2 and 4 of a batch of two.
     assert {piece._builds for piece in pieces(model)} == {4}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", USED)
+def test_every_class_gives_the_same(name: str) -> None:
+    with zoo.uncompiled():
+        want = zoo.logits(stock(name, num_hidden_layers=4))
+    assert zoo.apart(zoo.logits(patched(name, num_hidden_layers=4)), want) <= BOUND
+
+
+def answers(model: nn.Module) -> list[list[int]]:
+    """Of prompts of different lengths, by mlx-lm's batches."""
+    batch = BatchGenerator(model, max_tokens=6)
+    found = {uid: [] for uid in batch.insert([[3, 14, 15, 9], [26, 5]])}
+    for _ in range(8):
+        for response in batch.next_generated():
+            found[response.uid].append(response.token)
+    batch.close()
+    return list(found.values())
+
+
+def test_batches_in_two_threads() -> None:
+    """Each row of a batch has another offset; each thread has its own stream and model."""
+    names = ("llama", "qwen3")
+    want = [answers(stock(name)) for name in names]
+
+    def run(model: nn.Module) -> list[list[list[int]]]:
+        with mx.stream(mx.new_stream(mx.default_device())):
+            return [answers(model) for _ in range(3)]
+
+    models = [patched(name) for name in names]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(run, models))
+    assert found == [[each] * 3 for each in want]
+    assert all(piece._builds for model in models for piece in pieces(model))
 
 
 def test_launches_are_counted_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:

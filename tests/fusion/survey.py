@@ -1,0 +1,62 @@
+"""``python -m tests.fusion.survey``: the classes of mlx-lm that each known body covers."""
+
+from __future__ import annotations
+
+import inspect
+from collections import defaultdict
+from collections.abc import Iterator
+from importlib import import_module
+from pkgutil import iter_modules
+
+import mlx.nn as nn
+import mlx_lm.models
+
+from mlxfuse.fusion.bodies import BODIES
+from mlxfuse.fusion.certify import Match, certify
+
+
+def classes() -> Iterator[type[nn.Module]]:
+    """Every module with a ``__call__`` of its own that mlx-lm's model files define, and two of
+    MLX's that they use.
+    """
+    yield from (nn.RMSNorm, nn.RoPE)
+    for found in iter_modules(mlx_lm.models.__path__):
+        try:
+            module = import_module(f"mlx_lm.models.{found.name}")
+        except (ImportError, SystemExit):  # olmo ends the process where ai2-olmo is missing
+            continue
+        for value in vars(module).values():
+            if (
+                inspect.isclass(value)
+                and issubclass(value, nn.Module)
+                and value.__module__ == module.__name__
+                and "__call__" in vars(value)
+            ):
+                yield value
+
+
+def covered() -> dict[int, list[str]]:
+    """Index in `BODIES` -> names of the classes that have the body."""
+    found: dict[int, list[str]] = defaultdict(list)
+    for cls in classes():
+        for kind in dict.fromkeys(body.kind for body in BODIES):
+            match = certify(cls, kind)
+            if isinstance(match, Match):
+                name = f"{cls.__module__.rpartition('.')[2]}.{cls.__qualname__}"
+                found[BODIES.index(match.body)].append(name)
+    return found
+
+
+def main() -> None:
+    found = covered()
+    print("| body of | classes | such as |\n| --- | --- | --- |")
+    for i, body in enumerate(BODIES):
+        names = found[i]
+        print(f"| {body.kind} | {len(names)} | {', '.join(names[:4])} |")
+    for kind in ("attention", "mlp", "block"):
+        total = sum(len(found[i]) for i, body in enumerate(BODIES) if body.kind == kind)
+        print(f"{kind}: {total} classes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""A class is known by the text of its `__call__` and by what its names mean."""
+
+from collections import Counter
+
+import mlx.nn as nn
+import pytest
+from mlx_lm.models import llama
+
+from mlxfuse.fusion.bodies import BODIES
+from mlxfuse.fusion.certify import Match, certify, parse, unify
+from tests.fusion.survey import covered
+
+ATTENTION, MLP = BODIES[0].source, BODIES[10].source
+
+
+def match(known: str, found: str) -> dict[str, str] | None:
+    return unify(parse(known), parse(found))
+
+
+def test_mlx_lm_is_covered() -> None:
+    found = covered()
+    kinds: Counter[str] = Counter()
+    for i, names in found.items():
+        kinds[BODIES[i].kind] += len(names)
+    # Of 0.32.2; another version may have more, or other bodies.
+    assert kinds["mlp"] >= 60
+    assert kinds["attention"] >= 35
+    assert kinds["block"] >= 45
+    # The most common of each: of 72 gated MLPs, 52 of which are written in two ways.
+    assert len(found[0]) >= 19
+    assert len(found[10]) >= 52
+    assert "llama.Attention" in found[0]
+    assert "deepseek_v3.DeepseekV3MLP" in found[10]
+    assert all(found[i] for i in range(len(BODIES)))  # no text is there for nothing
+
+
+def test_names_may_differ() -> None:
+    other = """
+    def __call__(self, x: "array") -> "array":
+        'Documentation.'
+        y = self.w2(swiglu(self.w1(x), self.w3(x)))
+        return y
+    """
+    assert match(MLP, other) == {"DOWN": "w2", "GATE": "w1", "UP": "w3"}
+    renamed = ATTENTION.replace("queries", "q").replace("keys", "k").replace("self.HEADS", "self.n")
+    assert match(ATTENTION, renamed)["HEADS"] == "n"
+    apart = ATTENTION.replace(
+        "queries, keys, values = self.Q(x), self.K(x), self.V(x)",
+        "queries = self.Q(x)\n    keys = self.K(x)\n    values = self.V(x)",
+    )
+    assert apart != ATTENTION
+    assert match(ATTENTION, apart)["V"] == "V"
+    ordered = ATTENTION.replace(
+        "cache=cache, scale=self.SCALE, mask=mask", "mask=mask, scale=self.SCALE, cache=cache"
+    )
+    assert ordered != ATTENTION
+    assert match(ATTENTION, ordered)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("keys = self.ROPE(keys, offset=cache.offset)", "keys = self.ROPE(keys)"),
+        ("self.K(x)", "self.Q(x)"),  # capitals are one name each
+        ("keys = self.ROPE(keys)", "keys = self.OTHER(keys)"),
+        ("return self.O(output)", "return self.O(output) + x"),
+        ("return self.O(output)", "return self.O(queries)"),
+        ("mask=None", "mask=0"),
+        ("(self, x, mask=None", "(self, y, mask=None"),
+        ("(0, 2, 1, 3).reshape(B, L, -1)", "(0, 2, 3, 1).reshape(B, L, -1)"),
+        ("queries, keys, values, cache=cache", "queries, values, keys, cache=cache"),
+        ("keys, values = cache.update_and_fetch", "values, keys = cache.update_and_fetch"),
+        ("scaled_dot_product_attention", "attention"),
+    ],
+)
+def test_what_is_another_body(old: str, new: str) -> None:
+    assert old in ATTENTION
+    changed = ATTENTION.replace(old, new)
+    found = match(ATTENTION, changed)
+    # Two of the same name are the same: that q and k are one linear is for the detector to see.
+    assert found is None or (new == "self.Q(x)" and found["K"] == found["Q"])
+
+
+def test_an_assignment_that_reads_what_it_writes_is_not_taken_apart() -> None:
+    text = "def __call__(self, x, y):\n    x, y = self.A(y), self.B(x)\n    return x + y\n"
+    apart = "def __call__(self, x, y):\n    x = self.A(y)\n    y = self.B(x)\n    return x + y\n"
+    assert match(text, text) == {"A": "A", "B": "B"}
+    assert match(text, apart) is None
+
+
+def test_what_a_class_must_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(certify(llama.MLP, "mlp"), Match)
+    assert certify(llama.MLP, "attention") == "llama.MLP.__call__ is not a body that is known"
+    assert "not a body" in certify(nn.Linear, "mlp")
+    monkeypatch.setattr(llama, "Louder", type("Louder", (llama.MLP,), {}), raising=False)
+    llama.Louder.__module__ = llama.__name__
+    assert "subclass" in certify(llama.Louder, "mlp")
+    monkeypatch.setattr(llama, "MLP", nn.Linear)
+    assert "not the class" in certify(type_of_mlp, "mlp")
+    exec(compile(MLP.replace("swiglu(", "print("), "<text>", "exec"), scope := {})
+    monkeypatch.setattr(type_of_mlp, "__call__", scope["__call__"])
+    monkeypatch.setattr(llama, "MLP", type_of_mlp)
+    assert certify(type_of_mlp, "mlp") == "llama.MLP.__call__ has no source"
+
+
+type_of_mlp = llama.MLP
