@@ -21,6 +21,8 @@ import mlxfuse
 from mlxfuse.bench import arms, llama, measure, output, plot, run
 from mlxfuse.bench.measure import Test, alternate, numbers, speeds
 from mlxfuse.errors import MLXFuseError, ReportError
+from mlxfuse.fusion import checks, patch_model
+from mlxfuse.fusion.dispatches import per_token
 from mlxfuse.gguf.reader import open_gguf
 from mlxfuse.kernels import _kernel
 from mlxfuse.loader import load
@@ -117,7 +119,7 @@ def test_speeds_are_statistics_of_the_samples():
 def test_stock_is_of_mlx_alone_and_the_same_numbers(model, monkeypatch):
     """Matrices that stay in the file's bytes become MLX's own where those are exactly the same."""
     monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
-    ours, tokenizer = load(model, fuse="off")
+    ours, _ = load(model, fuse="off")
     stock, what = arms.stock_of(ours)
     assert {type(m).__module__ for m in stock.modules() if not m.children()} == {
         *("mlx.nn.layers." + m for m in ("linear", "quantized", "normalization")),
@@ -127,7 +129,7 @@ def test_stock_is_of_mlx_alone_and_the_same_numbers(model, monkeypatch):
     assert "dense float32" in what  # Q5_0
     assert type(ours.layers[0].self_attn.q_proj) is QuantizedLinear
     monkeypatch.setenv("MLXFUSE_KERNELS", "reference")
-    assert arms.compare(stock, ours, tokenizer.vocab_size) < 1e-5
+    assert arms.compare(stock, ours).error < 1e-5
 
 
 def test_affine_weights_are_exact_or_none(model, monkeypatch):
@@ -225,15 +227,15 @@ def wrong(weight):
 
 
 def test_a_wrong_form_is_not_timed(model, monkeypatch):
-    stock, tokenizer = load(model)
+    stock, _ = load(model)
     ours, _ = load(model)
-    assert arms.compare(stock, ours, tokenizer.vocab_size) == 0
+    assert arms.compare(stock, ours).error == 0
     ours.layers[1].mlp.down_proj.weight = wrong(ours.layers[1].mlp.down_proj.weight)
     with pytest.raises(MLXFuseError, match="not timed: its logits differ"):
-        arms.compare(stock, ours, tokenizer.vocab_size)
+        arms.compare(stock, ours)
     ours.layers[1].mlp.down_proj.weight = ours.layers[1].mlp.down_proj.weight * mx.nan
     with pytest.raises(MLXFuseError, match="not timed"):
-        arms.compare(stock, ours, tokenizer.vocab_size)
+        arms.compare(stock, ours)
 
 
 def test_rounding_is_no_difference():
@@ -241,14 +243,30 @@ def test_rounding_is_no_difference():
     want[:, 0] = 1000
     got = want.copy()
     got[5, 1] = -2
-    models = [lambda t, cache=None, v=v: mx.array(v[None]) for v in (want, got)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arms, "logits", lambda model, vocabulary: model(None)[0])
+        for module in (arms, checks):
+            patch.setattr(module, "logits", mx.array)
         patch.setitem(arms.BOUNDS, mx.float32, 2.1e-3)
-        assert arms.compare(*models, 4) == pytest.approx(2e-3)
+        found = arms.compare(want, got)
+        assert (found.error, found.top1) == (pytest.approx(2e-3), 1.0)
         patch.setitem(arms.BOUNDS, mx.float32, 1.9e-3)
         with pytest.raises(MLXFuseError, match=r"0\.002 of the largest, at most 0\.0019"):
-            arms.compare(*models, 4)
+            arms.compare(want, got)
+
+
+def test_dispatches_of_both_forms(model, monkeypatch):
+    monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
+    ours, _ = load(model, fuse="off")
+    stock, _ = arms.stock_of(ours)
+    patch_model(ours, fuse="all")
+    both = [arms.Arm("stock", "", stock), arms.Arm("ours", "", ours)]
+    assert run._dispatches(both) == {}  # none are made on the CPU
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    monkeypatch.setattr(run, "per_token", lambda m: (0, int(m is stock)))
+    assert run._dispatches(both) == {"stock": 1, "ours": 0}
+    monkeypatch.undo()
+    # 3 layers: the products of stock are 7 of a layer, those of mlxfuse 4.
+    assert per_token(stock)[1] - per_token(ours)[1] > 3 * 3
 
 
 @pytest.fixture
@@ -358,6 +376,26 @@ def test_what_cannot_be_done_is_said(model, args, code, message, monkeypatch):
     result = invoke("bench", model, *args)
     assert (result.exit_code, result.stdout) == (code, "")
     assert message in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_a_checkpoint_of_mlx_lm(model, tmp_path):
+    """`mlx_lm.load` beside the same after `patch_model`, with one copy of the weights."""
+    folder = tmp_path / "checkpoint"
+    assert invoke("export", model, folder, "--mlx").exit_code == 0
+    made = invoke("bench", folder, *SMALL, "--fuse", "all", "--json")
+    assert made.exit_code == 0, made.output
+    found = json.loads(made.stdout)
+    assert [a["match"] for a in found["arms"]] == ["reference", "yes"]
+    assert "the checkpoint's own weights" in found["arms"][0]["what"]
+    assert "qkv 3/3" in found["arms"][1]["what"]
+    assert found["model"]["model_type"] == "llama"
+    # A checkpoint of MLX-LM has no other parameters than the file.
+    assert found["model"]["model_n_params"] == run.about(model)["model_n_params"]
+    config = folder / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_file": "x.py"}))
+    refused = invoke("bench", folder, *SMALL)
+    assert (refused.exit_code, refused.stdout) == (3, "")
+    assert "code of its own (model_file)" in refused.stderr
 
 
 # --- llama-bench --------------------------------------------------------------------------

@@ -12,16 +12,14 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..errors import MLXFuseError
+from ..fusion.checks import BOUNDS, Reference, logits
+from ..fusion.report import Check
 from ..kernels._decode import decode
 from ..kernels.weight import QuantizedWeight
 from ..nn.linear import Embedding, Linear, StreamedEmbedding, StreamedLinear
 from ..nn.quantized import QuantizedEmbedding, QuantizedLinear
 from .measure import Test, seconds
 
-# Largest error, of the largest logit: sums in another order, rounded once a layer and operation.
-BOUNDS = {mx.float32: 1e-4, mx.float16: 2e-2, mx.bfloat16: 1e-1}
-# Tokens of each call that is compared: more than the kernels take, one token, some tokens.
-_SCHEDULE = (40, 1, 6)
 _SEED = 8
 _STEP = 2048  # tokens of a prompt that are processed at a time, as in mlx_lm.generate
 # Type -> bits and zero point of MLX's affine weights, where those can be the same.
@@ -111,38 +109,24 @@ class Runner:
             mx.eval(now)
 
 
-def compare(stock: nn.Module, ours: nn.Module, vocabulary: int) -> float:
-    """Largest difference of logits, of the largest stock logit, over a prompt and decoded tokens.
+def compare(stock: nn.Module, ours: nn.Module) -> Check:
+    """How far logits are from stock MLX-LM's, over a prompt and decoded tokens.
 
-    A greedy token that leads by more than twice the bound is then the same in both.
+    A greedy token that leads by more than twice the bound is the same in both.
 
     Raises:
-        MLXFuseError: it is more than rounding explains.
+        MLXFuseError: further than rounding explains.
     """
-    want, got = logits(stock, vocabulary), logits(ours, vocabulary)
-    bound = max(BOUNDS[want.dtype], BOUNDS[got.dtype])
-    a, b = (np.array(v.astype(mx.float32)) for v in (want, got))
-    scale = float(np.abs(a).max())
-    error = float(np.abs(a - b).max()) / scale
-    if not error <= bound:  # a NaN is no agreement
+    reference = Reference(logits(stock))
+    found = reference.compare(ours)
+    bound = BOUNDS[reference.logits.dtype]
+    if not found.error <= bound:  # a NaN is no agreement
         raise MLXFuseError(
-            f"mlxfuse is not timed: its logits differ from stock MLX-LM's by {error:.3g} of the "
-            f"largest, at most {bound:g} is rounding; please report this, with the model's name"
+            f"mlxfuse is not timed: its logits differ from stock MLX-LM's by {found.error:.3g} of "
+            f"the largest, at most {bound:g} is rounding ({found.top1:.0%} of the greedy tokens "
+            "agree); please report this, with the model's name"
         )
-    return error
-
-
-def logits(model: nn.Module, vocabulary: int) -> mx.array:
-    """[tokens, vocabulary] of a random prompt that is read in a few calls."""
-    from mlx_lm.models.cache import make_prompt_cache
-
-    ids = np.random.default_rng(_SEED).integers(0, vocabulary, (1, sum(_SCHEDULE)))
-    tokens, rows, start, cache = mx.array(ids), [], 0, make_prompt_cache(model)
-    for count in _SCHEDULE:
-        rows.append(model(tokens[:, start : start + count], cache=cache)[0])
-        mx.eval(rows[-1])
-        start += count
-    return mx.concatenate(rows)
+    return found
 
 
 def stock_of(model: nn.Module) -> tuple[nn.Module, str]:

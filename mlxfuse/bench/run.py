@@ -15,7 +15,8 @@ import mlx.nn as nn
 from .. import env
 from ..errors import KernelError, UnsupportedError
 from ..fusion import PatchReport, patch_model
-from ..gguf.reader import open_gguf
+from ..fusion.dispatches import per_token
+from ..gguf.exported import is_export, open_model
 from ..loader import load
 from .arms import Arm, Runner, compare, nbytes, stock_of
 from .machine import environment
@@ -49,7 +50,8 @@ def bench(
     """Compare, then time, both forms of a model; everything as plain data, ready for JSON.
 
     Bytes, nanoseconds (``_ns``) and tokens a second (``_ts``); ``read`` is what one decoded token
-    reads, weights and cache, ``gb_s`` that by time, ``share`` that of ``bandwidth``.
+    reads, weights and cache, ``gb_s`` that by time, ``share`` that of ``bandwidth``;
+    ``dispatches`` are those of one decoded token, on Metal.
 
     Args:
         path: a GGUF file, or a folder with an MLX-LM checkpoint.
@@ -70,10 +72,10 @@ def bench(
         Arm(OURS, _describe(model, patch), model),
     ]
     say("comparing outputs")
-    error = compare(stock, model, vocabulary)
+    agreement = compare(stock, model)
     if env.get("MLXFUSE_KERNELS") == "emulated":
         raise KernelError(
-            f"outputs agree to {error:.2g}, but emulated kernels are not timed: "
+            f"outputs agree to {agreement.error:.2g}, but emulated kernels are not timed: "
             "that would measure the emulation"
         )
     say("measuring the machine's bandwidth")
@@ -85,9 +87,10 @@ def bench(
         "pause": pause,
         "arms": [
             {"name": STOCK, "what": arms[0].what, "match": "reference", "error": 0.0},
-            {"name": OURS, "what": arms[1].what, "match": "yes", "error": error},
+            {"name": OURS, "what": arms[1].what, "match": "yes", "error": agreement.error},
             *({"name": e.name, "what": e.what, "match": "-", "error": None} for e in extras),
         ],
+        "dispatches": _dispatches(arms),
         "rows": [],
     }
     with wired_limit(model):
@@ -97,9 +100,14 @@ def bench(
     return found
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether it is a folder that mlx-lm loads, and none that ``mlxfuse export`` wrote."""
+    return (path / "config.json").is_file() and not is_export(path)
+
+
 def load_model(path: Path, dtype: str | None) -> tuple[nn.Module, int]:
     """The model, not fused, and the size of its vocabulary."""
-    if path.is_dir():
+    if is_checkpoint(path):
         from mlx_lm.utils import load as load_checkpoint
 
         # mlx-lm would run the code of such a file.
@@ -115,6 +123,13 @@ def _describe(model: nn.Module, patch: PatchReport) -> str:
     types = ", ".join(dict.fromkeys(str(patch).splitlines()))
     where = "on Metal" if mx.default_device() == mx.gpu else "on the CPU, without kernels"
     return f"mlxfuse {where}: {types}"
+
+
+def _dispatches(arms: Sequence[Arm]) -> dict[str, int]:
+    """Of one decoded token, on Metal; counted in the graph."""
+    if mx.default_device() != mx.gpu:
+        return {}
+    return {arm.name: per_token(arm.model)[1] for arm in arms}
 
 
 def _rows(
@@ -140,6 +155,7 @@ def _rows(
         if runner_of is not None:
             row["memory"] = runner_of.memory
             if runner_of.read is not None:
+                row["dispatches"] = found["dispatches"].get(name)
                 rate = runner_of.read * row["median_ts"]
                 row |= {
                     "read": round(runner_of.read),
@@ -163,13 +179,13 @@ def about(path: Path, model: nn.Module | None = None) -> dict[str, Any]:
     Args:
         model: needed for an MLX-LM checkpoint only.
     """
-    if path.is_dir():
+    if is_checkpoint(path):
         from mlx_lm.utils import get_total_parameters
 
         kind = str(getattr(getattr(model, "args", None), "model_type", ""))
         size, count = nbytes(model), get_total_parameters(model)
     else:
-        with open_gguf(path) as file:
+        with open_model(path) as file:
             tensors = file.tensors.values()
             kind = file.architecture
             size = sum(t.nbytes for t in tensors)

@@ -127,13 +127,14 @@ def bench_command(
 
             found = bench_kernels(repetitions=repetitions or 20, pause=delay, say=say)
         else:
-            folder = ref is not None and (Path(ref) / "config.json").is_file()
-            path = Path(str(ref)) if folder else resolve_model(ref, revision, True)
             import mlx.core as mx
 
             from ..bench import llama
             from ..bench.measure import tests
-            from ..bench.run import about, bench
+            from ..bench.run import about, bench, is_checkpoint
+
+            folder = ref is not None and is_checkpoint(Path(ref))
+            path = Path(str(ref)) if folder else resolve_model(ref, revision, True)
 
             on_cpu = mx.default_device() == mx.cpu
             usual = {"-p": 64, "-n": 16, "-d": 0} if on_cpu else {"-p": 512, "-n": 128, "-d": 0}

@@ -50,11 +50,11 @@ def tune_command(
     before_imports()
     with redirect_stdout(sys.stderr), status_line(True) as say:
         from .. import tune as engine
-        from ..bench.run import load_model
+        from ..bench.run import is_checkpoint, load_model
         from ..kernels import tuning
 
         engine.refuse()
-        folder = ref is not None and (Path(ref) / "config.json").is_file()
+        folder = ref is not None and is_checkpoint(Path(ref))
         path = Path(str(ref)) if folder else resolve_model(ref, revision, True)
         say(f"loading {path.name}")
         loaded, _ = load_model(path, dtype and dtype.value)

@@ -10,6 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import PatchError
+from ..nn.quantized import QuantizedEmbedding
 from .candidates import Candidate
 from .report import Check
 
@@ -36,6 +37,8 @@ def logits(model: nn.Module) -> mx.array:
 
 def _vocabulary(model: nn.Module) -> int:
     for module in model.modules():
+        if isinstance(module, QuantizedEmbedding):
+            return module.weight.rows
         if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
             return int(module.weight.shape[0])
     return 1
