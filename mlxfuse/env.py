@@ -25,6 +25,11 @@ def get(name: str) -> str:
     return os.environ.get(name, VARIABLES[name][0])
 
 
+def switched_off(fusion: str) -> bool:
+    """Whether ``MLXFUSE_DISABLE`` has a fusion, everywhere; for what may change after patching."""
+    return fusion in (item.strip() for item in get("MLXFUSE_DISABLE").split(","))
+
+
 def cache_dir() -> Path:
     """The user's cache folder for mlxfuse; it is not created here."""
     chosen = get("MLXFUSE_CACHE")

@@ -66,6 +66,7 @@ def load(
     revision: str | None = None,
     context_length: int | None = None,
     fuse: str | Iterable[str] = "auto",
+    act_quant: str = "auto",
 ) -> tuple[nn.Module, TokenizerWrapper]:
     """Load a GGUF file: the same pair as ``mlx_lm.load``.
 
@@ -82,6 +83,7 @@ def load(
         fuse: what `patch_model` fuses: ``auto``, ``all``, ``off`` or names. Matrices of the types
             that have a kernel stay as they are in the file where kernels run, or where something
             is to be fused; elsewhere they are dequantised.
+        act_quant: ``auto``, ``on`` or ``off``: see `patch_model`.
 
     Raises:
         ModelRefError: nothing has that name.
@@ -107,7 +109,7 @@ def load(
             tokenizer = load_tokenizer(file)
         activations = activation_dtype(weights.config.architecture, dtype)
         model = build(file, weights, activations, quantized=quantized, account=account)
-    patch = patch_model(model, fuse=fuse)
+    patch = patch_model(model, fuse=fuse, act_quant=act_quant)
     if patch.self_test_seconds:
         account.seconds["self-test"] = patch.self_test_seconds
     model.load_report = LoadReport(dict(account.seconds), account.dequantized, patch)

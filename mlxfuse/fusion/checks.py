@@ -14,10 +14,12 @@ from ..nn.quantized import QuantizedEmbedding
 from .candidates import Candidate
 from .report import Check
 
-# Tokens of each call: a batch that the kernels take, one token, and more than they take.
-_SCHEDULE = (6, 1, 40)
+# Tokens of each call: a batch that the kernels take, one token at a time, more than they take.
+_SCHEDULE = (6, 1, 1, 1, 40)
+_KINDS = (slice(0, 6), slice(6, 9), slice(9, 49))
 _SEED = 7
-# Largest error, of the largest logit: sums in another order, rounded once a layer and operation.
+# Largest error, in float32, or a typical token's, of the largest logit: sums in another order,
+# rounded once a layer and operation.
 BOUNDS = {mx.float32: 1e-4, mx.float16: 2e-2, mx.bfloat16: 1e-1}
 
 
@@ -55,10 +57,17 @@ class Reference:
         want, got = (
             np.array(v.astype(mx.float32), np.float64) for v in (self.logits, logits(model))
         )
-        error = np.abs(got - want).max() / np.abs(want).max()
+        apart = np.abs(got - want).max(-1) / np.abs(want).max()
+        # Near-equal experts change places by a rounding: a few tokens may be far off.
+        typical = max(np.median(apart[kind]) for kind in _KINDS)
         cosine = (got * want).sum() / (np.linalg.norm(got) * np.linalg.norm(want))
         top1 = (got.argmax(-1) == want.argmax(-1)).mean()
-        return Check(float(error), float(cosine), float(top1))
+        return Check(float(apart.max()), float(typical), float(cosine), float(top1))
+
+    def _within(self, check: Check) -> bool:
+        """Whether it is near enough; not if there is a NaN."""
+        exact = self.logits.dtype == mx.float32
+        return (check.error if exact else check.typical) <= BOUNDS[self.logits.dtype]
 
     def verify(self, model: nn.Module, fused: Sequence[Candidate]) -> Check:
         """`compare`; if they are too far apart, undo everything and find out where.
@@ -68,7 +77,7 @@ class Reference:
         """
         bound = BOUNDS[self.logits.dtype]
         whole = self.compare(model)
-        if whole.error <= bound:
+        if self._within(whole):
             return whole
         for candidate in reversed(fused):
             candidate.undo()
@@ -76,7 +85,7 @@ class Reference:
             candidate.emit()
             alone = self.compare(model)
             candidate.undo()
-            if not alone.error <= bound:
+            if not self._within(alone):
                 raise PatchError(
                     f"{candidate.name} of {candidate.path} changes the logits by {alone.error:.3g} "
                     f"of the largest (at most {bound:g}); the model is not patched"

@@ -10,6 +10,9 @@ from .. import env
 from ..kernels import unavailable
 from .candidates import DETECTORS
 
+# Not a detector's: made of what is fused, if ``act_quant`` asks for it.
+LATER = ("int8",)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -63,7 +66,7 @@ def _items(given: str | Iterable[str]) -> list[str]:
 def _entry(item: str, source: str) -> tuple[str, str, str]:
     """``name`` or ``name:pattern``."""
     name, _, pattern = item.partition(":")
-    if name not in DETECTORS:
+    if name not in (*DETECTORS, *LATER):
         also = "auto, all, off or " if source == "fuse" else ""
         raise ValueError(f"{source} is {also}of {', '.join(DETECTORS)}; found {name}")
     return name, pattern or "*", source

@@ -37,12 +37,14 @@ class Tally:
 class Check:
     """Patched against unpatched logits, on a random prompt.
 
-    error   largest difference, relative to the largest unpatched logit.
-    cosine  of the two, over all tokens.
-    top1    share of tokens with the same most likely next one.
+    error    largest difference, relative to the largest unpatched logit.
+    typical  the median token's, of the worse of prompt, single tokens and small batch.
+    cosine   of the two, over all tokens.
+    top1     share of tokens with the same most likely next one.
     """
 
     error: float
+    typical: float
     cosine: float
     top1: float
 

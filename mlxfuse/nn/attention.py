@@ -99,18 +99,31 @@ class FusedAttention(FusedModule):
         self, mode: str, x: mx.array, offset: int | mx.array
     ) -> tuple[mx.array, mx.array, mx.array]:
         """x [B, L, hidden_size] -> q, k and v, [B, heads, L, D], normed and rotated."""
+        return self._placed(mode, self._projected(x, mode), offset)
+
+    def _placed(
+        self, mode: str, parts: Sequence[mx.array], offset: int | mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """Results of the projections, [B, L, heads * D] each -> `_enter`'s."""
         form = self._fused
-        queries, keys, values = self._projected(x, mode)
+        queries, keys, values = parts
         rotated = None if form.rotation is None else form.rotation(queries, keys, offset, mode)
         queries, keys = rotated or self._rotated(queries, keys, offset)
-        values = values.reshape(*x.shape[:2], form.kv_heads, -1).transpose(0, 2, 1, 3)
+        values = values.reshape(*values.shape[:2], form.kv_heads, -1).transpose(0, 2, 1, 3)
         return queries, keys, values
 
-    def _leave(self, mode: str, output: mx.array, residual: mx.array | None = None) -> mx.array:
+    def _leave(
+        self,
+        mode: str,
+        output: mx.array,
+        residual: mx.array | None = None,
+        *,
+        int8: bool = False,
+    ) -> mx.array:
         """What `_attended` gives -> [B, L, hidden_size], with ``residual`` added."""
         form = self._fused
         output = output.transpose(0, 2, 1, 3).flatten(2)
-        return project(self, form.output, form.o, output, residual, mode)
+        return project(self, form.output, form.o, output, residual, mode, int8=int8)
 
     def _projected(self, x: mx.array, mode: str) -> Sequence[mx.array]:
         form = self._fused

@@ -16,7 +16,7 @@ from ..kernels import assumed, fallbacks, ready
 from ..kernels._product import MAX_BATCH
 from .norm import AddedNorm
 from .piece import Piece
-from .projection import Projection
+from .projection import KernelProjection, Projection
 from .rotation import Rotation
 
 
@@ -151,8 +151,16 @@ def project(
     x: mx.array,
     residual: mx.array | None,
     mode: str,
+    *,
+    int8: bool = False,
 ) -> mx.array:
-    """The parent's linear ``name`` of x, plus ``residual``, in one dispatch where that can be."""
+    """The parent's linear ``name`` of x, plus ``residual``, in one dispatch where that can be.
+
+    Args:
+        int8: x is rounded to int8, where the projection has integers.
+    """
+    if int8 and isinstance(projection, KernelProjection):
+        return projection.integers(x, residual)[0]
     if residual is None:
         y: mx.array = parent[name](x)
         return y

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..env import switched_off
 from .attention import FusedAttention
 from .form import Form, FusedModule, Run, plus, project
 from .linear import GATED, PLAIN
-from .norm import AddedNorm
+from .norm import AddedNorm, Int8Norm
 from .projection import KernelProjection, Projection
 
 
@@ -61,7 +62,14 @@ class FusedMLP(FusedModule):
                 hidden = GATED[form.activation](*mx.split(parts[0], 2, axis=-1))
             else:
                 hidden = GATED[form.activation](*parts)
-        return project(self, form.output, form.down, hidden, residual, mode)
+        return self._down(mode, hidden, residual)
+
+    def _down(
+        self, mode: str, hidden: mx.array, residual: mx.array | None, *, int8: bool = False
+    ) -> mx.array:
+        """The last linear, with ``residual`` added."""
+        form = self._fused
+        return project(self, form.output, form.down, hidden, residual, mode, int8=int8)
 
 
 @dataclass
@@ -116,6 +124,8 @@ class BlockForm(Form):
     mixer_adds     whether the mixer is a `FusedAttention` whose o adds the residual.
     mlp_adds       whether the MLP is a `FusedMLP` whose down adds the residual.
     second         the first addition together with the second norm.
+    int8           norms whose readers take int8 activations, by whether they are the second.
+    int8_linears   which of o and down take them.
     """
 
     norms: tuple[str, str]
@@ -125,6 +135,8 @@ class BlockForm(Form):
     mixer_adds: bool = False
     mlp_adds: bool = False
     second: AddedNorm | None = None
+    int8: dict[bool, Int8Norm] = field(default_factory=dict)
+    int8_linears: set[str] = field(default_factory=set)
     pieces = ("mixer_adds", "mlp_adds", "second")
 
 
@@ -145,9 +157,12 @@ class FusedBlock(FusedModule):
         if self._complete(mixer, mlp):
             run = Run.of(x)
             offset = mixer._offset(run, cache)
-            heads = self._part(mixer._entering(run), self._enter, self._norms, x, offset)
+            enter, leave = self._enter, self._leave
+            if (form.int8 or form.int8_linears) and not switched_off("int8"):
+                enter, leave = self._enter_int8, self._leave_int8
+            heads = self._part(mixer._entering(run), enter, self._norms, x, offset)
             output = mixer._attended(*heads, mask, cache)
-            return self._part(run, self._leave, self._norms, output, x)
+            return self._part(run, leave, self._norms, output, x)
         normed = self[form.norms[0]](x)
         both = None
         if form.mixer_adds and isinstance(mixer, FusedAttention):
@@ -191,3 +206,23 @@ class FusedBlock(FusedModule):
         form = self._fused
         h = self[form.mixer]._leave(mode, output, x)
         return self[form.mlp]._whole(mode, self[form.norms[1]](h), h)
+
+    def _enter_int8(
+        self, mode: str, x: mx.array, offset: int | mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """`_enter` with int8 activations where readers take them."""
+        form, mixer = self._fused, self[self._fused.mixer]
+        if False not in form.int8:
+            return self._enter(mode, x, offset)
+        parts = mixer._fused.qkv.integers(form.int8[False](x), split=True)
+        return mixer._placed(mode, parts, offset)
+
+    def _leave_int8(self, mode: str, output: mx.array, x: mx.array) -> mx.array:
+        """`_leave` with int8 activations where readers take them."""
+        form, mlp = self._fused, self[self._fused.mlp]
+        h = self[form.mixer]._leave(mode, output, x, int8="o" in form.int8_linears)
+        if True in form.int8:
+            up, activation = mlp._fused.up, mlp._fused.activation
+            (hidden,) = up.integers(form.int8[True](h), activation=activation)
+            return mlp._down(mode, hidden, h, int8="down" in form.int8_linears)
+        return mlp._whole(mode, self[form.norms[1]](h), h)

@@ -8,10 +8,31 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..kernels import Prepared, wanted
+from ..kernels.activations import Int8Activations
 from ..kernels.rms_norm import prepare, rms_norm
 
 # Tokens of a call up to which its launch is kept: prompts have lengths of every kind.
 _KEPT = 32
+
+
+class Int8Norm:
+    """An RMSNorm whose readers take int8 activations.
+
+    Args:
+        parent: of the norm.
+        name: of the norm, an RMSNorm with a ``weight``.
+        offset: added to its weight: 1 for gemma's.
+    """
+
+    def __init__(self, parent: nn.Module, name: str, eps: float, offset: float) -> None:
+        self._parent, self._name, self._eps, self._offset = parent, name, eps, offset
+
+    def __call__(self, x: mx.array) -> Int8Activations:
+        """x [..., K] -> its norm."""
+        weight = self._parent[self._name].weight
+        found = rms_norm(x, weight, self._eps, offset=self._offset, outputs=("int8",)).int8
+        assert found is not None
+        return found
 
 
 class AddedNorm:

@@ -11,6 +11,9 @@ import mlx.nn as nn
 
 from ..kernels import Prepared, wanted
 from ..kernels._product import MAX_BATCH
+from ..kernels.activations import Int8Activations
+from ..kernels.int8_matmul import int8_matmul
+from ..kernels.quantize_int8 import quantize_int8
 from ..kernels.quantized_matmul import prepare, quantized_matmul
 from ..kernels.weight import AffineSegment, QuantizedWeight
 from .linear import GATED, PLAIN, Linear
@@ -163,6 +166,25 @@ class KernelProjection(Projection):
         """`activated` for some experts of each row: [..., K] and [..., k] -> [..., k, N]."""
         found = self._run(x, mode, None, activation, experts)
         return None if found is None else found[0]
+
+    def integers(
+        self,
+        x: mx.array | Int8Activations,
+        residual: mx.array | None = None,
+        activation: str | None = None,
+        *,
+        split: bool = False,
+    ) -> tuple[mx.array, ...]:
+        """The product with int8 activations, to which floats are rounded first."""
+        codes = x if isinstance(x, Int8Activations) else quantize_int8(x)
+        return int8_matmul(
+            codes,
+            self.weight,
+            bias=self.bias,
+            residual=residual,
+            activation=activation,
+            split=split,
+        )
 
     def added(self, x: mx.array, residual: mx.array, mode: str) -> mx.array | None:
         if not self._stock and residual.dtype != x.dtype:

@@ -135,7 +135,7 @@ def test_unpatching_gives_the_same_modules_and_bytes(name: str, tmp_path: Path) 
     classes = {path: type(m) for path, m in model.named_modules()}
     before, bytes_before = streams(model), mx.get_active_memory()
     report = patch_model(model, fuse="all")
-    assert [tally.total for tally in report.tallies.values()] == [len(model.layers)] * 4
+    assert {tally.total for tally in report.tallies.values()} == {len(model.layers)}
     assert mx.get_active_memory() <= bytes_before * 1.001
     for module, fused in (
         (model.layers[0], FusedBlock),
