@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import MLXFuseError
+from ..files import write_text
 from ..progress import status_line
 from ._common import app, before_imports, command, one_model, resolve_model
 from ._options import (
@@ -158,10 +159,10 @@ def bench_command(
             )
             llama.add(found, others)
         say(None)
-    from ..bench.output import render, write
+    from ..bench.output import render
 
     if report is not None:
-        write(report, render(found, "json") + "\n")
+        write_text(report, render(found, "json") + "\n", 0o644)
     if plot is not None:
         _draw(found, plot)
     print(render(found, form))
@@ -176,7 +177,6 @@ def _redraw(report: Path, plot: Path | None) -> None:
 
 
 def _draw(found: dict[str, Any], plot: Path) -> None:
-    from ..bench.output import write
     from ..bench.plot import draw
 
-    write(plot, draw(found))
+    write_text(plot, draw(found), 0o644)

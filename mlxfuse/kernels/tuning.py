@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import env
+from ..files import write_text
 from ._source import metal_dir
 
 # op -> kind of call -> its variants, first the one that runs where nothing has been measured.
@@ -169,14 +169,6 @@ def store(winners: Tuning) -> Path:
         "fusions": {**before.fusions, **winners.fusions},
     }
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            json.dump(content, out, indent=1, sort_keys=True)
-            out.write("\n")
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_text(file, json.dumps(content, indent=1, sort_keys=True) + "\n")
     _read.cache_clear()
     return file
