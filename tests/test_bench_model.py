@@ -366,6 +366,7 @@ def test_json_lines_and_csv_are_the_same_rows(model):
         (("-p", "0", "-n", "0"), 2, "nothing to time"),
         (("-r", "0"), 2, "greater than or equal to 1"),
         (("--delay", "inf"), 2, "finite"),
+        (("--fuse", "everything"), 2, "found everything"),
         (("--report", "/nowhere/report.json"), 2, "no folder"),
         (("--compare", "/nowhere.json"), 1, "No such file"),
         (("--llama-bench",), 1, "needs llama-bench"),

@@ -122,6 +122,12 @@ def bench_command(
 
     before_imports()
     with redirect_stdout(sys.stderr), status_line(True) as say:
+        from ..fusion import chosen
+
+        try:
+            chosen(fuse)
+        except ValueError as error:
+            raise typer.BadParameter(f"--fuse: {error}") from None
         found: dict[str, Any]
         if ref == "kernels":
             from ..bench.kernels import bench_kernels
