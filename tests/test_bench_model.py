@@ -129,7 +129,25 @@ def test_stock_is_of_mlx_alone_and_the_same_numbers(model, monkeypatch):
     assert "dense float32" in what  # Q5_0
     assert type(ours.layers[0].self_attn.q_proj) is QuantizedLinear
     monkeypatch.setenv("MLXFUSE_KERNELS", "reference")
-    assert arms.compare(stock, ours).error < 1e-5
+    assert arms.compare(checks.Reference(checks.logits(stock)), ours).error < 1e-5
+
+
+def test_requantised_stock_is_of_the_files_size_and_not_the_reference(model, monkeypatch):
+    monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
+    ours, _ = load(model, fuse="off")
+    with pytest.raises(MLXFuseError, match="--stock affine"):
+        arms.stock_of(ours, budget=1000)
+    stock, what = arms.stock_of(ours, requantize=True, budget=1000)
+    assert "dense" not in what
+    assert "affine 5-bit (group 32), requantised" in what  # Q5_0 of 96 columns
+    assert arms.nbytes(stock) < 1.3 * arms.nbytes(ours)
+    reference = arms.decoded(ours)
+    assert not ours.training
+    found = run._match(reference, stock, what)
+    assert found["match"] == "no, requantised"
+    assert 1e-4 < found["error"] < 0.2
+    exact, _ = arms.stock_of(ours)
+    assert arms.compare(reference, exact).error < 1e-5  # the decoded weights are the file's
 
 
 def test_affine_weights_are_exact_or_none(model, monkeypatch):
@@ -229,13 +247,13 @@ def wrong(weight):
 def test_a_wrong_form_is_not_timed(model, monkeypatch):
     stock, _ = load(model)
     ours, _ = load(model)
-    assert arms.compare(stock, ours).error == 0
+    assert arms.compare(checks.Reference(checks.logits(stock)), ours).error == 0
     ours.layers[1].mlp.down_proj.weight = wrong(ours.layers[1].mlp.down_proj.weight)
     with pytest.raises(MLXFuseError, match="not timed: its logits differ"):
-        arms.compare(stock, ours)
+        arms.compare(checks.Reference(checks.logits(stock)), ours)
     ours.layers[1].mlp.down_proj.weight = ours.layers[1].mlp.down_proj.weight * mx.nan
     with pytest.raises(MLXFuseError, match="not timed"):
-        arms.compare(stock, ours)
+        arms.compare(checks.Reference(checks.logits(stock)), ours)
 
 
 def test_rounding_is_no_difference():
@@ -244,14 +262,13 @@ def test_rounding_is_no_difference():
     got = want.copy()
     got[5, 1] = -2
     with pytest.MonkeyPatch.context() as patch:
-        for module in (arms, checks):
-            patch.setattr(module, "logits", mx.array)
+        patch.setattr(checks, "logits", mx.array)
         patch.setitem(arms.BOUNDS, mx.float32, 2.1e-3)
-        found = arms.compare(want, got)
+        found = arms.compare(checks.Reference(mx.array(want)), got)
         assert (found.error, found.top1) == (pytest.approx(2e-3), 1.0)
         patch.setitem(arms.BOUNDS, mx.float32, 1.9e-3)
         with pytest.raises(MLXFuseError, match=r"by 0\.002 of the .* explains 0\.0019"):
-            arms.compare(want, got)
+            arms.compare(checks.Reference(mx.array(want)), got)
 
 
 def test_dispatches_of_both_forms(model, monkeypatch):
@@ -294,7 +311,7 @@ def test_a_planted_wrong_kernel_is_not_timed(emulated, monkeypatch):
     monkeypatch.setattr(_kernel, "_compiled", planted)
     result = invoke("bench", emulated, *SMALL)
     assert (result.exit_code, result.stdout) == (1, "")
-    assert "mlxfuse is not timed: its logits differ from stock MLX-LM's" in result.stderr
+    assert "mlxfuse is not timed: its logits differ from the reference's" in result.stderr
 
 
 # --- the command --------------------------------------------------------------------------

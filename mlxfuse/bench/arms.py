@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -109,17 +109,16 @@ class Runner:
             mx.eval(now)
 
 
-def compare(stock: nn.Module, ours: nn.Module) -> Check:
-    """How far logits are from stock MLX-LM's, over a prompt and decoded tokens.
+def compare(reference: Reference, ours: nn.Module) -> Check:
+    """How far logits are from the reference's, over a prompt and decoded tokens.
 
     Raises:
         MLXFuseError: further than `patch_model`'s check allows, which is what rounding explains.
     """
-    reference = Reference(logits(stock))
     found = reference.compare(ours)
     if not reference.within(found):
         raise MLXFuseError(
-            f"mlxfuse is not timed: its logits differ from stock MLX-LM's by {found.error:.3g} of "
+            f"mlxfuse is not timed: its logits differ from the reference's by {found.error:.3g} of "
             f"the largest, {found.typical:.3g} typically, where rounding explains "
             f"{BOUNDS[reference.logits.dtype]:g} ({found.top1:.0%} of the greedy tokens agree); "
             "please report this, with the model's name"
@@ -127,40 +126,80 @@ def compare(stock: nn.Module, ours: nn.Module) -> Check:
     return found
 
 
-def stock_of(model: nn.Module) -> tuple[nn.Module, str]:
+def decoded(model: nn.Module) -> Reference:
+    """Logits by MLX's operations on the decoded weights: what kernels are held to."""
+    model.train()  # in which mode no kernel runs
+    try:
+        return Reference(logits(model))
+    finally:
+        model.eval()
+
+
+@dataclass
+class _Stock:
+    """How stock modules are made.
+
+    dtype       of the activations.
+    requantize  what MLX cannot hold exactly becomes affine, else dense.
+    kinds       of weights that were made, in order.
+    """
+
+    dtype: mx.Dtype
+    requantize: bool
+    kinds: dict[str, None] = field(default_factory=dict)
+
+
+def stock_of(
+    model: nn.Module, *, requantize: bool = False, budget: int | None = None
+) -> tuple[nn.Module, str]:
     """The same model with mlx-lm's and MLX's own modules, and what its weights are.
 
     Arrays are shared. What lies in a file's bytes becomes MLX's affine weights where those are
     exactly the same numbers, else dense in the type of the activations.
 
+    Args:
+        requantize: affine weights of about the same size instead of dense ones; other numbers.
+        budget: bytes that dense weights may take.
+
     Raises:
-        MLXFuseError: weights that do not fit in memory have no stock form.
+        MLXFuseError: weights that do not fit in memory have no such form.
     """
     arrays: Any = tree_flatten(model.parameters())
     dtype = next(a.dtype for _, a in arrays if mx.issubdtype(a.dtype, mx.floating))
-    kinds: dict[str, None] = {}
-    made = _copy(model, dtype, kinds)
-    return made, " and ".join(kinds) or "the checkpoint's own weights"
+    how = _Stock(dtype, requantize)
+    dense = sum(
+        m.weight.rows * m.weight.columns * dtype.size
+        for m in model.modules()
+        if isinstance(m, QuantizedLinear | QuantizedEmbedding)
+        and not {p.segment.name for p in m.weight.parts} <= _AFFINE.keys()
+    )
+    if budget is not None and not requantize and dense > budget:
+        raise MLXFuseError(
+            f"stock MLX-LM would need {dense / 1e9:.1f} GB for what it cannot hold as the file "
+            f"does, {max(0, budget) / 1e9:.1f} GB are left: compare with --stock affine"
+        )
+    made = _copy(model, how)
+    return made, " and ".join(how.kinds) or "the checkpoint's own weights"
 
 
-def _copy(node: Any, dtype: mx.Dtype, kinds: dict[str, None]) -> Any:
+def _copy(node: Any, how: _Stock) -> Any:
     if isinstance(node, list):
-        return [_copy(child, dtype, kinds) for child in node]
+        return [_copy(child, how) for child in node]
     if isinstance(node, nn.Module):
-        leaf = _stock_leaf(node, dtype, kinds)
+        leaf = _stock_leaf(node, how)
         if leaf is not None:
             return leaf
         made = type(node).__new__(type(node))
         nn.Module.__init__(made)
         vars(made).update(vars(node))
-        dict.update(made, {k: _copy(v, dtype, kinds) for k, v in node.items()})
+        dict.update(made, {k: _copy(v, how) for k, v in node.items()})
         return made
     if isinstance(node, dict):
-        return {k: _copy(v, dtype, kinds) for k, v in node.items()}
+        return {k: _copy(v, how) for k, v in node.items()}
     return node
 
 
-def _stock_leaf(module: nn.Module, dtype: mx.Dtype, kinds: dict[str, None]) -> nn.Module | None:
+def _stock_leaf(module: nn.Module, how: _Stock) -> nn.Module | None:
     """MLX's own layer for one of ours; None where it is MLX's already."""
     made: nn.Module
     if isinstance(module, StreamedLinear | StreamedEmbedding):
@@ -170,30 +209,45 @@ def _stock_leaf(module: nn.Module, dtype: mx.Dtype, kinds: dict[str, None]) -> n
     if isinstance(module, Linear | Embedding):
         made = nn.Linear(1, 1, bias=False) if isinstance(module, Linear) else nn.Embedding(1, 1)
         made.update(dict(module.items()))
-        kinds[f"dense {_name(module.weight.dtype)}"] = None
+        how.kinds[f"dense {_name(module.weight.dtype)}"] = None
         return made.eval()
     if not isinstance(module, QuantizedLinear | QuantizedEmbedding):
         return None
     linear = isinstance(module, QuantizedLinear)
-    exact = _exact(module.weight, dtype)
+    weight = module.weight
+    exact = _exact(weight, how.dtype)
     if exact is None:
-        dense = mx.concatenate([decode(p.segment)[_rows(p)] for p in module.weight.parts])
-        made = nn.Linear(1, 1, bias=False) if linear else nn.Embedding(1, 1)
-        made.weight = dense.astype(dtype)
-        kinds[f"dense {_name(dtype)}"] = None
+        dense = mx.concatenate([decode(p.segment)[_rows(p)] for p in weight.parts])
+        arrays, bits, group = {"weight": dense.astype(how.dtype)}, 0, 0
+        if how.requantize:
+            group = 64 if weight.columns % 64 == 0 else 32
+            segment = weight.parts[0].segment
+            bits = nearest_bits(8 * segment.nbytes / (segment.rows * segment.columns))
+            made_of = mx.quantize(arrays["weight"], group_size=group, bits=bits)
+            arrays = dict(zip(("weight", "scales", "biases"), made_of, strict=True))
+        kind = f"affine {bits}-bit (group {group}), requantised" if bits else "dense "
+        kind += "" if bits else _name(how.dtype)
     else:
-        bits, arrays = exact
-        # Of the smallest size: the arrays are replaced.
-        if linear:
-            made = nn.QuantizedLinear(64, 1, bias=False, group_size=32, bits=bits)
-        else:
-            made = nn.QuantizedEmbedding(1, 64, group_size=32, bits=bits)
-        made.update(arrays)
-        kinds[f"affine {bits}-bit (group 32), exactly the file's"] = None
+        (bits, arrays), group = exact, 32
+        kind = f"affine {bits}-bit (group {group}), exactly the file's"
+    how.kinds[kind] = None
+    # Of the smallest size: the arrays are replaced.
+    if not bits:
+        made = nn.Linear(1, 1, bias=False) if linear else nn.Embedding(1, 1)
+    elif linear:
+        made = nn.QuantizedLinear(64, 1, bias=False, group_size=group, bits=bits)
+    else:
+        made = nn.QuantizedEmbedding(1, 64, group_size=group, bits=bits)
+    made.update(arrays)
     if "bias" in module:
         made.bias = module.bias
     mx.eval(made.parameters())
     return made.eval()
+
+
+def nearest_bits(bits_per_weight: float) -> int:
+    """Of MLX's affine weights in groups of 64, which take half a bit more for each weight."""
+    return min((2, 3, 4, 5, 6, 8), key=lambda bits: abs(bits + 0.5 - bits_per_weight))
 
 
 def _rows(part: Any) -> slice:

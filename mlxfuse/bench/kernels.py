@@ -15,13 +15,14 @@ import mlx.core as mx
 from .. import env
 from ..doctor import sample
 from ..errors import KernelError
-from ..formats import BY_NAME, Format
+from ..formats import BY_NAME
 from ..kernels import _kernel, self_test, unavailable
 from ..kernels._kernel import Launch
 from ..kernels.dequantize import dequantize
 from ..kernels.quantized_matmul import quantized_matmul
 from ..kernels.rms_norm import rms_norm
 from ..kernels.weight import QuantizedWeight, Segment
+from .arms import nearest_bits
 from .machine import environment
 from .measure import alternate, seconds
 
@@ -29,7 +30,6 @@ SHAPES = ((4096, 4096), (14336, 4096))
 ROWS = (1, 4)
 # Bytes that are read before an array is read again: more than any cache of a Mac's chip.
 _COLD = 256 << 20
-_MLX_BITS = (2, 3, 4, 5, 6, 8)
 
 Runner = Callable[[Launch], list[mx.array]]
 
@@ -60,7 +60,7 @@ def matmul_cases(shapes: Sequence[tuple[int, int]], cold: int) -> Iterator[Case]
     for format in BY_NAME.values():
         if not format.kernel:
             continue
-        bits = _nearest(format)
+        bits = nearest_bits(format.bits_per_weight)
         for n, k in shapes:
             weights = [QuantizedWeight.whole(s) for s in _copies(sample(format, n, k), cold)]
             dense = mx.random.normal((n, k), key=mx.random.key(1)).astype(mx.float16)
@@ -73,11 +73,6 @@ def matmul_cases(shapes: Sequence[tuple[int, int]], cold: int) -> Iterator[Case]
                     [partial(quantized_matmul, x, weight) for weight in weights],
                     [partial(_affine, x, arrays, bits) for arrays in affine],
                 )
-
-
-def _nearest(format: Format) -> int:
-    """Bits of MLX's affine weights in groups of 64, which take half a bit more."""
-    return min(_MLX_BITS, key=lambda bits: abs(bits + 0.5 - format.bits_per_weight))
 
 
 def _affine(x: mx.array, arrays: Sequence[mx.array], bits: int) -> mx.array:

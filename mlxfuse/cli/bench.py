@@ -38,6 +38,13 @@ class Output(StrEnum):
     csv = "csv"
 
 
+class Stock(StrEnum):
+    """What stock MLX-LM is given."""
+
+    exact = "exact"
+    affine = "affine"
+
+
 def _counts(name: str, text: str) -> list[int]:
     from ..bench.measure import numbers
 
@@ -63,6 +70,14 @@ def bench_command(
     revision: Revision = None,
     dtype: DTypeOption = None,
     fuse: Fuse = "auto",
+    stock: Annotated[
+        Stock,
+        option(
+            TESTS,
+            "Stock MLX-LM's weights where MLX cannot hold the file's: exact, which are dense, or "
+            "affine, requantised to about the same size.",
+        ),
+    ] = Stock.exact,
     n_prompt: Annotated[
         str | None,
         option(
@@ -160,6 +175,7 @@ def bench_command(
                 pause=delay,
                 dtype=dtype and dtype.value,
                 fuse=fuse,
+                stock=stock.value,
                 extras=extras,
                 say=say,
             )
