@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -18,11 +18,18 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .errors import MLXFuseError, UnsupportedError
+from .nn.cache import CompressedKVCache
+from .nn.kv import KVOptions, check_model, compressed, describe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The flags of ``mlx_lm.generate``, with its names and defaults."""
+    """The flags of ``mlx_lm.generate``, with its names and defaults.
+
+    kv                  how to compress the key-value cache; None for mlx-lm's plain one.
+    quantized_kv_start  tokens up to which it stays plain.
+    kv_force            compress keys of models that are known to suffer from it.
+    """
 
     prompt: str = "hello"
     system_prompt: str | None = None
@@ -42,6 +49,9 @@ class Settings:
     max_kv_size: int | None = None
     prefill_step_size: int = 2048
     num_draft_tokens: int = 3
+    kv: KVOptions | None = None
+    quantized_kv_start: int = 0
+    kv_force: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +65,7 @@ class Result:
     peak_memory         GB (1e9 bytes) that MLX held at most.
     finish_reason       ``stop`` (an end token), ``length`` (``max_tokens``) or ``interrupted``.
     end_token           id of the token that ended the text, if one did.
+    kv_cache            how the key-value cache was compressed, if it was.
     """
 
     text: str
@@ -66,6 +77,7 @@ class Result:
     peak_memory: float
     finish_reason: str
     end_token: int | None = None
+    kv_cache: str | None = None
 
     def footer(self) -> str:
         """The three lines that ``mlx_lm.generate`` ends with."""
@@ -181,7 +193,24 @@ def generate(
         options["prompt_progress_callback"] = on_prompt
         if settings.max_kv_size is not None:
             options["prompt_cache"] = bounded_cache(model, settings.max_kv_size)
-    return run(model, tokenizer, prompt, settings, write=write, **options)
+    if settings.kv is not None:
+        models = [model] if draft_model is None else [model, draft_model]
+        options |= _compressed(models, options["prompt_cache"], settings.kv, settings)
+    result = run(model, tokenizer, prompt, settings, write=write, **options)
+    return replace(result, kv_cache=describe(options["prompt_cache"] or ()))
+
+
+def _compressed(
+    models: list[Any], caches: list[Any] | None, kv: KVOptions, settings: Settings
+) -> dict[str, Any]:
+    """The arguments of ``stream_generate`` that compress the caches."""
+    for model in models:
+        check_model(model, kv, force=settings.kv_force)
+    plain = caches or [cache for model in models for cache in make_prompt_cache(model)]
+    start = settings.quantized_kv_start
+    options: dict[str, Any] = {"prompt_cache": compressed(plain, kv, start)}
+    # mlx-lm asks each cache that is still plain to become compressed, and tells it these bits.
+    return options | ({"kv_bits": kv.v_bits, "quantized_kv_start": start} if start else {})
 
 
 def run(
@@ -258,12 +287,15 @@ def bounded_cache(model: Any, size: int) -> list[Any]:
 
     mlx-lm's ``max_kv_size`` does nothing for the models that make their own caches.
     """
-    return [
-        RotatingKVCache(max_size=size, keep=4)
-        if type(cache) is KVCache or getattr(cache, "max_size", 0) > size
-        else cache
-        for cache in make_prompt_cache(model)
-    ]
+    return [_bounded(cache, size) for cache in make_prompt_cache(model)]
+
+
+def _bounded(cache: Any, size: int) -> Any:
+    if isinstance(cache, CompressedKVCache):
+        cache.window = min(cache.window or size, size - cache.keep)
+    elif type(cache) is KVCache or getattr(cache, "max_size", 0) > size:
+        return RotatingKVCache(max_size=size, keep=4)
+    return cache
 
 
 def _expect_trimmable(model: Any, prompt_cache: list[Any] | None) -> None:

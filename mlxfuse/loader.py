@@ -22,6 +22,7 @@ from .models.build import build
 from .models.config import read_config
 from .models.plan import plan, stored_rows
 from .models.streams import Account
+from .nn.kv import KVOptions
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -67,6 +68,8 @@ def load(
     context_length: int | None = None,
     fuse: str | Iterable[str] = "auto",
     act_quant: str = "auto",
+    kv_bits: int | str | None = None,
+    kv_group_size: int = 64,
 ) -> tuple[nn.Module, TokenizerWrapper]:
     """Load a GGUF file: the same pair as ``mlx_lm.load``.
 
@@ -84,6 +87,9 @@ def load(
             that have a kernel stay as they are in the file where kernels run, or where something
             is to be fused; elsewhere they are dequantised.
         act_quant: ``auto``, ``on`` or ``off``: see `patch_model`.
+        kv_bits: compress the key-value caches that mlx-lm makes for the model: 8 or 4, or keys
+            and values apart as in ``k8v4``. Keys and values are rotated first.
+        kv_group_size: values of a head that share a scale: 32, 64 or 128.
 
     Raises:
         ModelRefError: nothing has that name.
@@ -91,7 +97,10 @@ def load(
         ExportError: the exported folder is not as it was written.
         GGUFError: the file is malformed, or its tensors contradict its metadata.
         UnsupportedError: the architecture, a tensor type or a feature is not supported.
+        ValueError: ``kv_bits`` or ``kv_group_size`` is not one of these.
     """
+    if kv_bits is not None:
+        KVOptions.parse(kv_bits, kv_group_size)  # refused before anything is read
     account = Account()
     quantized = unavailable() is None or bool(chosen(fuse))
     path = resolve(None if ref is None else os.fspath(ref), revision=revision)
@@ -109,7 +118,9 @@ def load(
             tokenizer = load_tokenizer(file)
         activations = activation_dtype(weights.config.architecture, dtype)
         model = build(file, weights, activations, quantized=quantized, account=account)
-    patch = patch_model(model, fuse=fuse, act_quant=act_quant)
+    patch = patch_model(
+        model, fuse=fuse, act_quant=act_quant, kv_bits=kv_bits, kv_group_size=kv_group_size
+    )
     if patch.self_test_seconds:
         account.seconds["self-test"] = patch.self_test_seconds
     model.load_report = LoadReport(dict(account.seconds), account.dequantized, patch)

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache, RotatingKVCache, load_prompt_cache, make_prompt_cache
+from mlx_lm.models.cache import KVCache, RotatingKVCache, load_prompt_cache
 from safetensors import SafetensorError, safe_open
 
 from .errors import ModelRefError, PromptCacheError
+from .nn.cache import CompressedKVCache
+from .nn.kv import plain_caches
 from .terminal import one_line
 
-CLASSES = (KVCache, RotatingKVCache)
+CLASSES = (KVCache, RotatingKVCache, CompressedKVCache)
 
 
 def expect_model(path: Path, ref: str | None) -> None:
@@ -66,7 +68,14 @@ def read(path: Path, *models: Any) -> list[Any]:
     """
     try:
         caches: list[Any] = load_prompt_cache(str(path))
-    except (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (
+        ValueError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:
         raise PromptCacheError(f"{path}: not a prompt-cache file: {error}") from error
     fresh = [cache for model in models for cache in _fresh(model)]
     if len(caches) != len(fresh):
@@ -82,12 +91,14 @@ def read(path: Path, *models: Any) -> list[Any]:
 
 def _fresh(model: Any) -> list[Any]:
     """The model's own caches after one token: they have the shapes to expect."""
-    caches: list[Any] = make_prompt_cache(model)
+    caches = plain_caches(model)
     model(mx.zeros((1, 1), mx.int32), cache=caches)
     return caches
 
 
 def _problem(found: Any, expected: Any) -> str | None:
+    if isinstance(found, CompressedKVCache):
+        return _compressed_problem(found, expected)
     for name in ("keys", "values"):
         array, like = getattr(found, name), getattr(expected, name)
         if not isinstance(array, mx.array) or not mx.issubdtype(array.dtype, mx.floating):
@@ -112,3 +123,47 @@ def _problem(found: Any, expected: Any) -> str | None:
     else:
         fits = 0 <= found.offset <= positions
     return None if fits else f"its state does not fit its {positions} positions"
+
+
+def _compressed_problem(found: CompressedKVCache, expected: Any) -> str | None:
+    keep, window = found.keep, None
+    if isinstance(expected, RotatingKVCache):
+        keep, window = expected.keep, expected.max_size - expected.keep
+    counts = (found.offset, found._first, found._sealed, found.keep)
+    if not all(type(n) is int and 0 <= n < 2**31 for n in counts):
+        return "its positions must be whole numbers"
+    if (found.keep, found.window) != (keep, window) or isinstance(found.window, float):
+        return f"expected a sliding window of {window} after {keep} tokens"
+    if found.scheme is None:
+        return "it has positions and no tokens" if found.offset else None
+    dims, heads = (expected.keys.shape[3], expected.values.shape[3]), expected.keys.shape[:2]
+    scheme, plain = found.scheme, sum(dims)
+    if (scheme.k.dim, scheme.v.dim) != dims:
+        return f"expected heads of {dims}, found {(scheme.k.dim, scheme.v.dim)}"
+    capacity = {}
+    for name, length, width, dtype in (
+        ("sink", keep, plain, scheme.dtype),
+        ("rows", None, scheme.row_words, mx.uint32),
+        ("tail", found.CAPACITY, plain, scheme.dtype),
+    ):
+        array = getattr(found, name)
+        if array is None:
+            capacity[name] = 0
+            continue
+        if not isinstance(array, mx.array):
+            return f"its {name} are no array"
+        shape = array.shape
+        capacity[name] = length = shape[2] if length is None and len(shape) == 4 else length or 0
+        if (
+            array.dtype != dtype
+            or shape != (*heads, length, width)
+            or (name == "rows" and length % 4)
+        ):
+            return f"expected {name} of {dtype} {(*heads, length, width)}, found {shape}"
+    held = found.offset - found._first - found._sealed
+    fits = min(found.offset, keep) <= capacity["sink"] and found._sealed <= capacity["rows"]
+    fits = fits and held <= capacity["tail"] and (held >= 0 or not found._sealed)
+    fits = fits and (
+        found._first == keep or (window is not None and keep < found._first <= found.offset)
+    )
+    return None if fits else f"its state does not fit its {capacity['rows']} positions"

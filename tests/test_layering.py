@@ -22,7 +22,7 @@ LAYERS = (
     ("demo",),
     ("hub", "nn", "needs"),
     ("models", "fusion"),
-    ("loader", "export", "inspect", "prompt_cache", "generate"),
+    ("loader", "export", "inspect", "prompt_cache", "generate", "perplexity"),
     ("chat", "server", "export_mlx"),
     ("doctor",),
     ("bench",),

@@ -6,6 +6,7 @@ from . import doctor as doctor
 from . import export as export
 from . import generate as generate
 from . import inspect as inspect
+from . import perplexity as perplexity
 from . import server as server
 from . import tune as tune
 from ._common import app as app

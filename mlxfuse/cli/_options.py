@@ -6,11 +6,14 @@ import functools
 import json
 import math
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..terminal import one_line
+
+if TYPE_CHECKING:
+    from ..nn.kv import KVOptions
 
 
 class DType(StrEnum):
@@ -38,6 +41,16 @@ def _max_tokens(text: str) -> int:
     if count == 0 or count < -1:
         raise typer.BadParameter(f"{count}: give 1 or more, or -1 for no limit")
     return count
+
+
+def kv_options(bits: str | None, group_size: int, rotate: bool) -> KVOptions | None:
+    """What ``--kv-bits`` and its companions ask for."""
+    from ..nn.kv import KVOptions
+
+    try:
+        return None if bits is None else KVOptions.parse(bits, group_size, rotate)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def json_object(text: str | None) -> dict[str, Any]:
@@ -92,6 +105,24 @@ MaxKVSize = Annotated[
 ]
 PrefillStepSize = Annotated[
     int, of_model("Prompt tokens processed at a time; fewer take less memory.", min=1)
+]
+KVBits = Annotated[
+    str | None,
+    of_model(
+        "Compress the key-value cache: 8 or 4 bits, or keys and values apart, as k8v4 (advised) "
+        "or k16v8. Mind that 4-bit keys cost much of some models.",
+        metavar="BITS",
+    ),
+]
+KVGroupSize = Annotated[
+    int, of_model("Values of a head that share a scale: 32, 64 or 128.", metavar="INTEGER")
+]
+KVRotate = Annotated[
+    bool,
+    of_model("Rotate keys and values before they are compressed.", "--kv-rotate/--no-kv-rotate"),
+]
+KVForce = Annotated[
+    bool, of_model("Compress keys of models that are known to suffer from it.", "--kv-force")
 ]
 SystemPrompt = Annotated[str | None, typer.Option(help="The system message.")]
 IgnoreChatTemplate = Annotated[

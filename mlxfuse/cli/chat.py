@@ -24,6 +24,10 @@ from ._options import (
     ExtraEOSToken,
     Fuse,
     Json,
+    KVBits,
+    KVForce,
+    KVGroupSize,
+    KVRotate,
     MaxKVSize,
     MaxTokens,
     MinP,
@@ -40,6 +44,7 @@ from ._options import (
     XTCProbability,
     XTCThreshold,
     json_object,
+    kv_options,
 )
 
 if TYPE_CHECKING:
@@ -65,6 +70,10 @@ def chat_command(
     dtype: DTypeOption = None,
     fuse: Fuse = "auto",
     max_kv_size: MaxKVSize = None,
+    kv_bits: KVBits = None,
+    kv_group_size: KVGroupSize = 64,
+    kv_rotate: KVRotate = True,
+    kv_force: KVForce = False,
     prefill_step_size: PrefillStepSize = 2048,
     system_prompt: SystemPrompt = None,
     chat_template_config: ChatTemplateConfig = None,
@@ -95,8 +104,12 @@ def chat_command(
         from ..chat import Chat
         from ..generate import Settings
         from ..loader import load
+        from ..nn.kv import compress_caches
 
+        kv = kv_options(kv_bits, kv_group_size, kv_rotate)
         loaded, tokenizer = load(path, dtype=dtype and dtype.value, fuse=fuse)
+        if kv is not None:
+            compress_caches(loaded, kv, force=kv_force)
         chat = Chat(
             loaded,
             tokenizer,

@@ -25,6 +25,10 @@ from ._options import (
     Fuse,
     IgnoreChatTemplate,
     Json,
+    KVBits,
+    KVForce,
+    KVGroupSize,
+    KVRotate,
     MaxKVSize,
     MaxTokens,
     MinP,
@@ -41,6 +45,7 @@ from ._options import (
     XTCProbability,
     XTCThreshold,
     json_object,
+    kv_options,
     of_model,
     of_output,
 )
@@ -68,6 +73,13 @@ def generate_command(
         Path | None, of_model("A stored prompt cache that the prompt follows.")
     ] = None,
     max_kv_size: MaxKVSize = None,
+    kv_bits: KVBits = None,
+    kv_group_size: KVGroupSize = 64,
+    quantized_kv_start: Annotated[
+        int, of_model("Tokens up to which the cache is left as it is.", min=0)
+    ] = 0,
+    kv_rotate: KVRotate = True,
+    kv_force: KVForce = False,
     prefill_step_size: PrefillStepSize = 2048,
     prompt: Annotated[
         str, typer.Option("--prompt", "-p", help="The message; - reads it from stdin.")
@@ -125,6 +137,7 @@ def generate_command(
             chosen(fuse)
         except ValueError as error:
             raise typer.BadParameter(f"--fuse: {error}") from None
+        kv = kv_options(kv_bits, kv_group_size, kv_rotate)
 
         if prompt_cache_file:
             prompt_cache.expect_model(prompt_cache_file, ref)
@@ -158,6 +171,9 @@ def generate_command(
                 max_kv_size=max_kv_size,
                 prefill_step_size=prefill_step_size,
                 num_draft_tokens=num_draft_tokens,
+                kv=kv,
+                quantized_kv_start=quantized_kv_start,
+                kv_force=kv_force,
             ),
             draft_model=draft,
             prompt_cache=prompt_cache.read(prompt_cache_file, *models)
@@ -180,7 +196,8 @@ def generate_command(
     print()
     if shown:
         print(f"{result.footer()}", file=sys.stderr)
-        for line in (*loaded.load_report.lines(), *kernels.summary()):
+        cache = [result.kv_cache] if result.kv_cache else []
+        for line in (*cache, *loaded.load_report.lines(), *kernels.summary()):
             print(line, file=sys.stderr)
 
 

@@ -14,6 +14,7 @@ from .. import env
 from ..errors import PatchError
 from ..kernels import self_test, tuning, unavailable
 from ..nn.form import Form
+from ..nn.kv import KVOptions, check_model, compress_caches
 from ..nn.quantized import QuantizedLinear
 from . import int8
 from .candidates import DETECTORS, Candidate, Detector, Skip, Tree, natural, select, site
@@ -38,6 +39,8 @@ def patch_model(
     *,
     fuse: str | Iterable[str] = "auto",
     act_quant: str = "auto",
+    kv_bits: int | str | None = None,
+    kv_group_size: int = 64,
     check: bool = False,
     strict: bool = False,
     detectors: Iterable[Detector] = (),
@@ -60,6 +63,9 @@ def patch_model(
         act_quant: ``on`` rounds the activations of attention and MLP to int8, in groups of 32,
             wherever all that reads them takes that; ``auto`` does where it was measured to be
             faster, which so far is nowhere; ``off`` never does. It costs some quality.
+        kv_bits: let mlx-lm make compressed key-value caches for the model: 8 or 4, or keys and
+            values apart as in ``k8v4``.
+        kv_group_size: values of a head that share a scale: 32, 64 or 128.
         check: compare the patched model's logits with the unpatched one's on a random prompt, with
             float activations.
         strict: raise where a fusion would be skipped.
@@ -67,21 +73,25 @@ def patch_model(
 
     Raises:
         ValueError: no such fusion, or ``act_quant`` is none of the three.
+        UnsupportedError: the model cannot do with compressed caches.
         PatchError: ``strict`` and something cannot be fused, or ``check`` and the logits differ;
             the model is then as it was.
     """
     if act_quant not in ("auto", "on", "off"):
         raise ValueError(f"act_quant is auto, on or off; found {act_quant!r}")
+    kv = None if kv_bits is None else KVOptions.parse(kv_bits, kv_group_size)
     choice = chosen(fuse)
     more = tuple(detectors)
-    asked = (choice, more, act_quant == "on")
+    asked = (choice, more, act_quant == "on", kv)
     patch = getattr(model, "_mlxfuse_patch", None)
     if isinstance(patch, _Patch):
         if patch.asked == asked and _holds(model):
             return patch.report
         unpatch_model(model)
+    if kv is not None:
+        check_model(model, kv)
     report = PatchReport()
-    if choice or more:
+    if choice or more or kv is not None:
         before = check_logits(model) if check else None
         _fuse(model, choice, more, report, strict=strict)
         if before is not None:
@@ -90,6 +100,8 @@ def patch_model(
             _round(model, choice, report)
         model._mlxfuse_patch = _Patch(asked, report)
     _self_test(model, report)
+    if kv is not None:
+        compress_caches(model, kv)
     return report
 
 
@@ -99,6 +111,8 @@ def unpatch_model(model: nn.Module) -> None:
     if isinstance(patch, _Patch):
         for candidate in reversed(patch.report.fused):
             candidate.undo()
+        if patch.asked[-1] is not None:
+            del model.make_cache  # the instance's; the class's is there again
         del model._mlxfuse_patch
 
 

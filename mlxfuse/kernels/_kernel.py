@@ -75,6 +75,8 @@ class Launch:
     template     template arguments; never a length that grows, since each value compiles anew.
     shapes       shape of each output.
     dtypes       type of each output.
+    then         None, or a second dispatch, which makes the first result out of all outputs but
+                 the last ``extra``; those are the other results.
     """
 
     program: Program
@@ -84,6 +86,26 @@ class Launch:
     template: tuple[tuple[str, mx.Dtype | int | bool], ...]
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[mx.Dtype, ...]
+    then: Callable[[list[mx.array]], Launch] | None = field(default=None, compare=False)
+    extra: int = 0
+
+    def chain(self) -> list[Launch]:
+        """This dispatch and the one after it, if there is one; nothing runs."""
+        if self.then is None:
+            return [self]
+        return [self, self.then(self.blank()[: len(self.shapes) - self.extra])]
+
+    def blank(self) -> list[mx.array]:
+        """Zeros that are never computed, in place of the outputs of this dispatch."""
+        return [mx.zeros(s, d) for s, d in zip(self.shapes, self.dtypes, strict=True)]
+
+    def results(self, dispatch: Callable[[Launch], list[mx.array]]) -> list[mx.array]:
+        """The results, where ``dispatch`` gives the outputs of one dispatch."""
+        outputs = dispatch(self)
+        if self.then is None:
+            return outputs
+        split = len(outputs) - self.extra
+        return dispatch(self.then(outputs[:split])) + outputs[split:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +145,7 @@ class Kernel(Generic[P]):
         if self.refuse(*args, **kwargs) is not None:
             return self.reference(*args, **kwargs)
         found.append((self, args))
-        launch = self.launch(*args, **kwargs)
-        return [mx.zeros(s, d) for s, d in zip(launch.shapes, launch.dtypes, strict=True)]
+        return self.launch(*args, **kwargs).results(Launch.blank)
 
 
 Recorded = tuple[Kernel[Any], tuple[Any, ...]]
@@ -221,12 +242,16 @@ def summary() -> list[str]:
 
 def run(launch: Launch, *, emulated: bool = False) -> list[mx.array]:
     """Dispatch, unconditionally."""
-    if _recording.assumed is not None:
-        _recording.assumed[launch.program.op] += 1
-        return opaque(launch.arrays, launch.shapes, launch.dtypes)
+    if (counted := _recording.assumed) is not None:
+
+        def stand_in(one: Launch) -> list[mx.array]:
+            counted[one.program.op] += 1
+            return opaque(one.arrays, one.shapes, one.dtypes)
+
+        return launch.results(stand_in)
     if emulated:
-        return cast(list[mx.array], _emulate(list(launch.arrays), launch))
-    return _dispatch(launch.arrays, launch, mx.fast.metal_kernel)
+        return launch.results(lambda one: cast(list[mx.array], _emulate(list(one.arrays), one)))
+    return launch.results(lambda one: _dispatch(one.arrays, one, mx.fast.metal_kernel))
 
 
 def _dispatch(

@@ -13,6 +13,7 @@ from mlx_lm.models.base import scaled_dot_product_attention
 from .form import Form, FusedModule, Run, plus, project
 from .projection import Projection
 from .rotation import Rotation, position
+from .sdpa import sdpa
 
 
 @dataclass
@@ -179,34 +180,7 @@ class FusedAttention(FusedModule):
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
         if form.softcap:
-            return softcapped(queries, keys, values, form.scale, form.softcap, mask)
+            return sdpa(queries, keys, values, scale=form.scale, mask=mask, softcap=form.softcap)
         return scaled_dot_product_attention(
             queries, keys, values, cache=cache, scale=form.scale, mask=mask, sinks=sinks
         )
-
-
-def softcapped(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    scale: float,
-    softcap: float,
-    mask: mx.array | str | None,
-) -> mx.array:
-    """Gemma 2's attention, in mlx-lm's operations; [B, heads, L, D] of queries -> the same."""
-    batch, heads, length, size = queries.shape
-    kv_heads = keys.shape[1]
-    queries = queries * scale
-    if heads > kv_heads:
-        queries = queries.reshape(batch, kv_heads, heads // kv_heads, length, size)
-        keys, values = keys[:, :, None], values[:, :, None]
-    scores = queries @ keys.swapaxes(-1, -2)
-    scores = mx.tanh(scores / softcap) * softcap
-    if isinstance(mask, mx.array):
-        if mask.dtype == mx.bool_:
-            least = mx.array(mx.finfo(scores.dtype).min, scores.dtype)
-            scores = mx.where(mask, scores, least)
-        else:
-            scores = scores + mask
-    output = mx.softmax(scores, precise=True, axis=-1) @ values
-    return output.reshape(batch, heads, length, size)

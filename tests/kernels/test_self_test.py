@@ -161,3 +161,34 @@ def test_patching_runs_them_where_there_is_metal(
     seen.clear()
     patch_model(model)
     assert not seen
+
+
+def test_compressed_keys_and_values(own_cache: Path) -> None:
+    found = [(v.kernel, v.arguments) for v in variants.compressed()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert self_test.check(found, emulated=True) == {}
+    results = json.loads(own_cache.read_text())
+    assert len(results) == len(found) == 7
+    # A wrong code in one group of 25, and a wrong merging dispatch, are seen and remembered.
+    own_cache.unlink()
+    quantize, attention = (
+        next(c for c in found if c[0].name == name) for name in ("quantize_kv", "compressed_sdpa")
+    )
+
+    def flipped(*arguments: Any) -> list[mx.array]:
+        (rows,) = quantize[0].reference(*arguments)
+        return [rows ^ (mx.arange(rows.shape[-1], dtype=mx.uint32) % 25 == 3)]
+
+    wrong_rows = dataclasses.replace(quantize[0], reference=flipped), quantize[1]
+    with pytest.warns(RuntimeWarning, match="failed its self-test"):
+        disabled = self_test.check(
+            [wrong_rows, (wrong(attention[0], 1.01), attention[1])], emulated=True
+        )
+    assert [p.op for p in disabled] == ["quantize_kv", "compressed_sdpa"]
+    assert "packed words differ" in next(iter(disabled.values()))
+    first, second = attention[0].launch(*attention[1]).chain()
+    changed = dataclasses.replace(first, then=lambda outputs: dataclasses.replace(
+        second, program=dataclasses.replace(second.program, body=second.program.body + "//")
+    ))  # fmt: skip
+    assert self_test._key(changed) != self_test._key(first)

@@ -14,15 +14,20 @@ from mlxfuse.gguf.relayout import stream_shapes
 from mlxfuse.kernels import (
     _kernel,
     dequantize,
+    dequantize_kv,
     int8_matmul,
     norm_rope,
     quantize_int8,
+    quantize_kv,
     quantized_matmul,
     rms_norm,
 )
 from mlxfuse.kernels._product import ACTIVATIONS, Call
 from mlxfuse.kernels._source import header
 from mlxfuse.kernels.activations import Int8Activations
+from mlxfuse.kernels.compressed_sdpa import compressed_sdpa
+from mlxfuse.kernels.kv_scheme import KVScheme, KVSide, pack
+from mlxfuse.kernels.self_test import calls
 from mlxfuse.kernels.weight import AffineSegment, AnySegment, Part, QuantizedWeight, Segment
 from tests import msl
 
@@ -55,7 +60,7 @@ class Variant:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of inputs and outputs."""
+        """Bytes of inputs and outputs of a single dispatch."""
         launch = self.launch
         sizes = zip(launch.shapes, launch.dtypes, strict=True)
         outputs = sum(int(np.prod(shape)) * dtype.size for shape, dtype in sizes)
@@ -204,6 +209,7 @@ def variants() -> Iterator[Variant]:
     yield _product("experts", both, 1, half, experts=ids)
     yield _product("experts, swiglu", both, 1, half, experts=ids, activation="swiglu")
     yield from _int8_variants()
+    yield from compressed()
     yield from norms()
 
 
@@ -275,3 +281,51 @@ def _normal(dtype: mx.Dtype, *shapes: tuple[int, ...]) -> list[mx.array]:
 
 def _short(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
+
+
+def compressed() -> Iterator[Variant]:
+    """Each width of codes and kind, rotated or not; each source of tokens and kind of mask."""
+    affine, symmetric = KVSide(128, 8, 64, "affine", True), KVSide(80, 4, 0, "symmetric", True)
+    usual = KVScheme(affine, KVSide(128, 4, 64, "affine", True), mx.float16)
+    odd = KVScheme(symmetric, KVSide(112, 16), mx.bfloat16)
+    wide = KVScheme(KVSide(512, 16), KVSide(256, 8, 128), mx.float32)
+    rng = np.random.default_rng(0)
+
+    def normal(dtype: mx.Dtype, *shape: int) -> mx.array:
+        return mx.array(rng.standard_normal(shape, np.float32)).astype(dtype)
+
+    for scheme in (usual, odd):
+        kind = str(scheme.dtype).removeprefix("mlx.core.")
+        k, v = (normal(scheme.dtype, 1, 2, 6, s.dim) for s in (scheme.k, scheme.v))
+        yield Variant(f"quantize_kv {kind}", quantize_kv.KERNEL, (k, v, scheme))
+        rows = pack(scheme, k, v)
+        given = (rows, scheme, scheme.dtype)
+        yield Variant(f"dequantize_kv {kind}", dequantize_kv.KERNEL, given)
+    for scheme, heads, queries, sources, mask in (
+        (usual, 8, 1, ("rows", "tail", "sink", "fresh"), None),
+        (odd, 7, 5, ("rows", "tail"), mx.bool_),
+        (wide, 4, 1, ("rows", "fresh"), mx.float32),
+    ):
+        dk, dv, dtype = scheme.k.dim, scheme.v.dim, scheme.dtype
+        k, v = normal(dtype, 1, 2, 40, dk), normal(dtype, 1, 2, 40, dv)
+        rows = pack(scheme, k, v)
+        plain = mx.concatenate([k, v], axis=-1)
+        options: dict[str, Any] = {
+            "rows": rows if "rows" in sources else None,
+            "length": 37,
+            "tail": plain[:, :, :16] if "tail" in sources else None,
+            "tail_length": 11,
+            "scale": dk**-0.5,
+            "sink": plain[:, :, 20:24] if "sink" in sources else None,
+            "sink_length": 3,
+            "mask": None if mask is None else mx.ones((queries, 80), mask),
+            "sinks": normal(mx.float32, 2 * heads) if "sink" in sources else None,
+        }
+        if "fresh" in sources:
+            options["fresh"] = k[:, :, 30 : 30 + queries], v[:, :, 30 : 30 + queries]
+        q = normal(dtype, 1, 2 * heads, queries, dk)
+        ((kernel, arguments),) = calls(
+            lambda q=q, scheme=scheme, options=options: compressed_sdpa(q, scheme, **options)
+        )
+        name = f"compressed_sdpa {dk} {dv} {heads} x {queries} {' '.join(sources)}"
+        yield Variant(name, kernel, arguments)

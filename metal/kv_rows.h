@@ -1,0 +1,189 @@
+// Rows of compressed keys and values; `mlxfuse/kernels/kv_scheme.py` documents them.
+//
+// A unit is 8 consecutive elements. A side, K or V, is Side<C, N, first, scales, group>: codes C
+// from word `first` of a row on and, if group > 0, numbers N from word `scales` on. Element e of a
+// unit is scale.x * v[e] + scale.y, where `load` gives v and `scale` the pair. A row may lie in any
+// address space; it is aligned to 4 bytes.
+
+// The largest power of two that is no more than 32, or enough for n.
+constexpr int lanes_of(int n) {
+  return n <= 1 ? 1 : n <= 2 ? 2 : n <= 4 ? 4 : n <= 8 ? 8 : n <= 16 ? 16 : 32;
+}
+
+// How `dim` elements lie in the lanes of a SIMD-group: lane l has the units l % lanes + lanes * j
+// of a token, and 32 / lanes tokens lie in a SIMD-group at once.
+template <int dim>
+struct Spread {
+  static constexpr constant int units = dim / 8;
+  static constexpr constant int lanes = lanes_of(dim / 8);
+  static constexpr constant int each = (dim / 8 + lanes - 1) / lanes;
+  static constexpr constant int tokens = 32 / lanes;
+  static uint unit(uint lane, int j) {
+    return lane % lanes + lanes * j;
+  }
+};
+
+// Numbers<S>: values of type S in words: two, one, and a unit of them. Codes<bits>: a unit of codes.
+// A kind gives the scale, and what is added to scale times code, from the numbers of group g.
+template <typename S>
+struct Numbers;
+template <int bits>
+struct Codes;
+
+template <typename C, typename K, typename N, int first, int scales, int group>
+struct Side {
+  static constexpr constant bool scaled = group > 0;
+  template <typename P>
+  static void load(P row, uint unit, thread float* v) {
+    C::load(row + first, unit, v);
+  }
+  template <typename P>
+  static float2 scale(P row, uint unit) {
+    return K::template scale<N>(row + scales, unit * 8 / group);
+  }
+};
+
+//@ halves:
+METAL_FUNC float2 halves(uint word, half) {
+  return float2(as_type<half2>(word));
+}
+METAL_FUNC float2 halves(uint word, bfloat16_t) {
+  return float2(as_type<float>(word << 16), as_type<float>(word & 0xffff0000u));
+}
+
+template <typename S>
+struct Numbers {
+  template <typename P>
+  static float2 pair(P words, uint i) {
+    return halves(words[i], S(0));
+  }
+  template <typename P>
+  static float one(P words, uint i) {
+    const float2 two = pair(words, i / 2);
+    return i % 2 ? two.y : two.x;
+  }
+  template <typename P>
+  static void load(P words, uint unit, thread float* v) {
+    UNROLL
+    for (int i = 0; i < 4; i++) {
+      const float2 two = pair(words, 4 * unit + i);
+      v[2 * i] = two.x;
+      v[2 * i + 1] = two.y;
+    }
+  }
+};
+
+//@ floats:
+template <>
+struct Numbers<float> {
+  template <typename P>
+  static float one(P words, uint i) {
+    return as_type<float>(words[i]);
+  }
+  template <typename P>
+  static float2 pair(P words, uint i) {
+    return float2(one(words, 2 * i), one(words, 2 * i + 1));
+  }
+  template <typename P>
+  static void load(P words, uint unit, thread float* v) {
+    UNROLL
+    for (int i = 0; i < 8; i++) {
+      v[i] = one(words, 8 * unit + i);
+    }
+  }
+};
+
+//@ codes8:
+template <>
+struct Codes<8> {
+  template <typename P>
+  static void load(P words, uint unit, thread float* v) {
+    UNROLL
+    for (int i = 0; i < 2; i++) {
+      const float4 four = bytes(words[2 * unit + i]);
+      UNROLL
+      for (int e = 0; e < 4; e++) {
+        v[4 * i + e] = four[e];
+      }
+    }
+  }
+};
+
+//@ codes4:
+template <>
+struct Codes<4> {
+  template <typename P>
+  static void load(P words, uint unit, thread float* v) {
+    const uint word = words[unit];
+    const float4 even = bytes(word & 0x0f0f0f0fu);
+    const float4 odd = bytes((word >> 4) & 0x0f0f0f0fu);
+    UNROLL
+    for (int e = 0; e < 4; e++) {
+      v[2 * e] = even[e];
+      v[2 * e + 1] = odd[e];
+    }
+  }
+};
+
+//@ affine:
+struct Affine {
+  template <typename N, typename P>
+  static float2 scale(P words, uint g) {
+    return N::pair(words, g);
+  }
+};
+
+//@ zero_point:
+struct ZeroPoint {
+  template <typename N, typename P>
+  static float2 scale(P words, uint g) {
+    const float2 found = N::pair(words, g);
+    return float2(found.x, -found.x * found.y);
+  }
+};
+
+//@ symmetric:
+template <int zero>
+struct Symmetric {
+  template <typename N, typename P>
+  static float2 scale(P words, uint g) {
+    const float found = N::one(words, g);
+    return float2(found, -float(zero) * found);
+  }
+};
+
+//@ hadamard:
+// Of a power of two up to 512.
+constexpr float inverse_root(int n) {
+  const int root = n >= 256 ? 16 : n >= 64 ? 8 : n >= 16 ? 4 : n >= 4 ? 2 : 1;
+  return (n == root * root ? 1.0f : 0.70710678118654752f) / root;
+}
+
+// The elements of a token, spread over lanes, times an orthonormal Hadamard matrix in blocks.
+template <int dim, int block>
+METAL_FUNC void hadamard(thread float* x, uint lane) {
+  typedef Spread<dim> At;
+  UNROLL
+  for (int h = 1; h < block; h *= 2) {
+    UNROLL
+    for (int i = 0; i < 8 * At::each; i++) {
+      if (h >= 8 && h < 8 * At::lanes) {
+        const float other = simd_shuffle_xor(x[i], ushort(h / 8));
+        x[i] = lane & uint(h / 8) ? other - x[i] : x[i] + other;
+      } else {
+        const int step = h < 8 ? h : h / At::lanes;
+        if (!(i & step)) {
+          const float sum = x[i] + x[i + step];
+          x[i + step] = x[i] - x[i + step];
+          x[i] = sum;
+        }
+      }
+    }
+  }
+  if (block > 1) {
+    UNROLL
+    for (int i = 0; i < 8 * At::each; i++) {
+      x[i] *= inverse_root(block);
+    }
+  }
+}

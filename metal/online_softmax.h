@@ -1,0 +1,282 @@
+// The softmax of a SIMD-group over tokens that come run by run, and the sum of their values.
+// Keys and values are decoded by the sides of kv_rows.h; all is computed in float32.
+
+constant constexpr int run = 8;
+
+// One lane's part of n values, each spread over `lanes` lanes, summed: the lane's own value is
+// number (lane % lanes) / (lanes / n).
+template <int n, int lanes>
+METAL_FUNC float folded(thread float* part, uint lane) {
+  UNROLL
+  for (int h = n / 2; h >= 1; h /= 2) {
+    const int bit = lanes / n * h;
+    UNROLL
+    for (int i = 0; i < h; i++) {
+      const float keep = lane & uint(bit) ? part[i + h] : part[i];
+      const float send = lane & uint(bit) ? part[i] : part[i + h];
+      part[i] = keep + simd_shuffle_xor(send, ushort(bit));
+    }
+  }
+  float sum = part[0];
+  UNROLL
+  for (int bit = lanes / n / 2; bit >= 1; bit /= 2) {
+    sum += simd_shuffle_xor(sum, ushort(bit));
+  }
+  return sum;
+}
+
+// The state of a SIMD-group's online softmax. A lane has one score of each run, of row
+// (lane / same) % rows.
+template <int dk, int dv, int rows>
+struct Softmax {
+  typedef Spread<dk> Keys;
+  typedef Spread<dv> Values;
+  static constexpr constant int n = run / Keys::tokens * rows;
+  static constexpr constant int same = Keys::lanes / n;
+  float q[rows][8 * Keys::each];
+  float q_sum[rows][Keys::each];
+  float o[rows][8 * Values::each];
+  float most;
+  float total;
+
+  static uint row(uint lane) {
+    return lane / same % rows;
+  }
+  // The token of a run that a lane's score is of.
+  static uint token(uint lane) {
+    return lane % Keys::lanes / same / rows * Keys::tokens + lane / Keys::lanes;
+  }
+  // The lane that has the score of a token of a run.
+  static uint lane_of(uint token, uint row) {
+    return token % Keys::tokens * Keys::lanes + (token / Keys::tokens * rows + row) * same;
+  }
+
+  void start() thread {
+    most = -INFINITY;
+    total = 0.0f;
+    UNROLL
+    for (int r = 0; r < rows; r++) {
+      UNROLL
+      for (int i = 0; i < 8 * Values::each; i++) {
+        o[r][i] = 0.0f;
+      }
+    }
+  }
+
+  template <typename T>
+  void load(const device T* from, uint first, uint end, float scale, uint lane) thread {
+    UNROLL
+    for (int r = 0; r < rows; r++) {
+      UNROLL
+      for (int j = 0; j < Keys::each; j++) {
+        const uint unit = Keys::unit(lane, j);
+        const bool here = first + r < end && unit < uint(Keys::units);
+        UNROLL
+        for (int i = 0; i < 2; i++) {
+          float4 four = float4(0.0f);
+          if (here) {
+            four = float4(*(const device vec<T, 4>*)(from + (first + r) * dk + 8 * unit + 4 * i));
+          }
+          UNROLL
+          for (int e = 0; e < 4; e++) {
+            q[r][8 * j + 4 * i + e] = scale * four[e];
+          }
+        }
+      }
+    }
+  }
+
+  // The queries as the keys are, and their sums for the bias.
+  template <int block>
+  void prepare(uint lane) thread {
+    UNROLL
+    for (int r = 0; r < rows; r++) {
+      hadamard<dk, block>(q[r], lane);
+      UNROLL
+      for (int j = 0; j < Keys::each; j++) {
+        q_sum[r][j] = 0.0f;
+        UNROLL
+        for (int e = 0; e < 8; e++) {
+          q_sum[r][j] += q[r][8 * j + e];
+        }
+      }
+    }
+  }
+
+  template <typename K, int words>
+  float score(const threadgroup uint* tile, uint first, uint count, uint lane) const thread {
+    float part[n];
+    UNROLL
+    for (int i = 0; i < run / Keys::tokens; i++) {
+      UNROLL
+      for (int r = 0; r < rows; r++) {
+        part[i * rows + r] = 0.0f;
+      }
+      const uint t = first + i * Keys::tokens + lane / Keys::lanes;
+      if (t < count) {
+        UNROLL
+        for (int j = 0; j < Keys::each; j++) {
+          // A lane beyond the last unit has queries of zeros.
+          const uint unit = metal::min(Keys::unit(lane, j), uint(Keys::units - 1));
+          const threadgroup uint* from = tile + t * words;
+          float v[8];
+          K::load(from, unit, v);
+          float2 scale = float2(1.0f, 0.0f);
+          if constexpr (K::scaled) {
+            scale = K::scale(from, unit);
+          }
+          UNROLL
+          for (int r = 0; r < rows; r++) {
+            float sum = 0.0f;
+            UNROLL
+            for (int e = 0; e < 8; e++) {
+              sum = fma(v[e], q[r][8 * j + e], sum);
+            }
+            if constexpr (K::scaled) {
+              sum = fma(scale.x, sum, scale.y * q_sum[r][j]);
+            }
+            part[i * rows + r] += sum;
+          }
+        }
+      }
+    }
+    return folded<n, Keys::lanes>(part, lane);
+  }
+
+  // The weight of a lane's score; the sums so far are scaled to the new largest score.
+  float weigh(float score) thread {
+    float now = metal::max(most, score);
+    UNROLL
+    for (int bit = same * rows; bit < 32; bit *= 2) {
+      now = metal::max(now, simd_shuffle_xor(now, ushort(bit)));
+    }
+    const float shift = now == -INFINITY ? 0.0f : now;
+    const float decay = most == -INFINITY ? 0.0f : metal::fast::exp(most - shift);
+    const float p = score == -INFINITY ? 0.0f : metal::fast::exp(score - shift);
+    total = fma(total, decay, p);
+    most = now;
+    UNROLL
+    for (int r = 0; r < rows; r++) {
+      const float d = simd_shuffle(decay, ushort(lane_of(0, r)));
+      UNROLL
+      for (int i = 0; i < 8 * Values::each; i++) {
+        o[r][i] *= d;
+      }
+    }
+    return p;
+  }
+
+  template <typename V, int words>
+  void add(const threadgroup uint* tile, uint first, uint count, float p, uint lane) thread {
+    UNROLL
+    for (int i = 0; i < run / Values::tokens; i++) {
+      const uint token = i * Values::tokens + lane / Values::lanes;
+      float weight[rows];
+      UNROLL
+      for (int r = 0; r < rows; r++) {
+        weight[r] = simd_shuffle(p, ushort(lane_of(token, r)));
+      }
+      if (first + token < count) {
+        UNROLL
+        for (int j = 0; j < Values::each; j++) {
+          const uint unit = metal::min(Values::unit(lane, j), uint(Values::units - 1));
+          const threadgroup uint* from = tile + (first + token) * words;
+          float v[8];
+          V::load(from, unit, v);
+          if constexpr (V::scaled) {
+            const float2 scale = V::scale(from, unit);
+            UNROLL
+            for (int e = 0; e < 8; e++) {
+              v[e] = fma(scale.x, v[e], scale.y);
+            }
+          }
+          UNROLL
+          for (int r = 0; r < rows; r++) {
+            UNROLL
+            for (int e = 0; e < 8; e++) {
+              o[r][8 * j + e] = fma(weight[r], v[e], o[r][8 * j + e]);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // Sums over the lanes, and over the SIMD-groups of the same rows; slice 0 has them then. `room`
+  // is those SIMD-groups' own.
+  template <int slices>
+  void join(threadgroup float* room, uint slice, uint lane) thread {
+    constexpr int width = 8 * Values::each * Values::lanes;
+    UNROLL
+    for (int bit = same * rows; bit < 32; bit *= 2) {
+      total += simd_shuffle_xor(total, ushort(bit));
+    }
+    UNROLL
+    for (int r = 0; r < rows; r++) {
+      UNROLL
+      for (int i = 0; i < 8 * Values::each; i++) {
+        UNROLL
+        for (int bit = Values::lanes; bit < 32; bit *= 2) {
+          o[r][i] += simd_shuffle_xor(o[r][i], ushort(bit));
+        }
+      }
+    }
+    const uint own = row(lane);
+    for (uint s = 1; s < slices; s++) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      if (slice == s) {
+        UNROLL
+        for (int i = 0; i < rows * 8 * Values::each; i++) {
+          if (lane < uint(Values::lanes)) {
+            room[i * Values::lanes + lane] = o[i / (8 * Values::each)][i % (8 * Values::each)];
+          }
+        }
+        if (lane == lane_of(0, own)) {
+          room[rows * width + 2 * own] = most;
+          room[rows * width + 2 * own + 1] = total;
+        }
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      if (slice == 0) {
+        const float other = room[rows * width + 2 * own];
+        const float now = metal::max(most, other);
+        const float mine = most == -INFINITY ? 0.0f : metal::fast::exp(most - now);
+        const float theirs = other == -INFINITY ? 0.0f : metal::fast::exp(other - now);
+        most = now;
+        total = fma(theirs, room[rows * width + 2 * own + 1], mine * total);
+        UNROLL
+        for (int r = 0; r < rows; r++) {
+          const float a = simd_shuffle(mine, ushort(lane_of(0, r)));
+          const float b = simd_shuffle(theirs, ushort(lane_of(0, r)));
+          UNROLL
+          for (int i = 0; i < 8 * Values::each; i++) {
+            const uint at = (r * 8 * Values::each + i) * Values::lanes + lane % Values::lanes;
+            o[r][i] = fma(b, room[at], a * o[r][i]);
+          }
+        }
+      }
+    }
+  }
+
+  // Turns the sums back and writes them for the rows from `first` to `end`.
+  template <int block>
+  void finish(device float* sums, device float* stats, uint first, uint end, uint lane) thread {
+    UNROLL
+    for (int r = 0; r < rows; r++) {
+      hadamard<dv, block>(o[r], lane);
+      UNROLL
+      for (int i = 0; i < 2 * Values::each; i++) {
+        const uint unit = Values::unit(lane, i / 2);
+        if (first + r < end && lane < uint(Values::lanes) && unit < uint(Values::units)) {
+          *(device float4*)(sums + (first + r) * dv + 8 * unit + 4 * (i % 2)) =
+              float4(o[r][4 * i], o[r][4 * i + 1], o[r][4 * i + 2], o[r][4 * i + 3]);
+        }
+      }
+    }
+    const uint own = row(lane);
+    if (lane == lane_of(0, own) && first + own < end) {
+      stats[2 * (first + own)] = most;
+      stats[2 * (first + own) + 1] = total;
+    }
+  }
+};

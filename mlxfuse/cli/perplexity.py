@@ -1,0 +1,103 @@
+"""``mlxfuse perplexity``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import MLXFuseError
+from ..progress import status_line
+from ._common import app, before_imports, clean, command, one_model, resolve_model
+from ._options import (
+    Debug,
+    DTypeOption,
+    Fuse,
+    Json,
+    KVBits,
+    KVForce,
+    KVGroupSize,
+    KVRotate,
+    ModelArgument,
+    ModelOption,
+    Revision,
+    kv_options,
+)
+
+
+@app.command("perplexity", rich_help_panel="Look")
+@command
+def perplexity_command(
+    file: Annotated[str, typer.Option("--file", "-f", help="A text; - reads it from stdin.")],
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
+    revision: Revision = None,
+    dtype: DTypeOption = None,
+    fuse: Fuse = "auto",
+    kv_bits: KVBits = None,
+    kv_group_size: KVGroupSize = 64,
+    kv_rotate: KVRotate = True,
+    kv_force: KVForce = False,
+    kld: Annotated[
+        bool, typer.Option("--kld", help="Compare with the plain cache: KLD and same top token.")
+    ] = False,
+    ctx_size: Annotated[
+        int, typer.Option("--ctx-size", "-c", help="Tokens of a chunk.", min=4)
+    ] = 512,
+    chunks: Annotated[int | None, typer.Option(help="Score at most so many chunks.", min=1)] = None,
+    step: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens processed at a time (default: 8 with --kv-bits, as in generation; "
+            "else 512).",
+            min=1,
+        ),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Score a text: perplexity, and what a compressed cache changes."""
+    if kld and kv_bits is None:
+        raise typer.BadParameter("--kld compares two caches: say with --kv-bits which")
+    text = _read(file)
+    path = resolve_model(one_model(model, model_option), revision, True)
+    before_imports()
+    with redirect_stdout(sys.stderr), status_line(not as_json) as say:
+        say(f"loading {path.name}")
+        from ..loader import load
+        from ..nn.kv import check_model, compressed, plain_caches
+        from ..perplexity import Way, perplexity, render
+
+        kv = kv_options(kv_bits, kv_group_size, kv_rotate)
+        loaded, tokenizer = load(path, dtype=dtype and dtype.value, fuse=fuse)
+        plain = way = Way(loaded, lambda: plain_caches(loaded))
+        if kv is not None:
+            check_model(loaded, kv, force=kv_force)
+            way = Way(loaded, lambda: compressed(plain_caches(loaded), kv))
+        ids = tokenizer.encode(text)
+        report = perplexity(
+            ids,
+            way,
+            plain if kld else None,
+            bos=tokenizer.bos_token_id if ids[:1] == [tokenizer.bos_token_id] else None,
+            context=ctx_size,
+            chunks=chunks,
+            step=step or (512 if kv is None else 8),
+            on_chunk=lambda done, count: say(f"{done} of {count} chunks"),
+        )
+    if as_json:
+        scheme = None if kv is None else {"kv_bits": kv.name, "kv_rotate": kv.rotate}
+        print(json.dumps({"model": str(path), "scheme": scheme, **report.as_dict()}))
+        return
+    print(render(report, "plain" if kv is None else kv.name + (" rotated" if kv.rotate else "")))
+
+
+def _read(file: str) -> str:
+    try:
+        return clean(sys.stdin.read()) if file == "-" else Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise MLXFuseError(f"{file}: expected a text in UTF-8: {error}") from None
