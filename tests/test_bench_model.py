@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import mlxfuse
-from mlxfuse.bench import arms, llama, measure, output, plot, run
+from mlxfuse.bench import arms, llama, machine, measure, output, plot, run
 from mlxfuse.bench.measure import Test, alternate, numbers, speeds
 from mlxfuse.errors import MLXFuseError, ReportError
 from mlxfuse.fusion import checks, patch_model
@@ -312,6 +312,28 @@ def test_a_planted_wrong_kernel_is_not_timed(emulated, monkeypatch):
     result = invoke("bench", emulated, *SMALL)
     assert (result.exit_code, result.stdout) == (1, "")
     assert "mlxfuse is not timed: its logits differ from the reference's" in result.stderr
+
+
+def test_heat_is_told_on_one_line(monkeypatch):
+    assert machine.thermal() is None or sys.platform == "darwin"
+    said = "Note: no warning\n\nCPU_Speed_Limit \t= 60\n"
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: SimpleNamespace(stdout=said))
+    assert machine.thermal() == "Note: no warning; CPU_Speed_Limit \t= 60"
+
+    def absent(*a, **k):
+        raise FileNotFoundError("pmset")
+
+    monkeypatch.setattr(subprocess, "run", absent)
+    assert machine.thermal() is None
+
+
+def test_bandwidth_is_bytes_by_time(monkeypatch):
+    """Of a copy, read and written, in 2 s and a sum, read, in 0.5 s."""
+    taken = iter([9.0, *[2.0] * 5, 9.0, *[0.5] * 5])
+    monkeypatch.setattr(machine, "seconds", lambda call: next(taken))
+    monkeypatch.setitem(machine._BYTES, "cpu", 4096)
+    assert machine.bandwidth("cpu") == 4096 / 0.5
 
 
 # --- the command --------------------------------------------------------------------------
