@@ -530,6 +530,7 @@ def test_llama_bench_takes_its_turn(model, tmp_path, monkeypatch):
     found = json.loads(result.stdout)
     assert [r["arm"] for r in found["rows"]] == ["mlx-lm", "mlxfuse", "llama.cpp"]
     assert found["rows"][2]["samples_ts"] == [4.0, 4.0]
+    assert str(tmp_path) not in result.stdout  # it is sent to others
     assert log.read_text().splitlines() == ["-r 1 -o json -p 8 -n 0 -d 0"] * 2
     fake_llama_bench(tmp_path, run.about(model), "#!/bin/sh\necho oops >&2; exit 3\n")
     result = invoke("bench", model, *SMALL, "-n", "0", "--llama-bench")

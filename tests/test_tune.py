@@ -32,10 +32,10 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.setenv("MLXFUSE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
     monkeypatch.setattr(tuning, "machine", lambda: dict(MACHINE))
-    tuning._read.cache_clear()
+    tuning.known.cache_clear()
     with msl.installed(build="fast"):
         yield
-    tuning._read.cache_clear()
+    tuning.known.cache_clear()
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ def test_what_is_stored_is_read_again_and_added_to(tmp_path):
     }
     assert os.listdir(path.parent) == ["tuning.json"]
     path.unlink()
-    tuning._read.cache_clear()
+    tuning.known.cache_clear()
     assert tuning.winner("quantized_matmul", CASE) == ""
 
 
@@ -223,7 +223,7 @@ def written(content):
     path = tuning.path()
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-    tuning._read.cache_clear()
+    tuning.known.cache_clear()
 
 
 @pytest.mark.parametrize(

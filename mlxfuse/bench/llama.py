@@ -119,6 +119,7 @@ class LlamaBench:
     """
 
     name = NAME
+    what = "llama-bench of llama.cpp, its own defaults, a process for each run"
 
     def __init__(self, path: Path, model: dict[str, Any]) -> None:
         program = shutil.which("llama-bench")
@@ -126,7 +127,6 @@ class LlamaBench:
             raise MLXFuseError("--llama-bench needs llama-bench, of llama.cpp, on the PATH")
         self._command = [program, "-m", str(path), "-r", "1", "-o", "json"]
         self._model = model
-        self.what = f"llama-bench of llama.cpp ({one_line(program)}), its own defaults"
 
     def __call__(self, test: Test, run: Callable[..., Any] = subprocess.run) -> float:
         sizes = {"-p": test.prompt, "-n": test.generated, "-d": test.depth}

@@ -71,31 +71,27 @@ def source_hash() -> str:
 
 def active() -> bool:
     """Whether something has been measured here."""
-    return bool(_read(path()).variants)
+    return bool(known().variants)
 
 
 def winner(op: str, case: str) -> str:
     """The variant for a case; the empty string where none has been measured."""
-    return _read(path()).variants.get(op, {}).get(case, "")
+    return known().variants.get(op, {}).get(case, "")
 
 
 def separate(site: str) -> bool:
     """Whether a fusion was slower than the model's own code at such a site."""
-    return _read(path()).fusions.get(site) == SEPARATE
-
-
-def known() -> Tuning:
-    """All winners for this machine."""
-    return _read(path())
+    return known().fusions.get(site) == SEPARATE
 
 
 @cache
-def _read(file: Path) -> Tuning:
-    """The winners in a file as far as they are for this machine and name what there is.
+def known() -> Tuning:
+    """The stored winners as far as they are for this machine and name what there is.
 
-    The rest is ignored, which one warning says.
+    The rest is ignored, which one warning says. The file is read once: this is asked in every
+    call of a kernel.
     """
-    here = machine()
+    file, here = path(), machine()
     if here is None:
         return Tuning()
     try:
@@ -170,5 +166,5 @@ def store(winners: Tuning) -> Path:
     }
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_text(file, json.dumps(content, indent=1, sort_keys=True) + "\n")
-    _read.cache_clear()
+    known.cache_clear()
     return file
