@@ -97,7 +97,10 @@ def _machine(found: dict[str, Any]) -> list[str]:
         f"mlx-lm {env['mlx_lm']}; MLX's copy or sum: {env['bandwidth'] / 1e9:.1f} GB/s",
     ]
     if device["kind"] == "cpu":
-        lines.append("On the CPU: no figure of a Mac, where nothing has been measured yet.")
+        lines.append(
+            f"On the CPU, every form with the same BLAS ({device.get('blas')}): no figure of a "
+            "Mac, where nothing has been measured yet."
+        )
     if env["thermal"]:
         lines.append(f"thermal: {one_line(env['thermal'])}")
     return lines
