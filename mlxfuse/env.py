@@ -6,6 +6,8 @@ Values are read at call time, so a test or a script may change them.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # name -> (default, meaning); the README's table is generated from this.
@@ -28,6 +30,20 @@ def get(name: str) -> str:
 def switched_off(fusion: str) -> bool:
     """Whether ``MLXFUSE_DISABLE`` has a fusion, everywhere; for what may change after patching."""
     return fusion in (item.strip() for item in get("MLXFUSE_DISABLE").split(","))
+
+
+@contextmanager
+def overridden(name: str, value: str) -> Iterator[None]:
+    """Within, a variable of the table has this value, for the whole process."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def cache_dir() -> Path:

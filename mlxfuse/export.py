@@ -18,9 +18,9 @@ from safetensors.numpy import save_file
 from . import __version__
 from .errors import MLXFuseError
 from .gguf.exported import CONFIG, LAYOUT, ExportedFile, header_bytes, open_model, stream_name
-from .gguf.relayout import allocate, relayout
+from .gguf.relayout import allocate
 from .models.config import read_config
-from .models.plan import first_rows, groups, has_kernel, plan
+from .models.plan import fill, first_rows, groups, has_kernel, plan
 
 if TYPE_CHECKING:
     from .gguf.reader import GGUFFile, Tensor
@@ -84,7 +84,7 @@ def _units(file: GGUFFile, weights: Plan) -> Iterator[Unit]:
             sources = [source for weight in group for source in weight.weight]
             in_streams |= {source.tensor.name for source in sources}
             key = group[0].group or group[0].module
-            size = sum(s.shape[0] * s.tensor.row_bytes for s in sources)
+            size = sum(s.experts * s.count * s.tensor.row_bytes for s in sources)
 
             def streams(key: str = key, sources: list[RowSource] = sources) -> Any:
                 return _streams(file, key, sources)
@@ -100,14 +100,11 @@ def _units(file: GGUFFile, weights: Plan) -> Iterator[Unit]:
 
 
 def _streams(file: GGUFFile, key: str, sources: list[RowSource]) -> dict[str, np.ndarray]:
-    columns = sources[0].shape[1]
+    columns, experts = sources[0].shape[-1], sources[0].experts
     first, rows = first_rows(sources)
-    made = {f: allocate(f, n, columns) for f, n in rows.items()}
+    made = {f: allocate(f, n * experts, columns) for f, n in rows.items()}
     for source, start in zip(sources, first, strict=True):
-        data, order = source.bytes(file, mapped=False), source.order()
-        span = slice(start, start + source.shape[0])
-        out = {name: array[span] for name, array in made[source.format].items()}
-        relayout(data if order is None else data[order], source.format, out)
+        fill(source, source.bytes(file, mapped=False), made[source.format], start)
     return {
         stream_name(key, f, name): a for f, arrays in made.items() for name, a in arrays.items()
     }

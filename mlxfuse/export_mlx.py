@@ -37,7 +37,12 @@ GROUP = 32
 # format -> bits of MLX's mode affine: the codes are those of gguf.quants, made unsigned.
 EXACT = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8}
 _ZERO = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128}
-_MODEL_TYPES = {"gemma3": "gemma3_text"}
+_MODEL_TYPES = {
+    "gemma3": "gemma3_text",
+    "gpt-oss": "gpt_oss",
+    "qwen2moe": "qwen2_moe",
+    "qwen3moe": "qwen3_moe",
+}
 _LARGEST = float(np.finfo(np.float16).max)
 
 Arrays = dict[str, np.ndarray]
@@ -69,7 +74,7 @@ def export_mlx(
         for weight in every:
             kinds = {s.format.name for s in weight.weight}
             (kind,) = kinds if len(kinds) == 1 else ("",)
-            bits = EXACT.get(kind) if len(weight.shape) == 2 else None
+            bits = EXACT.get(kind) if len(weight.shape) > 1 else None
             if bits and _overflows(file, weight, kind):
                 bits = None
             if bits:
@@ -171,7 +176,11 @@ def _unit(file: GGUFFile, weight: WeightPlan, config: Config, bits: int | None) 
     offset = config.architecture.norm_offset if len(weight.shape) == 1 else 0.0
 
     def floats(sources: Sequence[RowSource], offset: float = 0.0) -> np.ndarray:
-        parts = [dequantize(_blocks(file, s), s.format, s.shape) - offset for s in sources]
+        parts = []
+        for source in sources:
+            data = _blocks(file, source)
+            shape = (len(data), *source.shape[1:][-1:])
+            parts.append(dequantize(data, source.format, shape) - offset)
         return np.concatenate(parts).astype(np.float16)
 
     def make() -> Arrays:
@@ -182,6 +191,11 @@ def _unit(file: GGUFFile, weight: WeightPlan, config: Config, bits: int | None) 
             arrays = {"weight": floats(weight.weight, offset)}
         if weight.bias:
             arrays["bias"] = floats(weight.bias)
+        if weight.bare:
+            return {weight.module: arrays["weight"]}
+        if len(weight.shape) == 3:
+            lead = weight.shape[:2]
+            arrays = {name: array.reshape(*lead, -1) for name, array in arrays.items()}
         return {f"{weight.module}.{name}": array for name, array in arrays.items()}
 
     return Unit(size * (bits + 1) // 8 if bits else 2 * size, make)

@@ -24,6 +24,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "q|k|v": ("attn_q", "attn_k", "attn_v"),
     "gate|up": ("ffn_gate", "ffn_up"),
     "experts gate|up": ("ffn_gate_exps", "ffn_up_exps"),
+    "shared gate|up": ("ffn_gate_shexp", "ffn_up_shexp"),
 }
 # Tensors that llama.cpp's converters already store as one.
 WHOLE = {"attn_qkv": "q|k|v", "ffn_up": "gate|up", "ffn_gate_up_exps": "experts gate|up"}

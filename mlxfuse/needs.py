@@ -11,7 +11,7 @@ import numpy as np
 
 from .gguf.reader import GGUFFile
 
-_EXPERTS = re.compile(r"blk\.\d{1,6}\.ffn_(gate|up|down|gate_up)_exps\.weight")
+_EXPERTS = re.compile(r"blk\.\d{1,6}\.ffn_(gate|up|down|gate_up)_exps\.(weight|bias)")
 
 
 @dataclass(frozen=True, slots=True)

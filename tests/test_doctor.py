@@ -18,7 +18,7 @@ from .models import tiny
 from .test_cli import invoke
 
 
-@pytest.fixture(params=["llama", "qwen3", "gemma3"])
+@pytest.fixture(params=["llama", "qwen3", "gemma3", "gpt-oss"])
 def path(request, tmp_path):
     return tiny.write(tmp_path / "tiny.gguf", tiny.build(request.param, 0))
 

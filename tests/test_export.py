@@ -28,7 +28,16 @@ from .models import tiny
 from .test_cli import REPOSITORY, TEMPLATE, invoke
 
 IDS = mx.array([[1, 5, 9, 200, 7]])
-CASES = ("llama-q4", "llama-k-quants", "llama-fused-qkv", "qwen2", "gemma3", "phi3")
+CASES = (
+    "llama-q4",
+    "llama-k-quants",
+    "llama-fused-qkv",
+    "qwen2",
+    "qwen3moe",
+    "gpt-oss",
+    "gemma3",
+    "phi3",
+)
 
 
 @pytest.fixture
@@ -290,7 +299,9 @@ def test_affine_is_exact(name):
     assert np.allclose(np.array(got), want, rtol=0, atol=2**-22 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("name", ["llama-q4", "llama-k-quants", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["llama-q4", "llama-k-quants", "qwen2", "qwen3", "qwen2moe", "qwen3moe"]
+)
 def test_stock_mlx_lm_runs_it(made, tmp_path, name):
     path, target = made(name), tmp_path / "mlx"
     summary = export_mlx(path, target)
@@ -323,8 +334,9 @@ def test_scales_that_would_overflow_stay_float16(made, tmp_path):
 
 
 def test_what_mlx_lm_cannot_be_told_is_refused(made, tmp_path):
-    with pytest.raises(UnsupportedError, match="rotary scaling"):
-        export_mlx(made("llama-yarn"), tmp_path / "mlx")
+    for name in ("llama-yarn", "gpt-oss"):
+        with pytest.raises(UnsupportedError, match="rotary scaling"):
+            export_mlx(made(name), tmp_path / "mlx")
     assert not (tmp_path / "mlx").exists()
 
 

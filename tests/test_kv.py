@@ -64,7 +64,7 @@ def test_logits_are_the_plain_ones_where_nothing_is_lost(name, models, tmp_path)
     want = logits(model, plain_caches(model), (TOKENS,))
     noise = mx.abs(logits(model, plain_caches(model), (64, 1, 5)) - want).max().item()
     patched, _ = load(models(name)[0])
-    assert patch_model(patched, "qkv").tallies["qkv"].fused
+    assert patch_model(patched, fuse="qkv").tallies["qkv"].fused
     for one, steps in ((model, (64, 1, 5)), (patched, (64, 1, 5)), (patched, (100,))):
         got = logits(one, compressed(plain_caches(one), LOSSLESS), steps)
         assert mx.abs(got - want).max().item() <= max(3 * noise, 5e-5)

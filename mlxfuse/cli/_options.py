@@ -24,6 +24,14 @@ class DType(StrEnum):
     float32 = "float32"
 
 
+class ActQuant(StrEnum):
+    """As in `mlxfuse.patch_model`."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
 def finite(value: float) -> float:
     if not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number")
@@ -98,7 +106,16 @@ DTypeOption = Annotated[
 ]
 Fuse = Annotated[
     str,
-    of_model("What to fuse: auto (all where kernels run), all, off, or qkv,gate_up,residual."),
+    of_model("What to fuse: auto (all where kernels run), all, off, or names (see README)."),
+]
+ActQuantOption = Annotated[
+    ActQuant,
+    of_model(
+        "on: round activations to int8 (32 share a scale) wherever all that reads them takes that; "
+        "it costs some quality. auto: where it was measured to be faster, so far nowhere. Not "
+        "mlx_lm's --quantize-activations, which is for models quantised as mxfp8 or nvfp4.",
+        "--act-quant",
+    ),
 ]
 MaxKVSize = Annotated[
     int | None, of_model("Keep at most this many tokens in the key-value cache.", min=5)

@@ -18,6 +18,8 @@ from ..progress import status_line
 from ..terminal import neutralize
 from ._common import app, before_imports, clean, command, one_model, resolve_model
 from ._options import (
+    ActQuant,
+    ActQuantOption,
     ChatTemplateConfig,
     Debug,
     DTypeOption,
@@ -69,6 +71,7 @@ def chat_command(
     revision: Revision = None,
     dtype: DTypeOption = None,
     fuse: Fuse = "auto",
+    act_quant: ActQuantOption = ActQuant.auto,
     max_kv_size: MaxKVSize = None,
     kv_bits: KVBits = None,
     kv_group_size: KVGroupSize = 64,
@@ -107,7 +110,9 @@ def chat_command(
         from ..nn.kv import compress_caches
 
         kv = kv_options(kv_bits, kv_group_size, kv_rotate)
-        loaded, tokenizer = load(path, dtype=dtype and dtype.value, fuse=fuse)
+        loaded, tokenizer = load(
+            path, dtype=dtype and dtype.value, fuse=fuse, act_quant=act_quant.value
+        )
         if kv is not None:
             compress_caches(loaded, kv, force=kv_force)
         chat = Chat(

@@ -18,6 +18,8 @@ from ..progress import status_line
 from ..terminal import neutralize
 from ._common import app, before_imports, clean, command, one_model, resolve_model
 from ._options import (
+    ActQuant,
+    ActQuantOption,
     ChatTemplateConfig,
     Debug,
     DTypeOption,
@@ -65,6 +67,7 @@ def generate_command(
     revision: Revision = None,
     dtype: DTypeOption = None,
     fuse: Fuse = "auto",
+    act_quant: ActQuantOption = ActQuant.auto,
     draft_model: Annotated[
         str | None, of_model("A smaller model with the same vocabulary, for speculative decoding.")
     ] = None,
@@ -144,7 +147,9 @@ def generate_command(
         kernels.launches.clear()
         kernels.fallbacks.clear()
         start = time.perf_counter()
-        loaded, tokenizer = load(path, dtype=dtype and dtype.value, fuse=fuse)
+        loaded, tokenizer = load(
+            path, dtype=dtype and dtype.value, fuse=fuse, act_quant=act_quant.value
+        )
         draft = _load_draft(draft_path, tokenizer) if draft_path else None
         load_seconds = time.perf_counter() - start
         say("reading the prompt")

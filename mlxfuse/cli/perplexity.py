@@ -6,14 +6,17 @@ import json
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from .. import env
 from ..errors import MLXFuseError
 from ..progress import status_line
 from ._common import app, before_imports, clean, command, one_model, resolve_model
 from ._options import (
+    ActQuant,
+    ActQuantOption,
     Debug,
     DTypeOption,
     Fuse,
@@ -38,12 +41,16 @@ def perplexity_command(
     revision: Revision = None,
     dtype: DTypeOption = None,
     fuse: Fuse = "auto",
+    act_quant: ActQuantOption = ActQuant.auto,
     kv_bits: KVBits = None,
     kv_group_size: KVGroupSize = 64,
     kv_rotate: KVRotate = True,
     kv_force: KVForce = False,
     kld: Annotated[
-        bool, typer.Option("--kld", help="Compare with the plain cache: KLD and same top token.")
+        bool,
+        typer.Option(
+            "--kld", help="Compare with plain cache and float activations: KLD, same top token."
+        ),
     ] = False,
     ctx_size: Annotated[
         int, typer.Option("--ctx-size", "-c", help="Tokens of a chunk.", min=4)
@@ -61,8 +68,11 @@ def perplexity_command(
     debug: Debug = False,
 ) -> None:
     """Score a text: perplexity, and what a compressed cache changes."""
-    if kld and kv_bits is None:
-        raise typer.BadParameter("--kld compares two caches: say with --kv-bits which")
+    rounded = act_quant is ActQuant.on
+    if kld and kv_bits is None and not rounded:
+        raise typer.BadParameter("--kld compares two ways: say with --kv-bits or --act-quant which")
+    if rounded and fuse == "auto":
+        fuse = "all"  # where no kernel runs "auto" fuses nothing, and nothing would be rounded
     text = _read(file)
     path = resolve_model(one_model(model, model_option), revision, True)
     before_imports()
@@ -73,8 +83,11 @@ def perplexity_command(
         from ..perplexity import Way, perplexity, render
 
         kv = kv_options(kv_bits, kv_group_size, kv_rotate)
-        loaded, tokenizer = load(path, dtype=dtype and dtype.value, fuse=fuse)
-        plain = way = Way(loaded, lambda: plain_caches(loaded))
+        loaded, tokenizer = load(
+            path, dtype=dtype and dtype.value, fuse=fuse, act_quant=act_quant.value
+        )
+        way = Way(loaded, lambda: plain_caches(loaded))
+        plain = Way(_with_floats(loaded), way.make_caches)
         if kv is not None:
             check_model(loaded, kv, force=kv_force)
             way = Way(loaded, lambda: compressed(plain_caches(loaded), kv))
@@ -91,9 +104,24 @@ def perplexity_command(
         )
     if as_json:
         scheme = None if kv is None else {"kv_bits": kv.name, "kv_rotate": kv.rotate}
-        print(json.dumps({"model": str(path), "scheme": scheme, **report.as_dict()}))
+        found = {"model": str(path), "scheme": scheme, "act_quant": rounded}
+        print(json.dumps({**found, "load": loaded.load_report.as_dict(), **report.as_dict()}))
         return
-    print(render(report, "plain" if kv is None else kv.name + (" rotated" if kv.rotate else "")))
+    names = [] if kv is None else [kv.name + (" rotated" if kv.rotate else "")]
+    print(render(report, ", ".join([*names, *["int8"] * rounded]) or "plain"))
+    for line in loaded.load_report.lines():
+        print(line, file=sys.stderr)
+
+
+def _with_floats(model: Any) -> Any:
+    """The model, its activations not rounded."""
+    off = ",".join(filter(None, [env.get("MLXFUSE_DISABLE"), "int8"]))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with env.overridden("MLXFUSE_DISABLE", off):
+            return model(*args, **kwargs)
+
+    return call
 
 
 def _read(file: str) -> str:

@@ -14,6 +14,8 @@ from ..progress import status_line
 from ..terminal import one_line
 from ._common import app, before_imports, command, one_model, resolve_model
 from ._options import (
+    ActQuant,
+    ActQuantOption,
     ChatTemplateConfig,
     Debug,
     DTypeOption,
@@ -42,6 +44,7 @@ def server_command(
     revision: Revision = None,
     dtype: DTypeOption = None,
     fuse: Fuse = "auto",
+    act_quant: ActQuantOption = ActQuant.auto,
     prefill_step_size: PrefillStepSize = 2048,
     host: Annotated[str, option(SERVER, "Address to listen on.")] = "127.0.0.1",
     port: Annotated[
@@ -84,7 +87,9 @@ def server_command(
         from ..loader import load
         from ..server import Server
 
-        loaded, tokenizer = load(path, dtype=dtype and dtype.value, fuse=fuse)
+        loaded, tokenizer = load(
+            path, dtype=dtype and dtype.value, fuse=fuse, act_quant=act_quant.value
+        )
         server = Server(
             loaded,
             tokenizer,

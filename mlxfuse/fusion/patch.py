@@ -13,6 +13,7 @@ import mlx.nn as nn
 from .. import env
 from ..errors import PatchError
 from ..kernels import self_test, tuning, unavailable
+from ..nn.experts import MAX_ROWS_PER_EXPERT, QuantizedSwitchLinear
 from ..nn.form import Form
 from ..nn.kv import KVOptions, check_model, compress_caches
 from ..nn.quantized import QuantizedLinear
@@ -192,13 +193,17 @@ def _counting(model: nn.Module) -> Callable[[], tuple[int, int] | None]:
 
 def _self_test(model: nn.Module, report: PatchReport) -> None:
     """Try the kernel variants that the model uses, unless they are emulated or cannot run."""
-    kernels = report.fused or any(isinstance(m, QuantizedLinear) for m in model.modules())
+    modules = list(model.modules())
+    experts = [m.weight.experts or 1 for m in modules if isinstance(m, QuantizedSwitchLinear)]
+    kernels = report.fused or experts or any(isinstance(m, QuantizedLinear) for m in modules)
     if not kernels or env.get("MLXFUSE_KERNELS") == "emulated" or unavailable() is not None:
         return
     start = time.perf_counter()
+    # So many that every expert is dequantised.
+    many = [MAX_ROWS_PER_EXPERT * max(experts) + 1] if experts else []
 
     def run() -> None:
-        for length in self_test.LENGTHS:
+        for length in (*self_test.LENGTHS, *many):
             model(mx.zeros((1, length), mx.int32))
 
     disabled = self_test.check(self_test.calls(run))

@@ -140,9 +140,12 @@ def _dense(call: Call[mx.array], *, dequantized: bool = False) -> list[mx.array]
         rows = slice(part.first, part.first + part.rows)
         if call.experts is not None:
             ids = call.experts.reshape(-1)
-            w = decode(segment.take(ids))[:, rows]
-            rows_of_x = mx.repeat(x, ids.size // x.shape[0], axis=0)
-            y = (w @ rows_of_x[..., None].astype(mx.float32))[..., 0]
+            rows_of_x = mx.repeat(x, ids.size // x.shape[0], axis=0).astype(mx.float32)
+            # The chosen experts, or all if that is less: a prompt chooses each many times.
+            few = ids.size < (segment.experts or 1)
+            w = decode(segment.take((ids if few else slice(None), rows)))
+            of = mx.arange(ids.size) if few else ids
+            y = mx.gather_mm(rows_of_x[:, None], w.swapaxes(-1, -2), rhs_indices=of)[:, 0]
         elif dequantized:
             y = _product(x, segment.take(rows), call.activation is not None).astype(mx.float32)
         else:

@@ -9,6 +9,8 @@ import mlx.core as mx
 
 from ..formats import Format
 
+Index = mx.array | slice
+
 STREAMS = ("codes", "high", "scales", "supers")
 FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 
@@ -82,8 +84,8 @@ class Segment(_Rows):
         """Consecutive weights that one lane decodes: ``width`` of the trait."""
         return 16 if self.format.name == "Q8_0" else 32
 
-    def take(self, rows: mx.array | slice) -> Segment:
-        """Some of the rows, of the experts if there are any."""
+    def take(self, rows: Index | tuple[Index, Index]) -> Segment:
+        """Some of the rows; if there are experts some of those, or of those and their rows."""
         return replace(self, arrays={s: a[rows] for s, a in self.arrays.items()})
 
 
@@ -135,8 +137,8 @@ class AffineSegment(_Rows):
     def unit(self) -> int:
         return 128 // self.bits
 
-    def take(self, rows: mx.array | slice) -> AffineSegment:
-        """Some of the rows, of the experts if there are any."""
+    def take(self, rows: Index | tuple[Index, Index]) -> AffineSegment:
+        """Some of the rows; if there are experts some of those, or of those and their rows."""
         return replace(self, arrays={s: a[rows] for s, a in self.arrays.items()})
 
 

@@ -15,8 +15,9 @@ class Weight:
     """Where one GGUF tensor goes.
 
     module  path of the mlx-lm module, below ``model.layers.N.`` for a layer's tensor.
-    shape   names of the sizes: two for a matrix, one for a norm.
+    shape   names of the sizes: one for a norm, two for a matrix, three for experts' matrices.
     bias    ``no``, ``optional`` or ``required``: whether NAME.bias may, must or must not be there.
+    bare    ``module`` is no layer that has a weight but an array of its own.
     heads   name of the size that counts the heads whose rotary rows may be stored in pairs.
     """
 
@@ -24,6 +25,7 @@ class Weight:
     shape: tuple[str, ...]
     bias: str = "no"
     heads: str = ""
+    bare: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,8 @@ class Architecture:
     norm_offset  what the file's norm weights have on top of mlx-lm's.
     metal_dtype  activation type on Metal unless the caller says otherwise.
     rope_types   rotary scalings that are supported besides none.
+    may_tie      mlx-lm's class can use the embedding as its output head.
+    args         fields of mlx-lm's ``ModelArgs`` that every file of the architecture has alike.
     """
 
     name: str
@@ -57,6 +61,13 @@ class Architecture:
     norm_offset: float = 0.0
     metal_dtype: str = "float16"
     rope_types: tuple[str, ...] = ("linear", "yarn")
+    may_tie: bool = True
+    args: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def experts(self) -> bool:
+        """Whether its layers have experts."""
+        return "ffn_gate_inp" in self.layer
 
 
 _NORMS = {
@@ -74,7 +85,9 @@ _QK_NORMS = {
     "attn_q_norm": Weight("self_attn.q_norm", ("head",)),
     "attn_k_norm": Weight("self_attn.k_norm", ("head",)),
 }
-_GROUPS = {"qkv": ("attn_q", "attn_k", "attn_v"), "gate_up": ("ffn_gate", "ffn_up")}
+_QKV = {"qkv": ("attn_q", "attn_k", "attn_v")}
+_GROUPS = _QKV | {"gate_up": ("ffn_gate", "ffn_up")}
+_EXPERT_GROUPS = _QKV | {"gate_up": ("ffn_gate_exps", "ffn_up_exps")}
 
 
 def _attention(bias: str = "no", output_bias: str = "no") -> dict[str, Weight]:
@@ -92,6 +105,24 @@ def _mlp(bias: str = "no") -> dict[str, Weight]:
         "ffn_up": Weight("mlp.up_proj", ("ff", "embd"), bias),
         "ffn_down": Weight("mlp.down_proj", ("embd", "ff"), bias),
     }
+
+
+def _experts(router: str, switch: str, bias: str = "no") -> dict[str, Weight]:
+    up, down = ("experts", "expert_ff", "embd"), ("experts", "embd", "expert_ff")
+    return {
+        "ffn_gate_inp": Weight(f"mlp.{router}", ("experts", "embd"), bias),
+        "ffn_gate_exps": Weight(f"mlp.{switch}.gate_proj", up, bias),
+        "ffn_up_exps": Weight(f"mlp.{switch}.up_proj", up, bias),
+        "ffn_down_exps": Weight(f"mlp.{switch}.down_proj", down, bias),
+    }
+
+
+_SHARED_EXPERT = {
+    "ffn_gate_inp_shexp": Weight("mlp.shared_expert_gate", ("one", "embd")),
+    "ffn_gate_shexp": Weight("mlp.shared_expert.gate_proj", ("shared_ff", "embd")),
+    "ffn_up_shexp": Weight("mlp.shared_expert.up_proj", ("shared_ff", "embd")),
+    "ffn_down_shexp": Weight("mlp.shared_expert.down_proj", ("embd", "shared_ff")),
+}
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -118,6 +149,37 @@ ARCHITECTURES: dict[str, Architecture] = {
             module="mlx_lm.models.qwen3",
             layer=_NORMS | _attention() | _QK_NORMS | _mlp(),
             groups=_GROUPS,
+        ),
+        Architecture(
+            name="qwen2moe",
+            module="mlx_lm.models.qwen2_moe",
+            layer=_NORMS | _attention("required") | _experts("gate", "switch_mlp") | _SHARED_EXPERT,
+            groups=_EXPERT_GROUPS | {"shared_gate_up": ("ffn_gate_shexp", "ffn_up_shexp")},
+            may_tie=False,
+        ),
+        # Both projects normalise the weights of a token's experts in every qwen3moe and in no
+        # qwen2moe; llama.cpp reads no key for it.
+        Architecture(
+            name="qwen3moe",
+            module="mlx_lm.models.qwen3_moe",
+            layer=_NORMS | _attention() | _QK_NORMS | _experts("gate", "switch_mlp"),
+            groups=_EXPERT_GROUPS,
+            args={"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": ()},
+        ),
+        # Its authors trained it in bfloat16 and say nothing of float16's range.
+        Architecture(
+            name="gpt-oss",
+            module="mlx_lm.models.gpt_oss",
+            layer={
+                "attn_norm": _NORMS["attn_norm"],
+                "post_attention_norm": Weight("post_attention_layernorm", ("embd",)),
+                **_attention("required", "required"),
+                "attn_sinks": Weight("self_attn.sinks", ("heads",), bare=True),
+                **_experts("router", "experts", "required"),
+            },
+            groups=_EXPERT_GROUPS,
+            metal_dtype="bfloat16",
+            may_tie=False,
         ),
         # Gemma's residual stream leaves float16's range (65504): mlx-lm clips it there
         # (gemma3_text.clip_residual) and its authors trained and publish it in bfloat16.

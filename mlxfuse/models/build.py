@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 from .. import memory
 from ..errors import GGUFError, UnsupportedError
 from ..gguf.blocks import dequantize
+from ..nn.experts import QuantizedSwitchLinear, StreamedSwitchLinear, SwitchLinear
 from ..nn.linear import Embedding, Linear, StreamedEmbedding, StreamedLinear
 from ..nn.quantized import Place, QuantizedEmbedding, QuantizedLinear
 from ..nn.rope import FrequencyRoPE
@@ -72,7 +73,7 @@ def build(
             with account.time("dequantize"):
                 made = make_module(file, weight, dtype, getattr(parent, name), config, dense=dense)
                 setattr(parent, name, made)
-                mx.eval(made.parameters())
+                mx.eval(made if isinstance(made, mx.array) else made.parameters())
             if quantized:
                 _note(account, weight, nbytes if dense else 0)
     model.eval()
@@ -92,7 +93,8 @@ def _place_quantized(
             continue
         rows = whole if len(group) == 1 else part_of(whole, i)
         bias = _bias(loader.file, weight, dtype) if weight.bias else None
-        setattr(parent, name, QuantizedLinear(rows, bias, Place(whole, i)))
+        cls = QuantizedLinear if whole.experts is None else QuantizedSwitchLinear
+        setattr(parent, name, cls(rows, bias, Place(whole, i)))
 
 
 def _note(account: Account, weight: WeightPlan, nbytes: int) -> None:
@@ -100,7 +102,7 @@ def _note(account: Account, weight: WeightPlan, nbytes: int) -> None:
     names = {s.format.name for s in weight.weight if s.format.quantized}
     if names:
         entry = account.dequantized.setdefault(" and ".join(sorted(names)), [0, 0, 0])
-        stored = sum(s.shape[0] * s.format.row_bytes(s.shape[1]) for s in weight.weight)
+        stored = sum(s.experts * s.count * s.tensor.row_bytes for s in weight.weight)
         for j, amount in enumerate((1, stored, nbytes)):
             entry[j] += amount
 
@@ -109,28 +111,36 @@ def make_module(
     file: GGUFFile,
     weight: WeightPlan,
     dtype: mx.Dtype,
-    stock: nn.Module,
+    stock: nn.Module | mx.array,
     config: Config,
     *,
     dense: bool,
-) -> nn.Module:
-    """The one place where rows of the file become a module of the model.
+) -> nn.Module | mx.array:
+    """The one place where rows of the file become a module of the model, or a bare array.
 
     Args:
-        stock: mlx-lm's module at that place, not evaluated; a norm keeps it for its epsilon.
+        stock: what mlx-lm has at that place, not evaluated; a norm keeps it for its epsilon.
         dense: whether a matrix is dequantised now, or its rows at every call.
     """
     rows = FileRows(file, weight.weight, mapped=not dense)
     if len(weight.shape) == 1:
-        values = mx.array(rows(0, weight.shape[0]) - config.architecture.norm_offset)
+        values = mx.array(rows(0, weight.shape[0]))
+        if isinstance(stock, mx.array):
+            return values.astype(dtype)
+        values = values - config.architecture.norm_offset
         stock.weight = values.astype(dtype)
         return stock
-    shape = (weight.shape[0], weight.shape[1])
+    # Experts' matrices one below the other.
+    shape = (math.prod(weight.shape[:-1]), weight.shape[-1])
     if isinstance(stock, nn.Embedding):
         if dense:
             return Embedding(_dense(rows, shape, dtype))
         return StreamedEmbedding(rows, shape, dtype)
     bias = _bias(file, weight, dtype) if weight.bias else None
+    if len(weight.shape) == 3:
+        if dense:
+            return SwitchLinear(_dense(rows, shape, dtype).reshape(weight.shape), bias)
+        return StreamedSwitchLinear(rows, weight.shape[:2], bias)
     if dense:
         return Linear(_dense(rows, shape, dtype), bias)
     return StreamedLinear(rows, shape, bias)
@@ -159,7 +169,7 @@ class FileRows:
             if rows.start < rows.stop:
                 # A fancy index copies the file's bytes of these rows, not the float rows.
                 picked = data[rows] if order is None else data[order[rows]]
-                shape = (len(picked), *source.shape[1:])
+                shape = (len(picked), *source.shape[1:][-1:])
                 found.append(dequantize(picked, source.format, shape, pool=POOL))
         return found[0] if len(found) == 1 else np.concatenate(found)
 
@@ -205,7 +215,7 @@ def _parent(model: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 def _check_parameters(model: nn.Module, weights: Plan) -> None:
     """mlx-lm's model has exactly the weights that the file will fill, in the same shapes."""
-    filled = {f"{w.module}.weight": w.shape for p in (weights.outer, *weights.layers) for w in p}
+    filled = {w.parameter: w.shape for p in (weights.outer, *weights.layers) for w in p}
     parameters: Any = tree_flatten(model.parameters())
     expected = {
         name: value.shape

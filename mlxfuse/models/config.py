@@ -161,7 +161,7 @@ def read_config(file: GGUFFile, context_length: int | None = None) -> Config:
     """
     arch = architecture(file)
     key = _Keys(file)
-    if key("expert_count", int, 0):
+    if key("expert_count", int, 0) and not arch.experts:
         raise UnsupportedError(f"mixture-of-experts models of {arch.name} are not supported")
     embd = key.count("embedding_length")
     heads = key.count("attention.head_count")
@@ -174,17 +174,22 @@ def read_config(file: GGUFFile, context_length: int | None = None) -> Config:
     value_head = key.count("attention.value_length", embd // heads)
     if value_head != head:
         raise UnsupportedError(f"heads of keys ({head}) and values ({value_head}) differ in size")
-    if head * heads != embd and arch.name in ("qwen2", "phi3"):
+    if head * heads != embd and arch.name in ("qwen2", "qwen2moe", "phi3"):
         raise UnsupportedError(
             f"{arch.name} with a head size of {head}; expected {embd} / {heads} heads"
         )
     layers = key.count("block_count")
-    ff = key.count("feed_forward_length")
+    expert_args, expert_sizes = _experts(file, key) if arch.experts else ({}, {})
+    ff = key.count("feed_forward_length", expert_sizes.get("expert_ff"))
     context = key.count("context_length")
     vocab = _vocab_size(file)
     rope = _rope(file, arch, key, head, context, context_length or context)
     tied = "output.weight" not in file.tensors
+    if tied and not arch.may_tie:
+        raise GGUFError(file.path, f"output.weight is missing; {arch.name} has a head of its own")
     args: dict[str, Any] = {
+        **arch.args,
+        **expert_args,
         "model_type": arch.name,
         "hidden_size": embd,
         "num_hidden_layers": layers,
@@ -198,6 +203,8 @@ def read_config(file: GGUFFile, context_length: int | None = None) -> Config:
         "rope_theta": rope.base,
         "tie_word_embeddings": tied,
     }
+    if arch.name == "gpt-oss":
+        args |= _gpt_oss(file, key, layers, expert_sizes["expert_ff"])
     rope_swa = None
     if arch.name in _LAYERS_27B:
         args |= _gemma(file, arch, key, head, layers)
@@ -223,8 +230,46 @@ def read_config(file: GGUFFile, context_length: int | None = None) -> Config:
         "q": heads * head,
         "kv": kv_heads * head,
         "qkv": (heads + 2 * kv_heads) * head,
+        **expert_sizes,
     }
     return Config(arch, layers, sizes, args, rope, rope_swa, tied)
+
+
+def _experts(file: GGUFFile, key: _Keys) -> tuple[dict[str, Any], dict[str, int]]:
+    """Arguments and sizes of a model with experts.
+
+    Without their own lengths the experts of a token share the feed-forward length, and the
+    shared expert has all of it.
+    """
+    experts, used = key.count("expert_count"), key.count("expert_used_count")
+    if used > experts:
+        raise GGUFError(file.path, f"expert_used_count is {used} of {experts} experts")
+    if key("expert_group_count", int, 0) > 1:
+        raise UnsupportedError("experts that are chosen by groups (expert_group_count)")
+
+    def length(name: str, share: int) -> int:
+        # llama.cpp takes 0 for a key that is missing.
+        if key(name, int, 0):
+            return key.count(name)
+        whole = key.count("feed_forward_length")
+        if whole < share:
+            raise GGUFError(file.path, f"{key.name}.{name} is missing")
+        return whole // share
+
+    sizes = {
+        "one": 1,
+        "experts": experts,
+        "expert_ff": length("expert_feed_forward_length", used),
+    }
+    args = {
+        "num_experts": experts,
+        "num_experts_per_tok": used,
+        "moe_intermediate_size": sizes["expert_ff"],
+    }
+    if file.architecture == "qwen2moe":
+        shared = length("expert_shared_feed_forward_length", 1)
+        sizes["shared_ff"] = args["shared_expert_intermediate_size"] = shared
+    return args, sizes
 
 
 def _vocab_size(file: GGUFFile) -> int:
@@ -250,25 +295,43 @@ def _vocab_size(file: GGUFFile) -> int:
 def _gemma(
     file: GGUFFile, arch: Architecture, key: _Keys, head: int, layers: int
 ) -> dict[str, Any]:
-    """Query scale and sliding window: every period-th layer sees the whole context."""
+    """Query scale and sliding window."""
     embd = key.count("embedding_length")
     heads = key.count("attention.head_count")
     gemma2 = arch.name == "gemma2"
-    window = key.count("attention.sliding_window", 4096 if gemma2 else None)
-    pattern = file.metadata.get(f"{arch.name}.attention.sliding_window_pattern")
+    return {
+        "query_pre_attn_scalar": embd // heads if layers == _LAYERS_27B[arch.name] else head,
+        "sliding_window": key.count("attention.sliding_window", 4096 if gemma2 else None),
+        "sliding_window_pattern": _window_period(file, key, layers, 2 if gemma2 else 6),
+    }
+
+
+def _gpt_oss(file: GGUFFile, key: _Keys, layers: int, expert_ff: int) -> dict[str, Any]:
+    """Windows, of which mlx-lm needs a layer with and one without, and mlx-lm's own names."""
+    period = _window_period(file, key, layers, 2)
+    if period == 1:
+        raise UnsupportedError("gpt-oss without a layer that has a sliding window")
+    kinds = ("sliding_attention", "full_attention")
+    return {
+        "num_local_experts": key.count("expert_count"),
+        "intermediate_size": expert_ff,
+        "sliding_window": key.count("attention.sliding_window"),
+        "layer_types": [kinds[i % period == period - 1] for i in range(layers)],
+    }
+
+
+def _window_period(file: GGUFFile, key: _Keys, layers: int, default: int) -> int:
+    """The last of so many layers sees the whole context, the others a window."""
+    pattern = file.metadata.get(f"{key.name}.attention.sliding_window_pattern")
     if isinstance(pattern, np.ndarray):
         period = _period(pattern, layers)
         if period is None:
             raise UnsupportedError("an irregular attention.sliding_window_pattern")
     else:
-        period = key.count("attention.sliding_window_pattern", 2 if gemma2 else 6)
+        period = key.count("attention.sliding_window_pattern", default)
     if period > layers:
         raise UnsupportedError(f"{layers} layers, none of which sees the whole context")
-    return {
-        "query_pre_attn_scalar": embd // heads if layers == _LAYERS_27B[arch.name] else head,
-        "sliding_window": window,
-        "sliding_window_pattern": period,
-    }
+    return period
 
 
 def _period(pattern: np.ndarray, layers: int) -> int | None:

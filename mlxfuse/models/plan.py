@@ -7,8 +7,8 @@ a weight is read.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,24 +17,29 @@ from numpy.typing import NDArray
 from ..errors import GGUFError, UnsupportedError
 from ..gguf.blocks import can_dequantize
 from ..gguf.exported import Stored
+from ..gguf.relayout import relayout
 from .architectures import Weight
 from .config import Config
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from ..formats import Format
     from ..gguf.reader import GGUFFile, Tensor
 
 LAYER_NAME = re.compile(r"blk\.(\d{1,9})\.(.+)")
-# llama.cpp's one tensor for q, k and v: their rows one after the other.
-FUSED_QKV = "attn_qkv"
 QKV = ("attn_q", "attn_k", "attn_v")
+FUSED_QKV = "attn_qkv"
+# llama.cpp's one tensor for several: their rows one after the other, of experts in each of them.
+FUSED = {FUSED_QKV: QKV, "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps")}
 
 
 @dataclass(frozen=True, slots=True)
 class RowSource:
     """Consecutive rows of one tensor, in the order in which the model wants them.
 
-    start, stop  rows of the tensor; for a vector its elements.
+    start, stop  rows of the tensor, of a stack of experts' matrices of each; for a vector its
+                 elements.
     heads        if not 0, the rows are those of so many heads whose rotary pairs (2i, 2i + 1)
                  have to become halves (i, i + d/2). Rows are whole blocks in every GGUF type, so
                  the order is changed on the file's bytes and is exact.
@@ -50,8 +55,26 @@ class RowSource:
         return self.tensor.format
 
     @property
+    def count(self) -> int:
+        """Rows, of each expert if there are any."""
+        return self.stop - self.start
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        return (self.stop - self.start, *self.tensor.shape[1:])
+        return (*self.tensor.shape[:-2], self.count, *self.tensor.shape[1:][-1:])
+
+    @property
+    def experts(self) -> int:
+        """Matrices one after the other in the tensor: 1, or as many as it has experts."""
+        return self.tensor.shape[0] if len(self.tensor.shape) == 3 else 1
+
+    def spans(self) -> list[slice]:
+        """Where the rows are among all of the tensor's, one slice for each expert."""
+        height = self.tensor.rows // self.experts
+        return [
+            slice(expert * height + self.start, expert * height + self.stop)
+            for expert in range(self.experts)
+        ]
 
     def order(self) -> NDArray[np.intp] | None:
         """Index of the file's row for each row of the model, or None if they are the same."""
@@ -61,12 +84,18 @@ class RowSource:
         return rows.reshape(self.heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
     def bytes(self, file: GGUFFile, *, mapped: bool) -> NDArray[np.uint8]:
-        """The rows in the file's order, uint8 [rows, bytes a row]; a view if ``mapped``."""
-        tensor, count = self.tensor, self.stop - self.start
+        """The rows in the file's order, uint8 [rows, bytes a row], expert after expert.
+
+        A view if ``mapped``, but for a part of every expert.
+        """
+        tensor = self.tensor
         if len(tensor.shape) == 1 or mapped:
             data = file.view(tensor) if mapped else file.read(tensor)
-            return data.reshape(tensor.shape[0], -1)[self.start : self.stop]
-        return file.read(tensor, slice(self.start, self.stop)).reshape(count, -1)
+            rows = data.reshape(*(tensor.shape[:-1] or tensor.shape), -1)
+            return rows[..., self.start : self.stop, :].reshape(-1, rows.shape[-1])
+        whole = self.count == tensor.shape[-2]
+        read = [file.read(tensor, span) for span in ([slice(None)] if whole else self.spans())]
+        return (read[0] if len(read) == 1 else np.concatenate(read)).reshape(-1, tensor.row_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,16 +106,24 @@ class WeightPlan:
     weight  its rows, from one or several tensors, one after the other.
     bias    likewise, or empty.
     group   path of the fused group it belongs to, for example ``model.layers.0.qkv``, or empty.
+    bare    see `Weight`.
     """
 
     module: str
     weight: tuple[RowSource, ...]
     bias: tuple[RowSource, ...] = ()
     group: str = ""
+    bare: bool = False
+
+    @property
+    def parameter(self) -> str:
+        """The name of the weight among the model's parameters."""
+        return self.module if self.bare else f"{self.module}.weight"
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (sum(s.shape[0] for s in self.weight), *self.weight[0].shape[1:])
+        first = self.weight[0].shape
+        return (*first[:-2], sum(s.count for s in self.weight), *first[1:][-1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,20 +151,56 @@ def groups(weights: Plan) -> Iterator[Sequence[WeightPlan]]:
 def has_kernel(group: Sequence[WeightPlan]) -> bool:
     """Whether all rows of a group are of formats that kernels read."""
     return all(
-        len(weight.shape) == 2 and source.format.kernel
+        len(weight.shape) > 1 and source.format.kernel
         for weight in group
         for source in weight.weight
     )
 
 
 def first_rows(sources: Sequence[RowSource]) -> tuple[list[int], dict[Format, int]]:
-    """Where each source begins in the streams of its format, and the rows of each format."""
+    """Where each source begins in the streams of its format, and the rows of each format.
+
+    Both are those of every expert, if there are any.
+    """
     rows: dict[Format, int] = {}
     first = []
     for source in sources:
         first.append(rows.get(source.format, 0))
-        rows[source.format] = first[-1] + source.shape[0]
+        rows[source.format] = first[-1] + source.count
     return first, rows
+
+
+def fill(
+    source: RowSource,
+    data: NDArray[np.uint8],
+    streams: Mapping[str, NDArray[np.generic]],
+    first: int,
+    pool: Executor | None = None,
+) -> None:
+    """Lay the rows of a source out in the streams of its format.
+
+    Args:
+        data: as ``source.bytes`` gives them.
+        streams: ``[experts * rows, n]`` each.
+        first: the row of each expert where they begin.
+    """
+    order, count = source.order(), source.count
+    data = data if order is None else data[order]
+    total = len(streams["codes"]) // source.experts
+
+    def lay(expert: int, experts: int = 1, pool: Executor | None = None) -> None:
+        out = slice(expert * total + first, expert * total + first + experts * count)
+        relayout(
+            data[expert * count : (expert + experts) * count],
+            source.format,
+            {name: array[out] for name, array in streams.items()},
+            pool,
+        )
+
+    if source.experts == 1 or count == total:
+        lay(0, source.experts, pool)
+    else:  # others' rows lie between those of two experts
+        list((pool.map if pool else map)(lay, range(source.experts)))
 
 
 def stored_rows(weights: Plan) -> dict[str, list[Stored]]:
@@ -140,8 +213,18 @@ def stored_rows(weights: Plan) -> dict[str, list[Stored]]:
         first, rows = first_rows(sources)
         for source, at in zip(sources, first, strict=True):
             key = group[0].group or group[0].module
-            place = Stored(source.start, source.stop, key, at, source.order(), rows[source.format])
-            found.setdefault(source.tensor.name, []).append(place)
+            height = rows[source.format]
+            found.setdefault(source.tensor.name, []).extend(
+                Stored(
+                    span.start,
+                    span.stop,
+                    key,
+                    expert * height + at,
+                    source.order(),
+                    source.experts * height,
+                )
+                for expert, span in enumerate(source.spans())
+            )
     return found
 
 
@@ -155,19 +238,26 @@ class _Finder:
         self.used: set[str] = {name for name in (config.rope.factors,) if name}
 
     def rows(self, prefix: str, name: str, weight: Weight, suffix: str) -> tuple[RowSource, ...]:
-        """The rows of ``PREFIX NAME.SUFFIX``, also out of or put together into ``attn_qkv``."""
+        """The rows of ``PREFIX NAME.SUFFIX``, also out of a tensor of `FUSED`, or put together
+        into ``attn_qkv``.
+        """
         shape = tuple(self.sizes[s] for s in weight.shape)
         if suffix == "bias":
-            shape = shape[:1]
+            shape = shape[:-1]
         tensors = self.file.tensors
-        fused = f"{prefix}{FUSED_QKV}.{suffix}"
         if f"{prefix}{name}.{suffix}" in tensors:
             tensor = self._checked(f"{prefix}{name}.{suffix}", shape)
-            return (self._source(tensor, 0, shape[0], weight),)
-        if name in QKV and fused in tensors:
-            tensor = self._checked(fused, (self.sizes["qkv"], *shape[1:]))
-            start = sum(self._part_rows(part) for part in QKV[: QKV.index(name)])
-            return (self._source(tensor, start, start + shape[0], weight),)
+            return (self._source(tensor, 0, tensor.shape[-2:][0], weight),)
+        for whole, members in FUSED.items():
+            if suffix == "bias" and whole != FUSED_QKV:
+                continue
+            if name in members and f"{prefix}{whole}.{suffix}" in tensors:
+                rows = [self._part_rows(part) for part in members]
+                start = sum(rows[: members.index(name)])
+                tensor = self._checked(
+                    f"{prefix}{whole}.{suffix}", (*shape[:-2], sum(rows), *shape[1:][-1:])
+                )
+                return (self._source(tensor, start, start + shape[-2:][0], weight),)
         parts = [f"{prefix}{part}.{suffix}" for part in QKV]
         if name == FUSED_QKV and all(part in tensors for part in parts):
             return tuple(
@@ -182,10 +272,13 @@ class _Finder:
         return ()
 
     def _part_rows(self, part: str) -> int:
-        return self.sizes["q" if part == "attn_q" else "kv"]
+        of = {"attn_q": "q", "attn_k": "kv", "attn_v": "kv"}
+        return self.sizes[of.get(part, "expert_ff")]
 
     def _checked(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self.file.tensors[name]
+        if shape == (1, *tensor.shape):
+            tensor = replace(tensor, shape=shape)  # converters squeeze a matrix of one row
         if tensor.shape != shape:
             raise GGUFError(
                 self.file.path, f"{name} has the shape {tensor.shape}; expected {shape}"
@@ -210,7 +303,7 @@ class _Finder:
             bias = self.rows(prefix, name, weight, "bias")
             if weight.bias == "required" and not bias:
                 raise GGUFError(self.file.path, f"{prefix}{name}.bias is missing")
-        return WeightPlan(module, rows, bias, group)
+        return WeightPlan(module, rows, bias, group, weight.bare)
 
 
 def plan(file: GGUFFile, config: Config) -> Plan:

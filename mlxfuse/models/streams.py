@@ -16,9 +16,9 @@ import numpy as np
 
 from ..errors import ExportError
 from ..gguf.exported import ExportedFile, stream_name
-from ..gguf.relayout import relayout, stream_shapes
+from ..gguf.relayout import stream_shapes
 from ..kernels.weight import Part, QuantizedWeight, Segment
-from .plan import first_rows
+from .plan import fill, first_rows
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from ..formats import Format
     from ..gguf.reader import GGUFFile
     from .plan import RowSource
+
+Streams = dict[str, mx.array]
 
 POOL = ThreadPoolExecutor(os.cpu_count())
 """For the rows of a file; it starts a thread when there is work for one."""
@@ -69,26 +71,33 @@ class StreamLoader:
             GGUFError: the file has become shorter.
             ExportError: an exported folder's file cannot be read.
         """
-        columns = sources[0].shape[1]
+        columns = sources[0].shape[-1]
         first, rows = first_rows(sources)
         if isinstance(self.file, ExportedFile):
-            segments = self._stored(self.file, key, rows, columns)
+            streams = self._stored(self.file, key, list(rows))
         else:
-            segments = self._relaid(sources, first, rows, columns)
+            streams = self._relaid(sources, first, rows, columns)
+        lead = sources[0].shape[:-2]  # experts
+        segments = {
+            f: Segment(
+                f, columns, {n: a.reshape(*lead, rows[f], a.shape[-1]) for n, a in arrays.items()}
+            )
+            for f, arrays in streams.items()
+        }
         return QuantizedWeight(
             tuple(
-                Part(segments[source.format], start, source.shape[0])
+                Part(segments[source.format], start, source.count)
                 for source, start in zip(sources, first, strict=True)
             )
         )
 
     def _stored(
-        self, file: ExportedFile, key: str, rows: dict[Format, int], columns: int
-    ) -> dict[Format, Segment]:
+        self, file: ExportedFile, key: str, formats: Sequence[Format]
+    ) -> dict[Format, Streams]:
         """The streams as an exported folder has them, read once and straight into place."""
-        segments = {}
+        found = {}
         with self._account.time("read"):
-            for format in rows:
+            for format in formats:
                 arrays = {}
                 for stream in format.streams:
                     name = stream_name(key, format, stream.name)
@@ -100,32 +109,26 @@ class StreamLoader:
                     mx.eval(arrays)
                 except RuntimeError as error:  # it has become shorter since it was opened
                     raise ExportError(f"{path}: cannot be read: {error}") from error
-                segments[format] = Segment(format, columns, arrays)
-        return segments
+                found[format] = arrays
+        return found
 
     def _relaid(
         self, sources: Sequence[RowSource], first: list[int], rows: dict[Format, int], columns: int
-    ) -> dict[Format, Segment]:
+    ) -> dict[Format, Streams]:
         """The streams made out of the file's blocks."""
+        experts = sources[0].experts
         with self._account.time("read"):
             read = list(POOL.map(lambda s: s.bytes(self.file, mapped=False), sources))
         with self._account.time("relayout"):
-            segments = {f: Segment(f, columns, allocate(f, n, columns)) for f, n in rows.items()}
+            made = {f: allocate(f, n * experts, columns) for f, n in rows.items()}
             # MLX arrays can be written through numpy: the streams are filled where they will stay.
             filled = {
-                f: {name: np.asarray(array) for name, array in segment.arrays.items()}
-                for f, segment in segments.items()
+                f: {name: np.asarray(array) for name, array in arrays.items()}
+                for f, arrays in made.items()
             }
             for source, start in zip(sources, first, strict=True):
-                data, order = read.pop(0), source.order()
-                span = slice(start, start + source.shape[0])
-                relayout(
-                    data if order is None else data[order],
-                    source.format,
-                    {name: array[span] for name, array in filled[source.format].items()},
-                    POOL,
-                )
-        return segments
+                fill(source, read.pop(0), filled[source.format], start, POOL)
+        return made
 
 
 def allocate(format: Format, rows: int, columns: int) -> dict[str, mx.array]:
@@ -137,8 +140,13 @@ def allocate(format: Format, rows: int, columns: int) -> dict[str, mx.array]:
 
 
 def part_of(whole: QuantizedWeight, index: int) -> QuantizedWeight:
-    """Part ``index`` alone, its arrays views of the rows."""
+    """Part ``index`` alone, its arrays views of the rows.
+
+    Of experts the whole arrays: rows of each would not be contiguous, and MLX would copy them.
+    """
     part = whole.parts[index]
+    if whole.experts is not None:
+        return whole.split()[index]
     segment = part.segment.take(slice(part.first, part.first + part.rows))
     mx.eval(dict(segment.arrays))
     return QuantizedWeight.whole(segment)

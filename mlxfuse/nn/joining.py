@@ -8,9 +8,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear
+from mlx_lm.models import switch_layers
 
 from ..kernels.weight import AffineSegment, Part, QuantizedWeight
+from .experts import QuantizedSwitchLinear
 from .linear import Linear, matmul
 from .projection import (
     ARRAYS,
@@ -101,13 +102,18 @@ def embedding_rows(embedding: nn.QuantizedEmbedding) -> KernelProjection | str:
 
 
 def join_experts(parent: nn.Module, names: Sequence[str]) -> KernelProjection | str:
-    """The experts of MLX-LM's switch linears together; nothing is copied. Or why not."""
+    """The experts of switch linears together; nothing is copied. Or why not."""
     linears = [parent[name] for name in names]
-    kinds = {type(x).__name__ for x in linears}
-    if any(type(x) is not QuantizedSwitchLinear for x in linears):
-        return "its experts are " + " and ".join(sorted(kinds))
+    kinds = {type(x) for x in linears}
+    if len(kinds) > 1 or not kinds <= {switch_layers.QuantizedSwitchLinear, QuantizedSwitchLinear}:
+        return "its experts are " + " and ".join(sorted({kind.__name__ for kind in kinds}))
     if any("bias" in x for x in linears):
         return "its experts have biases"
+    if kinds == {QuantizedSwitchLinear}:
+        whole = _whole(linears)
+        if len(whole.segments) > 1:
+            return "gate and up have different formats"
+        return KernelProjection(parent, names, whole, None, stock=False)
     if any(x.bits is None or x.group_size is None for x in linears):
         return "its experts do not tell their bits and group size"
     if len({_columns(x) for x in linears}) > 1 or len({x.scales.dtype for x in linears}) > 1:

@@ -16,6 +16,7 @@ from ..kernels.int8_matmul import int8_matmul
 from ..kernels.quantize_int8 import quantize_int8
 from ..kernels.quantized_matmul import prepare, quantized_matmul
 from ..kernels.weight import AffineSegment, QuantizedWeight
+from .experts import QuantizedSwitchLinear
 from .linear import GATED, PLAIN, Linear
 from .quantized import QuantizedLinear
 
@@ -39,7 +40,7 @@ class Projection:
         self.formats = tuple(formats)
         self._held: list[tuple[Callable[[str], object], str, object]] = []
         for linear in [parent[name] for name in names] or [parent]:
-            if isinstance(linear, QuantizedLinear):
+            if isinstance(linear, (QuantizedLinear, QuantizedSwitchLinear)):
                 self._held.append((vars(linear).get, "weight", linear.weight))
             self._held += [(linear.get, a, linear[a]) for a in ARRAYS if a in linear]
         self._held += [(parent.get, name, parent[name]) for name in names]
@@ -164,6 +165,9 @@ class KernelProjection(Projection):
         self, x: mx.array, experts: mx.array, activation: str, mode: str
     ) -> mx.array | None:
         """`activated` for some experts of each row: [..., K] and [..., k] -> [..., k, N]."""
+        # The file's own experts know how to multiply many rows, and without kernels.
+        if not self._stock and (not mode or self._large(x, experts)):
+            return None
         found = self._run(x, mode, None, activation, experts)
         return None if found is None else found[0]
 

@@ -36,8 +36,11 @@ PROMPT, DECODED = 12, 2
 
 GGUF_FORMATS = ("F32", "Q8_0", "Q4_0", "Q5_1")
 GGUF_CASES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
-# Recipes with tensors of several types, biases, or q, k and v as one tensor.
-GGUF_MIXED = ("llama-q4", "llama-k-quants", "llama-fused-qkv", "llama-biases", "phi3-separate-qkv")
+# Recipes with tensors of several types, biases, q, k and v as one tensor, or experts.
+GGUF_MIXED = (
+    *("llama-q4", "llama-k-quants", "llama-fused-qkv", "llama-biases", "phi3-separate-qkv"),
+    *("qwen2moe", "qwen3moe", "qwen3moe-k-quants", "gpt-oss"),
+)
 
 
 def logits(model: nn.Module) -> np.ndarray:

@@ -77,6 +77,27 @@ def test_defaults_are_llama_cpps(tmp_path: Path) -> None:
     assert found.tied
 
 
+def test_lengths_of_experts(tmp_path: Path) -> None:
+    """llama.cpp's: those of the file, or shares of the feed-forward length."""
+    args = config(tmp_path, "qwen2moe", feed_forward_length=None).args
+    assert (args["num_experts"], args["num_experts_per_tok"]) == (6, 3)
+    assert args["moe_intermediate_size"] == 32
+    assert args["shared_expert_intermediate_size"] == 64
+    none = dict.fromkeys(("expert_feed_forward_length", "expert_shared_feed_forward_length"))
+    args = config(tmp_path, "qwen2moe", **none).args
+    assert args["moe_intermediate_size"] == 32  # of 96
+    assert args["shared_expert_intermediate_size"] == 96
+
+
+def test_gpt_oss(tmp_path: Path) -> None:
+    args = config(tmp_path, "gpt-oss", feed_forward_length=99).args
+    assert args["layer_types"] == ["sliding_attention", "full_attention"] * 2
+    assert args["sliding_window"] == 6
+    assert (args["num_local_experts"], args["intermediate_size"]) == (6, 32)
+    args = config(tmp_path, "gpt-oss", attention__sliding_window_pattern=3).args
+    assert [kind[:4] for kind in args["layer_types"]] == ["slid", "slid", "full", "slid"]
+
+
 def test_gemma2(tmp_path: Path) -> None:
     found = config(tmp_path, "gemma2")
     assert found.args["sliding_window"] == 6
@@ -184,6 +205,26 @@ BAD_KEYS: list[tuple[str, dict[str, object], type[Exception], str]] = [
     ),
     ("llama", {"attention__value_length": 8}, UnsupportedError, "values (8)"),
     ("llama", {"expert_count": 8}, UnsupportedError, "mixture-of-experts"),
+    ("qwen3moe", {"expert_count": None}, GGUFError, "qwen3moe.expert_count"),
+    ("qwen3moe", {"expert_count": 0}, GGUFError, "positive"),
+    ("qwen3moe", {"expert_used_count": 0}, GGUFError, "positive"),
+    ("qwen3moe", {"expert_used_count": 7}, GGUFError, "expert_used_count is 7 of 6 experts"),
+    ("qwen3moe", {"expert_group_count": 2}, UnsupportedError, "expert_group_count"),
+    (
+        "qwen3moe",
+        {"expert_feed_forward_length": None, "feed_forward_length": 2},
+        GGUFError,
+        "qwen3moe.expert_feed_forward_length is missing",
+    ),
+    ("gpt-oss", {"attention__sliding_window": None}, GGUFError, "attention.sliding_window"),
+    ("gpt-oss", {"attention__sliding_window_pattern": 1}, UnsupportedError, "a sliding window"),
+    ("gpt-oss", {"attention__sliding_window_pattern": 5}, UnsupportedError, "4 layers"),
+    (
+        "qwen2moe",
+        {"expert_shared_feed_forward_length": 0, "feed_forward_length": None},
+        GGUFError,
+        "qwen2moe.feed_forward_length",
+    ),
     ("qwen2", {"attention__key_length": 32, "attention__value_length": 32}, UnsupportedError, "32"),
     ("gemma2", {"rope__scaling__type": "yarn"}, UnsupportedError, "'yarn'"),
     ("gemma3", {"attention__sliding_window": None}, GGUFError, "attention.sliding_window"),
@@ -303,6 +344,35 @@ BAD_TENSORS: list[tuple[str, Change, type[Exception], str]] = [
     ("llama", say("llama.block_count", 2), GGUFError, "tensors of 3 layers"),
     ("llama", say("llama.block_count", 2**31 - 1), GGUFError, "tensors of 3 layers"),
     ("llama", say("llama.feed_forward_length", 2**30), GGUFError, "expected (1073741824, 64)"),
+    ("qwen3moe", cut("blk.1.ffn_up_exps.weight", 5), GGUFError, "(5, 32, 64); expected (6, 32, 64"),
+    ("qwen3moe", cut("blk.0.ffn_gate_inp.weight", 5), GGUFError, "(5, 64); expected (6, 64)"),
+    ("qwen3moe", drop("blk.2.ffn_gate_exps.weight"), GGUFError, "ffn_gate_exps.weight is missing"),
+    (
+        "qwen3moe",
+        say("qwen3moe.expert_count", 2**31 - 1),
+        GGUFError,
+        "(6, 64); expected (2147483647, 64)",
+    ),
+    (
+        "qwen3moe",
+        say("qwen3moe.expert_feed_forward_length", 2**30),
+        GGUFError,
+        "(6, 1073741824, 64)",
+    ),
+    ("qwen3moe", add("blk.0.ffn_gate_exps.bias"), UnsupportedError, "blk.0.ffn_gate_exps.bias"),
+    ("gpt-oss", drop("blk.1.attn_sinks.weight"), GGUFError, "attn_sinks.weight is missing"),
+    ("gpt-oss", cut("blk.1.attn_sinks.weight", 3), GGUFError, "(3,); expected (4,)"),
+    ("gpt-oss", cut("blk.0.ffn_up_exps.bias", 5), GGUFError, "(5, 32); expected (6, 32)"),
+    ("gpt-oss", drop("blk.3.ffn_down_exps.bias"), GGUFError, "ffn_down_exps.bias is missing"),
+    ("gpt-oss", drop("blk.0.ffn_gate_inp.bias"), GGUFError, "ffn_gate_inp.bias is missing"),
+    ("qwen2moe", drop("output.weight"), GGUFError, "output.weight is missing"),
+    ("qwen2moe", cut("blk.0.ffn_gate_inp_shexp.weight", 32), GGUFError, "(32,); expected (1, 64)"),
+    (
+        "qwen2moe",
+        say("qwen2moe.expert_shared_feed_forward_length", 32),
+        GGUFError,
+        "(64, 64); expected (32, 64)",
+    ),
 ]
 
 
@@ -347,7 +417,10 @@ def test_the_tables_need_neither_mlx_nor_mlx_lm() -> None:
 
 
 def test_each_table_is_complete() -> None:
-    assert list(ARCHITECTURES) == ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"]
+    assert list(ARCHITECTURES) == [
+        *("llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe"),
+        *("gpt-oss", "gemma2", "gemma3", "phi3"),
+    ]
     for arch in ARCHITECTURES.values():
         for names in arch.groups.values():
             assert set(names) <= set(arch.layer)

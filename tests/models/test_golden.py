@@ -89,6 +89,19 @@ def edit(tensor: str, change: Callable[[np.ndarray], np.ndarray]) -> Change:
     return apply
 
 
+def swap(one: str, other: str) -> Change:
+    """Let the tensors of two names change places, in every layer."""
+
+    def apply(model: tiny.Tiny) -> None:
+        for name in list(model.tensors):
+            if f".{one}." in name:
+                pair = name, name.replace(one, other)
+                first, second = (model.tensors[n] for n in pair)
+                model.tensors |= {pair[0]: second, pair[1]: first}
+
+    return apply
+
+
 def set_key(key: str, value: object) -> Change:
     def apply(model: tiny.Tiny) -> None:
         full = f"{model.case.arch}.{key}"
@@ -144,6 +157,16 @@ def controls(name: str) -> Iterator[tuple[str, Change]]:
             yield "no-local-rope-base", set_key("rope.freq_base_swa", None)
         else:
             yield "one-rope-base", set_key("rope.freq_base", 1e4)
+    if case.experts:
+        yield "gate-and-up-swapped", swap("ffn_gate_exps", "ffn_up_exps")
+        yield "other-experts-down", edit("ffn_down_exps", lambda data: np.roll(data, 1, 0))
+        yield "fewer-experts", set_key("expert_used_count", case.used - 1)
+        yield "more-experts", set_key("expert_used_count", case.used + 1)
+    if case.sinks:
+        yield "no-sinks", edit("attn_sinks", lambda data: data - 1e4)
+    if case.shared_ffn:
+        yield "no-shared-expert", edit("ffn_down_shexp", np.zeros_like)
+        yield "no-shared-gate", edit("ffn_gate_inp_shexp", np.zeros_like)
     if name.endswith("27b"):
         # 1/sqrt(head_dim) in place of 1/sqrt(hidden / heads)
         ratio = np.float32((case.hidden / case.heads / case.head_dim) ** 0.5)

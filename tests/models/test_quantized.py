@@ -17,6 +17,7 @@ from mlxfuse.gguf.relayout import restore
 from mlxfuse.kernels.dequantize import dequantize
 from mlxfuse.loader import load
 from mlxfuse.models import streams
+from mlxfuse.nn.experts import QuantizedSwitchLinear
 from mlxfuse.nn.quantized import QuantizedEmbedding, QuantizedLinear
 from tests.models import tiny
 
@@ -31,11 +32,11 @@ def quantised(path: Path, **more: object) -> nn.Module:
 
 
 def dense(layer: nn.Module) -> np.ndarray:
-    if not isinstance(layer, (QuantizedLinear, QuantizedEmbedding)):
+    if not isinstance(layer, (QuantizedLinear, QuantizedEmbedding, QuantizedSwitchLinear)):
         return np.array(layer.weight)
     rows = []
     for part in layer.weight.parts:
-        rows.append(np.array(dequantize(part.segment)[part.first : part.first + part.rows]))
+        rows.append(np.array(dequantize(part.segment))[..., part.first :, :][..., : part.rows, :])
     return np.concatenate(rows)
 
 
@@ -153,13 +154,13 @@ def test_a_file_that_shrinks_while_it_loads_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tiny.write(tmp_path / "m.gguf", tiny.build("llama", 0))
-    real = streams.relayout
+    real = streams.fill
 
     def shrink(*arguments: object) -> None:
         real(*arguments)
         os.truncate(path, path.stat().st_size // 2)
 
-    monkeypatch.setattr(streams, "relayout", shrink)
+    monkeypatch.setattr(streams, "fill", shrink)
     with pytest.raises(GGUFError, match="changed while open"):
         quantised(path)
 

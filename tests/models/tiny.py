@@ -10,6 +10,7 @@ attention is uniform, the embedding decides, and a wrong rope layout or window g
 """
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,8 @@ class Case:
     """One model. `keys` are metadata under the architecture's prefix and override the usual ones.
 
     `formats` maps a tensor's short name (`attn_q`) to a GGUF type, "" being the default; vectors
-    are always F32. `prompt` is a number of tokens.
+    and routers are always F32. `prompt` is a number of tokens. With `experts`, the MLP is that many
+    experts of `expert_ffn`, of which each token uses `used`, beside a shared one of `shared_ffn`.
     """
 
     arch: str
@@ -50,6 +52,12 @@ class Case:
     biases: tuple[str, ...] = ()
     head_norms: bool = False
     post_norms: bool = False
+    post_attention_norm: bool = False  # in the place of ffn_norm
+    sinks: bool = False
+    experts: int = 0
+    used: int = 0
+    expert_ffn: int = 0
+    shared_ffn: int = 0
     factors: Mapping[str, int] = field(default_factory=dict)  # rope factor tensor -> length
     keys: Mapping[str, object] = field(default_factory=dict)
     formats: Mapping[str, str] = field(default_factory=lambda: {"": "F32"})
@@ -70,6 +78,8 @@ YARN = {
 }
 PHI3 = {"rope.scaling.attn_factor": 1.25, "rope.dimension_count": 12}
 LONGROPE = {"rope_factors_long": 6, "rope_factors_short": 6}
+EXPERT_BIASES = tuple(f"ffn_{name}" for name in ("gate_inp", "gate_exps", "up_exps", "down_exps"))
+EXPERT_Q4 = {"": "Q4_0", "attn_v": "Q8_0", "ffn_down_exps": "Q5_0", "token_embd": "Q8_0"}
 
 CASES: dict[str, Case] = {
     "llama": Case("llama", formats={"": "Q8_0"}),
@@ -189,6 +199,57 @@ CASES: dict[str, Case] = {
     "phi3-4k": Case(
         "phi3", fused_qkv=True, fused_gate=True, untied=True, keys={"context_length": 4096}
     ),
+    # 24 tokens of 3 experts: mlx-lm sorts from 64 rows on.
+    "qwen3moe": Case(
+        "qwen3moe",
+        head_norms=True,
+        head_dim=32,
+        experts=6,
+        used=3,
+        expert_ffn=32,
+        formats=EXPERT_Q4,
+    ),
+    "qwen3moe-k-quants": Case(
+        "qwen3moe",
+        layers=2,
+        hidden=256,
+        heads=8,
+        head_dim=32,
+        head_norms=True,
+        fused_qkv=True,
+        untied=True,
+        experts=4,
+        used=2,
+        expert_ffn=256,
+        formats={"": "Q4_K", "ffn_up_exps": "Q6_K", "token_embd": "Q6_K"},
+    ),
+    "qwen2moe": Case(
+        "qwen2moe",
+        biases=QKV,
+        untied=True,
+        experts=6,
+        used=3,
+        expert_ffn=32,
+        shared_ffn=64,
+        formats={"": "Q8_0"},
+    ),
+    "gpt-oss": Case(
+        "gpt-oss",
+        layers=4,
+        head_dim=32,
+        untied=True,
+        biases=(*QKV, "attn_output", *EXPERT_BIASES),
+        post_attention_norm=True,
+        sinks=True,
+        experts=6,
+        used=3,
+        expert_ffn=32,
+        keys={**YARN, "attention.sliding_window": 6},
+        formats={
+            "": "Q8_0",
+            **dict.fromkeys(("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"), "MXFP4"),
+        },
+    ),
 }
 
 
@@ -229,13 +290,19 @@ def _shapes(case: Case) -> Iterator[tuple[str, tuple[int, ...]]]:
     for name, length in case.factors.items():
         yield f"{name}.weight", (length,)
     rows = {"attn_q": q, "attn_k": kv, "attn_v": kv, "attn_qkv": q + 2 * kv}
-    matrices = {name: (rows[name], hidden) for name in (("attn_qkv",) if case.fused_qkv else QKV)}
+    matrices: dict[str, tuple[int, ...]] = {
+        name: (rows[name], hidden) for name in (("attn_qkv",) if case.fused_qkv else QKV)
+    }
     matrices["attn_output"] = (hidden, q)
-    if not case.fused_gate:
-        matrices["ffn_gate"] = (ffn, hidden)
-    matrices["ffn_up"] = (ffn * (2 if case.fused_gate else 1), hidden)
-    matrices["ffn_down"] = (hidden, ffn)
-    norms = {"attn_norm": hidden, "ffn_norm": hidden}
+    if case.experts:
+        matrices |= _expert_shapes(case)
+    else:
+        if not case.fused_gate:
+            matrices["ffn_gate"] = (ffn, hidden)
+        matrices["ffn_up"] = (ffn * (2 if case.fused_gate else 1), hidden)
+        matrices["ffn_down"] = (hidden, ffn)
+    second = "post_attention_norm" if case.post_attention_norm else "ffn_norm"
+    norms = {"attn_norm": hidden, second: hidden}
     if case.head_norms:
         norms |= {"attn_q_norm": case.head_dim, "attn_k_norm": case.head_dim}
     if case.post_norms:
@@ -244,21 +311,45 @@ def _shapes(case: Case) -> Iterator[tuple[str, tuple[int, ...]]]:
         for name, shape in matrices.items():
             yield f"blk.{layer}.{name}.weight", shape
         for name in case.biases:  # fused weights may have separate biases
-            yield f"blk.{layer}.{name}.bias", (rows.get(name, hidden),)
+            shape = matrices[name][:-1] if name in matrices else (rows[name],)
+            yield f"blk.{layer}.{name}.bias", shape
         for name, length in norms.items():
             yield f"blk.{layer}.{name}.weight", (length,)
+        if case.sinks:
+            yield f"blk.{layer}.attn_sinks.weight", (case.heads,)
 
 
-def _blocks(random: np.random.RandomState, kind: str, shape: tuple[int, int]) -> np.ndarray:
-    """Random valid Q4_K or Q6_K rows of about unit gain: uint8 [rows, packed bytes].
+def _expert_shapes(case: Case) -> dict[str, tuple[int, ...]]:
+    hidden, experts, width, shared = case.hidden, case.experts, case.expert_ffn, case.shared_ffn
+    shapes: dict[str, tuple[int, ...]] = {
+        "ffn_gate_inp": (experts, hidden),
+        "ffn_gate_exps": (experts, width, hidden),
+        "ffn_up_exps": (experts, width, hidden),
+        "ffn_down_exps": (experts, hidden, width),
+    }
+    if shared:
+        shapes |= {
+            "ffn_gate_inp_shexp": (hidden,),
+            "ffn_gate_shexp": (shared, hidden),
+            "ffn_up_shexp": (shared, hidden),
+            "ffn_down_shexp": (hidden, shared),
+        }
+    return shapes
+
+
+def _blocks(random: np.random.RandomState, kind: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Random valid rows of about unit gain: uint8 [..., rows, packed bytes].
 
     gguf-py cannot quantise to these types, and another quantiser's search may round differently
     from one machine to the next.
     """
-    rows, columns = shape
-    blocks = rows * columns // 256
+    columns = shape[-1]
+    blocks = math.prod(shape) // (32 if kind == "MXFP4" else 256)
     gain = columns**-0.5
-    if kind == "Q4_K":  # d, dmin, 12 bytes of 6-bit scales and minima, 128 bytes of codes
+    if kind == "MXFP4":  # exponent, 16 bytes of codes, whose values are 2.9 on average
+        packed = random.randint(0, 256, (blocks, 17), dtype=np.uint8)
+        packed[:, 0] = 126 + math.frexp(gain / 2.9)[1] + random.randint(0, 2, blocks)
+    elif kind == "Q4_K":  # d, dmin, 12 bytes of 6-bit scales and minima, 128 bytes of codes
         packed = random.randint(0, 256, (blocks, 144), dtype=np.uint8)
         # weight = d * scale * code - dmin * minimum; code averages 7.5, so dmin = 7.5 d centres it
         packed[:, :4] = np.array([gain / 260, 7.5 * gain / 260], np.float16).view(np.uint8)
@@ -268,7 +359,7 @@ def _blocks(random: np.random.RandomState, kind: str, shape: tuple[int, int]) ->
         packed[:, 208:] = np.array([gain / 650], np.float16).view(np.uint8)
     else:
         raise ValueError(f"no random blocks for {kind}")
-    return packed.reshape(rows, -1)
+    return packed.reshape(*shape[:-1], -1)
 
 
 def build(name: str, seed: int) -> Tiny:
@@ -280,17 +371,20 @@ def build(name: str, seed: int) -> Tiny:
         short, suffix = full.removesuffix(".weight").removesuffix(".bias").split(".")[-1], full
         if short.startswith("rope_"):
             tensors[full] = random.uniform(1, 6, shape).astype(np.float32), "F32"
-        elif len(shape) == 1:
-            low, high = (-1.5, 1.5) if suffix.endswith(".bias") else (0.2, 2.2)
+        elif suffix.endswith(".bias") or (len(shape) == 1 and short != "ffn_gate_inp_shexp"):
+            # gpt-oss clips gate and up at 7.
+            wide = 9 if short in ("ffn_gate_exps", "ffn_up_exps") else 1.5
+            low, high = (-wide, wide) if suffix.endswith(".bias") else (0.2, 2.2)
             tensors[full] = random.uniform(low, high, shape).astype(np.float32), "F32"
         else:
-            kind = case.formats.get(short, case.formats[""])
-            if kind in ("Q4_K", "Q6_K"):
+            router = short.startswith("ffn_gate_inp")
+            kind = "F32" if router else case.formats.get(short, case.formats[""])
+            if kind in ("Q4_K", "Q6_K", "MXFP4"):
                 tensors[full] = _blocks(random, kind, shape), kind
                 continue
             # Uniform of standard deviation gain / sqrt(columns); sharper attention than 1.
             gain = 1.4 if short in ("attn_q", "attn_k", "attn_qkv", "token_embd", "output") else 1.0
-            bound = gain * (3 / shape[1]) ** 0.5
+            bound = gain * (3 / shape[-1]) ** 0.5
             values = random.uniform(-bound, bound, shape).astype(np.float32)
             if kind != "F32":
                 values = quantize(values, GGMLQuantizationType[kind])
@@ -311,6 +405,14 @@ def _metadata(case: Case) -> dict[str, object]:
         "rope.freq_base": 10000.0,
         "rope.dimension_count": case.head_dim,
     }
+    if case.experts:
+        keys |= {
+            "expert_count": case.experts,
+            "expert_used_count": case.used,
+            "expert_feed_forward_length": case.expert_ffn,
+        }
+    if case.shared_ffn:
+        keys["expert_shared_feed_forward_length"] = case.shared_ffn
     if case.head_dim != case.hidden // case.heads:
         keys |= {"attention.key_length": case.head_dim, "attention.value_length": case.head_dim}
     return {f"{case.arch}.{key}": value for key, value in (keys | dict(case.keys)).items()}
