@@ -155,7 +155,7 @@ def test_affine_weights_are_exact_or_none(model, monkeypatch):
     ours, _ = load(model, fuse="off")
     weight = ours.layers[0].self_attn.q_proj.weight  # Q4_0
     bits, made = arms._exact(weight, mx.float32)
-    want = np.array(arms.decode(weight.parts[0].segment)[arms._rows(weight.parts[0])])
+    want = np.array(arms.decode(arms._flat(weight.parts[0])))
     got = mx.dequantize(made["weight"], made["scales"], made["biases"], 32, bits)
     assert bits == 4
     np.testing.assert_array_equal(np.array(got), want)
@@ -188,6 +188,26 @@ def test_active_bytes_of_experts():
     assert arms.active(model) == 2 * 8 * 4 * 4
     model.args = SimpleNamespace()
     assert arms.active(model) is None
+
+
+@pytest.mark.parametrize("name", ["qwen3moe", "qwen3moe-k-quants"])
+def test_stock_experts(name, tmp_path, monkeypatch):
+    """Experts too become mlx-lm's own, and read as many bytes as the header says."""
+    path = tiny.write(tmp_path / "moe.gguf", tiny.build(name, 0))
+    monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
+    ours, _ = load(path, fuse="off", dtype="float32")
+    with open_gguf(path) as file:
+        assert arms.active(ours) == needs(file).active
+    reference = arms.decoded(ours)
+    for requantize in (False, True):
+        stock, _ = arms.stock_of(ours, requantize=requantize)
+        assert not any(isinstance(m, arms.HELD) for m in stock.modules())
+        assert {type(m).__module__ for m in stock.modules() if "Switch" in type(m).__name__} == {
+            "mlx_lm.models.switch_layers"
+        }
+        if not requantize:
+            assert arms.compare(reference, stock).error < 1e-4
+        assert checks.logits(stock).shape == reference.logits.shape
 
 
 def test_cached_bytes_are_those_in_use():

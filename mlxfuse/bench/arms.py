@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
+from mlx_lm.models import switch_layers
 
 from ..errors import MLXFuseError
 from ..fusion.checks import BOUNDS, Reference, logits
 from ..fusion.report import Check
 from ..kernels._decode import decode
-from ..kernels.weight import QuantizedWeight
+from ..kernels.weight import AnySegment, Part, QuantizedWeight
+from ..nn.experts import QuantizedSwitchLinear, StreamedSwitchLinear, SwitchLinear
 from ..nn.linear import Embedding, Linear, StreamedEmbedding, StreamedLinear
 from ..nn.quantized import QuantizedEmbedding, QuantizedLinear
 from .measure import Test, seconds
 
+HELD = (QuantizedLinear, QuantizedEmbedding, QuantizedSwitchLinear)
 _SEED = 8
 _STEP = 2048  # tokens of a prompt that are processed at a time, as in mlx_lm.generate
 # Type -> bits and zero point of MLX's affine weights, where those can be the same.
@@ -168,10 +171,9 @@ def stock_of(
     dtype = next(a.dtype for _, a in arrays if mx.issubdtype(a.dtype, mx.floating))
     how = _Stock(dtype, requantize)
     dense = sum(
-        m.weight.rows * m.weight.columns * dtype.size
+        m.weight.rows * m.weight.columns * (m.weight.experts or 1) * dtype.size
         for m in model.modules()
-        if isinstance(m, QuantizedLinear | QuantizedEmbedding)
-        and not {p.segment.name for p in m.weight.parts} <= _AFFINE.keys()
+        if isinstance(m, HELD) and not {p.segment.name for p in m.weight.parts} <= _AFFINE.keys()
     )
     if budget is not None and not requantize and dense > budget:
         raise MLXFuseError(
@@ -201,28 +203,27 @@ def _copy(node: Any, how: _Stock) -> Any:
 
 def _stock_leaf(module: nn.Module, how: _Stock) -> nn.Module | None:
     """MLX's own layer for one of ours; None where it is MLX's already."""
-    made: nn.Module
-    if isinstance(module, StreamedLinear | StreamedEmbedding):
+    if isinstance(module, StreamedLinear | StreamedEmbedding | StreamedSwitchLinear):
         raise MLXFuseError(
             "there is no stock MLX-LM to compare with: its dense weights do not fit in memory"
         )
-    if isinstance(module, Linear | Embedding):
-        made = nn.Linear(1, 1, bias=False) if isinstance(module, Linear) else nn.Embedding(1, 1)
+    if isinstance(module, Linear | Embedding | SwitchLinear):
+        made = _empty(module, 0, 0)
         made.update(dict(module.items()))
         how.kinds[f"dense {_name(module.weight.dtype)}"] = None
         return made.eval()
-    if not isinstance(module, QuantizedLinear | QuantizedEmbedding):
+    if not isinstance(module, HELD):
         return None
-    linear = isinstance(module, QuantizedLinear)
     weight = module.weight
     exact = _exact(weight, how.dtype)
     if exact is None:
-        dense = mx.concatenate([decode(p.segment)[_rows(p)] for p in weight.parts])
+        dense = mx.concatenate([decode(_flat(p)) for p in weight.parts])
         arrays, bits, group = {"weight": dense.astype(how.dtype)}, 0, 0
         if how.requantize:
             group = 64 if weight.columns % 64 == 0 else 32
             segment = weight.parts[0].segment
-            bits = nearest_bits(8 * segment.nbytes / (segment.rows * segment.columns))
+            count = segment.rows * segment.columns * (segment.experts or 1)
+            bits = nearest_bits(8 * segment.nbytes / count)
             made_of = mx.quantize(arrays["weight"], group_size=group, bits=bits)
             arrays = dict(zip(("weight", "scales", "biases"), made_of, strict=True))
         kind = f"affine {bits}-bit (group {group}), requantised" if bits else "dense "
@@ -231,13 +232,9 @@ def _stock_leaf(module: nn.Module, how: _Stock) -> nn.Module | None:
         (bits, arrays), group = exact, 32
         kind = f"affine {bits}-bit (group {group}), exactly the file's"
     how.kinds[kind] = None
-    # Of the smallest size: the arrays are replaced.
-    if not bits:
-        made = nn.Linear(1, 1, bias=False) if linear else nn.Embedding(1, 1)
-    elif linear:
-        made = nn.QuantizedLinear(64, 1, bias=False, group_size=group, bits=bits)
-    else:
-        made = nn.QuantizedEmbedding(1, 64, group_size=group, bits=bits)
+    if weight.experts is not None:
+        arrays = {n: a.reshape(weight.experts, weight.rows, -1) for n, a in arrays.items()}
+    made = _empty(module, bits, group)
     made.update(arrays)
     if "bias" in module:
         made.bias = module.bias
@@ -245,13 +242,31 @@ def _stock_leaf(module: nn.Module, how: _Stock) -> nn.Module | None:
     return made.eval()
 
 
+def _empty(module: nn.Module, bits: int, group: int) -> nn.Module:
+    """MLX's layer of that kind, of the smallest size: its arrays are to be replaced."""
+    if isinstance(module, SwitchLinear | QuantizedSwitchLinear):
+        if bits:
+            return switch_layers.QuantizedSwitchLinear(64, 1, 1, False, group, bits)
+        return switch_layers.SwitchLinear(1, 1, 1, bias=False)
+    if isinstance(module, Linear | QuantizedLinear):
+        if bits:
+            return nn.QuantizedLinear(64, 1, bias=False, group_size=group, bits=bits)
+        return nn.Linear(1, 1, bias=False)
+    if bits:
+        return nn.QuantizedEmbedding(1, 64, group_size=group, bits=bits)
+    return nn.Embedding(1, 1)
+
+
+def _flat(part: Part) -> AnySegment:
+    """The rows of a part, of all experts one after the other."""
+    rows = slice(part.first, part.first + part.rows)
+    arrays = {n: a[..., rows, :].flatten(0, -2) for n, a in part.segment.arrays.items()}
+    return replace(part.segment, arrays=arrays)
+
+
 def nearest_bits(bits_per_weight: float) -> int:
     """Of MLX's affine weights in groups of 64, which take half a bit more for each weight."""
     return min((2, 3, 4, 5, 6, 8), key=lambda bits: abs(bits + 0.5 - bits_per_weight))
-
-
-def _rows(part: Any) -> slice:
-    return slice(part.first, part.first + part.rows)
 
 
 def _exact(weight: QuantizedWeight, dtype: mx.Dtype) -> tuple[int, dict[str, mx.array]] | None:
@@ -265,7 +280,7 @@ def _exact(weight: QuantizedWeight, dtype: mx.Dtype) -> tuple[int, dict[str, mx.
     bits, zero = _AFFINE[names.pop()]
     found: list[dict[str, mx.array]] = []
     for part in weight.parts:
-        segment = part.segment.take(_rows(part))
+        segment = _flat(part)
         scales = segment.arrays["scales"]
         if zero:
             biases = scales * -zero
@@ -317,7 +332,7 @@ def active(model: nn.Module) -> int | None:
             weight = module.weight
             rows = weight.rows if isinstance(weight, QuantizedWeight) else len(weight)
             total -= nbytes(module) * (rows - 1) // rows
-        elif "Switch" in type(module).__name__ and not module.children():
+        elif type(module).__name__.endswith("SwitchLinear"):  # mlx-lm's and ours
             if not isinstance(used, int):
                 return None
             experts = next(len(a) for a in _arrays(module))
