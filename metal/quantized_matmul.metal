@@ -126,7 +126,9 @@ METAL_FUNC float4 decoded(F f, int q) {
 
 //@ vector: lanes
 // One row of x by `slots` rows of W from row n on; a lane takes a unit of each at a time.
-template <typename F, int slots, typename T, typename P>
+// A `step` of 4 instead of 1 multiplies one weight of each word only, after the same loads: what
+// the addresses alone cost, for measuring; x is added up so that no load of it is left out.
+template <typename F, int slots, int step, typename T, typename P>
 METAL_FUNC float vector_dots(P p, const device T* x, uint n, uint columns, uint lane) {
   constexpr int scales = F::halves ? 2 : 1;
   constexpr int each = F::width / scales;
@@ -152,10 +154,10 @@ METAL_FUNC float vector_dots(P p, const device T* x, uint n, uint columns, uint 
       for (int h = 0; h < scales; h++) {
         float dot = 0.0f;
         UNROLL
-        for (int e = h * each; e < (h + 1) * each; e++) {
+        for (int e = h * each; e < (h + 1) * each; e += step) {
           dot = fma(f.code(e), v[e], dot);
         }
-        if (F::offset) {
+        if (F::offset || step > 1) {
           dot = fma(-float(F::offset), total[h], dot);
         }
         sums[r] = fma(f.scale(h), dot, sums[r]);
@@ -168,30 +170,32 @@ METAL_FUNC float vector_dots(P p, const device T* x, uint n, uint columns, uint 
   return sum_of_lane<slots>(sums, lane);
 }
 
-template <typename F, typename G, int slots, typename Y, typename T, typename P, typename Q>
+template <
+    typename F, typename G, int slots, int step, typename Y, typename T, typename P, typename Q>
 METAL_FUNC void vector_rows(
     P p, Q q, const device T* x, Y y, uint n, uint columns, uint to, uint lane) {
-  const float v = vector_dots<F, slots>(p, x, y.a.first + n, columns, lane);
+  const float v = vector_dots<F, slots, step>(p, x, y.a.first + n, columns, lane);
   float up = 0.0f;
   if (Y::gated) {
-    up = vector_dots<G, slots>(q, x, y.b.first + n, columns, lane);
+    up = vector_dots<G, slots, step>(q, x, y.b.first + n, columns, lane);
   }
   if (lane < slots) {
     put(y, v, up, n + lane, to);
   }
 }
 
-template <typename F, typename G, typename Y, typename T, typename P, typename Q>
+template <
+    typename F, typename G, int slots, int step, typename Y, typename T, typename P, typename Q>
 METAL_FUNC void vector_tile(
     P p, Q q, const device T* x, const device Size* size, Y y, uint3 tile, uint group, uint lane) {
   const uint columns = size->columns;
   x += ulong(tile.y / size->outputs) * columns;
-  uint n = ((tile.x - y.a.tile) * 2 + group) * 4;
-  if (n + 4 <= y.a.rows) {
-    vector_rows<F, G, 4>(p, q, x, y, n, columns, tile.y, lane);
+  uint n = ((tile.x - y.a.tile) * 2 + group) * slots;
+  if (n + slots <= y.a.rows) {
+    vector_rows<F, G, slots, step>(p, q, x, y, n, columns, tile.y, lane);
   } else {
     for (; n < y.a.rows; n++) {
-      vector_rows<F, G, 1>(p, q, x, y, n, columns, tile.y, lane);
+      vector_rows<F, G, 1, step>(p, q, x, y, n, columns, tile.y, lane);
     }
   }
 }
@@ -248,10 +252,10 @@ METAL_FUNC void batch_dots(
 
 //@ batched:
 // For x of any kind that a batch_dots precedes for.
-template <typename F, typename G, int many, typename Y, typename X, typename P, typename Q>
+template <
+    typename F, typename G, int slots, int many, typename Y, typename X, typename P, typename Q>
 METAL_FUNC void batch_tile(
     P p, Q q, X x, const device Size* size, Y y, uint3 tile, uint group, uint lane) {
-  constexpr int slots = 2;
   const uint n = ((tile.x - y.a.tile) * 2 + group) * slots;
   const uint to = tile.y * many;
   if (n < y.a.rows) {

@@ -48,8 +48,8 @@ def diagnose(path: Path | None = None, context: int = 0) -> dict[str, Any]:
         "mlxfuse": __version__,
         "python": platform.python_version(),
         "system": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "device": _device(),
+        "packages": {name: version_of(name) for name in PACKAGES},
+        "device": device(),
         "kernels": _kernels(),
     }
     if path is not None:
@@ -57,14 +57,15 @@ def diagnose(path: Path | None = None, context: int = 0) -> dict[str, Any]:
     return found
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Of an installed package."""
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def _device() -> dict[str, Any]:
+def device() -> dict[str, Any]:
     """``budget``: bytes that weights and cache may take together."""
     if not mx.metal.is_available():
         used = blas.in_use()
@@ -104,7 +105,7 @@ def _variants() -> Iterator[dict[str, str]]:
     for format in FORMATS.values():
         if not format.kernel:
             continue
-        weight = QuantizedWeight.whole(_sample(format))
+        weight = QuantizedWeight.whole(sample(format))
 
         def multiply(rows: int, weight: QuantizedWeight = weight) -> object:
             return quantized_matmul(mx.zeros((rows, weight.columns)), weight)
@@ -124,13 +125,17 @@ def _variants() -> Iterator[dict[str, str]]:
             yield {"variant": f"{name}, {format.name}", "failure": "; ".join(failures.values())}
 
 
-def _sample(format: Format) -> Segment:
-    """A few random rows. No two of their bytes make a float16 that is not finite."""
-    low, high = (100, 140) if format.name == "MXFP4" else (0, 256)  # its scales are exponents
-    allowed = [b for b in range(low, high) if b & 0x7C != 0x7C]
-    columns = 2 * max(256, format.block_size)
+def sample(format: Format, rows: int = 16, columns: int = 0) -> Segment:
+    """Random rows, the same ones each time; two blocks of columns, at least 512, if not given.
+
+    Scales are small, so that a float16 holds what is multiplied by them.
+    """
+    # Any byte may become the upper one of a float16: below 2^-4. MXFP4's scales are exponents.
+    small = [b for b in range(256) if b & 0x7C <= 0x28]
+    allowed = range(100, 128) if format.name == "MXFP4" else small
+    columns = columns or 2 * max(256, format.block_size)
     random = np.random.default_rng(0)
-    data = random.choice(np.array(allowed, np.uint8), (16, format.row_bytes(columns)))
+    data = random.choice(np.array(allowed, np.uint8), (rows, format.row_bytes(columns)))
     streams = allocate(format, len(data), columns)
     relayout(data, format, streams)
     return Segment(format, columns, {name: mx.array(a) for name, a in streams.items()})

@@ -46,6 +46,12 @@ class PromptCacheError(MLXFuseError, ValueError):
     exit_code = 4
 
 
+class ReportError(MLXFuseError, ValueError):
+    """A file of benchmark results that is malformed or of another model."""
+
+    exit_code = 4
+
+
 class ExportError(MLXFuseError, ValueError):
     """A folder that ``mlxfuse export`` wrote and that is not as it wrote it."""
 

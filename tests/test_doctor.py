@@ -96,7 +96,7 @@ def test_what_does_not_fit(monkeypatch, tmp_path):
     budget = wanted.weights + wanted.cache(10)
     device = {"name": "M1", "kind": "metal", "architecture": "applegpu_g13g", "generation": "M1"}
     device |= {"memory": 1 << 33, "budget": budget}
-    monkeypatch.setattr(doctor, "_device", lambda: device)
+    monkeypatch.setattr(doctor, "device", lambda: device)
     found = doctor.diagnose(path)
     assert found["model"]["fits"] is False
     assert found["model"]["longest_context"] == 10
@@ -110,10 +110,10 @@ def test_the_machine_of_a_mac(monkeypatch):
     info |= {"memory_size": 48 << 30, "max_recommended_working_set_size": 36 << 30}
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(mx, "device_info", lambda: info)
-    found = doctor._device()
+    found = doctor.device()
     assert (found["generation"], found["budget"]) == ("M4", 36 << 30)
     info["architecture"] = "applegpu_g19s"
-    assert doctor._device()["generation"] == "newer than M5"
+    assert doctor.device()["generation"] == "newer than M5"
 
 
 @pytest.fixture
@@ -140,6 +140,6 @@ def test_the_kernels_self_tests(one_format, kernels, monkeypatch):
 @pytest.mark.parametrize("name", [f.name for f in doctor.FORMATS.values() if f.kernel])
 def test_samples_decode_to_finite_numbers_that_differ(name):
     format = next(f for f in doctor.FORMATS.values() if f.name == name)
-    values = np.array(doctor.dequantize(doctor._sample(format), None, mx.float32))
+    values = np.array(doctor.dequantize(doctor.sample(format), None, mx.float32))
     assert np.isfinite(values).all()
     assert len(np.unique(values)) > 100

@@ -14,7 +14,7 @@ PACKAGE = Path(mlxfuse.__file__).parent
 
 # The layers, lowest first; a module imports from lower layers or from its own package.
 LAYERS = (
-    ("errors", "env", "formats", "terminal"),
+    ("errors", "env", "files", "formats", "terminal"),
     ("template_budget", "download", "process", "progress", "blas", "memory"),
     ("template_sandbox",),
     ("chat_template",),
@@ -24,7 +24,9 @@ LAYERS = (
     ("models", "fusion"),
     ("loader", "export", "inspect", "prompt_cache", "generate", "perplexity"),
     ("chat", "server", "export_mlx"),
-    ("bench", "doctor"),
+    ("doctor",),
+    ("bench",),
+    ("tune",),
     ("cli",),
     ("__main__",),
 )
@@ -37,7 +39,18 @@ ONLY = {
     "huggingface_hub": {"hub"},
 }
 NO_MLX = {
-    *("errors", "env", "formats", "terminal", "process", "progress", "download", "demo", "hub"),
+    *(
+        "errors",
+        "env",
+        "files",
+        "formats",
+        "terminal",
+        "process",
+        "progress",
+        "download",
+        "demo",
+        "hub",
+    ),
     *(
         "gguf",
         "inspect",

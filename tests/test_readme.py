@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -42,6 +43,18 @@ def test_python_example_runs(demo: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
+
+
+def test_bench_example_runs(demo: Path, tmp_path: Path) -> None:
+    assert demo.is_file()
+    script = _block("bench").replace("mlxfuse ", f"{sys.executable} -m mlxfuse ")
+    env = {**os.environ, "PYTHONPATH": str(README.parent)}
+    done = subprocess.run(
+        ["sh", "-ec", script], capture_output=True, text=True, timeout=300, cwd=tmp_path, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    assert "| tg4" in done.stdout
+    assert (tmp_path / "again.svg").read_bytes() == (tmp_path / "speeds.svg").read_bytes()
 
 
 def _offences(name: str, text: str) -> list[str]:

@@ -1,5 +1,6 @@
 """The command line: one module a command."""
 
+from . import bench as bench
 from . import chat as chat
 from . import doctor as doctor
 from . import export as export
@@ -7,5 +8,6 @@ from . import generate as generate
 from . import inspect as inspect
 from . import perplexity as perplexity
 from . import server as server
+from . import tune as tune
 from ._common import app as app
 from ._common import main as main

@@ -94,6 +94,24 @@ class Tree:
         return max(self._holders[id(a)] for a in module.values() if isinstance(a, mx.array))
 
 
+def site(candidate: Candidate, modules: Mapping[str, nn.Module]) -> str:
+    """What places that are alike have in common: the fusion, the class, and its weights.
+
+    Args:
+        modules: of the model by path.
+    """
+    sizes = []
+    for path in sorted(candidate.absorbed, key=natural):
+        weight = getattr(modules.get(path), "weight", None)
+        if weight is not None:
+            shape = weight.shape if isinstance(weight, mx.array) else (weight.rows, weight.columns)
+            sizes.append("x".join(map(str, shape)))
+    module = modules[candidate.path]
+    cls = getattr(vars(module).get("_fused"), "original", type(module))  # patched or not
+    parts = (candidate.name, cls.__name__, "+".join(candidate.formats), "+".join(sizes))
+    return " ".join(part for part in parts if part)
+
+
 Detector = Callable[[Tree], Iterable[Candidate | Skip]]
 
 DETECTORS: dict[str, Detector] = {}

@@ -10,6 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import PatchError
+from ..nn.quantized import QuantizedEmbedding
 from .candidates import Candidate
 from .report import Check
 
@@ -38,6 +39,8 @@ def logits(model: nn.Module) -> mx.array:
 
 def _vocabulary(model: nn.Module) -> int:
     for module in model.modules():
+        if isinstance(module, QuantizedEmbedding):
+            return module.weight.rows
         if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
             return int(module.weight.shape[0])
     return 1
@@ -61,7 +64,7 @@ class Reference:
         top1 = (got.argmax(-1) == want.argmax(-1)).mean()
         return Check(float(apart.max()), float(typical), float(cosine), float(top1))
 
-    def _within(self, check: Check) -> bool:
+    def within(self, check: Check) -> bool:
         """Whether it is near enough; not if there is a NaN."""
         exact = self.logits.dtype == mx.float32
         return (check.error if exact else check.typical) <= BOUNDS[self.logits.dtype]
@@ -74,7 +77,7 @@ class Reference:
         """
         bound = BOUNDS[self.logits.dtype]
         whole = self.compare(model)
-        if self._within(whole):
+        if self.within(whole):
             return whole
         for candidate in reversed(fused):
             candidate.undo()
@@ -82,7 +85,7 @@ class Reference:
             candidate.emit()
             alone = self.compare(model)
             candidate.undo()
-            if not self._within(alone):
+            if not self.within(alone):
                 raise PatchError(
                     f"{candidate.name} of {candidate.path} changes the logits by {alone.error:.3g} "
                     f"of the largest (at most {bound:g}); the model is not patched"

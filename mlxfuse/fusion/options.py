@@ -20,10 +20,12 @@ class Choice:
 
     names  in the order they are reported.
     off    (name, pattern of paths, who says so).
+    tuned  leave out what `mlxfuse tune` has measured to be slower.
     """
 
     names: tuple[str, ...]
     off: tuple[tuple[str, str, str], ...] = ()
+    tuned: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.names)
@@ -49,7 +51,7 @@ def chosen(fuse: str | Iterable[str]) -> Choice:
     if items == ["off"] or (items == ["auto"] and unavailable() is not None):
         return Choice((), tuple(off))
     if items in (["auto"], ["all"]):
-        return Choice(tuple(DETECTORS), tuple(off))
+        return Choice(tuple(DETECTORS), tuple(off), items == ["auto"])
     only = [_entry(item, "fuse") for item in items]
     wanted = {name for name, _, _ in only}
     names = tuple(name for name in DETECTORS if name in wanted)

@@ -12,17 +12,19 @@ import mlx.nn as nn
 
 from .. import env
 from ..errors import PatchError
-from ..kernels import self_test, unavailable
+from ..kernels import self_test, tuning, unavailable
 from ..nn.experts import MAX_ROWS_PER_EXPERT, QuantizedSwitchLinear
 from ..nn.form import Form
 from ..nn.kv import KVOptions, check_model, compress_caches
 from ..nn.quantized import QuantizedLinear
 from . import int8
-from .candidates import DETECTORS, Candidate, Detector, Skip, Tree, natural, select
+from .candidates import DETECTORS, Candidate, Detector, Skip, Tree, natural, select, site
 from .checks import check_logits
 from .dispatches import per_token
 from .options import Choice, chosen
 from .report import PatchReport, Tally
+
+SLOWER = "`mlxfuse tune` has measured it to be slower here"
 
 
 @dataclass
@@ -130,6 +132,7 @@ def _fuse(
     strict: bool,
 ) -> None:
     tree = Tree.of(model)
+    modules = dict(tree.modules)
     found: list[Candidate] = []
     for detector in (*(DETECTORS[name] for name in choice.names), *more):
         for place in detector(tree):
@@ -139,6 +142,8 @@ def _fuse(
                 report.skipped.append(Skip(place.name, place.path, reason))
             elif isinstance(place, Skip):
                 report.skipped.append(place)
+            elif choice.tuned and tuning.separate(site(place, modules)):
+                report.skipped.append(Skip(place.name, place.path, SLOWER))
             else:
                 found.append(place)
     fused, rivals = select(found)

@@ -43,13 +43,27 @@ class Call(Generic[X]):
     split: bool
     experts: mx.array | None = None
     large: str = "dequantize"
+    variant: str = ""  # of `tuning.VARIANTS`, or its first
+    floor: bool = False  # the loads without the arithmetic, to be timed; the result is wrong
+
+    @property
+    def kind(self) -> str:
+        """``vector``, ``batch`` or ``large``, of which `tuning.VARIANTS` names the variants."""
+        if self.rows == 1 or self.experts is not None:
+            return "vector"
+        return "batch" if self.rows <= MAX_VECTOR_ROWS else "large"
 
     @property
     def route(self) -> str:
-        """How the rows of x are multiplied: ``vector``, ``batch`` or what `LARGE` says."""
-        if self.rows == 1 or self.experts is not None:
-            return "vector"
-        return "batch" if self.rows <= MAX_VECTOR_ROWS else self.large
+        """``vector``, ``batch``, ``dequantize`` or ``tiles``."""
+        return (self.variant or self.large) if self.kind == "large" else self.kind
+
+    @property
+    def case(self) -> str:
+        """What a variant is chosen by."""
+        parts = "+".join(f"{p.segment.name}:{p.rows}" for p in self.weight.parts)
+        dtype = str(self.x.dtype).removeprefix("mlx.core.")
+        return f"{self.kind} {parts} x{self.weight.columns} {dtype}"
 
     @property
     def rows(self) -> int:

@@ -77,7 +77,7 @@ def _tile(call: Call[Int8Activations]) -> Tile:
         return Tile(op, sections, "int8_tile", "", x, rows, 32, 128, scratch)
     many = batches(call.rows)
     sections = (*own, f"{shared}:lanes", f"{op}.metal:batch", f"{shared}:batched")
-    return Tile(op, sections, "batch_tile", f", {many}", x, 4, many, 64, "")
+    return Tile(op, sections, "batch_tile", f", 2, {many}", x, 4, many, 64, "")
 
 
 def biased(segment: AnySegment) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 
+from . import _kernel, tuning
 from ._decode import decode
 from ._kernel import Kernel, Launch, Prepared
 from ._product import Call, Tile, batches, finish, launch, refuse
@@ -11,8 +14,11 @@ from .dequantize import dequantize
 from .weight import AffineSegment, AnySegment, QuantizedWeight
 
 LARGE = "dequantize"
-"""What runs above `MAX_VECTOR_ROWS`: ``dequantize``, or ``tiles``, the kernel that decodes tile by
-tile, which stays off until a Mac has measured it faster."""
+"""What runs above `MAX_VECTOR_ROWS` unless `mlxfuse tune` has chosen: ``dequantize``, or ``tiles``,
+the kernel that decodes tile by tile, which stays off until a Mac has measured it faster."""
+
+# Rows of W that a SIMD-group computes in each of `tuning.VARIANTS`.
+_SLOTS = {"vector": {"rows4": 4, "rows8": 8, "rows2": 2}, "batch": {"rows2": 2, "rows4": 4}}
 
 
 def quantized_matmul(
@@ -55,7 +61,7 @@ def quantized_matmul(
     Raises:
         ValueError: arguments whose shapes do not fit together.
     """
-    call = Call(x, weight, bias, residual, activation, split, experts, LARGE)
+    call = tuned(Call(x, weight, bias, residual, activation, split, experts, LARGE))
     call.check()
     if differentiable:
         outputs = _dense(call)
@@ -79,7 +85,7 @@ def prepare(
     """`quantized_matmul` of such arguments as one launch, to be called with x and, where there are
     any, the residual and the experts, of the same shapes and types; None if it is no single launch.
     """
-    call = Call(x, weight, bias, residual, activation, split, experts, LARGE)
+    call = tuned(Call(x, weight, bias, residual, activation, split, experts, LARGE))
     call.check()
     alike = residual is None or residual.dtype == x.dtype
     if refuse(call) is not None or not alike or call.route == "dequantize":
@@ -89,19 +95,33 @@ def prepare(
     return Prepared(_launch(call), free, [(*call.lead, n) for n in call.widths])
 
 
+def tuned(call: Call[mx.array]) -> Call[mx.array]:
+    """The call in the variant that `mlxfuse tune` has found to be the fastest, if it has run."""
+    if not tuning.active():
+        return call
+    return replace(call, variant=tuning.winner("quantized_matmul", call.case))
+
+
+def run_call(call: Call[mx.array], *, emulated: bool = False) -> list[mx.array]:
+    """Its outputs on Metal, in its variant and unconditionally; to be timed."""
+    if call.route == "dequantize":
+        return _dense(call, dequantized=True)
+    return _kernel.run(_launch(call), emulated=emulated)
+
+
 def _tile(call: Call[mx.array]) -> Tile:
-    kind, many = call.route, batches(call.rows)
-    scratch = "threadgroup float scratch[96 * tile_pitch * sizeof(T) / 4];"
-    function, numbers, rows, many, threads = {
-        "vector": ("vector_tile", "", 8, 1, 64),
-        "batch": ("batch_tile", f", {many}", 4, many, 64),
-        "tiles": ("matrix_tile", "", 32 if call.gated else 64, 32, 128),
-    }[kind]
+    kind, op = call.route, "quantized_matmul"
     needs = ("batch", "batched") if kind == "batch" else (kind,)
-    sections = tuple(f"quantized_matmul.metal:{s}" for s in needs)
-    scratch = scratch if kind == "tiles" else ""
-    op = "quantized_matmul"
-    return Tile(op, sections, function, numbers, "x", rows, many, threads, scratch)
+    sections = tuple(f"{op}.metal:{s}" for s in needs)
+    if kind == "tiles":
+        rows = 32 if call.gated else 64
+        scratch = "threadgroup float scratch[96 * tile_pitch * sizeof(T) / 4];"
+        return Tile(op, sections, "matrix_tile", "", "x", rows, 32, 128, scratch)
+    slots = _SLOTS[kind][call.variant or tuning.VARIANTS[op][kind][0]]
+    many = batches(call.rows) if kind == "batch" else 1
+    last = many if kind == "batch" else 4 if call.floor else 1
+    numbers = f", {slots}, {last}"
+    return Tile(op, sections, f"{kind}_tile", numbers, "x", 2 * slots, many, 64, "")
 
 
 def _launch(call: Call[mx.array]) -> Launch:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -22,6 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from .. import env
+from ..files import write_text
 from . import _kernel
 from ._kernel import Kernel, Launch, Program, Recorded
 from ._product import MAX_BATCH, MAX_VECTOR_ROWS, Call
@@ -90,7 +90,7 @@ def check(recorded: Iterable[Recorded], *, emulated: bool = False) -> dict[Progr
         key = _key(launch)
         if key not in known:
             small = _SMALL[kernel.name](*arguments)
-            known[key] = _compare(kernel, small, emulated=emulated)
+            known[key] = compare(kernel, small, emulated=emulated)
         if reason := known[key]:
             if launch.program not in _kernel.disabled:
                 warnings.warn(
@@ -127,7 +127,7 @@ def _key(launch: Launch) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _compare(kernel: Kernel[Any], arguments: tuple[Any, ...], *, emulated: bool) -> str:
+def compare(kernel: Kernel[Any], arguments: tuple[Any, ...], *, emulated: bool) -> str:
     """Empty where the outputs agree, else how they differ."""
     launch = kernel.launch(*arguments)
     try:
@@ -275,9 +275,6 @@ def _write(path: Path, results: dict[str, str]) -> None:
     """Replace the file in one step; a cache that cannot be written is no error."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            json.dump(results, out)
-        os.replace(temporary, path)
+        write_text(path, json.dumps(results))
     except OSError as error:
         warnings.warn(f"mlxfuse: self-test results cannot be kept: {error}", stacklevel=2)

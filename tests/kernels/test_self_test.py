@@ -117,7 +117,7 @@ def test_the_norm_kernels_pass(variant: variants.Variant) -> None:
             return outputs
 
         off = dataclasses.replace(variant.kernel, reference=reference)
-        assert self_test._compare(off, variant.arguments, emulated=True).startswith("largest error")
+        assert self_test.compare(off, variant.arguments, emulated=True).startswith("largest error")
 
 
 def test_a_kernel_that_does_not_compile_is_disabled(

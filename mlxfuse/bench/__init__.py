@@ -1,0 +1,1 @@
+"""Measuring: whole models, kernels, and what is made of the results."""

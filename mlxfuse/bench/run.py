@@ -1,0 +1,212 @@
+"""`mlxfuse bench MODEL`: stock MLX-LM beside mlxfuse in one run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import env
+from ..doctor import device
+from ..errors import KernelError, UnsupportedError
+from ..fusion import PatchReport, patch_model
+from ..fusion.checks import Reference, logits
+from ..fusion.dispatches import per_token
+from ..gguf.exported import is_export, open_model
+from ..loader import load
+from .arms import Arm, Runner, compare, decoded, nbytes, stock_of
+from .machine import environment
+from .measure import Test, alternate, speeds
+
+STOCK, OURS = "mlx-lm", "mlxfuse"
+Say = Callable[[str], None]
+
+
+class Extra(Protocol):
+    """Another program that takes its turn, without a match: `LlamaBench`."""
+
+    name: str
+    what: str
+
+    def __call__(self, test: Test) -> float:
+        """Seconds of one run."""
+
+
+def bench(
+    path: Path,
+    tests: Sequence[Test],
+    *,
+    repetitions: int,
+    pause: float = 0.0,
+    dtype: str | None = None,
+    fuse: str | Iterable[str] = "auto",
+    stock: str = "exact",
+    extras: Sequence[Extra] = (),
+    say: Say = lambda text: None,
+) -> dict[str, Any]:
+    """Compare, then time, both forms of a model; everything as plain data, ready for JSON.
+
+    Bytes, nanoseconds (``_ns``) and tokens a second (``_ts``); ``read`` is what one decoded token
+    reads, weights and cache, ``gb_s`` that by time, ``share`` that of ``bandwidth``;
+    ``dispatches`` are those of one decoded token, on Metal.
+
+    Args:
+        path: a GGUF file, or a folder with an MLX-LM checkpoint.
+        pause: seconds to cool down before every timed run.
+        stock: what stock MLX-LM's weights are where MLX's types cannot hold the file's: ``exact``,
+            dense ones, or ``affine``, requantised ones of about the same size.
+
+    Raises:
+        KernelError: kernels are emulated, whose time means nothing.
+        MLXFuseError: the forms disagree; nothing is timed then.
+    """
+    from mlx_lm.generate import wired_limit
+
+    say(f"loading {path.name}")
+    model, vocabulary = load_model(path, dtype)
+    left = device()["budget"] - mx.get_active_memory()
+    other, weights = stock_of(model, requantize=stock == "affine", budget=left)
+    # Requantised weights are other numbers: kernels are held to the file's, decoded.
+    reference = Reference(logits(other)) if stock == "exact" else decoded(model)
+    patch = patch_model(model, fuse=fuse)
+    arms = [
+        Arm(STOCK, f"mlx-lm's classes, MLX's operations, {weights}", other),
+        Arm(OURS, _describe(model, patch), model),
+    ]
+    say("comparing outputs")
+    agreement = compare(reference, model)
+    if env.get("MLXFUSE_KERNELS") == "emulated":
+        raise KernelError(
+            f"outputs agree to {agreement.error:.2g}, but emulated kernels are not timed: "
+            "that would measure the emulation"
+        )
+    say("measuring the machine's bandwidth")
+    found: dict[str, Any] = {
+        "bench": "model",
+        "environment": environment(),
+        "model": about(path, other),
+        "repetitions": repetitions,
+        "pause": pause,
+        "arms": [
+            {"name": STOCK, "what": arms[0].what, **_match(reference, other, weights)},
+            {"name": OURS, "what": arms[1].what, "match": "yes", "error": agreement.error},
+            *({"name": e.name, "what": e.what, "match": "-", "error": None} for e in extras),
+        ],
+        "dispatches": _dispatches(arms),
+        "rows": [],
+    }
+    with wired_limit(model):
+        for test in tests:
+            say(f"timing {test.name}")
+            found["rows"] += _rows(test, arms, extras, vocabulary, found, repetitions, pause)
+    return found
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether it is a folder that mlx-lm loads, and none that ``mlxfuse export`` wrote."""
+    return (path / "config.json").is_file() and not is_export(path)
+
+
+def load_model(path: Path, dtype: str | None) -> tuple[nn.Module, int]:
+    """The model, not fused, and the size of its vocabulary."""
+    if is_checkpoint(path):
+        from mlx_lm.utils import load as load_checkpoint
+
+        # mlx-lm would run the code of such a file.
+        if "model_file" in json.loads((path / "config.json").read_text("utf-8")):
+            raise UnsupportedError(f"{path}: its config.json names code of its own (model_file)")
+        model, tokenizer = load_checkpoint(str(path))
+    else:
+        model, tokenizer = load(path, dtype=dtype, fuse="off")
+    return model, tokenizer.vocab_size
+
+
+def _describe(model: nn.Module, patch: PatchReport) -> str:
+    types = ", ".join(dict.fromkeys(str(patch).splitlines()))
+    where = "on Metal" if mx.default_device() == mx.gpu else "on the CPU, without kernels"
+    return f"mlxfuse {where}: {types}"
+
+
+def _match(reference: Reference, stock: nn.Module, weights: str) -> dict[str, Any]:
+    if "requantised" not in weights:
+        return {"match": "reference", "error": 0.0}
+    return {"match": "no, requantised", "error": reference.compare(stock).typical}
+
+
+def _dispatches(arms: Sequence[Arm]) -> dict[str, int]:
+    """Of one decoded token, on Metal; counted in the graph."""
+    if mx.default_device() != mx.gpu:
+        return {}
+    return {arm.name: per_token(arm.model)[1] for arm in arms}
+
+
+def _rows(
+    test: Test,
+    arms: Sequence[Arm],
+    extras: Sequence[Extra],
+    vocabulary: int,
+    found: dict[str, Any],
+    repetitions: int,
+    pause: float,
+) -> list[dict[str, Any]]:
+    runners = {arm.name: Runner(arm, test, vocabulary) for arm in arms}
+    for runner in runners.values():
+        runner.warm_up()
+    turns: dict[str, Callable[[], float]] = {**runners}
+    turns |= {extra.name: partial(extra, test) for extra in extras}
+    taken = alternate(turns, repetitions, pause=pause)
+    rows = []
+    for name, times in taken.items():
+        measured = speeds(test, times)
+        runner_of = runners.get(name)
+        row = row_of(name, test, measured)
+        if runner_of is not None:
+            row["memory"] = runner_of.memory
+            if runner_of.read is not None:
+                row["dispatches"] = found["dispatches"].get(name)
+                rate = runner_of.read * row["median_ts"]
+                row |= {
+                    "read": round(runner_of.read),
+                    "gb_s": rate / 1e9,
+                    "share": rate / found["environment"]["bandwidth"],
+                }
+        rows.append(row)
+    return rows
+
+
+def row_of(name: str, test: Test, measured: dict[str, Any]) -> dict[str, Any]:
+    """A row of one arm; what is not known of it is None."""
+    sizes = {"n_prompt": test.prompt, "n_gen": test.generated, "n_depth": test.depth}
+    unknown = dict.fromkeys(("memory", "read", "gb_s", "share", "dispatches"))
+    return {"arm": name, "test": test.name, **sizes, **measured, **unknown}
+
+
+def about(path: Path, model: nn.Module | None = None) -> dict[str, Any]:
+    """What the model is, under llama-bench's names; ``model_size`` in bytes of its tensors.
+
+    Args:
+        model: needed for an MLX-LM checkpoint only.
+    """
+    if is_checkpoint(path):
+        from mlx_lm.utils import get_total_parameters
+
+        kind = str(getattr(getattr(model, "args", None), "model_type", ""))
+        size, count = nbytes(model), get_total_parameters(model)
+    else:
+        with open_model(path) as file:
+            tensors = file.tensors.values()
+            kind = file.architecture
+            size = sum(t.nbytes for t in tensors)
+            count = sum(math.prod(t.shape) for t in tensors)
+    return {
+        "model_filename": path.name,
+        "model_type": kind,
+        "model_size": size,
+        "model_n_params": count,
+    }

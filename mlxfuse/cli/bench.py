@@ -1,0 +1,204 @@
+"""``mlxfuse bench``."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import MLXFuseError
+from ..files import write_text
+from ..progress import status_line
+from ._common import app, before_imports, command, one_model, resolve_model
+from ._options import (
+    Debug,
+    DTypeOption,
+    Fuse,
+    Json,
+    ModelOption,
+    Revision,
+    finite,
+    of_output,
+    option,
+)
+
+TESTS = "Tests"
+
+
+class Output(StrEnum):
+    """Forms of the result."""
+
+    md = "md"
+    json = "json"
+    jsonl = "jsonl"
+    csv = "csv"
+
+
+class Stock(StrEnum):
+    """What stock MLX-LM is given."""
+
+    exact = "exact"
+    affine = "affine"
+
+
+def _counts(name: str, text: str) -> list[int]:
+    from ..bench.measure import numbers
+
+    try:
+        return numbers(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{name} {error}") from None
+
+
+@app.command("bench", rich_help_panel="Measure")
+@command
+def bench_command(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A .gguf file, a folder with an MLX-LM checkpoint, a hub repository such as "
+            "org/repo:Q4_K_M, or nothing for the demo model; kernels: each kernel by itself; "
+            "a report (.json): only draw its --plot.",
+        ),
+    ] = None,
+    model_option: ModelOption = None,
+    revision: Revision = None,
+    dtype: DTypeOption = None,
+    fuse: Fuse = "auto",
+    stock: Annotated[
+        Stock,
+        option(
+            TESTS,
+            "Stock MLX-LM's weights where MLX cannot hold the file's: exact, which are dense, or "
+            "affine, requantised to about the same size.",
+        ),
+    ] = Stock.exact,
+    n_prompt: Annotated[
+        str | None,
+        option(
+            TESTS,
+            "Tokens of a prompt: 512,1024 or 128-1024*2 or 0-512+256 (default: 512; CPU: 64).",
+            "--n-prompt",
+            "-p",
+        ),
+    ] = None,
+    n_gen: Annotated[
+        str | None,
+        option(TESTS, "Tokens decoded one by one (default: 128; CPU: 16).", "--n-gen", "-n"),
+    ] = None,
+    n_depth: Annotated[
+        str, option(TESTS, "Tokens in the cache before that.", "--n-depth", "-d")
+    ] = "0",
+    repetitions: Annotated[
+        int | None,
+        option(
+            TESTS,
+            "Runs of each, in turns; best an even number (default: 6; CPU: 4).",
+            "--repetitions",
+            "-r",
+            min=1,
+            max=1000,
+        ),
+    ] = None,
+    delay: Annotated[
+        float, option(TESTS, "Seconds to cool down before every run.", min=0, callback=finite)
+    ] = 0.0,
+    compare: Annotated[
+        list[Path] | None,
+        option(TESTS, "Add what `llama-bench -o json` has found for the same file."),
+    ] = None,
+    llama_bench: Annotated[
+        bool, option(TESTS, "Let the llama-bench of the PATH take its turn.", "--llama-bench")
+    ] = False,
+    output: Annotated[Output, of_output("Form of the result.", "--output", "-o")] = Output.md,
+    report: Annotated[
+        Path | None, of_output("Also write the result to this file, as JSON: to keep or to send.")
+    ] = None,
+    plot: Annotated[Path | None, of_output("Also draw the result in this SVG file.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time a model in stock MLX-LM and in mlxfuse, in turns, after comparing their outputs."""
+    form = "json" if as_json else output.value
+    ref = one_model(model, model_option)
+    if ref is not None and ref.endswith(".json"):
+        _redraw(Path(ref), plot)
+        return
+    sizes = {"-p": n_prompt, "-n": n_gen, "-d": n_depth}
+    given = {name: _counts(name, text) for name, text in sizes.items() if text is not None}
+    for target in (report, plot):
+        if target is not None and not target.absolute().parent.is_dir():
+            raise typer.BadParameter(f"there is no folder {target.absolute().parent}")
+
+    before_imports()
+    with redirect_stdout(sys.stderr), status_line(True) as say:
+        from ..fusion import chosen
+
+        try:
+            chosen(fuse)
+        except ValueError as error:
+            raise typer.BadParameter(f"--fuse: {error}") from None
+        found: dict[str, Any]
+        if ref == "kernels":
+            from ..bench.kernels import bench_kernels
+
+            found = bench_kernels(repetitions=repetitions or 20, pause=delay, say=say)
+        else:
+            import mlx.core as mx
+
+            from ..bench import llama
+            from ..bench.measure import tests
+            from ..bench.run import about, bench, is_checkpoint
+
+            folder = ref is not None and is_checkpoint(Path(ref))
+            path = Path(str(ref)) if folder else resolve_model(ref, revision, True)
+
+            on_cpu = mx.default_device() == mx.cpu
+            usual = {"-p": 64, "-n": 16, "-d": 0} if on_cpu else {"-p": 512, "-n": 128, "-d": 0}
+            counts = {name: given.get(name, [usual[name]]) for name in usual}
+            wanted = tests(counts["-p"], counts["-n"], counts["-d"])
+            if not wanted:
+                raise typer.BadParameter("-p and -n are both 0: there is nothing to time")
+            if folder and (compare or llama_bench):
+                raise MLXFuseError("llama-bench runs GGUF files; this is an MLX-LM checkpoint")
+            others = [row for file in compare or [] for row in llama.read(file, about(path))]
+            extras = [llama.LlamaBench(path, about(path))] if llama_bench else []
+            found = bench(
+                path,
+                wanted,
+                repetitions=repetitions or (4 if on_cpu else 6),
+                pause=delay,
+                dtype=dtype and dtype.value,
+                fuse=fuse,
+                stock=stock.value,
+                extras=extras,
+                say=say,
+            )
+            llama.add(found, others)
+        say(None)
+    from ..bench.output import render
+
+    if report is not None:
+        write_text(report, render(found, "json") + "\n", 0o644)
+    if plot is not None:
+        _draw(found, plot)
+    print(render(found, form))
+
+
+def _redraw(report: Path, plot: Path | None) -> None:
+    if plot is None:
+        raise typer.BadParameter(f"{report} is a report: say where to draw it with --plot out.svg")
+    from ..bench.plot import read
+
+    _draw(read(report), plot)
+
+
+def _draw(found: dict[str, Any], plot: Path) -> None:
+    from ..bench.plot import draw
+
+    write_text(plot, draw(found), 0o644)

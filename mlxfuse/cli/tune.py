@@ -1,0 +1,73 @@
+"""``mlxfuse tune``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+from ..progress import status_line
+from ..terminal import one_line
+from ._common import app, before_imports, command, one_model, resolve_model
+from ._options import (
+    Debug,
+    DTypeOption,
+    Json,
+    ModelArgument,
+    ModelOption,
+    Revision,
+    finite,
+    option,
+)
+
+TESTS = "Tests"
+
+
+@app.command("tune", rich_help_panel="Measure")
+@command
+def tune_command(
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
+    revision: Revision = None,
+    dtype: DTypeOption = None,
+    repetitions: Annotated[
+        int, option(TESTS, "Runs of each, in turns.", "--repetitions", "-r", min=2, max=1000)
+    ] = 10,
+    delay: Annotated[
+        float, option(TESTS, "Seconds to cool down before every run.", min=0, callback=finite)
+    ] = 0.0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure which kernel variants and which fusions are the fastest here, and use those.
+
+    The winners' names go to tuning.json in the cache folder; delete it to forget them.
+    """
+    ref = one_model(model, model_option)
+    before_imports()
+    with redirect_stdout(sys.stderr), status_line(True) as say:
+        from .. import tune as engine
+        from ..bench.run import is_checkpoint, load_model
+        from ..kernels import tuning
+
+        engine.refuse()
+        folder = ref is not None and is_checkpoint(Path(ref))
+        path = Path(str(ref)) if folder else resolve_model(ref, revision, True)
+        say(f"loading {path.name}")
+        loaded, _ = load_model(path, dtype and dtype.value)
+        found = engine.tune(loaded, repetitions=repetitions, pause=delay, say=say)
+        say(None)
+    if as_json:
+        stored = asdict(found.winners)
+        print(json.dumps({"file": str(tuning.path()), **stored, "seconds": found.times}))
+        return
+    names = dict(found.winners.fusions)
+    for cases in found.winners.variants.values():
+        names |= cases
+    for case, name in names.items():
+        times = ", ".join(f"{n} {t * 1e6:.1f} us" for n, t in found.times[case].items())
+        print(f"{one_line(case)}: {name} ({times})")
+    print(f"stored in {tuning.path()}; delete it to forget")
