@@ -133,7 +133,7 @@ def main() -> None:
     arguments = parser.parse_args()
     tokens, step = arguments.tokens, arguments.step
     plain, fused = model(), model()
-    patch_model(fused, "all")
+    patch_model(fused, fuse="all")
     scores = 2 * HEADS * min(step, arguments.computed) * tokens
     print(f"{tokens:,} tokens, {step:,} at a time; scores {scores / 1e6:.1f} MB")
     for name, of, make in (

@@ -86,7 +86,7 @@ def test_left_padding_is_refused():
 def test_mlx_lms_batch_generator(name, fuse, tmp_path):
     """Prompts of three lengths give the tokens that they give one by one."""
     model, _ = load(tiny.write(tmp_path / "m.gguf", tiny.build(name, 0)), kv_bits="k8v4")
-    patch_model(model, fuse)
+    patch_model(model, fuse=fuse)
     prompts = [[(7 * i + n) % 250 for i in range(n)] for n in (150, 3, 81)]
     want = [
         [token for token, _ in generate_step(mx.array(p), model, max_tokens=6)] for p in prompts
