@@ -65,7 +65,7 @@ def patch_model(
             wherever all that reads them takes that; ``auto`` does where it was measured to be
             faster, which so far is nowhere; ``off`` never does. It costs some quality.
         kv_bits: let mlx-lm make compressed key-value caches for the model: 8 or 4, or keys and
-            values apart as in ``k8v4``.
+            values apart as in ``k8v4``; None for plain ones, also if they were compressed before.
         kv_group_size: values of a head that share a scale: 32, 64 or 128.
         check: compare the patched model's logits with the unpatched one's on a random prompt, with
             float activations.

@@ -7,7 +7,6 @@ import pytest
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import KVCache
 
-from mlxfuse.fusion import patch_model
 from mlxfuse.loader import load
 from mlxfuse.nn.batch_cache import BatchCompressedKVCache
 from mlxfuse.nn.cache import CompressedKVCache
@@ -85,8 +84,8 @@ def test_left_padding_is_refused():
 @pytest.mark.parametrize("fuse", ["off", "qkv"])
 def test_mlx_lms_batch_generator(name, fuse, tmp_path):
     """Prompts of three lengths give the tokens that they give one by one."""
-    model, _ = load(tiny.write(tmp_path / "m.gguf", tiny.build(name, 0)), kv_bits="k8v4")
-    patch_model(model, fuse=fuse)
+    path = tiny.write(tmp_path / "m.gguf", tiny.build(name, 0))
+    model, _ = load(path, fuse=fuse, kv_bits="k8v4")
     prompts = [[(7 * i + n) % 250 for i in range(n)] for n in (150, 3, 81)]
     want = [
         [token for token, _ in generate_step(mx.array(p), model, max_tokens=6)] for p in prompts
