@@ -1,4 +1,4 @@
-"""Writes the tables of README.md that come from the code: ``python -m tests.readme``."""
+"""Writes what README.md shows of the code, tables and a picture: ``python -m tests.readme``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from mlxfuse import env
 from mlxfuse.formats import FORMATS
 from mlxfuse.models import ARCHITECTURES
 from tests.fusion.zoo import summary
+from tests.picture import PICTURE, counts, draw
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -55,3 +56,4 @@ def render(text: str) -> str:
 
 if __name__ == "__main__":
     README.write_text(render(README.read_text()))
+    PICTURE.write_text(draw(counts()))

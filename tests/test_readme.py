@@ -6,10 +6,14 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+
+import pytest
 
 from mlxfuse import env
 
+from .picture import PICTURE, counts, draw
 from .readme import README, render, tables
 
 TEXT = README.read_text()
@@ -27,6 +31,17 @@ def test_tables_are_current() -> None:
     changed = TEXT.replace("| Q4_K | 4.5 |", "| Q4_K | 4.6 |")
     assert changed != TEXT
     assert render(changed) == TEXT
+
+
+def test_the_picture_is_current() -> None:
+    rows = counts()
+    assert PICTURE.read_text() == draw(rows), "run: python -m tests.readme"
+    assert f"]({PICTURE.relative_to(README.parent)})" in TEXT
+    assert [n.total() for _, n in rows] == [17, 10, 19, 10]
+    rows[1][1]["Add"] += 1
+    assert PICTURE.read_text() != draw(rows)
+    with pytest.raises(ValueError, match="no colour"):
+        draw([("x", Counter(NoSuch=1))])
 
 
 def test_ci_runs_the_test_command() -> None:
