@@ -48,7 +48,9 @@ def answer(*args, text=None):
 
 def start(*args, **more):
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY), **more.pop("env", {})}
-    more = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}
+    # Where the suite runs in a shell's background, Ctrl-C is ignored, and so by its children.
+    default = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    more = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **default, **more}
     return subprocess.Popen([sys.executable, "-m", "mlxfuse", *map(str, args)], env=env, **more)
 
 
@@ -450,7 +452,12 @@ def test_ctrl_c_in_a_native_call(watch, stops):
         "print('ready', flush=True)\n"
         "hashlib.pbkdf2_hmac('sha256', b'', b'', 2_000_000_000)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=REPOSITORY)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        cwd=REPOSITORY,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     process.stdout.readline()
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
