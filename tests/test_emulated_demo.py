@@ -56,7 +56,7 @@ def test_the_command_says_what_ran(demo: Path) -> None:
     )
     pattern = (
         r"Kernels emulated on the CPU: dequantize\.metal \d+ times, "
-        r"quantized_matmul\.metal \d{3,} times"
+        r"norm_rope\.metal \d{2,} times, quantized_matmul\.metal \d{3,} times"
     )
     assert re.search(pattern, found.stderr)
     assert found.stdout.startswith("Hello!")
