@@ -471,6 +471,15 @@ def test_ctrl_c_in_a_native_call(watch, stops):
     process.wait()
 
 
+@pytest.mark.parametrize("command", ["generate", "chat", "perplexity", "server", "bench"])
+def test_a_fusion_that_is_none_is_a_usage_error(model, command):
+    more = ["-f", "-"] if command == "perplexity" else []
+    result = invoke(command, model, "--fuse", "nope", *more, text="Hello\n")
+    assert result.exit_code == 2
+    assert "--fuse" in result.output
+    assert "nope" in result.output
+
+
 # --- inspect ------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn, ParamSpec
+from typing import Annotated, Any, NoReturn, ParamSpec, TextIO
 
 import typer
 
@@ -23,7 +23,8 @@ from .. import __version__
 from ..errors import MLXFuseError
 from ..process import INTERRUPTED, fail, unexpected, watch_interrupts
 from ..progress import download_bar
-from ..terminal import one_line
+from ..terminal import neutralize, one_line
+from ._options import ActQuant, DType
 
 PIPE_CLOSED = 141  # 128 + SIGPIPE, what a shell reports for any program
 
@@ -103,6 +104,45 @@ def one_model(argument: str | None, option: str | None) -> str | None:
             f"the model is given twice: {one_line(argument)!r} and --model {one_line(option)!r}"
         )
     return argument if option is None else option
+
+
+def check_fuse(fuse: str) -> None:
+    """Refuse names that are no fusions' before anything is loaded."""
+    from ..fusion import chosen
+
+    try:
+        chosen(fuse)
+    except ValueError as error:
+        raise typer.BadParameter(f"--fuse: {error}") from None
+
+
+def load_model(path: Path, dtype: DType | None, fuse: str, act_quant: ActQuant) -> tuple[Any, Any]:
+    """`mlxfuse.load` as the options say."""
+    from ..loader import load
+
+    check_fuse(fuse)
+    return load(path, dtype=dtype and dtype.value, fuse=fuse, act_quant=act_quant.value)
+
+
+def model_or_checkpoint(ref: str | None, revision: str | None) -> tuple[Path, bool]:
+    """A model, or a folder with an MLX-LM checkpoint, and which of the two it is."""
+    from ..bench.run import is_checkpoint
+
+    if ref is not None and is_checkpoint(Path(ref)):
+        return Path(ref), True
+    return resolve_model(ref, revision, True), False
+
+
+def answer_writer(stdout: TextIO, say: Callable[[str | None], None]) -> Callable[[str], None]:
+    """What takes an answer's pieces: they end the status line, and are harmless on a terminal."""
+    on_terminal = stdout.isatty()
+
+    def write(piece: str) -> None:
+        say(None)
+        stdout.write(neutralize(piece) if on_terminal else piece)
+        stdout.flush()
+
+    return write
 
 
 def clean(text: str) -> str:

@@ -13,7 +13,14 @@ import typer
 from ..errors import MLXFuseError
 from ..files import write_text
 from ..progress import status_line
-from ._common import app, before_imports, command, one_model, resolve_model
+from ._common import (
+    app,
+    before_imports,
+    check_fuse,
+    command,
+    model_or_checkpoint,
+    one_model,
+)
 from ._options import (
     Debug,
     DTypeOption,
@@ -137,12 +144,7 @@ def bench_command(
 
     before_imports()
     with redirect_stdout(sys.stderr), status_line(True) as say:
-        from ..fusion import chosen
-
-        try:
-            chosen(fuse)
-        except ValueError as error:
-            raise typer.BadParameter(f"--fuse: {error}") from None
+        check_fuse(fuse)
         found: dict[str, Any]
         if ref == "kernels":
             from ..bench.kernels import bench_kernels
@@ -153,11 +155,9 @@ def bench_command(
 
             from ..bench import llama
             from ..bench.measure import tests
-            from ..bench.run import about, bench, is_checkpoint
+            from ..bench.run import about, bench
 
-            folder = ref is not None and is_checkpoint(Path(ref))
-            path = Path(str(ref)) if folder else resolve_model(ref, revision, True)
-
+            path, folder = model_or_checkpoint(ref, revision)
             on_cpu = mx.default_device() == mx.cpu
             usual = {"-p": 64, "-n": 16, "-d": 0} if on_cpu else {"-p": 512, "-n": 128, "-d": 0}
             counts = {name: given.get(name, [usual[name]]) for name in usual}

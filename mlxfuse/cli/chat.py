@@ -16,7 +16,16 @@ import typer
 from ..process import INTERRUPTED, fail
 from ..progress import status_line
 from ..terminal import neutralize
-from ._common import app, before_imports, clean, command, one_model, resolve_model
+from ._common import (
+    answer_writer,
+    app,
+    before_imports,
+    clean,
+    command,
+    load_model,
+    one_model,
+    resolve_model,
+)
 from ._options import (
     ActQuant,
     ActQuantOption,
@@ -106,13 +115,10 @@ def chat_command(
         say(f"loading {path.name}")
         from ..chat import Chat
         from ..generate import Settings
-        from ..loader import load
         from ..nn.kv import compress_caches
 
         kv = kv_options(kv_bits, kv_group_size, kv_rotate)
-        loaded, tokenizer = load(
-            path, dtype=dtype and dtype.value, fuse=fuse, act_quant=act_quant.value
-        )
+        loaded, tokenizer = load_model(path, dtype, fuse, act_quant)
         if kv is not None:
             compress_caches(loaded, kv, force=kv_force)
         chat = Chat(
@@ -172,19 +178,11 @@ def _converse(
 def _answer(
     chat: Chat, interrupts: _Interrupts, text: str, stdout: TextIO, as_json: bool
 ) -> Result | None:
-    on_terminal = stdout.isatty()
     with redirect_stdout(sys.stderr), status_line(not as_json) as say, interrupts.answering():
         say("reading")
-
-        def write(piece: str) -> None:
-            say(None)
-            if not as_json:
-                stdout.write(neutralize(piece) if on_terminal else piece)
-                stdout.flush()
-
         result = chat.say(
             text,
-            write=write,
+            write=None if as_json else answer_writer(stdout, say),
             on_prompt=lambda done, total: say(f"reading: {done:,} of {total:,} tokens"),
             stop=interrupts.stop.is_set,
         )

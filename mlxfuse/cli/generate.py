@@ -15,8 +15,17 @@ import typer
 from ..errors import MLXFuseError
 from ..process import fail
 from ..progress import status_line
-from ..terminal import neutralize
-from ._common import app, before_imports, clean, command, one_model, resolve_model
+from ._common import (
+    answer_writer,
+    app,
+    before_imports,
+    check_fuse,
+    clean,
+    command,
+    load_model,
+    one_model,
+    resolve_model,
+)
 from ._options import (
     ActQuant,
     ActQuantOption,
@@ -121,25 +130,13 @@ def generate_command(
 
     before_imports()
     stdout = sys.stdout
-    on_terminal = stdout.isatty()
-
-    def write(piece: str) -> None:
-        say(None)
-        stdout.write(neutralize(piece) if on_terminal else piece)
-        stdout.flush()
-
     # mlx-lm prints warnings on stdout.
     with redirect_stdout(sys.stderr), status_line(shown and not as_json) as say:
         say(f"loading {path.name}")
         from .. import generate as engine
         from .. import kernels, prompt_cache
-        from ..fusion import chosen
-        from ..loader import load
 
-        try:
-            chosen(fuse)
-        except ValueError as error:
-            raise typer.BadParameter(f"--fuse: {error}") from None
+        check_fuse(fuse)
         kv = kv_options(kv_bits, kv_group_size, kv_rotate)
 
         if prompt_cache_file:
@@ -147,9 +144,7 @@ def generate_command(
         kernels.launches.clear()
         kernels.fallbacks.clear()
         start = time.perf_counter()
-        loaded, tokenizer = load(
-            path, dtype=dtype and dtype.value, fuse=fuse, act_quant=act_quant.value
-        )
+        loaded, tokenizer = load_model(path, dtype, fuse, act_quant)
         draft = _load_draft(draft_path, tokenizer) if draft_path else None
         load_seconds = time.perf_counter() - start
         say("reading the prompt")
@@ -184,7 +179,7 @@ def generate_command(
             prompt_cache=prompt_cache.read(prompt_cache_file, *models)
             if prompt_cache_file
             else None,
-            write=None if as_json else write,
+            write=None if as_json else answer_writer(stdout, say),
             on_prompt=lambda done, total: say(f"reading the prompt: {done:,} of {total:,} tokens"),
             note=fail if shown else None,
         )

@@ -13,7 +13,15 @@ import typer
 from .. import env
 from ..errors import MLXFuseError
 from ..progress import status_line
-from ._common import app, before_imports, clean, command, one_model, resolve_model
+from ._common import (
+    app,
+    before_imports,
+    clean,
+    command,
+    load_model,
+    one_model,
+    resolve_model,
+)
 from ._options import (
     ActQuant,
     ActQuantOption,
@@ -78,14 +86,11 @@ def perplexity_command(
     before_imports()
     with redirect_stdout(sys.stderr), status_line(not as_json) as say:
         say(f"loading {path.name}")
-        from ..loader import load
         from ..nn.kv import check_model, compressed, plain_caches
         from ..perplexity import Way, perplexity, render
 
         kv = kv_options(kv_bits, kv_group_size, kv_rotate)
-        loaded, tokenizer = load(
-            path, dtype=dtype and dtype.value, fuse=fuse, act_quant=act_quant.value
-        )
+        loaded, tokenizer = load_model(path, dtype, fuse, act_quant)
         way = Way(loaded, lambda: plain_caches(loaded))
         plain = Way(_with_floats(loaded), way.make_caches)
         if kv is not None:

@@ -12,7 +12,7 @@ import typer
 from ..process import INTERRUPTED
 from ..progress import status_line
 from ..terminal import one_line
-from ._common import app, before_imports, command, one_model, resolve_model
+from ._common import app, before_imports, command, load_model, one_model, resolve_model
 from ._options import (
     ActQuant,
     ActQuantOption,
@@ -84,12 +84,9 @@ def server_command(
     with status_line(True) as say:
         say(f"loading {path.name}")
         from ..generate import Settings
-        from ..loader import load
         from ..server import Server
 
-        loaded, tokenizer = load(
-            path, dtype=dtype and dtype.value, fuse=fuse, act_quant=act_quant.value
-        )
+        loaded, tokenizer = load_model(path, dtype, fuse, act_quant)
         server = Server(
             loaded,
             tokenizer,

@@ -6,12 +6,17 @@ import json
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 from ..progress import status_line
 from ..terminal import one_line
-from ._common import app, before_imports, command, one_model, resolve_model
+from ._common import (
+    app,
+    before_imports,
+    command,
+    model_or_checkpoint,
+    one_model,
+)
 from ._options import (
     Debug,
     DTypeOption,
@@ -50,12 +55,11 @@ def tune_command(
     before_imports()
     with redirect_stdout(sys.stderr), status_line(True) as say:
         from .. import tune as engine
-        from ..bench.run import is_checkpoint, load_model
+        from ..bench.run import load_model
         from ..kernels import tuning
 
         engine.refuse()
-        folder = ref is not None and is_checkpoint(Path(ref))
-        path = Path(str(ref)) if folder else resolve_model(ref, revision, True)
+        path, _ = model_or_checkpoint(ref, revision)
         say(f"loading {path.name}")
         loaded, _ = load_model(path, dtype and dtype.value)
         found = engine.tune(loaded, repetitions=repetitions, pause=delay, say=say)
