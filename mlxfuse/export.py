@@ -9,8 +9,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -20,11 +21,11 @@ from .errors import MLXFuseError
 from .gguf.exported import CONFIG, LAYOUT, ExportedFile, header_bytes, open_model, stream_name
 from .gguf.relayout import allocate
 from .models.config import read_config
-from .models.plan import fill, first_rows, groups, has_kernel, plan
+from .models.plan import fill, first_rows, groups, plan
 
 if TYPE_CHECKING:
     from .gguf.reader import GGUFFile, Tensor
-    from .models.plan import Plan, RowSource
+    from .models.plan import Group, Plan
 
 SHARD_BYTES = 2 << 30
 """Bytes of arrays after which a safetensors file is full; it is held in memory while written."""
@@ -80,33 +81,29 @@ def export(
 def _units(file: GGUFFile, weights: Plan) -> Iterator[Unit]:
     in_streams = set()
     for group in groups(weights):
-        if has_kernel(group):
-            sources = [source for weight in group for source in weight.weight]
-            in_streams |= {source.tensor.name for source in sources}
-            key = group[0].group or group[0].module
-            size = sum(s.experts * s.count * s.tensor.row_bytes for s in sources)
-
-            def streams(key: str = key, sources: list[RowSource] = sources) -> Any:
-                return _streams(file, key, sources)
-
-            yield Unit(size, streams)
+        if group.has_kernel:
+            in_streams |= {source.tensor.name for source in group.sources}
+            yield Unit(sum(s.nbytes for s in group.sources), partial(_streams, file, group))
     for tensor in file.tensors.values():
         if tensor.name not in in_streams:
-
-            def raw(tensor: Tensor = tensor) -> dict[str, np.ndarray]:
-                return {tensor.name: file.read(tensor).reshape(tensor.rows, tensor.row_bytes)}
-
-            yield Unit(tensor.nbytes, raw)
+            yield Unit(tensor.nbytes, partial(_raw, file, tensor))
 
 
-def _streams(file: GGUFFile, key: str, sources: list[RowSource]) -> dict[str, np.ndarray]:
+def _raw(file: GGUFFile, tensor: Tensor) -> dict[str, np.ndarray]:
+    return {tensor.name: file.read(tensor).reshape(tensor.rows, tensor.row_bytes)}
+
+
+def _streams(file: GGUFFile, group: Group) -> dict[str, np.ndarray]:
+    sources = group.sources
     columns, experts = sources[0].shape[-1], sources[0].experts
     first, rows = first_rows(sources)
     made = {f: allocate(f, n * experts, columns) for f, n in rows.items()}
     for source, start in zip(sources, first, strict=True):
         fill(source, source.bytes(file, mapped=False), made[source.format], start)
     return {
-        stream_name(key, f, name): a for f, arrays in made.items() for name, a in arrays.items()
+        stream_name(group.key, format, name): array
+        for format, arrays in made.items()
+        for name, array in arrays.items()
     }
 
 

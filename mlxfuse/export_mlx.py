@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from .errors import UnsupportedError
 from .export import Progress, Unit, new_folder, write_shards
+from .formats import AFFINE
 from .gguf.blocks import dequantize
 from .gguf.exported import open_model
 from .gguf.tokenizer import load_tokenizer
@@ -34,9 +35,7 @@ if TYPE_CHECKING:
     from .models.plan import RowSource, WeightPlan
 
 GROUP = 32
-# format -> bits of MLX's mode affine: the codes are those of gguf.quants, made unsigned.
-EXACT = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8}
-_ZERO = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128}
+EXACT = {name: bits for name, (bits, _) in AFFINE.items()}
 _MODEL_TYPES = {
     "gemma3": "gemma3_text",
     "gpt-oss": "gpt_oss",
@@ -124,7 +123,7 @@ def _blocks(file: GGUFFile, source: RowSource) -> Bytes:
 
 def _overflows(file: GGUFFile, weight: WeightPlan, kind: str) -> bool:
     """Whether a zero point times a scale leaves float16's range: 8, 16 or 128 times the scale."""
-    zero = _ZERO.get(kind, 0)
+    _, zero = AFFINE[kind]
     return not all(
         np.all(np.abs(_halves(_blocks(file, source), source.format, 0)) * zero <= _LARGEST)
         for source in weight.weight
@@ -146,10 +145,10 @@ def affine(data: Bytes, format: Format) -> Arrays:
     Returns:
         ``weight`` uint32, ``scales`` and ``biases`` float16.
     """
-    bits = EXACT[format.name]
+    bits, zero = AFFINE[format.name]
     scales = _halves(data, format, 0)
-    if format.name in _ZERO:
-        at, biases = 2, -_ZERO[format.name] * scales
+    if zero:
+        at, biases = 2, -zero * scales
     else:
         at, biases = 4, _halves(data, format, 2)
     fields = data.reshape(len(data), -1, format.type_size)[..., at:]

@@ -211,3 +211,7 @@ REMOVED: dict[int, str] = {
     37: "IQ4_NL_4_8",
     38: "IQ4_NL_8_8",
 }
+
+# Type -> bits and zero point of MLX's affine weights, groups of 32, that are the same numbers:
+# ``scale * code + bias`` with the block's scale and, of types without a minimum, ``-zero * scale``.
+AFFINE = {"Q4_0": (4, 8), "Q4_1": (4, 0), "Q5_0": (5, 16), "Q5_1": (5, 0), "Q8_0": (8, 128)}

@@ -17,6 +17,7 @@ from .gguf.exported import ExportedFile, open_model
 from .gguf.tokenizer import load_tokenizer
 from .hub import resolve
 from .kernels import unavailable
+from .kernels.weight import type_name
 from .models import Architecture
 from .models.build import build
 from .models.config import read_config
@@ -130,7 +131,7 @@ def load(
 def activation_dtype(arch: Architecture, dtype: mx.Dtype | str | None = None) -> mx.Dtype:
     """The type that ``load`` uses; see there."""
     if isinstance(dtype, mx.Dtype):
-        dtype = str(dtype).removeprefix("mlx.core.")
+        dtype = type_name(dtype)
     if dtype is None:
         dtype = arch.metal_dtype if mx.default_device() == mx.gpu else "float32"
     if dtype not in DTYPES:

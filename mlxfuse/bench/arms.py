@@ -11,12 +11,14 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models import switch_layers
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 from ..errors import MLXFuseError
+from ..formats import AFFINE
 from ..fusion.checks import BOUNDS, Reference, logits
 from ..fusion.report import Check
 from ..kernels._decode import decode
-from ..kernels.weight import AnySegment, Part, QuantizedWeight
+from ..kernels.weight import AnySegment, Part, QuantizedWeight, type_name
 from ..nn.experts import QuantizedSwitchLinear, StreamedSwitchLinear, SwitchLinear
 from ..nn.linear import Embedding, Linear, StreamedEmbedding, StreamedLinear
 from ..nn.quantized import QuantizedEmbedding, QuantizedLinear
@@ -25,8 +27,8 @@ from .measure import Test, seconds
 HELD = (QuantizedLinear, QuantizedEmbedding, QuantizedSwitchLinear)
 _SEED = 8
 _STEP = 2048  # tokens of a prompt that are processed at a time, as in mlx_lm.generate
-# Type -> bits and zero point of MLX's affine weights, where those can be the same.
-_AFFINE = {"Q4_0": (4, 8), "Q4_1": (4, 0), "Q8_0": (8, 128)}
+# Types that MLX's affine weights hold exactly, of which codes fill a word.
+_AFFINE = {name: how for name, how in AFFINE.items() if 32 % how[0] == 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +69,6 @@ class Runner:
         return self._run(self._test.generated)
 
     def _run(self, generated: int) -> float:
-        from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
-
         test = self._test
         if self._cache is None:
             self._cache = make_prompt_cache(self._model)
@@ -210,7 +210,7 @@ def _stock_leaf(module: nn.Module, how: _Stock) -> nn.Module | None:
     if isinstance(module, Linear | Embedding | SwitchLinear):
         made = _empty(module, 0, 0)
         made.update(dict(module.items()))
-        how.kinds[f"dense {_name(module.weight.dtype)}"] = None
+        how.kinds[f"dense {type_name(module.weight.dtype)}"] = None
         return made.eval()
     if not isinstance(module, HELD):
         return None
@@ -227,7 +227,7 @@ def _stock_leaf(module: nn.Module, how: _Stock) -> nn.Module | None:
             made_of = mx.quantize(arrays["weight"], group_size=group, bits=bits)
             arrays = dict(zip(("weight", "scales", "biases"), made_of, strict=True))
         kind = f"affine {bits}-bit (group {group}), requantised" if bits else "dense "
-        kind += "" if bits else _name(how.dtype)
+        kind += "" if bits else type_name(how.dtype)
     else:
         (bits, arrays), group = exact, 32
         kind = f"affine {bits}-bit (group {group}), exactly the file's"
@@ -298,10 +298,6 @@ def _exact(weight: QuantizedWeight, dtype: mx.Dtype) -> tuple[int, dict[str, mx.
             return None
         found.append({"weight": packed.astype(mx.uint32), "scales": scales, "biases": biases})
     return bits, {k: mx.concatenate([f[k] for f in found]) for k in found[0]}
-
-
-def _name(dtype: mx.Dtype) -> str:
-    return str(dtype).removeprefix("mlx.core.")
 
 
 def _arrays(node: Any) -> Iterator[mx.array]:

@@ -14,7 +14,6 @@ _MODELS = "mlx_lm.models."
 MX = {"mx": "mlx.core"}
 NN = {"nn": "mlx.nn"}
 SDPA = {"scaled_dot_product_attention": _MODELS + "base.scaled_dot_product_attention"}
-GEGLU = {"geglu": _MODELS + "gemma4_text.geglu"}
 SWIGLU = {"swiglu": _MODELS + "activations.swiglu"}
 
 
@@ -67,11 +66,6 @@ _QKV = """
 _NORMED_HEADS = """
     queries = self.Q_NORM(queries.reshape(B, L, self.HEADS, -1)).transpose(0, 2, 1, 3)
     keys = self.K_NORM(keys.reshape(B, L, self.KV_HEADS, -1)).transpose(0, 2, 1, 3)
-"""
-_NORM_IF = """
-    if self.USE_NORM:
-        queries = self.Q_NORM(queries)
-        keys = self.K_NORM(keys)
 """
 _NORM = """
     queries = self.Q_NORM(queries)

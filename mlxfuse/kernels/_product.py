@@ -14,7 +14,7 @@ import mlx.core as mx
 from ._kernel import Launch, Program
 from .activations import Int8Activations
 from .dequantize import bindings, section
-from .weight import FLOATS, Part, QuantizedWeight
+from .weight import FLOATS, Part, QuantizedWeight, type_name
 
 X = TypeVar("X", mx.array, Int8Activations)
 
@@ -62,8 +62,7 @@ class Call(Generic[X]):
     def case(self) -> str:
         """What a variant is chosen by."""
         parts = "+".join(f"{p.segment.name}:{p.rows}" for p in self.weight.parts)
-        dtype = str(self.x.dtype).removeprefix("mlx.core.")
-        return f"{self.kind} {parts} x{self.weight.columns} {dtype}"
+        return f"{self.kind} {parts} x{self.weight.columns} {type_name(self.x.dtype)}"
 
     @property
     def rows(self) -> int:

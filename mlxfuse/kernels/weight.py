@@ -21,6 +21,11 @@ _DTYPES: dict[str, mx.Dtype] = {
 }
 
 
+def type_name(dtype: mx.Dtype) -> str:
+    """For example ``float16``."""
+    return str(dtype).removeprefix("mlx.core.")
+
+
 class _Rows:
     """What rows in named arrays, ``[rows, n]`` or ``[experts, rows, n]``, have in common."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from ..nn.linear import Embedding, Linear, StreamedEmbedding, StreamedLinear
 from ..nn.quantized import Place, QuantizedEmbedding, QuantizedLinear
 from ..nn.rope import FrequencyRoPE
 from .config import Config, Rope
-from .plan import Plan, RowSource, WeightPlan, groups, has_kernel
+from .plan import Group, Plan, RowSource, WeightPlan, groups
 from .streams import POOL, Account, StreamLoader, part_of
 
 if TYPE_CHECKING:
@@ -62,10 +61,10 @@ def build(
     left = memory.available() // 2 if budget is None else budget
     loader = StreamLoader(file, account)
     for group in groups(weights):
-        if quantized and has_kernel(group):
+        if quantized and group.has_kernel:
             _place_quantized(loader, model, group, dtype)
             continue
-        for weight in group:
+        for weight in group.weights:
             parent, name = _parent(model, weight.module)
             nbytes = math.prod(weight.shape) * dtype.size
             dense = len(weight.shape) == 1 or nbytes <= left
@@ -80,18 +79,15 @@ def build(
     return model
 
 
-def _place_quantized(
-    loader: StreamLoader, model: nn.Module, group: Sequence[WeightPlan], dtype: mx.Dtype
-) -> None:
+def _place_quantized(loader: StreamLoader, model: nn.Module, group: Group, dtype: mx.Dtype) -> None:
     """One `QuantizedWeight` for the group, and a layer over its rows for each member."""
-    key = group[0].group or group[0].module
-    whole = loader.weight(key, [source for weight in group for source in weight.weight])
-    for i, weight in enumerate(group):
+    whole = loader.weight(group)
+    for i, weight in enumerate(group.weights):
         parent, name = _parent(model, weight.module)
         if isinstance(getattr(parent, name), nn.Embedding):
             setattr(parent, name, QuantizedEmbedding(whole, dtype))
             continue
-        rows = whole if len(group) == 1 else part_of(whole, i)
+        rows = whole if len(group.weights) == 1 else part_of(whole, i)
         bias = _bias(loader.file, weight, dtype) if weight.bias else None
         cls = QuantizedLinear if whole.experts is None else QuantizedSwitchLinear
         setattr(parent, name, cls(rows, bias, Place(whole, i)))
@@ -102,7 +98,7 @@ def _note(account: Account, weight: WeightPlan, nbytes: int) -> None:
     names = {s.format.name for s in weight.weight if s.format.quantized}
     if names:
         entry = account.dequantized.setdefault(" and ".join(sorted(names)), [0, 0, 0])
-        stored = sum(s.experts * s.count * s.tensor.row_bytes for s in weight.weight)
+        stored = sum(source.nbytes for source in weight.weight)
         for j, amount in enumerate((1, stored, nbytes)):
             entry[j] += amount
 

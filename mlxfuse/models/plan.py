@@ -68,6 +68,11 @@ class RowSource:
         """Matrices one after the other in the tensor: 1, or as many as it has experts."""
         return self.tensor.shape[0] if len(self.tensor.shape) == 3 else 1
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file of a matrix's rows."""
+        return self.experts * self.count * self.tensor.row_bytes
+
     def spans(self) -> list[slice]:
         """Where the rows are among all of the tensor's, one slice for each expert."""
         height = self.tensor.rows // self.experts
@@ -135,26 +140,41 @@ class Plan:
     layers: tuple[tuple[WeightPlan, ...], ...]
 
 
-def groups(weights: Plan) -> Iterator[Sequence[WeightPlan]]:
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Weights that share one set of streams, or one weight alone."""
+
+    weights: tuple[WeightPlan, ...]
+
+    @property
+    def key(self) -> str:
+        """What an exported folder calls the streams."""
+        return self.weights[0].group or self.weights[0].module
+
+    @property
+    def sources(self) -> list[RowSource]:
+        """The rows of all, one after the other."""
+        return [source for weight in self.weights for source in weight.weight]
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether all rows are of formats that kernels read."""
+        matrices = all(len(weight.shape) > 1 for weight in self.weights)
+        return matrices and all(source.format.kernel for source in self.sources)
+
+
+def groups(weights: Plan) -> Iterator[Group]:
     """The weights that share one set of streams; alone where that cannot be."""
     for layer in (weights.outer, *weights.layers):
         found: dict[str, list[WeightPlan]] = {}
         for weight in layer:
             found.setdefault(weight.group or weight.module, []).append(weight)
-        for group in found.values():
-            if has_kernel(group):
+        for members in found.values():
+            group = Group(tuple(members))
+            if group.has_kernel:
                 yield group
             else:
-                yield from ([weight] for weight in group)
-
-
-def has_kernel(group: Sequence[WeightPlan]) -> bool:
-    """Whether all rows of a group are of formats that kernels read."""
-    return all(
-        len(weight.shape) > 1 and source.format.kernel
-        for weight in group
-        for source in weight.weight
-    )
+                yield from (Group((weight,)) for weight in members)
 
 
 def first_rows(sources: Sequence[RowSource]) -> tuple[list[int], dict[Format, int]]:
@@ -207,18 +227,16 @@ def stored_rows(weights: Plan) -> dict[str, list[Stored]]:
     """Which rows of which tensors an exported folder holds in streams, and where."""
     found: dict[str, list[Stored]] = {}
     for group in groups(weights):
-        if not has_kernel(group):
+        if not group.has_kernel:
             continue
-        sources = [source for weight in group for source in weight.weight]
-        first, rows = first_rows(sources)
-        for source, at in zip(sources, first, strict=True):
-            key = group[0].group or group[0].module
+        first, rows = first_rows(group.sources)
+        for source, at in zip(group.sources, first, strict=True):
             height = rows[source.format]
             found.setdefault(source.tensor.name, []).extend(
                 Stored(
                     span.start,
                     span.stop,
-                    key,
+                    group.key,
                     expert * height + at,
                     source.order(),
                     source.experts * height,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from ..formats import Format
     from ..gguf.reader import GGUFFile
-    from .plan import RowSource
+    from .plan import Group, RowSource
 
 Streams = dict[str, mx.array]
 
@@ -61,20 +61,18 @@ class StreamLoader:
         self._account = account
         self._loaded: dict[Path, dict[str, mx.array]] = {}
 
-    def weight(self, key: str, sources: Sequence[RowSource]) -> QuantizedWeight:
-        """One part for each of ``sources``; those of one format share a segment.
-
-        Args:
-            key: what an exported folder calls these streams.
+    def weight(self, group: Group) -> QuantizedWeight:
+        """One part for each of the group's sources; those of one format share a segment.
 
         Raises:
             GGUFError: the file has become shorter.
             ExportError: an exported folder's file cannot be read.
         """
+        sources = group.sources
         columns = sources[0].shape[-1]
         first, rows = first_rows(sources)
         if isinstance(self.file, ExportedFile):
-            streams = self._stored(self.file, key, list(rows))
+            streams = self._stored(self.file, group.key, list(rows))
         else:
             streams = self._relaid(sources, first, rows, columns)
         lead = sources[0].shape[:-2]  # experts

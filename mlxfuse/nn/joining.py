@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import switch_layers
 
-from ..kernels.weight import AffineSegment, Part, QuantizedWeight
+from ..kernels.weight import AffineSegment, Part, QuantizedWeight, type_name
 from .experts import QuantizedSwitchLinear
 from .linear import Linear, matmul
 from .projection import (
@@ -19,7 +19,6 @@ from .projection import (
     JoinedProjection,
     KernelProjection,
     Projection,
-    type_name,
 )
 from .quantized import QuantizedLinear
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
@@ -15,7 +16,7 @@ from ..kernels.activations import Int8Activations
 from ..kernels.int8_matmul import int8_matmul
 from ..kernels.quantize_int8 import quantize_int8
 from ..kernels.quantized_matmul import prepare, quantized_matmul
-from ..kernels.weight import AffineSegment, QuantizedWeight
+from ..kernels.weight import AffineSegment, QuantizedWeight, type_name
 from .experts import QuantizedSwitchLinear
 from .linear import GATED, PLAIN, Linear
 from .quantized import QuantizedLinear
@@ -27,7 +28,7 @@ ARRAYS = ("weight", "scales", "biases", "bias")
 MAX_IDS = 64
 
 
-class Projection:
+class Projection(ABC):
     """Linears ``names`` of ``parent``, which all have the same input; of none, the parent itself.
 
     The linears stay where they are and keep their arrays; here are other views of them. Methods
@@ -55,21 +56,21 @@ class Projection:
                 return False
         return True
 
+    @abstractmethod
     def split(self, x: mx.array, mode: str) -> Sequence[mx.array] | None:
         """The result of each linear, x ``[..., K]`` -> ``[..., N]``.
 
         Args:
             mode: `mlxfuse.kernels.ready`, here and below.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def activated(self, x: mx.array, activation: str, mode: str) -> mx.array | None:
         """``act(gate) * up`` of two, or ``act`` of one; see `quantized_matmul` for the names."""
-        raise NotImplementedError
 
+    @abstractmethod
     def added(self, x: mx.array, residual: mx.array, mode: str) -> mx.array | None:
         """The result of one linear, plus ``residual``."""
-        raise NotImplementedError
 
 
 class KernelProjection(Projection):
@@ -241,8 +242,3 @@ class DenseProjection(Projection):
         if isinstance(self._linear, Linear) and mx.default_device() == mx.cpu:
             return residual + self._linear(x)  # by the faster BLAS
         return mx.addmm(residual, x, self._linear.weight.T)
-
-
-def type_name(dtype: mx.Dtype) -> str:
-    """For example ``float16``."""
-    return str(dtype).removeprefix("mlx.core.")

@@ -49,9 +49,9 @@ def make(name: str, form: str = "dense", dtype: mx.Dtype = mx.float32, **args: A
     return model
 
 
-def logits(model: nn.Module, schedule: tuple[int, ...] = SCHEDULE) -> np.ndarray:
-    """Of a prompt in a few calls, float32 [tokens, vocabulary]."""
-    tokens = mx.array(np.random.RandomState(1).randint(0, 200, (1, sum(schedule))))
+def logits(model: nn.Module, schedule: tuple[int, ...] = SCHEDULE, ids: int = 200) -> np.ndarray:
+    """Of a prompt in a few calls, float32 [tokens, vocabulary]; its tokens are below ``ids``."""
+    tokens = mx.array(np.random.RandomState(1).randint(0, ids, (1, sum(schedule))))
     rows, start, cache = [], 0, make_prompt_cache(model)
     for count in schedule:
         rows.append(model(tokens[:, start : start + count], cache=cache)[0].astype(mx.float32))

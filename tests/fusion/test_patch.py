@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
-from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.lora import LoRALinear
 
 from mlxfuse.fusion import patch_model, unpatch_model
@@ -20,6 +19,8 @@ from mlxfuse.nn.attention import FusedAttention
 from mlxfuse.nn.mlp import FusedBlock, FusedMLP
 from mlxfuse.nn.quantized import QuantizedLinear
 from tests import msl
+from tests.fusion import stock
+from tests.fusion.stock import apart
 from tests.models import tiny
 
 # One quantised case for each architecture, then K-quants, a fused tensor with biases, dense ones.
@@ -47,17 +48,7 @@ def write(path: Path, name: str) -> Path:
 
 def logits(model: nn.Module, *counts: int) -> np.ndarray:
     """Of `counts` tokens a call, one call after the other; float32 [tokens, vocabulary]."""
-    tokens = mx.array(np.random.RandomState(1).randint(0, 256, (1, sum(counts))))
-    rows, start, state = [], 0, make_prompt_cache(model)
-    for count in counts:
-        rows.append(model(tokens[:, start : start + count], cache=state)[0].astype(mx.float32))
-        mx.eval(rows[-1])
-        start += count
-    return np.array(mx.concatenate(rows))
-
-
-def apart(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.abs(a - b).max() / np.abs(b).max())
+    return stock.logits(model, counts, 256)
 
 
 def streams(model: nn.Module) -> dict[str, np.ndarray]:
