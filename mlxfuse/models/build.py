@@ -18,8 +18,9 @@ from ..nn.experts import QuantizedSwitchLinear, StreamedSwitchLinear, SwitchLine
 from ..nn.linear import Embedding, Linear, StreamedEmbedding, StreamedLinear
 from ..nn.quantized import Place, QuantizedEmbedding, QuantizedLinear
 from ..nn.rope import FrequencyRoPE
-from .config import Config, Rope
+from .config import Config
 from .plan import Group, Plan, RowSource, WeightPlan, groups
+from .rope import Rope
 from .streams import POOL, Account, StreamLoader, part_of
 
 if TYPE_CHECKING:

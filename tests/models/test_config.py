@@ -13,8 +13,9 @@ from gguf import GGUFWriter
 from mlxfuse.errors import GGUFError, UnsupportedError
 from mlxfuse.gguf.reader import open_gguf
 from mlxfuse.models import ARCHITECTURES
-from mlxfuse.models.config import Config, Rope, read_config
+from mlxfuse.models.config import Config, read_config
 from mlxfuse.models.plan import plan
+from mlxfuse.models.rope import Rope
 from tests.models import tiny
 
 
