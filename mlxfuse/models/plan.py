@@ -251,9 +251,11 @@ class _Finder:
 
     def __init__(self, file: GGUFFile, config: Config) -> None:
         self.file = file
-        self.sizes = config.sizes
+        self.sizes: Mapping[str, int] = config.sizes
         self.paired = config.architecture.paired_rope
-        self.used: set[str] = {name for name in (config.rope.factors,) if name}
+        # A longrope file has two sets of factors, of which one is used.
+        both = {f"rope_factors_{length}.weight" for length in ("long", "short")}
+        self.used = {config.rope.factors, *both, *config.ignored}
 
     def rows(self, prefix: str, name: str, weight: Weight, suffix: str) -> tuple[RowSource, ...]:
         """The rows of ``PREFIX NAME.SUFFIX``, also out of a tensor of `FUSED`, or put together
@@ -263,8 +265,8 @@ class _Finder:
         if suffix == "bias":
             shape = shape[:-1]
         tensors = self.file.tensors
-        if f"{prefix}{name}.{suffix}" in tensors:
-            tensor = self._checked(f"{prefix}{name}.{suffix}", shape)
+        if _full(prefix, name, suffix) in tensors:
+            tensor = self._checked(_full(prefix, name, suffix), shape)
             return (self._source(tensor, 0, tensor.shape[-2:][0], weight),)
         for whole, members in FUSED.items():
             if suffix == "bias" and whole != FUSED_QKV:
@@ -315,13 +317,22 @@ class _Finder:
     def weight(self, prefix: str, name: str, weight: Weight, module: str, group: str) -> WeightPlan:
         rows = self.rows(prefix, name, weight, "weight")
         if not rows:
-            raise GGUFError(self.file.path, f"{prefix}{name}.weight is missing")
+            raise GGUFError(self.file.path, f"{_full(prefix, name, 'weight')} is missing")
         bias: tuple[RowSource, ...] = ()
         if weight.bias != "no":
             bias = self.rows(prefix, name, weight, "bias")
             if weight.bias == "required" and not bias:
                 raise GGUFError(self.file.path, f"{prefix}{name}.bias is missing")
         return WeightPlan(module, rows, bias, group, weight.bare)
+
+    def has(self, weight: Weight) -> bool:
+        """Whether there is such a tensor, by its sizes."""
+        return all(self.sizes[size] for size in weight.shape)
+
+
+def _full(prefix: str, name: str, suffix: str) -> str:
+    """A tensor's name; of some the table has the suffix."""
+    return f"{prefix}{name}" if "." in name else f"{prefix}{name}.{suffix}"
 
 
 def plan(file: GGUFFile, config: Config) -> Plan:
@@ -337,12 +348,13 @@ def plan(file: GGUFFile, config: Config) -> Plan:
     outer = tuple(
         find.weight("", name, weight, weight.module, "")
         for name, weight in arch.outer.items()
-        if not (config.tied and name == "output")
+        if find.has(weight) and not (config.tied and name == "output")
     )
     group_of = {name: group for group, names in arch.groups.items() for name in names}
     layers = []
     for i in range(config.layers):
         at = f"model.layers.{i}"
+        find.sizes = config.sizes | config.by_layer[i] if config.by_layer else config.sizes
         layers.append(
             tuple(
                 find.weight(
@@ -353,10 +365,9 @@ def plan(file: GGUFFile, config: Config) -> Plan:
                     f"{at}.{group_of[name]}" if name in group_of else "",
                 )
                 for name, weight in arch.layer.items()
+                if find.has(weight)
             )
         )
-    # A longrope file has two sets of factors, of which one is used.
-    find.used |= {"rope_factors_long.weight", "rope_factors_short.weight"}
     unused = [name for name in file.tensors if name not in find.used]
     if unused:
         raise UnsupportedError(

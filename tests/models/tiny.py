@@ -307,8 +307,8 @@ CASES: dict[str, Case] = {
         "gemma4",
         layers=3,
         k_is_v=True,
-        experts=6,
-        used=3,
+        experts=4,
+        used=2,
         expert_ffn=32,
         keys={
             **GEMMA4,
@@ -448,6 +448,8 @@ def build(name: str, seed: int) -> Tiny:
             # gpt-oss clips gate and up at 7.
             wide = 9 if short in ("ffn_gate_exps", "ffn_up_exps") else 1.5
             low, high = (-wide, wide) if suffix.endswith(".bias") else (0.2, 2.2)
+            if suffix.endswith("ffn_gate_inp.scale"):  # divided by the root of its length
+                low, high = 1.6, 17.6
             tensors[full] = random.uniform(low, high, shape).astype(np.float32), "F32"
         else:
             router = short.startswith("ffn_gate_inp")
