@@ -24,10 +24,11 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 def gemma4(key: Keys, config: Config) -> Config:
     """The configuration, of which ``config`` has what all architectures have alike."""
     layers, embd, heads = config.layers, config.sizes["embd"], config.sizes["heads"]
-    kinds = [SLIDING if n else FULL for n in key.each("attention.sliding_window_pattern", layers)]
+    slides = key.each("attention.sliding_window_pattern", layers, listed=True)
+    kinds = [SLIDING if n else FULL for n in slides]
     own = _own_layers(key, kinds)
     head = {FULL: config.sizes["head"], SLIDING: key.count("attention.key_length_swa")}
-    value = key.count("attention.value_length_swa", head[SLIDING])
+    value = key.count("attention.value_length_swa")
     if value != head[SLIDING]:
         raise UnsupportedError(
             f"heads of keys ({head[SLIDING]}) and values ({value}) differ in size"
@@ -78,8 +79,8 @@ def gemma4(key: Keys, config: Config) -> Config:
                 "ff": ff[i],
             }
         )
-    base = key.positive("rope.freq_base_swa", config.rope.base)
-    dims = key.count("rope.dimension_count_swa", head[SLIDING])
+    base = key.positive("rope.freq_base_swa", 10000.0)
+    dims = key.count("rope.dimension_count_swa")
     if dims % 2 or dims > head[SLIDING]:
         raise GGUFError(
             key.file.path, f"{dims} rotary dimensions of a head of {head[SLIDING]} with a window"

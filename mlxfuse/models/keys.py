@@ -34,11 +34,14 @@ class Keys:
     def has(self, key: str) -> bool:
         return f"{self.name}.{key}" in self.file.metadata
 
-    def each(self, key: str, layers: int, default: int | None = None) -> list[int]:
+    def each(
+        self, key: str, layers: int, default: int | None = None, *, listed: bool = False
+    ) -> list[int]:
         """A number for each layer, which the file gives one by one or once for all.
 
         Args:
             default: None if the file must have it.
+            listed: it must give them one by one.
         """
         full = f"{self.name}.{key}"
         values, tensors = self.file.metadata.get(full), len(self.file.tensors)
@@ -46,13 +49,14 @@ class Keys:
             raise GGUFError(
                 self.file.path, f"block_count is {layers}, but there are {tensors} tensors"
             )
-        if not isinstance(values, np.ndarray):
+        if not isinstance(values, np.ndarray) and not listed:
             return [self(key, int, default)] * layers
-        if values.dtype.kind not in "biu" or values.shape != (layers,):
+        array = np.asarray(values)
+        if array.dtype.kind not in "biu" or array.shape != (layers,):
             raise GGUFError(
                 self.file.path, f"{full} is not a list of {layers} integers, one for each layer"
             )
-        return [int(value) for value in values]
+        return [int(value) for value in array]
 
     def count(self, key: str, default: int | None = None) -> int:
         """A positive integer; of an array with one value per layer, which must be uniform but

@@ -164,9 +164,7 @@ def controls(name: str) -> Iterator[tuple[str, Change]]:
     for tensor in names:
         if tensor.endswith(".bias"):
             yield f"no-{tensor}", edit(tensor, np.zeros_like)
-        elif "norm" in tensor or tensor.endswith("scale") or tensor == "rope_freqs":
-            yield f"no-{tensor}", edit(tensor, np.ones_like)
-        elif tensor.startswith("rope_") and tensor != unused:
+        elif any(part in tensor for part in ("norm", "scale", "rope_")) and tensor != unused:
             yield f"no-{tensor}", edit(tensor, np.ones_like)
     keys = {key.removeprefix(f"{case.arch}."): value for key, value in model.metadata.items()}
     window = keys.get("attention.sliding_window")
