@@ -69,7 +69,7 @@ def _read(module: nn.Module) -> bool:
     """Whether layers after this one may read its keys and values: not if gemma4_text's numbers
     say that none does.
     """
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     if not hasattr(config, "num_kv_shared_layers"):
         return True
     own, kinds = config.num_hidden_layers - config.num_kv_shared_layers, config.layer_types

@@ -251,7 +251,7 @@ class _Finder:
 
     def __init__(self, file: GGUFFile, config: Config) -> None:
         self.file = file
-        self.sizes: Mapping[str, int] = config.sizes
+        self.sizes = config.sizes
         self.paired = config.architecture.paired_rope
         # A longrope file has two sets of factors, of which one is used.
         both = {f"rope_factors_{length}.weight" for length in ("long", "short")}
@@ -354,7 +354,7 @@ def plan(file: GGUFFile, config: Config) -> Plan:
     layers = []
     for i in range(config.layers):
         at = f"model.layers.{i}"
-        find.sizes = config.sizes | config.by_layer[i] if config.by_layer else config.sizes
+        find.sizes = {**config.sizes, **(config.by_layer[i] if config.by_layer else {})}
         layers.append(
             tuple(
                 find.weight(

@@ -103,15 +103,13 @@ class FusedAttention(FusedModule):
         offset: int | mx.array = 0 if cache is None else cache.offset
         return position(offset) if self._entering(run).kept and isinstance(offset, int) else offset
 
-    def _enter(
-        self, mode: str, x: mx.array, offset: int | mx.array
-    ) -> tuple[mx.array, mx.array, mx.array]:
+    def _enter(self, mode: str, x: mx.array, offset: int | mx.array) -> tuple[mx.array, ...]:
         """x [B, L, hidden_size] -> q, k and v, [B, heads, L, D], normed and rotated."""
         return self._placed(mode, self._projected(x, mode), offset)
 
     def _placed(
         self, mode: str, parts: Sequence[mx.array], offset: int | mx.array
-    ) -> tuple[mx.array, mx.array, mx.array]:
+    ) -> tuple[mx.array, ...]:
         """Results of the projections, [B, L, heads * D] each -> `_enter`'s."""
         form = self._fused
         queries, keys, values = parts
@@ -219,7 +217,7 @@ class FusedSharedAttention(FusedAttention):
             offset = mx.array(offset) if isinstance(offset, mx.array) else offset
         offset = position(offset) if isinstance(offset, int) else offset
         queries, *both = self._part(self._entering(run), self._enter, self._children, x, offset)
-        keys, values = both if own else shared_kv
+        keys, values = both if shared_kv is None else shared_kv
         kept = None
         if own and hasattr(cache, "attend") and not form.read:
             output = self._attended(queries, keys, values, mask, cache)

@@ -87,7 +87,6 @@ EXPERT_Q4 = {"": "Q4_0", "attn_v": "Q8_0", "ffn_down_exps": "Q5_0", "token_embd"
 
 GEMMA4 = {
     "attention.sliding_window": 6,
-    "attention.sliding_window_pattern": [True, True, False] * 2,
     "attention.shared_kv_layers": 0,
     "attention.key_length": 32,
     "attention.value_length": 32,
@@ -273,9 +272,13 @@ CASES: dict[str, Case] = {
     # The 31B's form.
     "gemma4": Case(
         "gemma4",
-        layers=6,
+        layers=4,
         k_is_v=True,
-        keys={**GEMMA4, "attention.head_count_kv": [2, 2, 1] * 2},
+        keys={
+            **GEMMA4,
+            "attention.sliding_window_pattern": [True, True, False, True],
+            "attention.head_count_kv": [2, 2, 1, 2],
+        },
         formats=Q4_MIX,
     ),
     # The E4B's, with the tensors that nothing reads; the E2B's, with MLPs of two widths.
@@ -448,8 +451,12 @@ def build(name: str, seed: int) -> Tiny:
             # gpt-oss clips gate and up at 7.
             wide = 9 if short in ("ffn_gate_exps", "ffn_up_exps") else 1.5
             low, high = (-wide, wide) if suffix.endswith(".bias") else (0.2, 2.2)
-            if suffix.endswith("ffn_gate_inp.scale"):  # divided by the root of its length
+            # Gemma 4 has no other factors: it divides the router's by the root of the width, and
+            # not the scores by the root of a head's.
+            if suffix.endswith("ffn_gate_inp.scale"):
                 low, high = 1.6, 17.6
+            elif case.arch == "gemma4" and short == "attn_q_norm":
+                low, high = 0.05, 0.55
             tensors[full] = random.uniform(low, high, shape).astype(np.float32), "F32"
         else:
             router = short.startswith("ffn_gate_inp")
