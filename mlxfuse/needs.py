@@ -11,6 +11,7 @@ import numpy as np
 
 from .gguf.reader import GGUFFile
 
+_KEYS = re.compile(r"blk\.(\d{1,6})\.attn_(k|v|k_norm)\.weight")
 _EXPERTS = re.compile(r"blk\.\d{1,6}\.ffn_(gate|up|down|gate_up)_exps\.(weight|bias)")
 
 
@@ -55,16 +56,32 @@ def needs(file: GGUFFile) -> Needs:
     used = file.get(f"{arch}.expert_used_count", int, default=0)
     total = file.get(f"{arch}.expert_count", int, default=0)
     weights = active = dense = 0
+    own = _own_layers(file)
+    # A token reads one row of these.
+    tables = [
+        "per_layer_token_embd.weight",
+        *["token_embd.weight"] * ("output.weight" in file.tensors),
+    ]
     for tensor in file.tensors.values():
+        shared = _KEYS.fullmatch(tensor.name)
+        if tensor.name == "rope_freqs.weight" or (shared and int(shared[1]) >= own):
+            continue
         size = tensor.nbytes
         weights += size
         dense += math.prod(tensor.shape) * 4
         if _EXPERTS.fullmatch(tensor.name) and 0 < used < total:
             size = size * used // total
-        elif tensor.name == "token_embd.weight" and "output.weight" in file.tensors:
+        elif tensor.name in tables:
             size = size // max(1, tensor.shape[0])
         active += size
     return Needs(weights, dense, active, _caches(file))
+
+
+def _own_layers(file: GGUFFile) -> int:
+    """How many layers do not read the keys and values of an earlier one."""
+    arch = file.architecture
+    shared = file.get(f"{arch}.attention.shared_kv_layers", int, default=0)
+    return max(0, file.get(f"{arch}.block_count", int, default=0) - shared)
 
 
 def _caches(file: GGUFFile) -> tuple[tuple[int, int], ...]:
@@ -95,7 +112,13 @@ def _caches(file: GGUFFile) -> tuple[tuple[int, int], ...]:
         given = isinstance(pattern, np.ndarray)
         slides = each("attention.sliding_window_pattern", 0, layers) if given else regular
     kv_heads = each("attention.head_count_kv", heads, layers)
+    pairs = [keys + values] * layers
+    if arch == "gemma4":
+        of_window = [
+            file.get(f"{arch}.attention.{n}_length_swa", int, default=0) for n in ("key", "value")
+        ]
+        pairs = [sum(of_window) if slide else keys + values for slide in slides]
     return tuple(
-        (2 * n * (keys + values), window if slide else 0)
-        for n, slide in zip(kv_heads, slides, strict=True)
+        (2 * n * pair, window if slide else 0)
+        for n, pair, slide in zip(kv_heads[: _own_layers(file)], pairs, slides, strict=False)
     )
