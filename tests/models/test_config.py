@@ -401,11 +401,11 @@ def test_the_groups_of_a_plan(tmp_path: Path) -> None:
     assert groups["model.layers.1.qkv"] == ["q_proj", "k_proj", "v_proj"]
     assert groups["model.layers.1.gate_up"] == ["gate_proj", "up_proj"]
     parts = {w.module.rsplit(".", 1)[1]: w.weight[0] for w in layer}
-    assert [(parts[p].start, parts[p].stop, parts[p].heads) for p in ("q_proj", "k_proj")] == [
+    assert [(parts[p].start, parts[p].stop, parts[p].swap) for p in ("q_proj", "k_proj")] == [
         (0, 64, 4),
         (64, 96, 2),
     ]
-    assert (parts["v_proj"].start, parts["v_proj"].stop, parts["v_proj"].heads) == (96, 128, 0)
+    assert (parts["v_proj"].start, parts["v_proj"].stop, parts["v_proj"].swap) == (96, 128, ())
 
 
 def test_the_tables_need_neither_mlx_nor_mlx_lm() -> None:
