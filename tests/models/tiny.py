@@ -275,7 +275,7 @@ CASES: dict[str, Case] = {
     "qwen35": Case("qwen35", layers=4, keys=QWEN35, formats={**Q4_MIX, "ssm_alpha": "F32"}),
     "qwen35-k-quants": Case(
         "qwen35",
-        layers=3,
+        layers=5,
         hidden=256,
         head_dim=64,
         ffn=256,
