@@ -59,6 +59,7 @@ def attention_form(module: nn.Module, match: Match) -> AttentionForm | str:
         rope,
         float(softcap),
         names.get("SINKS", ""),
+        match.body.form.get("gated", False),
         values_norm,
         shares,
         shares and own and _read(module),
@@ -97,7 +98,22 @@ def mlp_form(module: nn.Module, match: Match) -> MLPForm | str:
         linears = tuple(names[n] for n in ("GATE", "UP") if n in names)
     if not has(module, *linears, names["DOWN"]):
         return "its children are not modules"
-    return MLPForm(type(module), linears, names["DOWN"], match.body.form["activation"])
+    found = activation(module, match) if "ACTIVATION" in names else match
+    if isinstance(found, str):
+        return found
+    return MLPForm(type(module), linears, names["DOWN"], found.body.form["activation"])
+
+
+def activation(module: nn.Module, match: Match) -> Match | str:
+    """The known activation that is a child of a module, or why it is none."""
+    child = getattr(module, match.names["ACTIVATION"])
+    found = certify(type(child), "activation")
+    if isinstance(found, Match):
+        for slot, value in found.body.form.get("values", {}).items():
+            name = found.names[slot]
+            if getattr(child, name) != value:
+                return f"{name.strip('_')} of its activation is {getattr(child, name)}, not {value}"
+    return found
 
 
 def block_form(module: nn.Module, match: Match) -> BlockForm | str:
@@ -144,7 +160,7 @@ def rotation(module: nn.Module, form: AttentionForm) -> Rotation | str:
     if norms:
         weights = zip(("q_weight", "k_weight"), form.norms, strict=False)
         options = {**options, **norms[0], **{n: module[name].weight for n, name in weights}}
-    size = form.rows[0] // form.heads
+    size = form.rows[0] // form.heads // (1 + form.gated)
     if options["dims"] > size or any(n != size * form.kv_heads for n in form.rows[1:2]):
         return "its heads of q and k have different sizes"
     parts = {name: module[name] for name in (*form.norms, form.rope)}

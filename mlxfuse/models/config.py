@@ -27,11 +27,13 @@ class Config:
     sizes      name -> size, the names used in the architecture tables.
     by_layer   for each layer, or empty: sizes that it has in place of those; of a size that is 0
                there is no tensor.
-    ignored    tensors that a file may have and nothing reads.
     args       fields of mlx-lm's ``ModelArgs``.
     rope       of the layers that see the whole context.
     rope_swa   of the sliding-window layers, if they differ.
     tied       the output head is the embedding.
+    recurrent  layers with a recurrence in place of attention.
+    unread     tensors that a file may have and nothing reads.
+    ignored    blocks of the file after the layers, which predict tokens after the next one.
     """
 
     architecture: Architecture
@@ -41,8 +43,10 @@ class Config:
     rope: Rope
     rope_swa: Rope | None
     tied: bool
+    recurrent: frozenset[int] = frozenset()
+    ignored: int = 0
     by_layer: tuple[Mapping[str, int], ...] = ()
-    ignored: frozenset[str] = frozenset()
+    unread: frozenset[str] = frozenset()
 
 
 def architecture(file: GGUFFile) -> Architecture:
@@ -87,7 +91,7 @@ def read_config(file: GGUFFile, context_length: int | None = None) -> Config:
         raise UnsupportedError(
             f"{arch.name} with a head size of {head}; expected {embd} / {heads} heads"
         )
-    layers = key.count("block_count")
+    layers, ignored = _layers(key, arch)
     expert_args, expert_sizes = (
         _experts(file, key) if experts or (arch.experts and not arch.dense_too) else ({}, {})
     )
@@ -123,12 +127,24 @@ def read_config(file: GGUFFile, context_length: int | None = None) -> Config:
         "heads": heads,
         "kv_heads": kv_heads,
         "q": heads * head,
+        "o": heads * head,
         "kv": kv_heads * head,
         "qkv": (heads + 2 * kv_heads) * head,
         **expert_sizes,
     }
-    config = Config(arch, layers, sizes, args, rope, None, tied)
+    config = Config(arch, layers, sizes, args, rope, None, tied, ignored=ignored)
     return FAMILIES[arch.name](key, config) if arch.name in FAMILIES else config
+
+
+def _layers(key: Keys, arch: Architecture) -> tuple[int, int]:
+    """How many layers there are, and how many blocks after them that are ignored."""
+    blocks = key.count("block_count")
+    ignored = key("nextn_predict_layers", int, 0) if arch.recurrent else 0
+    if ignored >= blocks:
+        raise GGUFError(
+            key.file.path, f"{ignored} of {blocks} blocks predict tokens after the next"
+        )
+    return blocks - ignored, ignored
 
 
 def _experts(file: GGUFFile, key: Keys) -> tuple[dict[str, Any], dict[str, int]]:
@@ -162,7 +178,7 @@ def _experts(file: GGUFFile, key: Keys) -> tuple[dict[str, Any], dict[str, int]]
         "num_experts_per_tok": used,
         "moe_intermediate_size": sizes["expert_ff"],
     }
-    if file.architecture == "qwen2moe":
+    if "ffn_gate_shexp" in ARCHITECTURES[file.architecture].layer:
         shared = length("expert_shared_feed_forward_length", 1)
         sizes["shared_ff"] = args["shared_expert_intermediate_size"] = shared
     return args, sizes

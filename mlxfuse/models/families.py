@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import UnsupportedError
+from ..errors import GGUFError, UnsupportedError
 from .gemma4_config import gemma4
 from .keys import Keys
 from .rope import Rope
@@ -69,6 +69,67 @@ def _gpt_oss(key: Keys, config: Config) -> Config:
     return replace(config, args=config.args | args)
 
 
+def _qwen35(key: Keys, config: Config) -> Config:
+    """Sizes of the gated delta net, and which layers have one.
+
+    llama.cpp's names: the state size is that of a head of keys and of values, the group count
+    that of key heads, the time step rank that of value heads.
+    """
+    head, kernel = key.count("ssm.state_size"), key.count("ssm.conv_kernel")
+    key_heads, value_heads = key.count("ssm.group_count"), key.count("ssm.time_step_rank")
+    inner, path = key.count("ssm.inner_size"), key.file.path
+    if value_heads % key_heads or inner != value_heads * head:
+        raise GGUFError(
+            path,
+            f"{value_heads} value heads of {head} for {key_heads} key heads; expected a multiple, "
+            f"and an ssm.inner_size of {value_heads * head}, not {inner}",
+        )
+    period = _attention_period(key, config)
+    sizes = config.sizes | {
+        "one": 1,
+        "q": 2 * config.sizes["q"],  # each head of q is followed by a gate
+        "key_heads": key_heads,
+        "value_heads": value_heads,
+        "value_head": head,
+        "values": inner,
+        "conv": 2 * key_heads * head + inner,
+        "kernel": kernel,
+    }
+    rope = config.rope
+    args = {
+        "linear_num_key_heads": key_heads,
+        "linear_num_value_heads": value_heads,
+        "linear_key_head_dim": head,
+        "linear_value_head_dim": head,
+        "linear_conv_kernel_dim": kernel,
+        "full_attention_interval": period,
+        "rope_parameters": {
+            "type": "default",
+            "rope_theta": rope.base,
+            "partial_rotary_factor": rope.dims / config.sizes["head"],
+        },
+    }
+    if "experts" in sizes:
+        args["norm_topk_prob"] = True  # in both projects whatever the file says
+    recurrent = frozenset(i for i in range(config.layers) if (i + 1) % period)
+    return replace(config, sizes=sizes, args=config.args | args, recurrent=recurrent)
+
+
+def _attention_period(key: Keys, config: Config) -> int:
+    """The last of so many layers has attention, the others a gated delta net."""
+    layers, name = config.layers, "attention.recurrent_layers"
+    kinds = key.file.metadata.get(f"{key.name}.{name}")
+    if isinstance(kinds, np.ndarray):
+        period = _period(kinds, layers)
+        if period is None:
+            raise UnsupportedError(f"{key.name}.{name} has no period")
+    else:
+        period = key.count("full_attention_interval", 4)
+    if not 1 < period <= layers:
+        raise UnsupportedError(f"{key.name} without layers of both kinds: attention every {period}")
+    return period
+
+
 def _window_period(key: Keys, layers: int, default: int) -> int:
     """The last of so many layers sees the whole context, the others a window."""
     pattern = key.file.metadata.get(f"{key.name}.attention.sliding_window_pattern")
@@ -98,4 +159,6 @@ FAMILIES: dict[str, Callable[[Keys, Config], Config]] = {
     "gemma3": _gemma3,
     "gemma4": gemma4,
     "gpt-oss": _gpt_oss,
+    "qwen35": _qwen35,
+    "qwen35moe": _qwen35,
 }

@@ -73,6 +73,7 @@ def gemma4(key: Keys, config: Config) -> Config:
             {
                 "head": head[kind],
                 "q": heads * head[kind],
+                "o": heads * head[kind],
                 "kv": kv,
                 "v": 0 if k_is_v and kind == FULL else kv,
                 "k_head": head[kind] if kv else 0,
@@ -92,7 +93,7 @@ def gemma4(key: Keys, config: Config) -> Config:
         rope_swa=Rope(dims, base),
         by_layer=tuple(by_layer),
         # Released files have what the layers' own keys and values would be made of.
-        ignored=frozenset(
+        unread=frozenset(
             f"blk.{i}.{name}.weight"
             for i in range(own, layers)
             for name in ("attn_k", "attn_v", "attn_k_norm")

@@ -75,7 +75,7 @@ def read_rope(arch: Architecture, key: Keys, head: int, trained: int, used: int)
     dims = key.count("rope.dimension_count", head)
     if dims % 2 or dims > head:
         raise GGUFError(file.path, f"{dims} rotary dimensions of a head of {head}")
-    if dims != head and arch.name != "phi3":
+    if dims != head and not arch.partial_rope:
         raise UnsupportedError(f"{arch.name} with rotary embedding on {dims} of {head} dimensions")
     base = key.positive("rope.freq_base", 10000.0)
     original = key.count("rope.scaling.original_context_length", trained)

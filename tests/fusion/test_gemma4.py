@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from mlxfuse.fusion import patch_model, unpatch_model
-from mlxfuse.kernels import fallbacks, launches
-from mlxfuse.loader import load
-from mlxfuse.nn.attention import FusedSharedAttention
-from mlxfuse.nn.cache import CompressedKVCache
-from tests import msl
 from tests.fusion import zoo
 from tests.fusion.test_zoo import BOUND, contents, modules
-from tests.models import tiny
 
 PERIODS = ["sliding_attention", "sliding_attention", "full_attention"]
 NONE: dict[str, Any] = {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0}

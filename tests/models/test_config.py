@@ -60,6 +60,7 @@ def test_every_value_of_a_llama(tmp_path: Path) -> None:
         "heads": 8,
         "kv_heads": 2,
         "q": 256,
+        "o": 256,
         "kv": 64,
         "qkv": 384,
     }
@@ -142,10 +143,10 @@ def test_gemma4(tmp_path: Path) -> None:
     assert not found.args["enable_moe_block"]
     assert found.rope == Rope(dims=32, base=100.0, factors="rope_freqs.weight")
     assert found.rope_swa == Rope(dims=16, base=30.0)
-    sizes = {"head": 16, "q": 64, "kv": 32, "v": 32, "k_head": 16, "ff": 96}
-    full = {"head": 32, "q": 128, "kv": 32, "v": 0, "k_head": 32, "ff": 96}
+    sizes = {"head": 16, "q": 64, "o": 64, "kv": 32, "v": 32, "k_head": 16, "ff": 96}
+    full = {"head": 32, "q": 128, "o": 128, "kv": 32, "v": 0, "k_head": 32, "ff": 96}
     assert found.by_layer == (sizes, sizes, full, sizes)
-    assert not found.ignored
+    assert not found.unread
     defaults = dict.fromkeys(
         ("final_logit_softcapping", "rope__freq_base_swa", "attention__shared_kv_layers")
     )
@@ -166,7 +167,7 @@ def test_gemma4s_other_forms(tmp_path: Path) -> None:
     assert [s["k_head"] for s in found.by_layer] == [16, 16, 32, 0, 0]
     assert (found.sizes["input"], found.sizes["inputs"], found.sizes["input_embd"]) == (32, 160, 64)
     names = {f"blk.{i}.{n}.weight" for i in (3, 4) for n in ("attn_k", "attn_v", "attn_k_norm")}
-    assert found.ignored == names
+    assert found.unread == names
     found = config(tmp_path, "gemma4-e4b")
     assert not found.args["use_double_wide_mlp"]
     assert not found.args["attention_k_eq_v"]
@@ -491,11 +492,11 @@ def test_the_groups_of_a_plan(tmp_path: Path) -> None:
     assert groups["model.layers.1.qkv"] == ["q_proj", "k_proj", "v_proj"]
     assert groups["model.layers.1.gate_up"] == ["gate_proj", "up_proj"]
     parts = {w.module.rsplit(".", 1)[1]: w.weight[0] for w in layer}
-    assert [(parts[p].start, parts[p].stop, parts[p].heads) for p in ("q_proj", "k_proj")] == [
-        (0, 64, 4),
-        (64, 96, 2),
+    assert [(parts[p].start, parts[p].stop, parts[p].swap) for p in ("q_proj", "k_proj")] == [
+        (0, 64, (4, 8, 2, 1)),
+        (64, 96, (2, 8, 2, 1)),
     ]
-    assert (parts["v_proj"].start, parts["v_proj"].stop, parts["v_proj"].heads) == (96, 128, 0)
+    assert (parts["v_proj"].start, parts["v_proj"].stop, parts["v_proj"].swap) == (96, 128, ())
 
 
 def test_the_tables_need_neither_mlx_nor_mlx_lm() -> None:
@@ -510,8 +511,8 @@ def test_the_tables_need_neither_mlx_nor_mlx_lm() -> None:
 def test_each_table_is_complete() -> None:
     assert list(ARCHITECTURES) == [
         *("llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe"),
-        *("gpt-oss", "gemma2", "gemma3", "gemma4", "phi3"),
+        *("gpt-oss", "gemma2", "gemma3", "gemma4", "phi3", "qwen35", "qwen35moe"),
     ]
     for arch in ARCHITECTURES.values():
         for names in arch.groups.values():
-            assert set(names) <= set(arch.layer)
+            assert any(set(names) <= set(table or ()) for table in (arch.layer, arch.recurrent))

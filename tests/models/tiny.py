@@ -20,7 +20,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from gguf.quants import dequantize, quantize
 
-from tests.models import gemma4_shapes
+from tests.models import gemma4_shapes, qwen35_shapes
 
 SEEDS = (0, 1, 2)
 BOS, EOS, MERGED = 256, 257, 258
@@ -98,6 +98,25 @@ GEMMA4 = {
     "rope.freq_base": 100.0,
     "rope.freq_base_swa": 30.0,
     "final_logit_softcapping": 4.0,
+}
+# Heads of 16, of which 8 are rotated; two value heads for each key head.
+QWEN35 = {
+    "full_attention_interval": 2,
+    "rope.dimension_count": 8,
+    "rope.dimension_sections": [2, 1, 1, 0],
+    "ssm.conv_kernel": 4,
+    "ssm.state_size": 16,
+    "ssm.group_count": 2,
+    "ssm.time_step_rank": 6,
+    "ssm.inner_size": 96,
+}
+# K-quants, whose blocks of 256 hold the columns of several heads.
+QWEN35_LARGE = {
+    **QWEN35,
+    "rope.dimension_count": 32,
+    "ssm.state_size": 64,
+    "ssm.time_step_rank": 4,
+    "ssm.inner_size": 256,
 }
 
 CASES: dict[str, Case] = {
@@ -313,12 +332,36 @@ CASES: dict[str, Case] = {
         experts=4,
         used=2,
         expert_ffn=32,
+        fused_gate=True,
         keys={
             **GEMMA4,
             "attention.sliding_window_pattern": [True, True, False],
             "attention.head_count_kv": [2, 2, 1],
         },
         formats={**EXPERT_Q4, "ffn_gate_up_exps": "Q8_0"},
+    ),
+    "qwen35": Case("qwen35", layers=4, keys=QWEN35, formats={**Q4_MIX, "ssm_alpha": "F32"}),
+    "qwen35-k-quants": Case(
+        "qwen35",
+        layers=5,
+        hidden=256,
+        head_dim=64,
+        ffn=256,
+        untied=True,
+        fused_qkv=True,
+        keys={**QWEN35_LARGE, "nextn_predict_layers": 1},
+        formats=K_MIX,
+    ),
+    "qwen35moe": Case(
+        "qwen35moe",
+        layers=3,
+        experts=6,
+        used=3,
+        expert_ffn=32,
+        shared_ffn=64,
+        fused_gate=True,
+        keys={**QWEN35, "full_attention_interval": 3},
+        formats=EXPERT_Q4,
     ),
 }
 
@@ -355,6 +398,11 @@ def _shapes(case: Case) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield from gemma4_shapes.shapes(case, VOCABULARY)
         return
     hidden, ffn = case.hidden, case.ffn
+    if case.arch.startswith("qwen35"):
+        mlp = {"ffn_gate": (ffn, hidden), "ffn_up": (ffn, hidden), "ffn_down": (hidden, ffn)}
+        mlp = _expert_shapes(case) if case.experts else mlp
+        yield from qwen35_shapes.shapes(case, VOCABULARY, mlp)
+        return
     q, kv = case.heads * case.head_dim, case.kv_heads * case.head_dim
     yield "token_embd.weight", (VOCABULARY, hidden)
     yield "output_norm.weight", (hidden,)
@@ -394,12 +442,12 @@ def _shapes(case: Case) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def _expert_shapes(case: Case) -> dict[str, tuple[int, ...]]:
     hidden, experts, width, shared = case.hidden, case.experts, case.expert_ffn, case.shared_ffn
-    shapes: dict[str, tuple[int, ...]] = {
-        "ffn_gate_inp": (experts, hidden),
-        "ffn_gate_exps": (experts, width, hidden),
-        "ffn_up_exps": (experts, width, hidden),
-        "ffn_down_exps": (experts, hidden, width),
-    }
+    shapes: dict[str, tuple[int, ...]] = {"ffn_gate_inp": (experts, hidden)}
+    if case.fused_gate:
+        shapes["ffn_gate_up_exps"] = (experts, 2 * width, hidden)
+    else:
+        shapes |= dict.fromkeys(("ffn_gate_exps", "ffn_up_exps"), (experts, width, hidden))
+    shapes["ffn_down_exps"] = (experts, hidden, width)
     if shared:
         shapes |= {
             "ffn_gate_inp_shexp": (hidden,),
@@ -457,9 +505,11 @@ def build(name: str, seed: int) -> Tiny:
                 low, high = 1.6, 17.6
             elif case.arch == "gemma4" and short == "attn_q_norm":
                 low, high = 0.05, 0.55
+            if short == "ssm_a":  # -exp(A_log)
+                low, high = -2.0, -0.2
             tensors[full] = random.uniform(low, high, shape).astype(np.float32), "F32"
         else:
-            router = short.startswith("ffn_gate_inp")
+            router = short.startswith(("ffn_gate_inp", "ssm_conv1d"))
             kind = "F32" if router else case.formats.get(short, case.formats[""])
             if kind in ("Q4_K", "Q6_K", "MXFP4"):
                 tensors[full] = _blocks(random, kind, shape), kind
