@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models.cache import make_prompt_cache
 
 from mlxfuse.fusion import patch_model, unpatch_model
+from mlxfuse.kernels import fallbacks, launches
+from mlxfuse.nn.kv import KVOptions, compressed, plain_caches
+from tests import msl
 from tests.fusion import zoo
 from tests.fusion.test_zoo import BOUND, contents, modules
 
@@ -80,3 +85,57 @@ def test_patched_and_back(name: str, form: str) -> None:
     assert modules(model) == as_built
     assert contents(model) == before
     assert np.array_equal(zoo.logits(model), want)
+
+
+@pytest.mark.parametrize("name", ["e4b", "a4b"])
+def test_decoded_by_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
+    with zoo.uncompiled():
+        model = build(name, "affine4")
+        want = zoo.logits(model)
+        report = patch_model(model, fuse="all")
+        launches.clear()
+        fallbacks.clear()
+        with msl.installed(build="fast"):
+            got = zoo.logits(model)
+    assert zoo.apart(got, want) <= BOUND
+    joined = sum(len(report.tallies[kind].fused) for kind in ("qkv", "gate_up"))
+    assert launches["quantized_matmul"] >= zoo.DECODED * joined
+    assert launches["norm_rope"] == (1 + zoo.DECODED) * len(model.layers)
+    assert not fallbacks
+
+
+@pytest.mark.usefixtures("reference")
+def test_only_layers_that_are_read_keep_what_they_fetch() -> None:
+    """Compressed keys and values are attended to where they lie, or handed to later layers."""
+    model = build("e4b")
+    patch_model(model, fuse="all")
+    read = [bool(layer.self_attn._fused.read) for layer in model.layers]
+    assert read == [False, False, True, True, False, False]
+    seen = {}
+    caches = compressed(plain_caches(model), KVOptions(16, 16, rotate=False))
+    for i, cache in enumerate(caches):
+        fetch = cache.update_and_fetch
+        cache.update_and_fetch = lambda k, v, i=i, fetch=fetch: seen.setdefault(i, fetch(k, v))
+    ids = mx.array([[3, 1, 4, 1, 5]])
+    got = model(ids, cache=caches)
+    assert set(seen) == {2, 3}
+    want = model(ids, cache=make_prompt_cache(model))
+    assert zoo.apart(np.array(got), np.array(want)) <= BOUND
+    # Control: a layer that needs what another did not keep says so.
+    model.layers[3].self_attn._fused.read = False
+    with pytest.raises(ValueError, match="received no shared_kv"):
+        model(ids, cache=compressed(plain_caches(model), KVOptions()))
+
+
+@pytest.mark.usefixtures("reference")
+def test_an_update_of_a_linear_is_used() -> None:
+    model = build("31b")
+    patch_model(model, fuse="all")
+    before = zoo.logits(model)
+    linear = model.layers[2].self_attn.k_proj
+    linear.weight = 1.5 * linear.weight[::-1]
+    changed = zoo.logits(model)
+    assert zoo.apart(changed, before) > 1e-2
+    unpatch_model(model)
+    assert np.array_equal(zoo.logits(model), changed)
