@@ -161,7 +161,7 @@ LONGCAT = {
     "mla_scale_kv_lora": True,
 }
 
-# The 30 that are used most.
+# The 31 that are used most.
 _PLAIN_USED = """
     deepseek_v3 ernie4_5 falcon_h1 gemma gemma2 glm4 glm4_moe gpt_oss granite internlm2
     mamba2 mixtral olmo2 phi3 qwen2 qwen3 qwen3_5_moe qwen3_moe qwen3_next smollm3
