@@ -102,6 +102,11 @@ def _describe(file: GGUFFile, config: Config) -> dict[str, Any]:
             f"{file.path}: its rotary scaling cannot be told to MLX-LM; "
             "`mlxfuse export` without --mlx keeps it"
         )
+    if config.recurrent:
+        raise UnsupportedError(
+            f"{file.path}: the order of its value heads cannot be told to MLX-LM; `mlxfuse export` "
+            "without --mlx keeps it"
+        )
     args = {k: v for k, v in config.args.items() if v is not None}
     args["model_type"] = _MODEL_TYPES.get(args["model_type"], args["model_type"])
     biased = any(name.endswith("attn_q.bias") for name in file.tensors)

@@ -37,6 +37,7 @@ CASES = (
     "gpt-oss",
     "gemma3",
     "phi3",
+    "qwen35",
 )
 
 
