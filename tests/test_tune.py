@@ -98,7 +98,7 @@ def test_a_wrong_variant_is_not_timed(model, monkeypatch):
     real = _kernel.run
 
     def planted(launch, *, emulated=False):
-        factor = 1.01 if ", 8, 1>(" in launch.program.body else 1
+        factor = 1.01 if ", 8>(" in launch.program.body else 1
         return [y * factor for y in real(launch, emulated=emulated)]
 
     patch_model(model, fuse="all")
@@ -299,7 +299,7 @@ def test_without_a_device_it_refuses(mode, reason, command, monkeypatch):
 
 def test_the_whole_of_it(model, monkeypatch):
     """As on a device, with the test bench in its place."""
-    monkeypatch.setattr(tune, "refuse", lambda: None)
+    monkeypatch.setattr(tune, "on_device", lambda what: None)
     real, fusions = tune.tune_kernels, tune.tune_fusions
     small = {"rows": {"vector": 1}, "emulated": True}
     monkeypatch.setattr(tune, "tune_kernels", lambda *a, **k: real(*a, **k, **small))
