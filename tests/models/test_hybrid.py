@@ -21,6 +21,7 @@ from mlxfuse.fusion import unpatch_model
 from mlxfuse.generate import Settings, generate
 from mlxfuse.gguf.reader import open_gguf
 from mlxfuse.inspect import inspect, render
+from mlxfuse.kernels import fallbacks, launches
 from mlxfuse.loader import load
 from mlxfuse.models.config import read_config
 from mlxfuse.models.plan import plan
@@ -28,6 +29,7 @@ from mlxfuse.needs import needs
 from mlxfuse.nn.cache import CompressedKVCache
 from mlxfuse.nn.delta_net import FusedDeltaNet
 from mlxfuse.nn.kv import KVOptions, compressed, plain_caches
+from tests import msl
 from tests.models import tiny
 from tests.models.test_golden import BOUND, disagreement, model_of
 
@@ -184,6 +186,26 @@ def _swapped(parts: Any) -> list[mx.array]:
     return [first, mx.roll(z, 16, axis=-1), *rest]
 
 
+def test_the_fused_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoded token of a layer of each kind through the Metal source."""
+    path = write(tmp_path, "qwen35")
+    source, want = model_of("qwen35", 0)
+    monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
+    model, _ = load(path, fuse="all")
+    state, prompt = make_prompt_cache(model), mx.array(source.prompt[None])
+    launches.clear()
+    fallbacks.clear()
+    with msl.installed(build="fast"):
+        model(prompt[:, :23], cache=state)
+        before = launches["quantized_matmul"], launches["norm_rope"]
+        got = np.array(model(prompt[:, 23:], cache=state)[0])
+        after = launches["quantized_matmul"], launches["norm_rope"]
+    assert max(disagreement(got, want[23:])) <= BOUND
+    # 2 qkv, 2 in_proj, 4 gate/up, 4 down, 4 o or out, and the head.
+    assert [b - a for a, b in zip(before, after, strict=True)] == [17, 2]
+    assert not fallbacks
+
+
 def test_a_sharded_net_runs_its_own_code(tmp_path: Path) -> None:
     model, _ = load(write(tmp_path, "qwen35"), fuse="in_proj")
     net, x = model.layers[0].linear_attn, mx.random.normal((1, 3, 64), key=mx.random.key(0))
@@ -197,9 +219,12 @@ def test_a_sharded_net_runs_its_own_code(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["qwen35", "qwen35moe"])
 @pytest.mark.parametrize("padding", [0, 5])
-def test_a_batch_of_two(name: str, padding: int, tmp_path: Path) -> None:
+def test_a_batch_of_two(
+    name: str, padding: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each sequence has the logits it has alone, the shorter one padded at its left."""
-    model, _ = load(write(tmp_path, name))
+    monkeypatch.setenv("MLXFUSE_KERNELS", "reference")
+    model, _ = load(write(tmp_path, name), fuse="all" if padding else "off")
     ids = np.random.RandomState(3).randint(0, 256, (2, 20)).astype(np.int32)
     caches = [
         ArraysCache(2, left_padding=[0, padding]) if layer.is_linear else BatchKVCache([0, padding])
