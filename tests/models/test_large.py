@@ -141,8 +141,13 @@ import json, resource, sys
 from pathlib import Path
 path = Path(sys.argv[1])
 {code}
-unit = 1 if sys.platform == "darwin" else 1024
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+# Linux counts in ru_maxrss what the process had that started this one.
+status = Path("/proc/self/status")
+if status.exists():
+    (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+    peak = int(line.split()[1]) * 1024
+else:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps({{**found, "peak": peak}}))
 """
     environment = {**os.environ, "MLXFUSE_KERNELS": "reference"}
@@ -193,7 +198,7 @@ assert "mlx" not in sys.modules
     assert model["active"] == active
     for peak in (found["peak"], judged["peak"]):
         assert isinstance(peak, int)
-        assert peak < 700e6  # the largest tensor has 417 MB, the experts of one layer 500 MB
+        assert peak < 250e6, peak  # the experts of one layer have 500 MB
     assert path.stat().st_blocks == on_disk
 
 
@@ -254,4 +259,4 @@ with open_gguf(path) as file:
         assert isinstance(peak, int)
         assert added > 0.1
         assert apart < 1e-4 * added
-        assert peak < 3e9
+        assert peak < 2.5e9, peak  # one layer's experts, as the file has them and as kernels do
