@@ -10,8 +10,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import scaled_dot_product_attention
 
+from ..kernels.activations import Int8Activations
 from .form import Form, FusedModule, Run, plus, project
-from .projection import Projection
+from .projection import KernelProjection, Projection
 from .rotation import Rotation, position
 from .sdpa import sdpa
 
@@ -32,6 +33,7 @@ class AttentionForm(Form):
     sinks            name of the attention sinks, or empty.
     qkv, o           the fused projections.
     rotation         norms and rotary embedding as one kernel.
+    int8             whether o takes int8 activations.
     """
 
     linears: tuple[str, ...]
@@ -48,6 +50,7 @@ class AttentionForm(Form):
     qkv: Projection | None = None
     o: Projection | None = None
     rotation: Rotation | None = None
+    int8: bool = False
     pieces = ("qkv", "o", "rotation")
 
 
@@ -97,17 +100,11 @@ class FusedAttention(FusedModule):
         return position(offset) if self._entering(run).kept and isinstance(offset, int) else offset
 
     def _enter(
-        self, mode: str, x: mx.array, offset: int | mx.array
+        self, mode: str, x: mx.array | Int8Activations, offset: int | mx.array
     ) -> tuple[mx.array, mx.array, mx.array]:
         """x [B, L, hidden_size] -> q, k and v, [B, heads, L, D], normed and rotated."""
-        return self._placed(mode, self._projected(x, mode), offset)
-
-    def _placed(
-        self, mode: str, parts: Sequence[mx.array], offset: int | mx.array
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        """Results of the projections, [B, L, heads * D] each -> `_enter`'s."""
         form = self._fused
-        queries, keys, values = parts
+        queries, keys, values = self._projected(x, mode)
         rotated = None if form.rotation is None else form.rotation(queries, keys, offset, mode)
         queries, keys = rotated or self._rotated(queries, keys, offset)
         values = values.reshape(*values.shape[:2], form.kv_heads, -1).transpose(0, 2, 1, 3)
@@ -124,10 +121,14 @@ class FusedAttention(FusedModule):
         """What `_attended` gives -> [B, L, hidden_size], with ``residual`` added."""
         form = self._fused
         output = output.transpose(0, 2, 1, 3).flatten(2)
+        int8 = int8 and form.int8
         return project(self, form.output, form.o, output, residual, mode, int8=int8)
 
-    def _projected(self, x: mx.array, mode: str) -> Sequence[mx.array]:
+    def _projected(self, x: mx.array | Int8Activations, mode: str) -> Sequence[mx.array]:
         form = self._fused
+        if isinstance(x, Int8Activations):
+            assert isinstance(form.qkv, KernelProjection)
+            return form.qkv.integers(x, split=True)
         parts = None if form.qkv is None else form.qkv.split(x, mode)
         if parts is not None:
             return parts

@@ -13,7 +13,7 @@ import mlx.nn as nn
 from ..kernels import Prepared, wanted
 from ..kernels._product import MAX_BATCH
 from ..kernels.activations import Int8Activations
-from ..kernels.int8_matmul import int8_matmul
+from ..kernels.int8_matmul import int8_matmul, unsupported
 from ..kernels.quantize_int8 import quantize_int8
 from ..kernels.quantized_matmul import prepare, quantized_matmul
 from ..kernels.weight import AffineSegment, QuantizedWeight, type_name
@@ -196,6 +196,13 @@ class KernelProjection(Projection):
             return None
         found = self._run(x, mode, residual)
         return None if found is None else found[0]
+
+
+def no_integers(reader: Projection | None) -> str | None:
+    """Why a reader does not take int8 activations, or None."""
+    if not isinstance(reader, KernelProjection):
+        return "what reads it has no kernel or is not fused"
+    return unsupported(reader.weight)
 
 
 class JoinedProjection(Projection):
