@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 
 import mlx.nn as nn
 
-from ..nn.attention import AttentionForm, FusedAttention
-from ..nn.form import Form
-from ..nn.mlp import BlockForm, FusedBlock, FusedMLP, MLPForm
+from ..nn.attention import FusedAttention
+from ..nn.joining import single
+from ..nn.mlp import BlockForm, FusedBlock, FusedExperts, FusedMLP
 from ..nn.norm import FusedNorm
 from ..nn.projection import Projection, no_integers
 from .candidates import Candidate, Skip, Tree
@@ -25,25 +25,25 @@ def places(tree: Tree) -> Iterator[Candidate | Skip]:
             continue
         form: BlockForm = module._fused
         mixer, mlp = module[form.mixer], module[form.mlp]
-        attention: AttentionForm | None = None
-        if isinstance(mixer, FusedAttention) and form.mixer_adds:
-            attention = mixer._fused
-        mlps = _mlps(form.mlp, mlp)
+        attention = mixer._fused if isinstance(mixer, FusedAttention) and form.mixer_adds else None
+        below = _readers(form.mlp, mlp)
         firsts = [attention.qkv] if attention else []
-        for name, found in zip(form.norms, (firsts, [f.up for f in mlps.values()]), strict=True):
+        seconds = [m._fused.up for m in below.values()]
+        for name, found in zip(form.norms, (firsts, seconds), strict=True):
             yield _norm(module, path, name, found)
         if attention:
-            yield _linear(module, path, f"{form.mixer}.o", attention, attention.o)
-        for name, each in mlps.items():
-            yield _linear(module, path, f"{name}.down", each, each.down)
+            yield _linear(module, path, f"{form.mixer}.o", mixer, "o")
+        for name, each in below.items():
+            if isinstance(each, FusedMLP):
+                yield _linear(module, path, f"{name}.down", each, "down")
 
 
-def _mlps(path: str, module: nn.Module) -> dict[str, MLPForm]:
+def _readers(path: str, module: nn.Module) -> dict[str, FusedMLP | FusedExperts]:
     """What is fused of those that read the input of an MLP, or of what is in its place."""
     if isinstance(module, FusedMLP):
-        return {path: module._fused}
+        return {path: module}
     below = {f"{path}.{n}": module.get(n) for n in readers(type(module))}
-    return {name: m._fused for name, m in below.items() if isinstance(m, FusedMLP)}
+    return {name: m for name, m in below.items() if isinstance(m, FusedMLP | FusedExperts)}
 
 
 def _norm(
@@ -65,17 +65,21 @@ def _norm(
 
 
 def _linear(
-    block: nn.Module, path: str, name: str, form: AttentionForm | MLPForm, linear: Projection | None
+    block: nn.Module, path: str, name: str, module: FusedAttention | FusedMLP, piece: str
 ) -> Candidate | Skip:
-    """The input of one last linear."""
-    if reason := no_integers(linear):
+    """The input of a last linear, which need not add anything."""
+    form, held = module._fused, block._fused.int8
+    before: Projection | None = getattr(form, piece)
+    linear = before or single(module, form.output)
+    if reason := linear if isinstance(linear, str) else no_integers(linear):
         return Skip(NAME, f"{path}.{name}", reason)
-    held = block._fused.int8
 
     def emit() -> None:
+        setattr(form, piece, linear)
         form.int8, held[name] = True, None
 
     def undo() -> None:
+        setattr(form, piece, before)
         form.int8 = False
         held.pop(name, None)
 

@@ -114,15 +114,20 @@ class FusedExperts(FusedModule):
         if not self.fusible(self._fused.up):
             own: mx.array = self._fused.original.__call__(self, x, indices)
             return own
-        return self._part(Run.of(x), self._whole, self._children, x, indices)
+        codes = given(x) or ()
+        return self._part(Run.of(x), self._whole, self._children, x, indices, *codes)
 
     def _children(self) -> list[tuple[nn.Module, str]]:
         return [(self, self._fused.output)]
 
-    def _whole(self, mode: str, x: mx.array, indices: mx.array) -> mx.array:
-        """All of it."""
-        form = self._fused
-        hidden = None if form.up is None else form.up.gathered(x, indices, form.activation, mode)
+    def _whole(self, mode: str, x: mx.array, indices: mx.array, *codes: mx.array) -> mx.array:
+        """All of it; by the codes of x, if there are any and gate and up take them."""
+        form, up, hidden = self._fused, self._fused.up, None
+        if up is not None and codes and not up.large(x, indices) and no_integers(up) is None:
+            int8 = Int8Activations(codes[0], codes[1], codes[2], x.dtype)
+            (hidden,) = up.integers(int8, None, form.activation, indices)
+        elif up is not None:
+            hidden = up.gathered(x, indices, form.activation, mode)
         if hidden is None:
             own: mx.array = form.original.__call__(self, x, indices)
             return own

@@ -125,7 +125,7 @@ class KernelProjection(Projection):
             free = [a for a in (x, residual, experts) if a is not None]
             key = (mode, activation, split, *[(a.shape, a.dtype) for a in free])
             prepared = self._prepared.get(key)
-            if prepared is None and not self._large(x, experts):
+            if prepared is None and not self.large(x, experts):
                 if self._refusal(x, residual) is None:
                     prepared = prepare(x, self.weight, bias=self.bias, **given)
                 if prepared is not None:
@@ -137,11 +137,11 @@ class KernelProjection(Projection):
                 reason = "it failed its self-test"
         if self._stock:
             reason = reason or self._refusal(x, residual)
-            if self._large(x, experts) or not wanted("quantized_matmul", reason):
+            if self.large(x, experts) or not wanted("quantized_matmul", reason):
                 return None
         return quantized_matmul(x, self.weight, bias=self.bias, **given)
 
-    def _large(self, x: mx.array, experts: mx.array | None) -> bool:
+    def large(self, x: mx.array, experts: mx.array | None) -> bool:
         """Whether MLX's own linears have so many rows to multiply that they are left to it."""
         if experts is not None:
             return experts.size >= MAX_IDS
@@ -167,7 +167,7 @@ class KernelProjection(Projection):
     ) -> mx.array | None:
         """`activated` for some experts of each row: [..., K] and [..., k] -> [..., k, N]."""
         # The file's own experts know how to multiply many rows, and without kernels.
-        if not self._stock and (not mode or self._large(x, experts)):
+        if not self._stock and (not mode or self.large(x, experts)):
             return None
         found = self._run(x, mode, None, activation, experts)
         return None if found is None else found[0]
@@ -177,6 +177,7 @@ class KernelProjection(Projection):
         x: mx.array | Int8Activations,
         residual: mx.array | None = None,
         activation: str | None = None,
+        experts: mx.array | None = None,
         *,
         split: bool = False,
     ) -> tuple[mx.array, ...]:
@@ -189,6 +190,7 @@ class KernelProjection(Projection):
             residual=residual,
             activation=activation,
             split=split,
+            experts=experts,
         )
 
     def added(self, x: mx.array, residual: mx.array, mode: str) -> mx.array | None:
