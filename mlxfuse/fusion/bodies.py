@@ -15,6 +15,7 @@ MX = {"mx": "mlx.core"}
 NN = {"nn": "mlx.nn"}
 SDPA = {"scaled_dot_product_attention": _MODELS + "base.scaled_dot_product_attention"}
 SWIGLU = {"swiglu": _MODELS + "activations.swiglu"}
+CLIPPED = {"swiglu_oai": _MODELS + "activations.swiglu_oai"}
 
 
 @dataclass(frozen=True)
@@ -286,6 +287,16 @@ def __call__(self, x):
         {**MX, **SWIGLU},
         {"activation": "swiglu"},
     ),
+    # minimax_m3_vl
+    Body(
+        "mlp",
+        """
+def __call__(self, x):
+    x_up = self.UP(x)
+    x_gate = self.GATE(x)
+    return self.DOWN(self.ACTIVATION(x_up, x_gate))
+""",
+    ),
     Body("block", _NORM_FIRST),
     Body("block", _ADDED_AT_ONCE),
     Body("block", _REASSIGNED),
@@ -305,6 +316,15 @@ def __call__(self, x):
         "def __call__(self, x, gate):\n    return swiglu(gate, x)\n",
         SWIGLU,
         {"activation": "swiglu"},
+    ),
+    Body(
+        "activation",
+        """
+def __call__(self, x, gate):
+    return swiglu_oai(gate, x, alpha=self.ALPHA, limit=self.LIMIT)
+""",
+        CLIPPED,
+        {"activation": "swiglu_clipped", "values": {"ALPHA": 1.702, "LIMIT": 7.0}},
     ),
     Body("norm", _call("mx.fast.rms_norm(x, self['weight'], self.EPS)"), MX, {"offset": 0.0}),
     # gemma, gemma2, gemma3_text

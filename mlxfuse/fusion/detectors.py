@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ from ..nn.joining import (
     copies,
     cut,
     embedding_rows,
+    experts_refusal,
     format_of,
     join,
     join_experts,
@@ -27,7 +29,16 @@ from ..nn.norm import FusedNorm
 from ..nn.projection import Projection
 from .candidates import Candidate, Skip, Tree, register_detector
 from .certify import Match, certify
-from .forms import attention_form, block_form, has, mlp_form, norm_options, rotation, row_count
+from .forms import (
+    activation,
+    attention_form,
+    block_form,
+    has,
+    mlp_form,
+    norm_options,
+    rotation,
+    row_count,
+)
 
 # (module, class, form, name of the piece, what makes it)
 _Piece = tuple[nn.Module, type[FusedModule], Form, str, Callable[[], Any]]
@@ -143,17 +154,18 @@ def _experts(tree: Tree) -> Iterator[Candidate | Skip]:
         match = certify(type(module), "experts")
         if isinstance(match, str):
             continue
-        gate, up, down, activation = (match.names[n] for n in ("GATE", "UP", "DOWN", "ACTIVATION"))
-        kind = certify(type(getattr(module, activation)), "activation")
-        shared = tree.shared(module, (gate, up), arrays=False)
-        made = shared or join_experts(module, (gate, up))
-        if isinstance(kind, str) or isinstance(made, str):
-            yield Skip("experts", path, kind if isinstance(kind, str) else str(made))
+        names = gate, up = match.names["GATE"], match.names["UP"]
+        linears = [module[name] for name in names]
+        kind = activation(module, match)
+        reason = tree.shared(module, names, arrays=False) or experts_refusal(linears)
+        if isinstance(kind, str) or reason is not None:
+            yield Skip("experts", path, kind if isinstance(kind, str) else str(reason))
             continue
-        form = ExpertsForm(type(module), down, kind.body.form["activation"])
+        form = ExpertsForm(type(module), match.names["DOWN"], kind.body.form["activation"])
         explain = f"{form.activation} of {gate} and {up} of {path} in one dispatch"
-        piece = (module, FusedExperts, form, "up", _same(made))
-        yield _candidate("experts", 70, path, [gate, up], [piece], explain, made.formats)
+        piece = (module, FusedExperts, form, "up", partial(join_experts, module, names))
+        formats = tuple(format_of(x) for x in linears)
+        yield _candidate("experts", 70, path, [gate, up], [piece], explain, formats)
 
 
 @register_detector("activation")

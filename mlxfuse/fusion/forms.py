@@ -79,7 +79,22 @@ def mlp_form(module: nn.Module, match: Match) -> MLPForm | str:
         linears = tuple(names[n] for n in ("GATE", "UP") if n in names)
     if not has(module, *linears, names["DOWN"]):
         return "its children are not modules"
-    return MLPForm(type(module), linears, names["DOWN"], match.body.form["activation"])
+    found = activation(module, match) if "ACTIVATION" in names else match
+    if isinstance(found, str):
+        return found
+    return MLPForm(type(module), linears, names["DOWN"], found.body.form["activation"])
+
+
+def activation(module: nn.Module, match: Match) -> Match | str:
+    """The known activation that is a child of a module, or why it is none."""
+    child = getattr(module, match.names["ACTIVATION"])
+    found = certify(type(child), "activation")
+    if isinstance(found, Match):
+        for slot, value in found.body.form.get("values", {}).items():
+            name = found.names[slot]
+            if getattr(child, name) != value:
+                return f"{name.strip('_')} of its activation is {getattr(child, name)}, not {value}"
+    return found
 
 
 def block_form(module: nn.Module, match: Match) -> BlockForm | str:
