@@ -7,24 +7,18 @@ import platform
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from . import __version__, blas, env, memory
-from .formats import FORMATS, Format
+from .cases import SMALL, cases
 from .gguf.exported import open_model
-from .gguf.relayout import allocate, relayout
 from .kernels import self_test, unavailable
-from .kernels.dequantize import dequantize
-from .kernels.quantized_matmul import quantized_matmul
-from .kernels.weight import QuantizedWeight, Segment
 from .needs import needs
 from .terminal import one_line
 
@@ -100,45 +94,15 @@ def _kernels() -> dict[str, Any]:
 
 
 def _variants() -> Iterator[dict[str, str]]:
-    """The self-test of each kernel for each format, in float32."""
+    """The self-test of each kernel, for each format, on a small case."""
     emulated = env.get("MLXFUSE_KERNELS") == "emulated"
-    for format in FORMATS.values():
-        if not format.kernel:
-            continue
-        weight = QuantizedWeight.whole(sample(format))
-
-        def multiply(rows: int, weight: QuantizedWeight = weight) -> object:
-            return quantized_matmul(mx.zeros((rows, weight.columns)), weight)
-
-        def decode(weight: QuantizedWeight = weight) -> object:
-            return dequantize(weight.segments[0], None, mx.float32)
-
-        runs: dict[str, Callable[[], object]] = {
-            "quantized_matmul, 1 row": partial(multiply, 1),
-            "quantized_matmul, 4 rows": partial(multiply, 4),
-            "dequantize": decode,
-        }
-        for name, run in runs.items():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)  # it is reported here
-                failures = self_test.check(self_test.calls(run), emulated=emulated)
-            yield {"variant": f"{name}, {format.name}", "failure": "; ".join(failures.values())}
-
-
-def sample(format: Format, rows: int = 16, columns: int = 0) -> Segment:
-    """Random rows, the same ones each time; two blocks of columns, at least 512, if not given.
-
-    Scales are small, so that a float16 holds what is multiplied by them.
-    """
-    # Any byte may become the upper one of a float16: below 2^-4. MXFP4's scales are exponents.
-    small = [b for b in range(256) if b & 0x7C <= 0x28]
-    allowed = range(100, 128) if format.name == "MXFP4" else small
-    columns = columns or 2 * max(256, format.block_size)
-    random = np.random.default_rng(0)
-    data = random.choice(np.array(allowed, np.uint8), (rows, format.row_bytes(columns)))
-    streams = allocate(format, len(data), columns)
-    relayout(data, format, streams)
-    return Segment(format, columns, {name: mx.array(a) for name, a in streams.items()})
+    for case in cases(SMALL):
+        recorded = self_test.calls(case.ours[0])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # it is reported here
+            failures = self_test.check(recorded, emulated=emulated)
+        variant = f"{recorded[0][0].name}, {case.name}"
+        yield {"variant": variant, "failure": "; ".join(failures.values())}
 
 
 def _model(path: Path, context: int, device: dict[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,11 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlxfuse import blas, doctor, env
+from mlxfuse import blas, cases, doctor, env
+from mlxfuse.formats import BY_NAME
 from mlxfuse.gguf.reader import open_gguf
 from mlxfuse.kernels import _kernel
+from mlxfuse.kernels.dequantize import dequantize
 from mlxfuse.loader import load
 from mlxfuse.needs import Needs, needs
 
@@ -117,16 +119,22 @@ def test_the_machine_of_a_mac(monkeypatch):
 
 
 @pytest.fixture
-def one_format(monkeypatch, tmp_path):
+def few(monkeypatch, tmp_path):
+    """The products of one format, and one other kernel."""
     monkeypatch.setenv("MLXFUSE_CACHE", str(tmp_path))
-    few = {n: f for n, f in doctor.FORMATS.items() if f.name == "Q4_K"}
-    monkeypatch.setattr(doctor, "FORMATS", few)
+    table = [*cases.cases(cases.SMALL, [BY_NAME["Q4_K"]])][:7]
+    monkeypatch.setattr(doctor, "cases", lambda sizes: table)
 
 
-def test_the_kernels_self_tests(one_format, kernels, monkeypatch):
+def test_the_kernels_self_tests(few, kernels, monkeypatch):
     found = doctor._kernels()
     assert found["unavailable"] is None
-    names = {"quantized_matmul, 1 row, Q4_K", "quantized_matmul, 4 rows, Q4_K", "dequantize, Q4_K"}
+    names = [
+        *("dequantize, Q4_K 16x512", "quantized_matmul, Q4_K 16x512, 1 row"),
+        *("int8_matmul, Q4_K 16x512, 1 row of int8", "quantized_matmul, Q4_K 16x512, 4 rows"),
+        *("int8_matmul, Q4_K 16x512, 4 rows of int8", "rms_norm, 1 row of 512, residual"),
+        "quantized_matmul, Q4_K 2 of 4 experts 16x512",
+    ]
     assert {v["variant"]: v["failure"] for v in found["variants"]} == dict.fromkeys(names, "")
     # A kernel that is wrong is named with what is wrong.
     (env.cache_dir() / "self-tests.json").unlink()
@@ -137,9 +145,8 @@ def test_the_kernels_self_tests(one_format, kernels, monkeypatch):
     assert all("largest error" in failure for failure in failures), failures
 
 
-@pytest.mark.parametrize("name", [f.name for f in doctor.FORMATS.values() if f.kernel])
+@pytest.mark.parametrize("name", [f.name for f in BY_NAME.values() if f.kernel])
 def test_samples_decode_to_finite_numbers_that_differ(name):
-    format = next(f for f in doctor.FORMATS.values() if f.name == name)
-    values = np.array(doctor.dequantize(doctor.sample(format), None, mx.float32))
+    values = np.array(dequantize(cases.sample(BY_NAME[name]), None, mx.float32))
     assert np.isfinite(values).all()
     assert len(np.unique(values)) > 100

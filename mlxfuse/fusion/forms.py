@@ -56,6 +56,7 @@ def attention_form(module: nn.Module, match: Match) -> AttentionForm | str:
         rope,
         float(softcap),
         names.get("SINKS", ""),
+        match.body.form.get("gated", False),
     )
 
 
@@ -141,7 +142,7 @@ def rotation(module: nn.Module, form: AttentionForm) -> Rotation | str:
     if norms:
         weights = [module[name].weight for name in form.norms]
         options = {**options, **norms[0], "q_weight": weights[0], "k_weight": weights[1]}
-    size = form.rows[0] // form.heads
+    size = form.rows[0] // form.heads // (1 + form.gated)
     if not (options["dims"] <= size and size * form.kv_heads == form.rows[1]):
         return "its heads of q and k have different sizes"
     parts = {name: module[name] for name in (*form.norms, form.rope)}

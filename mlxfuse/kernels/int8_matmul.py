@@ -77,7 +77,8 @@ def _tile(call: Call[Int8Activations]) -> Tile:
         rows, scratch = 32 if call.gated else 64, "threadgroup Int8Tile scratch;"
         return Tile(op, sections, "int8_tile", "", x, rows, 32, 128, scratch)
     many = 1 if call.experts is not None else batches(call.rows)
-    sections = (*own, f"{shared}:lanes", f"{op}.metal:batch", f"{shared}:batched")
+    lanes = f"{shared}:{'floor' if call.floor else 'lanes'}"
+    sections = (*own, lanes, f"{op}.metal:{call.part('batch')}", f"{shared}:batch_tile")
     return Tile(op, sections, "batch_tile", f", 2, {many}", x, 4, many, 64, "")
 
 

@@ -179,8 +179,8 @@ class FusedBlock(FusedModule):
         if form.mixer_adds and isinstance(mixer, FusedAttention) and mixer._holds(counted=False):
             run = Run.of(x)
             arrays = x, mixer._offset(run, cache)
-            q, k, v = self._part(mixer._entering(run), self._enter, self._norms, *arrays, int8=int8)
-            output = mixer._attended(q, k, v, mask, cache)
+            heads = self._part(mixer._entering(run), self._enter, self._norms, *arrays, int8=int8)
+            output = mixer._attended(heads, mask, cache)
             if form.mlp_adds and isinstance(mlp, FusedMLP) and mlp._holds(counted=False):
                 return self._part(run, self._leave, self._norms, output, x, int8=int8)
             h, normed, *codes = self._part(run, self._left, self._norms, output, x, int8=int8)
@@ -225,9 +225,9 @@ class FusedBlock(FusedModule):
 
     def _enter(
         self, mode: str, x: mx.array, offset: int | mx.array, *, int8: bool = False
-    ) -> tuple[mx.array, mx.array, mx.array]:
+    ) -> tuple[mx.array, ...]:
         """What comes before attention."""
-        found: tuple[mx.array, mx.array, mx.array] = self[self._fused.mixer]._enter(
+        found: tuple[mx.array, ...] = self[self._fused.mixer]._enter(
             mode, self._normed(0, x, int8=int8), offset
         )
         return found
