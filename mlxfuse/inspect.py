@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from math import prod
@@ -13,6 +14,7 @@ from .errors import GGUFError, UnsupportedError
 from .gguf.exported import open_model
 from .gguf.reader import GGUFFile, Tensor
 from .gguf.vocab import read_vocab
+from .memory import budget
 from .models import ARCHITECTURES
 from .models.config import read_config
 from .models.plan import plan
@@ -96,9 +98,22 @@ def _unsupported(file: GGUFFile) -> list[str]:
 
 
 def _memory(wanted: Needs, context: int) -> dict[str, int]:
-    """Bytes in memory, and read for each token; the cache is that of the whole context."""
-    cache = wanted.cache(context)
-    return {"weights": wanted.weights, "cache": cache, "active": wanted.active}
+    """Bytes in memory, and read for each token; the cache is that of the whole context.
+
+    ``budget``: what this machine has for them; ``longest_context``: tokens with which they fit;
+    ``streamed``: what is dequantised for each token, where there are no kernels.
+    """
+    here, held, streamed = budget(), wanted, 0
+    if sys.platform != "darwin":
+        held, streamed = wanted.without_kernels(here)
+    return {
+        "weights": wanted.weights,
+        "cache": wanted.cache(context),
+        "active": wanted.active,
+        "budget": here,
+        "streamed": streamed,
+        "longest_context": min(held.longest(here), context or 1 << 32),
+    }
 
 
 def _types(file: GGUFFile) -> list[dict[str, Any]]:
@@ -173,6 +188,7 @@ def render(summary: Mapping[str, Any]) -> str:
         ("context", f"{summary['context_length']:,} tokens"),
         ("tokenizer", f"{kind or '-'}, {tokenizer['tokens']:,} tokens"),
         ("memory", _spoken(summary["memory"])),
+        ("this machine", _here(summary["memory"], summary["context_length"])),
         ("chat template", "yes" if summary["chat_template"] else "no"),
     ]
     lines = [f"{label:<14}{value}" for label, value in rows]
@@ -200,6 +216,15 @@ def render(summary: Mapping[str, Any]) -> str:
 def _spoken(memory: Mapping[str, int]) -> str:
     weights, cache, active = (_bytes(memory[k]) for k in ("weights", "cache", "active"))
     return f"{weights} and a cache of up to {cache}; {active} read for each token"
+
+
+def _here(memory: Mapping[str, int], context: int) -> str:
+    longest, budget = memory["longest_context"], _bytes(memory["budget"])
+    if not longest:
+        return f"does not fit in about {budget}"
+    tokens = "its whole context" if longest == context else f"{longest:,} tokens"
+    slow = f", {_bytes(memory['streamed'])} dequantised for each: very slow"
+    return f"fits with {tokens} in about {budget}{slow if memory['streamed'] else ''}"
 
 
 def _bytes(count: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,15 @@ class Needs:
     def cache(self, tokens: int) -> int:
         """Bytes of the key-value cache after ``tokens``, and of the recurrent layers' state."""
         return self.state + sum(size * min(tokens, window or tokens) for size, window in self.kv)
+
+    def without_kernels(self, budget: int) -> tuple[Needs, int]:
+        """What stays in memory on a CPU, and bytes more that are dequantised for every token.
+
+        Matrices are float32 for as long as half of the memory lasts; so is the cache.
+        """
+        held = min(self.dense, budget // 2)
+        kv = tuple((2 * size, window) for size, window in self.kv)
+        return replace(self, weights=held, kv=kv), self.dense - held
 
     def longest(self, budget: int) -> int:
         """The most tokens of which weights and cache fit in ``budget``; 0 if none."""

@@ -181,7 +181,8 @@ assert "mlx" not in sys.modules
     # 10 layers of 2 heads of 256, k and v; 30 of 3 inputs of 8192 and 32 matrices of 128 x 128.
     state = 30 * (2 * 3 * 8192 + 4 * 32 * 128 * 128)
     cache = 262144 * 10 * 2 * 2 * 2 * 256 + state
-    assert summary["memory"] == {"weights": everything, "cache": cache, "active": active}
+    wanted = {"weights": everything, "cache": cache, "active": active}
+    assert wanted.items() <= summary["memory"].items()
     assert 1.5e9 < active < 2.5e9 < 20e9 < everything < 25e9
     delta = summary["fusion"]["delta net input"]
     assert delta == [
