@@ -103,6 +103,17 @@ struct Gated {
   }
 };
 
+//@ ClippedSwiglu:
+// gpt-oss's: silu with a slope of 1.702 times up + 1, of clipped values. A NaN stays one.
+struct ClippedSwiglu {
+  static constexpr constant bool gated = true;
+  static float apply(float v, float up) {
+    v = v > 7.0f ? 7.0f : v;
+    up = up > 7.0f ? 7.0f : up < -7.0f ? -7.0f : up;
+    return (up + 1.0f) * v / (1.0f + metal::precise::exp(-1.702f * v));
+  }
+};
+
 //@ lanes:
 // Lane r gets the SIMD-group's sum of sums[r].
 template <int slots>

@@ -47,6 +47,7 @@ from ._options import (
     ModelArgument,
     ModelOption,
     PrefillStepSize,
+    QuantizedKVStart,
     Revision,
     Seed,
     SystemPrompt,
@@ -86,6 +87,7 @@ def chat_command(
     max_kv_size: MaxKVSize = None,
     kv_bits: KVBits = None,
     kv_group_size: KVGroupSize = 64,
+    quantized_kv_start: QuantizedKVStart = 0,
     kv_rotate: KVRotate = True,
     kv_force: KVForce = False,
     prefill_step_size: PrefillStepSize = 2048,
@@ -117,12 +119,9 @@ def chat_command(
         say(f"loading {path.name}")
         from ..chat import Chat
         from ..generate import Settings
-        from ..nn.kv import compress_caches
 
         kv = kv_options(kv_bits, kv_group_size, kv_rotate)
         loaded, tokenizer = load_model(path, dtype, fuse, act_quant)
-        if kv is not None:
-            compress_caches(loaded, kv, force=kv_force)
         chat = Chat(
             loaded,
             tokenizer,
@@ -141,6 +140,9 @@ def chat_command(
                 seed=seed,
                 max_kv_size=max_kv_size,
                 prefill_step_size=prefill_step_size,
+                kv=kv,
+                quantized_kv_start=quantized_kv_start,
+                kv_force=kv_force,
             ),
         )
     if interactive:

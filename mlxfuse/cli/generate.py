@@ -48,6 +48,7 @@ from ._options import (
     ModelArgument,
     ModelOption,
     PrefillStepSize,
+    QuantizedKVStart,
     Revision,
     Seed,
     SystemPrompt,
@@ -88,9 +89,7 @@ def generate_command(
     max_kv_size: MaxKVSize = None,
     kv_bits: KVBits = None,
     kv_group_size: KVGroupSize = 64,
-    quantized_kv_start: Annotated[
-        int, of_model("Tokens up to which the cache is left as it is.", min=0)
-    ] = 0,
+    quantized_kv_start: QuantizedKVStart = 0,
     kv_rotate: KVRotate = True,
     kv_force: KVForce = False,
     prefill_step_size: PrefillStepSize = 2048,

@@ -14,6 +14,9 @@ from typing import Any
 import mlx.nn as nn
 
 from .bodies import BODIES, Body
+from .delta_nets import DELTA_NETS
+
+KNOWN = (*BODIES, *DELTA_NETS)
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def _alike(cls: type[nn.Module], call: Callable[..., Any], kind: str) -> Match |
         found = parse(inspect.getsource(code))
     except (OSError, SyntaxError, TypeError):
         return f"{name}.__call__ has no source"
-    for body in BODIES:
+    for body in KNOWN:
         names = unify(_known(body.source), found) if body.kind == kind else None
         if names is not None:
             return Match(body, names)

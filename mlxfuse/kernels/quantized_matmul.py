@@ -43,11 +43,13 @@ def quantized_matmul(
     Args:
         x: ``[..., K]``, float16, bfloat16 or float32.
         weight: ``[N, K]``, or ``[experts, N, K]``.
-        bias: ``[N]``, in the order of the weight's parts.
+        bias: ``[N]``, or ``[experts, N]``, in the order of the weight's parts.
         residual: of the result's shape; not with ``split``.
-        activation: one of `ACTIVATIONS`. The gated ones, ``swiglu``, ``geglu`` and
-            ``geglu_tanh``, need a weight of two parts of equal rows, gate and up, and give
-            ``act(gate) * up`` with half of the columns.
+        activation: one of `ACTIVATIONS`. The gated ones, ``swiglu``, ``geglu``, ``geglu_tanh``
+            and ``swiglu_clipped``, need a weight of two parts of equal rows, gate and up, and
+            give ``act(gate) * up`` with half of the columns. ``swiglu_clipped`` is gpt-oss's:
+            ``(u + 1) * g * sigmoid(1.702 * g)`` with ``g = min(gate, 7)`` and ``u`` the value of
+            up between -7 and 7.
         split: one result for each part of the weight, each contiguous, instead of one for all.
         experts: integer ids ``[..., k]`` of the expert to use for each result row. ``x`` has
             one row for each id, or one for each group of ``k``.

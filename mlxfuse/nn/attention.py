@@ -30,6 +30,7 @@ class AttentionForm(Form):
     rope             name of the rotary embedding, or empty.
     softcap          scores go through ``softcap * tanh(scores / softcap)``, unless it is 0.
     sinks            name of the attention sinks, or empty.
+    gated            each head of q is followed by a gate, whose sigmoid multiplies its result.
     qkv, o           the fused projections.
     rotation         norms and rotary embedding as one kernel.
     """
@@ -45,6 +46,7 @@ class AttentionForm(Form):
     rope: str = ""
     softcap: float = 0.0
     sinks: str = ""
+    gated: bool = False
     qkv: Projection | None = None
     o: Projection | None = None
     rotation: Rotation | None = None
@@ -68,10 +70,10 @@ class FusedAttention(FusedModule):
         if not self._holds():
             return plus(self._fused.original.__call__(self, x, mask, cache), residual)
         run = Run.of(x)
-        queries, keys, values = self._part(
+        heads = self._part(
             self._entering(run), self._enter, self._norms, x, self._offset(run, cache)
         )
-        output = self._attended(queries, keys, values, mask, cache)
+        output = self._attended(heads, mask, cache)
         added = () if residual is None else (residual,)
         return self._part(run, self._leave, self._norms, output, *added)
 
@@ -96,22 +98,25 @@ class FusedAttention(FusedModule):
         offset: int | mx.array = 0 if cache is None else cache.offset
         return position(offset) if self._entering(run).kept and isinstance(offset, int) else offset
 
-    def _enter(
-        self, mode: str, x: mx.array, offset: int | mx.array
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        """x [B, L, hidden_size] -> q, k and v, [B, heads, L, D], normed and rotated."""
+    def _enter(self, mode: str, x: mx.array, offset: int | mx.array) -> tuple[mx.array, ...]:
+        """x [B, L, hidden_size] -> q, k, v and any gate, [B, heads, L, D], normed and rotated."""
         return self._placed(mode, self._projected(x, mode), offset)
 
     def _placed(
         self, mode: str, parts: Sequence[mx.array], offset: int | mx.array
-    ) -> tuple[mx.array, mx.array, mx.array]:
+    ) -> tuple[mx.array, ...]:
         """Results of the projections, [B, L, heads * D] each -> `_enter`'s."""
         form = self._fused
         queries, keys, values = parts
+        gate: tuple[mx.array, ...] = ()
+        if form.gated:
+            heads = queries.reshape(*queries.shape[:2], form.heads, -1)
+            queries, gates = mx.split(heads, 2, axis=-1)
+            queries, gate = queries.flatten(2), (gates.transpose(0, 2, 1, 3),)
         rotated = None if form.rotation is None else form.rotation(queries, keys, offset, mode)
         queries, keys = rotated or self._rotated(queries, keys, offset)
         values = values.reshape(*values.shape[:2], form.kv_heads, -1).transpose(0, 2, 1, 3)
-        return queries, keys, values
+        return queries, keys, values, *gate
 
     def _leave(
         self,
@@ -156,6 +161,14 @@ class FusedAttention(FusedModule):
         return queries, keys
 
     def _attended(
+        self, heads: Sequence[mx.array], mask: mx.array | str | None, cache: Any
+    ) -> mx.array:
+        """What `_enter` gives -> [B, heads, L, D]; this part changes with every token."""
+        queries, keys, values, *gate = heads
+        output = self._attend(queries, keys, values, mask, cache)
+        return output * mx.sigmoid(gate[0]) if gate else output
+
+    def _attend(
         self,
         queries: mx.array,
         keys: mx.array,
@@ -163,7 +176,6 @@ class FusedAttention(FusedModule):
         mask: mx.array | str | None,
         cache: Any,
     ) -> mx.array:
-        """What `_enter` gives -> [B, heads, L, D]; this part changes with every token."""
         form = self._fused
         sinks = self[form.sinks] if form.sinks else None
         if hasattr(cache, "attend"):

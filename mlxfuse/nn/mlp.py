@@ -161,7 +161,7 @@ class FusedBlock(FusedModule):
             if (form.int8 or form.int8_linears) and not switched_off("int8"):
                 enter, leave = self._enter_int8, self._leave_int8
             heads = self._part(mixer._entering(run), enter, self._norms, x, offset)
-            output = mixer._attended(*heads, mask, cache)
+            output = mixer._attended(heads, mask, cache)
             return self._part(run, leave, self._norms, output, x)
         normed = self[form.norms[0]](x)
         both = None
@@ -193,9 +193,7 @@ class FusedBlock(FusedModule):
         own: list[tuple[nn.Module, str]] = [(self, name) for name in self._fused.norms]
         return own + list(self[self._fused.mixer]._norms())
 
-    def _enter(
-        self, mode: str, x: mx.array, offset: int | mx.array
-    ) -> tuple[mx.array, mx.array, mx.array]:
+    def _enter(self, mode: str, x: mx.array, offset: int | mx.array) -> tuple[mx.array, ...]:
         """What comes before attention."""
         form = self._fused
         normed = self[form.norms[0]](x)
@@ -207,9 +205,7 @@ class FusedBlock(FusedModule):
         h = self[form.mixer]._leave(mode, output, x)
         return self[form.mlp]._whole(mode, self[form.norms[1]](h), h)
 
-    def _enter_int8(
-        self, mode: str, x: mx.array, offset: int | mx.array
-    ) -> tuple[mx.array, mx.array, mx.array]:
+    def _enter_int8(self, mode: str, x: mx.array, offset: int | mx.array) -> tuple[mx.array, ...]:
         """`_enter` with int8 activations where readers take them."""
         form, mixer = self._fused, self[self._fused.mixer]
         if False not in form.int8:

@@ -94,13 +94,12 @@ class KernelProjection(Projection):
         self.weight = weight
         self.bias = bias
         self._stock = stock
-        # MLX's result has the wider type of activations and scales.
+        # MLX's result has the widest type of activations, scales and biases.
         self._dtypes = {
             s.arrays["scales"].dtype
             for s in weight.segments
             if stock and isinstance(s, AffineSegment) and s.mode == "affine"
-        }
-
+        } | {b.dtype for b in (bias,) if stock and b is not None}
         self._prepared: dict[tuple[object, ...], Prepared] = {}
 
     def _run(
@@ -150,7 +149,7 @@ class KernelProjection(Projection):
     def _refusal(self, x: mx.array, residual: mx.array | None) -> str | None:
         """Why the result would have another type than that of MLX's operations, or None."""
         if x.dtype != mx.float32 and any(x.dtype != d for d in self._dtypes):
-            return f"activations are {x.dtype} and scales are not"
+            return f"activations are {x.dtype} and scales or biases are not"
         if residual is not None and residual.dtype != x.dtype:
             return f"activations are {x.dtype} and what is added is {residual.dtype}"
         return None
