@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
 from sys import stderr
 from typing import TYPE_CHECKING, Any
@@ -36,12 +37,6 @@ if TYPE_CHECKING:
 
 GROUP = 32
 EXACT = {name: bits for name, (bits, _) in AFFINE.items()}
-_MODEL_TYPES = {
-    "gemma3": "gemma3_text",
-    "gpt-oss": "gpt_oss",
-    "qwen2moe": "qwen2_moe",
-    "qwen3moe": "qwen3_moe",
-}
 # Rotary scalings that MLX-LM's classes can be told.
 _SCALINGS = {
     **dict.fromkeys(("gemma3_text", "llama", "qwen2", "qwen3"), ("linear", "yarn", "longrope")),
@@ -104,7 +99,13 @@ def export_mlx(
 def _describe(file: GGUFFile, config: Config) -> dict[str, Any]:
     """``config.json`` as mlx-lm's model reads it."""
     args = {k: v for k, v in config.args.items() if v is not None}
-    args["model_type"] = _MODEL_TYPES.get(args["model_type"], args["model_type"])
+    name = config.architecture.module.rpartition(".")[2]
+    args["model_type"] = {"gemma3": "gemma3_text"}.get(name, name)
+    if find_spec(f"mlx_lm.models.{args['model_type']}") is None:
+        raise UnsupportedError(
+            f"{file.path}: MLX-LM has no class that runs {config.architecture.name} as this file "
+            "has it; `mlxfuse export` without --mlx keeps it"
+        )
     if not config.rope.plain:
         args |= _rope_scaling(file, config, args["model_type"])
     if args["model_type"] == "phi3":

@@ -238,7 +238,10 @@ def run(
     tokens: list[int] = []
     last, reason = None, "length"
     if settings.kv is not None and settings.quantized_kv_start:
-        options |= {"kv_bits": settings.kv.v_bits, "quantized_kv_start": settings.quantized_kv_start}
+        options |= {
+            "kv_bits": settings.kv.v_bits,
+            "quantized_kv_start": settings.quantized_kv_start,
+        }
     for last in stream_generate(
         model,
         tokenizer,

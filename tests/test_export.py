@@ -388,6 +388,9 @@ def test_what_mlx_lm_cannot_be_told_is_refused(tmp_path):
         gguf.metadata |= {f"{arch}.rope.scaling.{k}": v for k, v in keys.items()}
         with pytest.raises(UnsupportedError, match="rotary scaling"):
             export_mlx(tiny.write(tmp_path / "m.gguf", gguf), tmp_path / "mlx")
+    path = tiny.write(tmp_path / "m.gguf", tiny.build("qwen35", 0))
+    with pytest.raises(UnsupportedError, match="no class that runs qwen35"):
+        export_mlx(path, tmp_path / "mlx")
     assert not (tmp_path / "mlx").exists()
 
 
