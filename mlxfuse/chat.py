@@ -7,10 +7,11 @@ from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
-from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .generate import Result, Settings, add_eos_tokens, bounded_cache, run, seed
+from .generate import Result, Settings, add_eos_tokens, new_cache, run, seed
+from .nn.kv import check_model
 
 
 class Interrupted(Exception):
@@ -29,6 +30,8 @@ class Chat:
     """
 
     def __init__(self, model: Any, tokenizer: TokenizerWrapper, settings: Settings) -> None:
+        if settings.kv is not None:
+            check_model(model, settings.kv, force=settings.kv_force)
         self._model, self._tokenizer, self._settings = model, tokenizer, settings
         add_eos_tokens(tokenizer, settings.extra_eos_token)
         seed(settings)
@@ -41,9 +44,7 @@ class Chat:
         self._begin()
 
     def _begin(self) -> None:
-        size = self._settings.max_kv_size
-        made = bounded_cache(self._model, size) if size else make_prompt_cache(self._model)
-        self._cache: list[Any] = made
+        self._cache: list[Any] = new_cache(self._model, self._settings)
         self._ids: list[int] = []
 
     @property

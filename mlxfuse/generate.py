@@ -185,32 +185,22 @@ def generate(
             f"the prompt has {len(prompt):,} tokens, the model was made for {context:,}; "
             "expect a poor answer, or shorten the prompt"
         )
-    options: dict[str, Any] = {"prompt_cache": prompt_cache}
+    models = [model] if draft_model is None else [model, draft_model]
+    if settings.kv is not None:
+        for each in models:
+            check_model(each, settings.kv, force=settings.kv_force)
+    if prompt_cache is None:
+        caches = [cache for each in models for cache in new_cache(each, settings)]
+    else:
+        caches = _compressed(prompt_cache, settings)
+    options: dict[str, Any] = {"prompt_cache": caches}
     if draft_model is not None:
         _expect_trimmable(model, prompt_cache)
         options |= {"draft_model": draft_model, "num_draft_tokens": settings.num_draft_tokens}
     else:
         options["prompt_progress_callback"] = on_prompt
-        if settings.max_kv_size is not None:
-            options["prompt_cache"] = bounded_cache(model, settings.max_kv_size)
-    if settings.kv is not None:
-        models = [model] if draft_model is None else [model, draft_model]
-        options |= _compressed(models, options["prompt_cache"], settings.kv, settings)
     result = run(model, tokenizer, prompt, settings, write=write, **options)
-    return replace(result, kv_cache=describe(options["prompt_cache"] or ()))
-
-
-def _compressed(
-    models: list[Any], caches: list[Any] | None, kv: KVOptions, settings: Settings
-) -> dict[str, Any]:
-    """The arguments of ``stream_generate`` that compress the caches."""
-    for model in models:
-        check_model(model, kv, force=settings.kv_force)
-    plain = caches or [cache for model in models for cache in make_prompt_cache(model)]
-    start = settings.quantized_kv_start
-    options: dict[str, Any] = {"prompt_cache": compressed(plain, kv, start)}
-    # mlx-lm asks each cache that is still plain to become compressed, and tells it these bits.
-    return options | ({"kv_bits": kv.v_bits, "quantized_kv_start": start} if start else {})
+    return replace(result, kv_cache=describe(caches))
 
 
 def run(
@@ -248,6 +238,11 @@ def run(
     pieces: list[str] = []
     tokens: list[int] = []
     last, reason = None, "length"
+    if settings.kv is not None and settings.quantized_kv_start:
+        options |= {
+            "kv_bits": settings.kv.v_bits,
+            "quantized_kv_start": settings.quantized_kv_start,
+        }
     for last in stream_generate(
         model,
         tokenizer,
@@ -282,12 +277,19 @@ def run(
     )
 
 
-def bounded_cache(model: Any, size: int) -> list[Any]:
-    """The model's own caches, those that would hold more than ``size`` tokens bounded to it.
+def new_cache(model: Any, settings: Settings) -> list[Any]:
+    """The model's empty caches, bounded and compressed as the settings say.
 
-    mlx-lm's ``max_kv_size`` does nothing for the models that make their own caches.
+    mlx-lm's own ``max_kv_size`` does nothing for the models that make their own caches.
     """
-    return [_bounded(cache, size) for cache in make_prompt_cache(model)]
+    made, size = make_prompt_cache(model), settings.max_kv_size
+    return _compressed([_bounded(cache, size) for cache in made] if size else made, settings)
+
+
+def _compressed(caches: list[Any], settings: Settings) -> list[Any]:
+    if settings.kv is None:
+        return caches
+    return compressed(caches, settings.kv, settings.quantized_kv_start)
 
 
 def _bounded(cache: Any, size: int) -> Any:

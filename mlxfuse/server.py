@@ -18,6 +18,7 @@ from mlx_lm.server import (
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .generate import Settings
+from .nn.kv import compress_caches
 
 # Bytes of a request's body that are read: a conversation, not an upload.
 BODY_LIMIT = 64 << 20
@@ -82,6 +83,7 @@ class Server:
 
     Raises:
         OSError: the address cannot be listened on.
+        UnsupportedError: the model cannot do with compressed caches.
     """
 
     def __init__(
@@ -96,6 +98,9 @@ class Server:
         allowed_origins: tuple[str, ...] = (),
         prompt_caches: int = 10,
     ) -> None:
+        if settings.kv is not None:
+            start = settings.quantized_kv_start
+            compress_caches(model, settings.kv, start, force=settings.kv_force)
         # What mlx_lm.server's own command line gives, under its names.
         arguments = argparse.Namespace(
             model=name,
@@ -117,9 +122,10 @@ class Server:
             prefill_step_size=settings.prefill_step_size,
             prompt_cache_size=prompt_caches,
             prompt_cache_bytes=None,
-            kv_bits=None,
+            # Caches that begin plain: mlx-lm asks them to become compressed, in no batch.
+            kv_bits=settings.kv.v_bits if settings.kv and settings.quantized_kv_start else None,
             kv_group_size=64,
-            quantized_kv_start=0,
+            quantized_kv_start=settings.quantized_kv_start,
             pipeline=False,
         )
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import mlxfuse
 from mlxfuse.cli import app
-from mlxfuse.generate import bounded_cache
+from mlxfuse.generate import Settings, new_cache
 from mlxfuse.loader import load
 from mlxfuse.terminal import neutralize
 
@@ -84,6 +84,20 @@ def test_text_on_stdout_and_footer_on_stderr(model):
     assert re.fullmatch(r"Peak memory: [\d.]+ GB", lines[2])
     quiet = invoke("generate", model, "-p", "Hello", "-m", "8", *RAW, "--verbose", "False")
     assert (quiet.stdout, quiet.stderr) == (result.stdout, "")
+
+
+def test_what_was_fused_is_a_table(model):
+    """Of plain text where stderr is no terminal, with the reasons and the calls without kernels."""
+    err = invoke("generate", model, "-p", "x", "-m", "1", *RAW, "--fuse", "all").stderr
+    lines = [re.split(r" {2,}", line.strip()) for line in err.splitlines()]
+    assert ["fusion", "fused", "of", "why not all, and which formats"] in lines
+    rows = [line for line in lines if line[0] in ("qkv", "gate/up", "residual", "norm+rope")]
+    assert rows == [[name, "3", "3"] for name in ("qkv", "gate/up", "residual", "norm+rope")]
+    assert re.search(r"^Dispatches of a token: 5\d unfused, 3\d fused$", err, flags=re.M)
+    if not mx.metal.is_available():
+        assert "Without its kernel: norm_rope " in err
+    assert not set(err) & set("│┃━─[]")
+    assert "fusion" not in invoke("generate", model, "-m", "1", *RAW, "--fuse", "off").stderr
 
 
 def test_the_prompt_as_the_model_gets_it(model):
@@ -407,8 +421,11 @@ def test_a_prompt_beyond_the_context_is_told(model):
 
 def test_abounded_cache_bounds_sliding_windows_too(tmp_path):
     loaded, _ = load(tiny.write(tmp_path / "m.gguf", tiny.build("gemma2", 0)))
-    assert {cache.max_size for cache in bounded_cache(loaded, 5)} == {5}
-    assert sorted({cache.max_size for cache in bounded_cache(loaded, 50)}) == [6, 50]
+    assert {cache.max_size for cache in new_cache(loaded, Settings(max_kv_size=5))} == {5}
+    assert sorted({cache.max_size for cache in new_cache(loaded, Settings(max_kv_size=50))}) == [
+        6,
+        50,
+    ]
 
 
 def test_a_closed_pipe_is_quiet(model):

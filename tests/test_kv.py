@@ -1,6 +1,9 @@
 """Compressed caches in models: the same logits where nothing is lost, reasons where none fits."""
 
+import itertools
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from importlib import import_module
 
@@ -26,9 +29,10 @@ from mlxfuse.loader import load
 from mlxfuse.nn.cache import CompressedKVCache
 from mlxfuse.nn.kv import KVOptions, check_model, compress_caches, compressed, plain_caches
 from mlxfuse.perplexity import Way, perplexity
-from tests.bench.bench_kv_quality import measure
 from tests.models import tiny
 
+# Largest mean KLD from the plain cache.
+BARS = {"k8v8": 5e-4, "k8v4": 8e-3}
 LOSSLESS = KVOptions(16, 16, rotate=False)
 TOKENS = 230
 
@@ -384,10 +388,14 @@ def test_the_command_prints_a_table_or_json(models, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("bits", "bar"), [("k8v8", 5e-4), ("k8v4", 8e-3)])
-def test_kld_of_the_demo_model(demo, bits, bar):
-    model, tokenizer = load(demo)
-    rotated, as_it_is = (measure(model, tokenizer, bits, rotate) for rotate in (True, False))
-    assert 0 < rotated.kld.value <= bar
-    noise = 2 * (rotated.kld.error**2 + as_it_is.kld.error**2) ** 0.5
-    assert rotated.kld.value <= as_it_is.kld.value + noise
+def test_kld_of_the_demo_model(demo):
+    """In a process of its own, which finds a fast BLAS before MLX is there."""
+    command = [sys.executable, "-m", "tests.bench.bench_kv_quality", demo, "--json", "--schemes"]
+    lines = subprocess.run([*command, *BARS], stdout=subprocess.PIPE, check=True).stdout
+    found = {(x["bits"], x["rotate"]): x for x in map(json.loads, lines.splitlines())}
+    assert set(found) == set(itertools.product(BARS, (True, False)))
+    for bits, bar in BARS.items():
+        rotated, as_it_is = (found[bits, rotate]["kld"] for rotate in (True, False))
+        assert 0 < rotated["value"] <= bar
+        noise = 2 * (rotated["error"] ** 2 + as_it_is["error"] ** 2) ** 0.5
+        assert rotated["value"] <= as_it_is["value"] + noise

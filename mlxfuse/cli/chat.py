@@ -25,6 +25,7 @@ from ._common import (
     load_model,
     one_model,
     resolve_model,
+    show_report,
 )
 from ._options import (
     ActQuant,
@@ -46,6 +47,7 @@ from ._options import (
     ModelArgument,
     ModelOption,
     PrefillStepSize,
+    QuantizedKVStart,
     Revision,
     Seed,
     SystemPrompt,
@@ -61,11 +63,12 @@ from ._options import (
 if TYPE_CHECKING:
     from ..chat import Chat
     from ..generate import Result
+    from ..loader import LoadReport
 
 FENCE = '"""'
 HELP = f"""\
 /reset   forget the conversation (not the system prompt)
-/stats   tokens, speeds and memory
+/stats   tokens, speeds, memory, and what was fused
 /help    this
 /exit    leave; so does Ctrl-D
 Ctrl-C   stop the answer; twice at the prompt: leave
@@ -84,6 +87,7 @@ def chat_command(
     max_kv_size: MaxKVSize = None,
     kv_bits: KVBits = None,
     kv_group_size: KVGroupSize = 64,
+    quantized_kv_start: QuantizedKVStart = 0,
     kv_rotate: KVRotate = True,
     kv_force: KVForce = False,
     prefill_step_size: PrefillStepSize = 2048,
@@ -115,12 +119,9 @@ def chat_command(
         say(f"loading {path.name}")
         from ..chat import Chat
         from ..generate import Settings
-        from ..nn.kv import compress_caches
 
         kv = kv_options(kv_bits, kv_group_size, kv_rotate)
         loaded, tokenizer = load_model(path, dtype, fuse, act_quant)
-        if kv is not None:
-            compress_caches(loaded, kv, force=kv_force)
         chat = Chat(
             loaded,
             tokenizer,
@@ -139,6 +140,9 @@ def chat_command(
                 seed=seed,
                 max_kv_size=max_kv_size,
                 prefill_step_size=prefill_step_size,
+                kv=kv,
+                quantized_kv_start=quantized_kv_start,
+                kv_force=kv_force,
             ),
         )
     if interactive:
@@ -146,13 +150,18 @@ def chat_command(
     interrupts = _Interrupts()
     before = signal.signal(signal.SIGINT, interrupts)
     try:
-        _converse(chat, interrupts, stdout, interactive=interactive, as_json=as_json)
+        _converse(chat, interrupts, loaded.load_report, stdout, interactive, as_json)
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 def _converse(
-    chat: Chat, interrupts: _Interrupts, stdout: TextIO, *, interactive: bool, as_json: bool
+    chat: Chat,
+    interrupts: _Interrupts,
+    report: LoadReport,
+    stdout: TextIO,
+    interactive: bool,
+    as_json: bool,
 ) -> None:
     last: Result | None = None
     for message in _messages(interactive):
@@ -169,6 +178,7 @@ def _converse(
             case "/stats":
                 print(f"{chat.cached_tokens} tokens in the cache", file=sys.stderr)
                 print(last.footer() if last else "no answer yet", file=sys.stderr)
+                show_report(report)
             case text if text.startswith("/") and text[1:].isalpha():
                 fail(f"no command {text}; /help lists them")
             case _:

@@ -25,6 +25,7 @@ from ._common import (
     load_model,
     one_model,
     resolve_model,
+    show_report,
 )
 from ._options import (
     ActQuant,
@@ -47,6 +48,7 @@ from ._options import (
     ModelArgument,
     ModelOption,
     PrefillStepSize,
+    QuantizedKVStart,
     Revision,
     Seed,
     SystemPrompt,
@@ -87,9 +89,7 @@ def generate_command(
     max_kv_size: MaxKVSize = None,
     kv_bits: KVBits = None,
     kv_group_size: KVGroupSize = 64,
-    quantized_kv_start: Annotated[
-        int, of_model("Tokens up to which the cache is left as it is.", min=0)
-    ] = 0,
+    quantized_kv_start: QuantizedKVStart = 0,
     kv_rotate: KVRotate = True,
     kv_force: KVForce = False,
     prefill_step_size: PrefillStepSize = 2048,
@@ -196,9 +196,9 @@ def generate_command(
     print()
     if shown:
         print(f"{result.footer()}", file=sys.stderr)
-        cache = [result.kv_cache] if result.kv_cache else []
-        for line in (*cache, *loaded.load_report.lines(), *kernels.summary()):
-            print(line, file=sys.stderr)
+        if result.kv_cache:
+            print(result.kv_cache, file=sys.stderr)
+        show_report(loaded.load_report)
 
 
 def _load_draft(path: Path, tokenizer: Any) -> Any:

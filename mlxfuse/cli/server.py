@@ -12,7 +12,7 @@ import typer
 from ..process import INTERRUPTED
 from ..progress import status_line
 from ..terminal import one_line
-from ._common import app, before_imports, command, load_model, one_model, resolve_model
+from ._common import app, before_imports, command, load_model, one_model, resolve_model, show_report
 from ._options import (
     ActQuant,
     ActQuantOption,
@@ -20,16 +20,22 @@ from ._options import (
     Debug,
     DTypeOption,
     Fuse,
+    KVBits,
+    KVForce,
+    KVGroupSize,
+    KVRotate,
     MaxTokens,
     MinP,
     ModelArgument,
     ModelOption,
     PrefillStepSize,
+    QuantizedKVStart,
     Revision,
     Temp,
     TopK,
     TopP,
     json_object,
+    kv_options,
     option,
 )
 
@@ -45,6 +51,11 @@ def server_command(
     dtype: DTypeOption = None,
     fuse: Fuse = "auto",
     act_quant: ActQuantOption = ActQuant.auto,
+    kv_bits: KVBits = None,
+    kv_group_size: KVGroupSize = 64,
+    quantized_kv_start: QuantizedKVStart = 0,
+    kv_rotate: KVRotate = True,
+    kv_force: KVForce = False,
     prefill_step_size: PrefillStepSize = 2048,
     host: Annotated[str, option(SERVER, "Address to listen on.")] = "127.0.0.1",
     port: Annotated[
@@ -70,7 +81,8 @@ def server_command(
     """Serve a model to OpenAI clients at http://127.0.0.1:8080/v1.
 
     The sampling options are for requests that do not give their own. Whatever model a request
-    names, it gets this one.
+    names, it gets this one. Requests that come together are answered together, but one by one
+    with --quantized-kv-start: mlx-lm compresses no caches of a batch.
     """
     config = json_object(chat_template_config)
     level = logging.getLevelNamesMapping().get(log_level.upper())
@@ -86,6 +98,7 @@ def server_command(
         from ..generate import Settings
         from ..server import Server
 
+        kv = kv_options(kv_bits, kv_group_size, kv_rotate)
         loaded, tokenizer = load_model(path, dtype, fuse, act_quant)
         server = Server(
             loaded,
@@ -99,6 +112,9 @@ def server_command(
                 min_p=min_p,
                 top_k=top_k,
                 prefill_step_size=prefill_step_size,
+                kv=kv,
+                quantized_kv_start=quantized_kv_start,
+                kv_force=kv_force,
             ),
             host=host,
             port=port,
@@ -106,6 +122,7 @@ def server_command(
             prompt_caches=prompt_cache_size,
         )
     print(f"{one_line(path.name)} at {server.address}/v1; Ctrl-C ends it", file=sys.stderr)
+    show_report(loaded.load_report)
     try:
         server.serve()
     except KeyboardInterrupt:

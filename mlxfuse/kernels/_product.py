@@ -59,6 +59,10 @@ class Call(Generic[X]):
             return "vector"
         return "batch" if self.rows <= MAX_VECTOR_ROWS else "large"
 
+    def part(self, name: str) -> str:
+        """The section of the Metal source: ``name``'s, or that of its floor."""
+        return f"{name}_floor" if self.floor else name
+
     @property
     def route(self) -> str:
         """``vector``, ``batch``, ``dequantize`` or ``tiles``."""

@@ -113,16 +113,14 @@ def run_call(call: Call[mx.array], *, emulated: bool = False) -> list[mx.array]:
 
 def _tile(call: Call[mx.array]) -> Tile:
     kind, op = call.route, "quantized_matmul"
-    needs = ("batch", "batched") if kind == "batch" else (kind,)
-    sections = tuple(f"{op}.metal:{s}" for s in needs)
     if kind == "tiles":
         rows = 32 if call.gated else 64
         scratch = "threadgroup float scratch[96 * tile_pitch * sizeof(T) / 4];"
-        return Tile(op, sections, "matrix_tile", "", "x", rows, 32, 128, scratch)
+        return Tile(op, (f"{op}.metal:tiles",), "matrix_tile", "", "x", rows, 32, 128, scratch)
     slots = _SLOTS[kind][call.variant or tuning.VARIANTS[op][kind][0]]
     many = batches(call.rows) if kind == "batch" else 1
-    last = many if kind == "batch" else 4 if call.floor else 1
-    numbers = f", {slots}, {last}"
+    numbers = f", {slots}, {many}" if kind == "batch" else f", {slots}"
+    sections = tuple(f"{op}.metal:{s}" for s in (call.part(kind), f"{kind}_tile"))
     return Tile(op, sections, f"{kind}_tile", numbers, "x", 2 * slots, many, 64, "")
 
 

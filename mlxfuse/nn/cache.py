@@ -52,6 +52,7 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
     RECENT: ClassVar[int] = 64
     CAPACITY: ClassVar[int] = RECENT + BLOCK + MAX_QUERIES  # of the tail
     STEP: ClassVar[int] = 256  # rows that are allocated at a time
+    SCRATCH: ClassVar[int] = 32 << 20  # bytes of decompressed keys and values; not measured
 
     def __init__(
         self,
@@ -81,12 +82,9 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
         What was sealed before comes decompressed, the new tokens as they were given.
         """
         self._prepare(keys, values)
-        past = self._past(keys.dtype)
+        fetched = self._with_past(keys, values)
         self._append(keys, values)
-        if not past:
-            return keys, values
-        k, v = (list(x) for x in zip(*past, (keys, values), strict=True))
-        return mx.concatenate(k, axis=2), mx.concatenate(v, axis=2)
+        return fetched
 
     @property
     def state(self) -> tuple[Any, ...]:
@@ -186,8 +184,9 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
     ) -> mx.array:
         """Append keys and values, and attend to all that is held.
 
-        Up to 8 queries read the compressed rows where they lie. For more, keys and values are
-        decompressed for this layer and call.
+        Up to 8 queries read the compressed rows where they lie. For more, as many KV heads at a
+        time are decompressed as ``SCRATCH`` bytes hold, but at least one: heads know nothing of
+        each other, so nothing is to be merged.
 
         Args:
             queries: [B, query heads, L, head size]; keys and values as for `update_and_fetch`.
@@ -199,11 +198,26 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
             [B, query heads, L, value head size] in the queries' type.
         """
         length = queries.shape[2]
-        if length > MAX_QUERIES:
-            keys, values = self.update_and_fetch(keys, values)
-            return sdpa(queries, keys, values, scale=scale, mask=mask, sinks=sinks, softcap=softcap)
         self._prepare(keys, values)
         scheme = self.scheme
+        if length > MAX_QUERIES:
+            token = keys.shape[0] * (scheme.k.dim + scheme.v.dim) * keys.dtype.size
+            each = max(1, self.SCRATCH // ((self.columns + length) * token))
+            shared = queries.shape[1] // keys.shape[1]
+            outputs = []
+            for first in range(0, keys.shape[1], each):
+                heads = slice(first, first + each)
+                rows = slice(first * shared, (first + each) * shared)
+                k, v = self._with_past(keys[:, heads], values[:, heads], heads)
+                how: dict[str, Any] = {
+                    "scale": scale,
+                    "mask": _of_heads(mask, rows),
+                    "softcap": softcap,
+                }
+                how["sinks"] = None if sinks is None else sinks[rows]
+                outputs.append(sdpa(queries[:, rows], k, v, **how))
+            self._append(keys, values)
+            return mx.concatenate(outputs, axis=1)
         if isinstance(mask, mx.array):
             mask = self._all_columns(mask)
         elif self._unseen and self.keep:  # the kernel's window would drop the sink
@@ -296,19 +310,20 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
         blocks = max(0, self.offset + length - self.keep - self.RECENT) // self.BLOCK
         return self.keep + blocks * self.BLOCK - self._first - self._sealed
 
-    def _past(self, dtype: mx.Dtype) -> list[Pair]:
-        """What a token after those held may see, piece by piece."""
+    def _with_past(self, keys: mx.array, values: mx.array, heads: slice = slice(None)) -> Pair:
+        """What a token after those held may see, of some KV heads, before new ``keys``."""
         pieces = []
         if self.sink is not None:
-            pieces.append(self._split(self.sink[:, :, : self.offset]))
+            pieces.append(self._split(self.sink[:, heads, : self.offset]))
         skip = self._unseen
         if skip < self._sealed:
-            rows = self.rows[:, :, skip : self._sealed]
-            pieces.append(dequantize_kv(rows, self.scheme, dtype))
+            rows = self.rows[:, heads, skip : self._sealed]
+            pieces.append(dequantize_kv(rows, self.scheme, keys.dtype))
         skip = max(0, skip - self._sealed)
         if skip < self._tail_length:
-            pieces.append(self._split(self.tail[:, :, skip : self._tail_length]))
-        return pieces
+            pieces.append(self._split(self.tail[:, heads, skip : self._tail_length]))
+        k, v = (list(x) for x in zip(*pieces, (keys, values), strict=True))
+        return mx.concatenate(k, axis=2), mx.concatenate(v, axis=2)
 
     def _split(self, plain: mx.array) -> Pair:
         dim = self.scheme.k.dim
@@ -363,6 +378,12 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
         self.rows = mx.concatenate([*parts, mx.zeros(spare, packed.dtype)], axis=2)
         del parts
         mx.eval(self.rows)  # the old rows are gone before the next layer's grow
+
+
+def _of_heads(mask: Mask, heads: slice) -> Mask:
+    if isinstance(mask, mx.array) and mask.ndim > 2 and mask.shape[-3] > 1:
+        return mask[..., heads, :, :]
+    return mask
 
 
 def _write(into: mx.array | None, rows: mx.array, start: int, capacity: int) -> mx.array:

@@ -52,6 +52,10 @@ class KVOptions:
         """For example ``k8v4``."""
         return f"k{self.k_bits}v{self.v_bits}"
 
+    def __str__(self) -> str:
+        rotated = ", rotated" if self.rotate else ""
+        return f"key-value cache {self.name} in groups of {self.group_size}{rotated}"
+
 
 def check_model(model: nn.Module, options: KVOptions, *, force: bool = False) -> None:
     """Nothing where the model can do with compressed keys and values.
@@ -92,7 +96,7 @@ def compressed(caches: Sequence[Any], options: KVOptions, start: int = 0) -> lis
     """mlx-lm's caches, empty or filled, in compressed form.
 
     Args:
-        start: tokens up to which a cache stays as it is; see `compress_later`.
+        start: tokens up to which a cache stays as it is; see `compress_caches`.
 
     Raises:
         UnsupportedError: a cache is compressed in another way already.
@@ -140,16 +144,22 @@ def plain_caches(model: nn.Module) -> list[Any]:
     return made
 
 
-def compress_caches(model: nn.Module, options: KVOptions, *, force: bool = False) -> None:
+def compress_caches(
+    model: nn.Module, options: KVOptions, start: int = 0, *, force: bool = False
+) -> None:
     """Let mlx-lm's ``make_prompt_cache``, and all that uses it, make compressed caches.
 
     ``del model.make_cache`` undoes it.
+
+    Args:
+        start: tokens up to which they stay plain, where mlx-lm is told the same number as
+            ``quantized_kv_start``, and any ``kv_bits``.
 
     Raises:
         UnsupportedError: the model cannot do with them; see `check_model`.
     """
     check_model(model, options, force=force)
-    model.make_cache = lambda: compressed(plain_caches(model), options)
+    model.make_cache = lambda: compressed(plain_caches(model), options, start)
 
 
 def describe(caches: Sequence[Any]) -> str | None:

@@ -1,6 +1,6 @@
 """What compressing the key-value cache changes: KLD from the plain one, on Python's documentation.
 
-    python -m tests.bench.bench_kv_quality [model.gguf] [--tokens 2000]
+    python -m tests.bench.bench_kv_quality [model.gguf] [--tokens N] [--schemes k8v8 ...] [--json]
 
 One chunk of the text, processed as in generation, 8 tokens at a time; its second half is scored.
 The command does the same with a text of yours: ``mlxfuse perplexity MODEL -f FILE -c 2000 --kld
@@ -10,35 +10,61 @@ The command does the same with a text of yours: ``mlxfuse perplexity MODEL -f FI
 from __future__ import annotations
 
 import argparse
+import json
 from pydoc_data.topics import topics
 from typing import Any
 
-from mlxfuse.nn.kv import KVOptions, compressed, plain_caches
-from mlxfuse.perplexity import Report, Way, perplexity
+from mlxfuse import blas
 
 TOPICS = ("class", "compound", "numeric-types", "exceptions", "dynamic-features")
 SCHEMES = ("k8v8", "k8v4", "k4v8", "k4v4")
 
 
-def measure(model: Any, tokenizer: Any, bits: str, rotate: bool, tokens: int = 2000) -> Report:
-    options = KVOptions.parse(bits, rotate=rotate)
-    ids = tokenizer.encode("\n".join(topics[name] for name in TOPICS))
-    plain = Way(model, lambda: plain_caches(model))
-    way = Way(model, lambda: compressed(plain_caches(model), options))
-    return perplexity(ids, way, plain, context=tokens, chunks=1, step=8)
+class Once:
+    """A model and its caches: what it computes for the first pass over a text it says again."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._logits: list[Any] = []
+        self._next = 0
+
+    def caches(self) -> list[Any]:
+        from mlxfuse.nn.kv import plain_caches
+
+        self._next = 0
+        return [] if self._logits else plain_caches(self._model)
+
+    def __call__(self, inputs: Any, cache: list[Any]) -> Any:
+        if cache:
+            self._logits.append(self._model(inputs, cache=cache))
+        self._next += 1
+        return self._logits[self._next - 1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", nargs="?", help="default: the demo model")
     parser.add_argument("--tokens", type=int, default=2000)
+    parser.add_argument("--schemes", nargs="+", default=SCHEMES)
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each")
     arguments = parser.parse_args()
+    blas.preload()  # before MLX is imported
     from mlxfuse import load
+    from mlxfuse.nn.kv import KVOptions, compressed, plain_caches
+    from mlxfuse.perplexity import Way, perplexity
 
     model, tokenizer = load(arguments.model)
-    for bits in SCHEMES:
+    ids = tokenizer.encode("\n".join(topics[name] for name in TOPICS))
+    once = Once(model)
+    plain = Way(once, once.caches)
+    for bits in arguments.schemes:
         for rotate in (True, False):
-            found = measure(model, tokenizer, bits, rotate, arguments.tokens)
+            options = KVOptions.parse(bits, rotate=rotate)
+            way = Way(model, lambda how=options: compressed(plain_caches(model), how))
+            found = perplexity(ids, way, plain, context=arguments.tokens, chunks=1, step=8)
+            if arguments.json:
+                print(json.dumps({"bits": bits, "rotate": rotate, **found.as_dict()}), flush=True)
+                continue
             assert found.base
             assert found.kld
             assert found.same_top

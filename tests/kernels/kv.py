@@ -118,6 +118,7 @@ def oracle(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
 
     The error is `THRESHOLD` times the sum of |p v|. Rotated values are summed before they are
     turned back, so float32 also rounds what the other elements of the block add and take away.
+    Half a step of float16's least numbers is what rounding to them takes.
     """
     given = problem.options
     q = to_float64(problem.q)
@@ -159,7 +160,10 @@ def oracle(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
         block = problem.scheme.v_block
         others = (p @ np.abs(rotate(v, block))).reshape(*p.shape[:-1], -1, block)
         others = np.repeat(others.sum(-1) / np.sqrt(block), block, axis=-1)
-        bound.append(THRESHOLD[problem.q.dtype] * (p @ np.abs(v)) + (block > 1) * 2.0**-22 * others)
+        size = p @ np.abs(v)
+        subnormal = (problem.q.dtype == mx.float16) * (size > 0) * 2.0**-25
+        rotated = (block > 1) * 2.0**-22 * others
+        bound.append(THRESHOLD[problem.q.dtype] * size + rotated + subnormal)
     return np.array(out), np.array(bound)
 
 
