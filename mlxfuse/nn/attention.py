@@ -229,11 +229,12 @@ class FusedSharedAttention(FusedAttention):
             return found
         run = Run.of(x)
         if own:
-            offset = 0 if cache is None else cache.offset
+            offset = self._offset(run, cache)
             # A cache advances an array in place.
             offset = mx.array(offset) if isinstance(offset, mx.array) else offset
-        offset = position(offset) if isinstance(offset, int) else offset
-        queries, *both = self._part(self._entering(run), self._enter, self._children, x, offset)
+        entering = self._entering(run)
+        place = position(offset) if entering.kept and isinstance(offset, int) else offset
+        queries, *both = self._part(entering, self._enter, self._children, x, place)
         keys, values = both if shared_kv is None else shared_kv
         kept = None
         if own and hasattr(cache, "attend") and not form.read:
