@@ -37,6 +37,8 @@ CASES = (
     "qwen3moe",
     "gpt-oss",
     "gemma3",
+    "gemma4-e4b",
+    "gemma4-a4b",
     "phi3",
     "qwen35",
 )

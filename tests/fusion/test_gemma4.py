@@ -11,6 +11,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlxfuse.fusion import patch_model, unpatch_model
 from mlxfuse.kernels import fallbacks, launches
+from mlxfuse.nn.form import Run
 from mlxfuse.nn.kv import KVOptions, compressed, plain_caches
 from tests import msl
 from tests.fusion import zoo
@@ -139,3 +140,20 @@ def test_an_update_of_a_linear_is_used() -> None:
     assert zoo.apart(changed, before) > 1e-2
     unpatch_model(model)
     assert np.array_equal(zoo.logits(model), changed)
+
+
+def test_a_kept_graph_sees_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Metal, where parts of a layer are graphs that are built once."""
+    monkeypatch.setenv("MLXFUSE_KERNELS", "reference")
+    model = build("31b", "affine4", num_hidden_layers=1)
+    want = zoo.logits(model)
+    patch_model(model, fuse="all")
+    monkeypatch.setattr(Run, "of", classmethod(lambda cls, x: cls("", True)))
+    attention = model.layers[0].self_attn
+    assert zoo.apart(zoo.logits(model), want) <= BOUND
+    assert set(attention._fused.kept) == {"_enter", "_leave"}
+    attention.o_proj.scales = 2 * attention.o_proj.scales
+    changed = zoo.logits(model)
+    assert zoo.apart(changed, want) > 1e-2
+    unpatch_model(model)
+    assert zoo.apart(changed, zoo.logits(model)) <= BOUND
