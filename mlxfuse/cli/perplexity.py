@@ -76,7 +76,7 @@ def perplexity_command(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Score a text: perplexity, and what a compressed cache changes."""
+    """Score a text: perplexity, and what a compressed cache or int8 activations change."""
     rounded = act_quant is ActQuant.on
     if kld and kv_bits is None and not rounded:
         raise typer.BadParameter("--kld compares two ways: say with --kv-bits or --act-quant which")
