@@ -112,8 +112,8 @@ METAL_FUNC void load_group(P p, uint first, uint g, thread Group& group) {
 }
 
 //@ batch: group
-// As for floats: `many` rows of x, from `to` on, by `slots` rows of a part, a lane one group at a
-// time. Rows past the last are the last again.
+// As for floats: `many` rows of x, those of the outputs from `to` on, by `slots` rows of a part, a
+// lane one group at a time. Rows past the last are the last again.
 template <typename F, int slots, int many, typename P, typename C, typename S, typename M>
 METAL_FUNC void batch_dots(
     P p, Int8Rows<C, S, M> x, const device Size* size, Part a, uint n, uint to,
@@ -123,7 +123,7 @@ METAL_FUNC void batch_dots(
   float sums[many][slots];
   UNROLL
   for (int m = 0; m < many; m++) {
-    from[m] = ulong(metal::min(to + m, size->rows - 1)) * groups;
+    from[m] = ulong(metal::min(to + m, size->rows - 1) / size->outputs) * groups;
     UNROLL
     for (int r = 0; r < slots; r++) {
       sums[m][r] = 0.0f;
@@ -151,6 +151,42 @@ METAL_FUNC void batch_dots(
   UNROLL
   for (int m = 0; m < many; m++) {
     mine[m] = sum_of_lane<slots>(sums[m], lane);
+  }
+}
+
+//@ batch_floor:
+// The address floor of batch_dots: see quantized_matmul.metal.
+template <typename F, int slots, int many, typename P, typename C, typename S, typename M>
+METAL_FUNC void batch_dots(
+    P p, Int8Rows<C, S, M> x, const device Size* size, Part a, uint n, uint to,
+    uint lane, thread float* mine) {
+  constexpr int units = 32 / F::width;
+  const uint groups = size->columns / 32;
+  float sum = 0.0f;
+  float sums[many] = {0.0f};
+  for (uint g = lane; g < groups; g += 32) {
+    UNROLL
+    for (int r = 0; r < slots; r++) {
+      const uint first = (a.first + metal::min(n + r, a.rows - 1)) * groups;
+      UNROLL
+      for (int u = 0; u < units; u++) {
+        const F f(p, units * first, units * g + u);
+        sum += u < units - 1 ? loaded_codes(f) : loaded(f);  // a group's scale is its last unit's
+      }
+    }
+    UNROLL
+    for (int m = 0; m < many; m++) {
+      const ulong at = ulong(metal::min(to + m, size->rows - 1)) * groups + g;
+      const uint4 a = elements<uint4>(x.codes)[2 * at];
+      const uint4 b = elements<uint4>(x.codes)[2 * at + 1];
+      const uint4 words = a ^ b;
+      sums[m] += x.scales[at] + (F::biased ? x.sums[at] : 0.0f);
+      sums[m] += float(words.x ^ words.y ^ words.z ^ words.w);
+    }
+  }
+  UNROLL
+  for (int m = 0; m < many; m++) {
+    mine[m] = simd_sum(sum + sums[m]);
   }
 }
 

@@ -103,6 +103,17 @@ struct Gated {
   }
 };
 
+//@ ClippedSwiglu:
+// gpt-oss's: silu with a slope of 1.702 times up + 1, of clipped values. A NaN stays one.
+struct ClippedSwiglu {
+  static constexpr constant bool gated = true;
+  static float apply(float v, float up) {
+    v = v > 7.0f ? 7.0f : v;
+    up = up > 7.0f ? 7.0f : up < -7.0f ? -7.0f : up;
+    return (up + 1.0f) * v / (1.0f + metal::precise::exp(-1.702f * v));
+  }
+};
+
 //@ lanes:
 // Lane r gets the SIMD-group's sum of sums[r].
 template <int slots>
@@ -126,9 +137,7 @@ METAL_FUNC float4 decoded(F f, int q) {
 
 //@ vector: lanes
 // One row of x by `slots` rows of W from row n on; a lane takes a unit of each at a time.
-// A `step` of 4 instead of 1 multiplies one weight of each word only, after the same loads: what
-// the addresses alone cost, for measuring; x is added up so that no load of it is left out.
-template <typename F, int slots, int step, typename T, typename P>
+template <typename F, int slots, typename T, typename P>
 METAL_FUNC float vector_dots(P p, const device T* x, uint n, uint columns, uint lane) {
   constexpr int scales = F::halves ? 2 : 1;
   constexpr int each = F::width / scales;
@@ -154,10 +163,10 @@ METAL_FUNC float vector_dots(P p, const device T* x, uint n, uint columns, uint 
       for (int h = 0; h < scales; h++) {
         float dot = 0.0f;
         UNROLL
-        for (int e = h * each; e < (h + 1) * each; e += step) {
+        for (int e = h * each; e < (h + 1) * each; e++) {
           dot = fma(f.code(e), v[e], dot);
         }
-        if (F::offset || step > 1) {
+        if (F::offset) {
           dot = fma(-float(F::offset), total[h], dot);
         }
         sums[r] = fma(f.scale(h), dot, sums[r]);
@@ -170,32 +179,32 @@ METAL_FUNC float vector_dots(P p, const device T* x, uint n, uint columns, uint 
   return sum_of_lane<slots>(sums, lane);
 }
 
-template <
-    typename F, typename G, int slots, int step, typename Y, typename T, typename P, typename Q>
+//@ vector_tile:
+// For a vector_dots that precedes.
+template <typename F, typename G, int slots, typename Y, typename T, typename P, typename Q>
 METAL_FUNC void vector_rows(
     P p, Q q, const device T* x, Y y, uint n, uint columns, uint to, uint lane) {
-  const float v = vector_dots<F, slots, step>(p, x, y.a.first + n, columns, lane);
+  const float v = vector_dots<F, slots>(p, x, y.a.first + n, columns, lane);
   float up = 0.0f;
   if (Y::gated) {
-    up = vector_dots<G, slots, step>(q, x, y.b.first + n, columns, lane);
+    up = vector_dots<G, slots>(q, x, y.b.first + n, columns, lane);
   }
   if (lane < slots) {
     put(y, v, up, n + lane, to);
   }
 }
 
-template <
-    typename F, typename G, int slots, int step, typename Y, typename T, typename P, typename Q>
+template <typename F, typename G, int slots, typename Y, typename T, typename P, typename Q>
 METAL_FUNC void vector_tile(
     P p, Q q, const device T* x, const device Size* size, Y y, uint3 tile, uint group, uint lane) {
   const uint columns = size->columns;
   x += ulong(tile.y / size->outputs) * columns;
   uint n = ((tile.x - y.a.tile) * 2 + group) * slots;
   if (n + slots <= y.a.rows) {
-    vector_rows<F, G, slots, step>(p, q, x, y, n, columns, tile.y, lane);
+    vector_rows<F, G, slots>(p, q, x, y, n, columns, tile.y, lane);
   } else {
     for (; n < y.a.rows; n++) {
-      vector_rows<F, G, 1, step>(p, q, x, y, n, columns, tile.y, lane);
+      vector_rows<F, G, 1>(p, q, x, y, n, columns, tile.y, lane);
     }
   }
 }
@@ -250,7 +259,7 @@ METAL_FUNC void batch_dots(
   }
 }
 
-//@ batched:
+//@ batch_tile:
 // For x of any kind that a batch_dots precedes for.
 template <
     typename F, typename G, int slots, int many, typename Y, typename X, typename P, typename Q>
@@ -271,6 +280,81 @@ METAL_FUNC void batch_tile(
         put(y, v[m], Y::gated ? up[m] : 0.0f, n + lane, to + m);
       }
     }
+  }
+}
+
+//@ floor: lanes
+// Address floors, for measuring: what the functions of these names load, with next to no
+// arithmetic. The result is nothing.
+template <typename F>
+METAL_FUNC float loaded_codes(F f) {
+  float found = 0.0f;
+  UNROLL
+  for (int q = 0; q < F::width / 4; q++) {
+    found += f.code(4 * q);
+  }
+  return found;
+}
+
+template <typename F>
+METAL_FUNC float loaded(F f) {
+  constexpr int last = F::halves ? 1 : 0;
+  return loaded_codes(f) + f.scale(0) + f.scale(last) + f.bias(0) + f.bias(last);
+}
+
+template <int count, typename T>
+METAL_FUNC uint loaded_values(const device T* x) {
+  uint found = 0;
+  UNROLL
+  for (int q = 0; q < count / 4; q++) {
+    const vec<uint, sizeof(T)> words = ((const device vec<uint, sizeof(T)>*)x)[q];
+    UNROLL
+    for (int e = 0; e < int(sizeof(T)); e++) {
+      found ^= words[e];
+    }
+  }
+  return found;
+}
+
+//@ vector_floor: floor
+template <typename F, int slots, typename T, typename P>
+METAL_FUNC float vector_dots(P p, const device T* x, uint n, uint columns, uint lane) {
+  const uint units = columns / F::width;
+  float sums[slots] = {0.0f};
+  uint words = 0;
+  for (uint i = lane; i < units; i += 32) {
+    words ^= loaded_values<F::width>(x + i * F::width);
+    UNROLL
+    for (int r = 0; r < slots; r++) {
+      sums[r] += loaded(F(p, (n + r) * units, i));
+    }
+  }
+  sums[0] += float(words);
+  return sum_of_lane<slots>(sums, lane);
+}
+
+//@ batch_floor: floor
+template <typename F, int slots, int many, typename T, typename P>
+METAL_FUNC void batch_dots(
+    P p, const device T* x, const device Size* size, Part a, uint n, uint to, uint lane,
+    thread float* mine) {
+  const uint units = size->columns / F::width;
+  float sum = 0.0f;
+  uint words[many] = {0};
+  for (uint i = lane; i < units; i += 32) {
+    UNROLL
+    for (int r = 0; r < slots; r++) {
+      sum += loaded(F(p, (a.first + metal::min(n + r, a.rows - 1)) * units, i));
+    }
+    UNROLL
+    for (int m = 0; m < many; m++) {
+      const ulong row = metal::min(to + m, size->rows - 1);
+      words[m] ^= loaded_values<F::width>(x + row * size->columns + i * F::width);
+    }
+  }
+  UNROLL
+  for (int m = 0; m < many; m++) {
+    mine[m] = simd_sum(sum + float(words[m]));
   }
 }
 

@@ -7,24 +7,18 @@ import platform
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import partial
+from collections import Counter
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from . import __version__, blas, env, memory
-from .formats import FORMATS, Format
+from .cases import SMALL, cases
 from .gguf.exported import open_model
-from .gguf.relayout import allocate, relayout
-from .kernels import self_test, unavailable
-from .kernels.dequantize import dequantize
-from .kernels.quantized_matmul import quantized_matmul
-from .kernels.weight import QuantizedWeight, Segment
+from .kernels import self_test, tuning, unavailable
 from .needs import needs
 from .terminal import one_line
 
@@ -92,53 +86,25 @@ def device() -> dict[str, Any]:
 def _kernels() -> dict[str, Any]:
     """Whether kernels run, and the result of each variant's self-test where they do."""
     reason = unavailable()
+    tuned = sum(len(cases) for cases in tuning.known().variants.values())
     return {
         "mode": env.get("MLXFUSE_KERNELS"),
         "unavailable": reason,
+        "tuned": tuned,
         "variants": [] if reason else list(_variants()),
     }
 
 
 def _variants() -> Iterator[dict[str, str]]:
-    """The self-test of each kernel for each format, in float32."""
+    """The self-test of each kernel, for each format, on a small case."""
     emulated = env.get("MLXFUSE_KERNELS") == "emulated"
-    for format in FORMATS.values():
-        if not format.kernel:
-            continue
-        weight = QuantizedWeight.whole(sample(format))
-
-        def multiply(rows: int, weight: QuantizedWeight = weight) -> object:
-            return quantized_matmul(mx.zeros((rows, weight.columns)), weight)
-
-        def decode(weight: QuantizedWeight = weight) -> object:
-            return dequantize(weight.segments[0], None, mx.float32)
-
-        runs: dict[str, Callable[[], object]] = {
-            "quantized_matmul, 1 row": partial(multiply, 1),
-            "quantized_matmul, 4 rows": partial(multiply, 4),
-            "dequantize": decode,
-        }
-        for name, run in runs.items():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)  # it is reported here
-                failures = self_test.check(self_test.calls(run), emulated=emulated)
-            yield {"variant": f"{name}, {format.name}", "failure": "; ".join(failures.values())}
-
-
-def sample(format: Format, rows: int = 16, columns: int = 0) -> Segment:
-    """Random rows, the same ones each time; two blocks of columns, at least 512, if not given.
-
-    Scales are small, so that a float16 holds what is multiplied by them.
-    """
-    # Any byte may become the upper one of a float16: below 2^-4. MXFP4's scales are exponents.
-    small = [b for b in range(256) if b & 0x7C <= 0x28]
-    allowed = range(100, 128) if format.name == "MXFP4" else small
-    columns = columns or 2 * max(256, format.block_size)
-    random = np.random.default_rng(0)
-    data = random.choice(np.array(allowed, np.uint8), (rows, format.row_bytes(columns)))
-    streams = allocate(format, len(data), columns)
-    relayout(data, format, streams)
-    return Segment(format, columns, {name: mx.array(a) for name, a in streams.items()})
+    for case in cases(SMALL):
+        recorded = self_test.calls(case.ours[0])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # it is reported here
+            failures = self_test.check(recorded, emulated=emulated)
+        failure = "; ".join(failures.values())
+        yield {"kernel": recorded[0][0].name, "variant": case.name, "failure": failure}
 
 
 def _model(path: Path, context: int, device: dict[str, Any]) -> dict[str, Any]:
@@ -149,11 +115,7 @@ def _model(path: Path, context: int, device: dict[str, Any]) -> dict[str, Any]:
     tokens, budget = context or trained, device["budget"]
     streamed = 0
     if device["kind"] == "cpu":
-        # Without kernels matrices are float32 for as long as half of the memory lasts; the rest
-        # is dequantised at every call. The cache is float32 too.
-        held = min(wanted.dense, budget // 2)
-        streamed = wanted.dense - held
-        wanted = replace(wanted, weights=held, kv=tuple((2 * n, t) for n, t in wanted.kv))
+        wanted, streamed = wanted.without_kernels(budget)
     total = wanted.weights + wanted.cache(tokens)
     return {
         "file": str(path),
@@ -192,10 +154,17 @@ def render(found: dict[str, Any]) -> str:
     if kernels["unavailable"]:
         rows.append(("kernels", f"not used: {kernels['unavailable']}"))
     else:
-        passed = len(kernels["variants"]) - len(failures)
-        rows.append(("kernels", f"{passed} of {len(kernels['variants'])} variants pass"))
+        tested = Counter(v["kernel"] for v in kernels["variants"])
+        tested_and_wrong = Counter(v["kernel"] for v in failures)
+        passed = (f"{k} {n - tested_and_wrong[k]} of {n}" for k, n in tested.items())
+        rows.append(("kernels", f"self-tests passed: {', '.join(passed)}"))
+        tuned = kernels["tuned"]
+        rows.append(("tuning", f"{tuned} cases measured" if tuned else "none: built-in variants"))
     lines = [f"{label:<10}{one_line(str(value), 1000)}" for label, value in rows]
-    lines += [f"          {v['variant']}: {one_line(v['failure'])}" for v in failures]
+    lines += [
+        f"          {v['kernel']}, {v['variant']} is not used: {one_line(v['failure'])}"
+        for v in failures
+    ]
     if model := found.get("model"):
         lines += ["", *_verdict(model)]
     return "\n".join(lines)

@@ -52,9 +52,8 @@ class LoadReport:
         return {"seconds": seconds, "dequantized": self.dequantized, "fused": str(self.patch)}
 
     def lines(self) -> list[str]:
-        """What a user should know: what was fused and what takes more memory than its file."""
-        fused = [f"Fused: {self.patch}"] if self.patch.tallies else []
-        return fused + [
+        """What takes more memory than its file, or is slow."""
+        return [
             f"{name} has no kernel: {count} matrices of {stored / 1e6:.1f} MB "
             + (f"take {held / 1e6:.1f} MB" if held else "are dequantised at every call")
             for name, (count, stored, held) in self.dequantized.items()

@@ -1,15 +1,16 @@
-"""What stderr shows while a command is at work."""
+"""What stderr shows while a command is at work, and after it."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
 
 from .terminal import one_line
 
@@ -66,3 +67,11 @@ def status_line(shown: bool) -> Iterator[Callable[[str | None], None]]:
                 line.update(escape(one_line(text, 70)))
 
         yield say
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A small table on stderr; what does not fit a line goes on in the next, in its column."""
+    table = Table(*header, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(escape(one_line(cell, 1000)) for cell in row))
+    Console(stderr=True).print(table)

@@ -12,13 +12,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import env
+from .bench.kernels import on_device
 from .bench.measure import alternate, seconds
-from .errors import KernelError
 from .fusion import unpatch_model
 from .fusion.candidates import Candidate, Tree, site
 from .fusion.patch import patch_model
-from .kernels import self_test, tuning, unavailable
+from .kernels import self_test, tuning
 from .kernels.quantized_matmul import KERNEL, run_call
 from .kernels.tuning import FUSED, SEPARATE, VARIANTS, Tuning
 from .kernels.weight import QuantizedWeight
@@ -46,18 +45,6 @@ class Result:
     times: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
-def refuse() -> None:
-    """
-    Raises:
-        KernelError: nothing can be measured here.
-    """
-    reason = unavailable()
-    if reason is None and env.get("MLXFUSE_KERNELS") == "emulated":
-        reason = "emulated kernels would measure the emulation"
-    if reason is not None:
-        raise KernelError(f"tune measures on a Metal device only: {reason}")
-
-
 def tune(
     model: nn.Module, *, repetitions: int, pause: float = 0.0, say: Say = lambda text: None
 ) -> Result:
@@ -70,7 +57,7 @@ def tune(
         KernelError: there is no Metal device.
         OSError: the winners cannot be stored.
     """
-    refuse()
+    on_device("tune measures")
     try:
         patch_model(model, fuse="all")
         found = tune_kernels(model, repetitions, pause=pause, say=say)

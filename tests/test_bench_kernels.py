@@ -1,14 +1,23 @@
 """`mlxfuse bench kernels`: what is timed beside what, and that a floor has the kernel's loads."""
 
-import itertools
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
+from mlxfuse import cases
 from mlxfuse.bench import kernels, output
+from mlxfuse.cases import SMALL
 from mlxfuse.errors import KernelError
+from mlxfuse.formats import BY_NAME
 from mlxfuse.kernels import _kernel, self_test
+from mlxfuse.kernels._decode import INTEGERS
+from mlxfuse.kernels.dequantize import dequantize
+from mlxfuse.kernels.floor import floor
+from mlxfuse.kernels.int8_matmul import int8_matmul
+from mlxfuse.kernels.quantize_int8 import quantize_int8
 from mlxfuse.kernels.quantized_matmul import quantized_matmul
 from mlxfuse.kernels.weight import QuantizedWeight
 
@@ -16,41 +25,78 @@ from . import msl
 from .kernels.variants import NAMES, capture, segment
 from .msl.instructions import largest_loop
 
-SMALL = [(32, 512)]
+FEW = [BY_NAME["Q4_0"]]
+TABLE = [(self_test.calls(case.ours[0])[0], case) for case in cases.cases(SMALL, FEW)]
+FLOORS = [
+    (quantized_matmul, "Q4_0", 1),
+    (quantized_matmul, "Q6_K", 4),
+    (quantized_matmul, "IQ4_XS", 1),
+    (quantized_matmul, "affine4", 4),
+    (int8_matmul, "Q8_0", 1),
+    (int8_matmul, "Q6_K", 4),
+]
 
 
-def cases(registered, count):
-    return list(itertools.islice(registered(SMALL, 0), count))
+def both(operation, name, rows):
+    """The launch of a product, and that of its floor."""
+    x = mx.ones((rows, 2048), mx.float16)
+    given = quantize_int8(x) if operation is int8_matmul else x
+    weight = QuantizedWeight.whole(segment(name, 16, 2048))
+    (recorded,) = self_test.calls(lambda: operation(given, weight))
+    return recorded[0].launch(*recorded[1]), kernels.floor_of(recorded)
 
 
-def launches(name, rows=16, columns=2048):
-    """The kernel's launch for one row, and that of its floor."""
-    x = mx.ones((1, columns), mx.float16)
-    weight = QuantizedWeight.whole(segment(name, rows, columns))
-    ((kernel, (call,)),) = self_test.calls(lambda: quantized_matmul(x, weight))
-    return kernel.launch(call), kernel.launch(replace(call, floor=True))
+def traffic(launch):
+    with msl.installed(), msl.counting() as found:
+        _kernel.run(launch, emulated=True)
+    return found[0].buffers
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q6_K", "Q8_0", "IQ4_XS", "affine4"])
-def test_a_floor_has_the_loads_of_its_kernel(name):
+@pytest.mark.parametrize(("operation", "name", "rows"), FLOORS)
+def test_a_floor_has_the_loads_of_its_kernel(operation, name, rows):
     counted = []
-    for launch in launches(name):
-        with msl.installed(), msl.counting() as found:
-            _kernel.run(launch, emulated=True)
-        counted.append({n: (t.read_bytes, t.times_read) for n, t in found[0].buffers.items()})
+    for launch in both(operation, name, rows):
+        buffers = traffic(launch).items()
+        counted.append({n: (t.read_bytes, t.times_read) for n, t in buffers})
     assert counted[0] == counted[1]
     assert counted[0]["codes0"][1] == 1.0
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q6_K"])
-def test_a_floor_has_no_arithmetic_to_speak_of(name):
+@pytest.mark.parametrize(("operation", "name", "rows"), FLOORS)
+def test_a_floor_has_no_arithmetic_to_speak_of(operation, name, rows):
     loops = []
-    for launch in launches(name):
+    for launch in both(operation, name, rows):
         captured = capture(launch)
         loops.append(largest_loop(captured.source, captured.name))
-    kernel, floor = loops
-    assert floor.load_bytes == kernel.load_bytes
-    assert floor.instructions < 0.5 * kernel.instructions
+    kernel, least = loops
+    assert least.load_bytes == kernel.load_bytes
+    assert least.instructions < 0.5 * kernel.instructions
+
+
+@pytest.mark.parametrize("build", msl.BUILDS)
+def test_the_floor_of_bytes_moves_each_once(build):
+    """Also where the last threads have nothing to do; arrays of less than 16 bytes are left out."""
+    part = segment("Q4_0", 9, 1056)
+    small = mx.zeros(3, mx.float16)
+    (recorded,) = self_test.calls(lambda: dequantize(part, None, mx.float16))
+    launch = recorded[0].launch(*recorded[1])
+    least = floor(replace(launch, arrays=(*launch.arrays, small)))
+    with msl.installed(build=build):
+        (out,) = _kernel.run(least, emulated=True)
+    assert out.nbytes == 16 * -(-9 * 1056 * 2 // 16)
+    # 16 bytes of each array, and those a whole grid later, in the first thread's result.
+    want = np.zeros(4, np.uint32)
+    for array in launch.arrays:
+        raw = np.frombuffer(np.array(array).tobytes(), np.uint8)
+        if len(raw) >= 16:
+            words = raw[: len(raw) // 16 * 16].view(np.uint32).reshape(-1, 4)
+            want ^= np.bitwise_xor.reduce(words[:: least.grid[0]], axis=0)
+    assert np.array_equal(np.array(out[:4]), want)
+    if build == "fast":
+        found = traffic(least)
+        assert [t.times_read for n, t in found.items() if n.startswith("in")] == [1.0] * (
+            len(least.arrays) - 1
+        )
 
 
 class Clock:
@@ -61,7 +107,7 @@ class Clock:
         self.turns = []
 
         def run(launch, *, emulated=False):
-            is_floor = ", 4, 4>(" in launch.program.body
+            is_floor = any(p.endswith("floor") for p in launch.program.parts)
             self.turns.append("floor" if is_floor else "kernel")
             self.now += floor if is_floor else kernel
             return [mx.zeros(s, d) for s, d in zip(launch.shapes, launch.dtypes, strict=True)]
@@ -74,7 +120,7 @@ class Clock:
 
 def test_a_row(monkeypatch):
     monkeypatch.setattr(self_test, "compare", lambda *a, **k: "")
-    case = cases(kernels.matmul_cases, 1)[0]
+    case = next(c for _, c in TABLE if c.name == "Q4_0 16x512, 1 row")
     clock = Clock(monkeypatch, 4e-6, 2e-6)
 
     def mlx():
@@ -84,38 +130,67 @@ def test_a_row(monkeypatch):
 
     row = kernels.measure(replace(case, mlx=[mlx]), 2, clock=clock)
     assert clock.turns == ["kernel", "floor", "mlx"] * 2 + ["mlx", "floor", "kernel"]
-    # 32 x 512 weights of 4.5 bits, 512 float16 of x, 9 numbers of sizes, 32 float16 of y.
-    assert row["bytes"] == 32 * 512 * 9 // 16 + 1024 + 36 + 64
+    # 16 x 512 weights of 4.5 bits, 512 float16 of x, 9 numbers of sizes, 16 float16 of y.
+    assert row["bytes"] == 16 * 512 * 9 // 16 + 1024 + 36 + 32
     assert (row["median_ns"], row["floor_ns"]) == (pytest.approx(4000), pytest.approx(2000))
     assert row["floor_ratio"] == pytest.approx(2)
     assert row["mlx_ratio"] == pytest.approx(0.5)
     assert row["gb_s"] == pytest.approx(row["bytes"] / 4000)
-    assert (row["kernel"], row["case"]) == (
-        "quantized_matmul",
-        "Q4_0 32x512, 1 row (MLX: affine4g64)",
-    )
+    assert (row["kernel"], row["mlx"]) == ("quantized_matmul", "quantized_matmul affine4g64")
 
 
-@pytest.mark.parametrize("registered", kernels.REGISTRY)
-def test_every_kernel_is_right_before_it_is_timed(registered, monkeypatch):
-    case = cases(registered, 1)[0]
+@pytest.mark.parametrize(
+    "name", [*dict.fromkeys(kernel.name for (kernel, _), _ in TABLE), "experts"]
+)
+def test_every_kernel_is_right_before_it_is_timed(name, monkeypatch):
+    case = next(c for (k, _), c in TABLE if k.name == name or name in c.name)
     with msl.installed(build="fast"):
         row = kernels.measure(case, 1, emulated=True)
         assert row["median_ns"] > 0
+        assert row["floor_ns"] > 0
         real = _kernel.run
-        monkeypatch.setattr(_kernel, "run", lambda *a, **k: [y * 1.1 for y in real(*a, **k)])
-        with pytest.raises(KernelError, match=r"is not timed: largest error"):
+        wrong = partial(map, lambda y: y ^ 1 if mx.issubdtype(y.dtype, mx.integer) else y * 1.1)
+        monkeypatch.setattr(_kernel, "run", lambda *a, **k: list(wrong(real(*a, **k))))
+        with pytest.raises(
+            KernelError, match=r"is not timed: (largest error|100.0% of the packed)"
+        ):
             kernels.measure(case, 1, emulated=True)
 
 
-def test_every_format_with_a_kernel_is_timed():
-    names = [case.name.split()[0] for case in kernels.matmul_cases(SMALL, 0)]
-    assert sorted(set(names)) == sorted(set(NAMES) - {"affine4", "affine8", "mlx mxfp4"})
-    assert len(names) == len(kernels.ROWS) * len(set(names))
+def test_the_table_has_every_kernel_in_every_format():
+    found = [self_test.calls(case.ours[0])[0][0].name for case in cases.cases(SMALL)]
+    assert set(found) == set(self_test._SMALL)
+    names = [case.name.split()[0] for case in cases.cases(SMALL)]
+    of_gguf = set(NAMES) - {"affine4", "affine8", "mlx mxfp4"}
+    # Whole, with 1 and 4 rows and of experts; those with integers twice more.
+    assert {name: names.count(name) for name in of_gguf} == {
+        name: 6 if name in INTEGERS else 4 for name in of_gguf
+    }
+
+
+@pytest.mark.parametrize("place", range(len(TABLE)), ids=lambda i: TABLE[i][1].name)
+def test_mlx_does_the_same_work(place):
+    """Outputs as many and as large as the kernel's, for each pair of calls."""
+    (kernel, arguments), case = TABLE[place]
+    assert len(case.ours) == len(case.mlx) >= 1
+    theirs = case.mlx[0]()
+    mx.eval(theirs)
+    if kernel.name in ("quantize_kv", "quantize_int8") or "to int8" in case.name:
+        return  # in codes of another layout
+    theirs = [theirs] if isinstance(theirs, mx.array) else theirs
+    shapes = kernel.launch(*arguments).results(_kernel.Launch.blank)
+    sizes = [y.size for y in shapes]
+    assert [y.size for y in theirs] == (sizes[1:] if case.against.startswith("add") else sizes)
+
+
+def test_bytes_of_experts_are_those_of_the_chosen():
+    recorded, _ = next((r, c) for r, c in TABLE if "experts" in c.name)
+    # 2 of 4 times 16 x 512 weights of 4.5 bits; x, sizes, ids and y.
+    assert kernels.nbytes(recorded) == 2 * 16 * 512 * 9 // 16 + 1024 + 36 + 8 + 64
 
 
 def test_arrays_are_read_again_only_when_caches_have_forgotten_them():
-    found = kernels._copies(kernels.sample(kernels.BY_NAME["Q4_0"], 32, 512), 40_000)
+    found = cases._copies(cases.sample(FEW[0], 32, 512), replace(SMALL, cold=40_000))
     assert sum(s.nbytes for s in found) >= 40_000
     arrays = [s.arrays["codes"] for s in found]
     assert len({id(a) for a in arrays}) == len(found) == 5
@@ -126,6 +201,7 @@ def test_the_table():
     row = {
         **{"kernel": "quantized_matmul", "case": "Q4_K", "variant": "rows8", "median_ns": 1500.0},
         **{"gb_s": 321.04, "share": 0.854, "floor_ratio": 1.004, "mlx_ratio": None},
+        "mlx": "rms_norm",
     }
     env = {
         **{"device": {"name": "Apple M9", "kind": "metal"}, "system": "macOS", "date": "today"},
@@ -135,7 +211,8 @@ def test_the_table():
     lines = output.render({"bench": "kernels", "environment": env, "rows": [row]}, "md")
     cells = [c.strip() for c in next(x for x in lines.splitlines() if "Q4_K" in x).split("|")]
     assert cells[1:-1] == [
-        *("quantized_matmul", "Q4_K", "rows8", "1.5", "321.0", "85%", "1.00", "", "yes")
+        *("quantized_matmul", "Q4_K", "rows8", "1.5", "321.0", "85%", "1.00", "", "rms_norm"),
+        "yes",
     ]
     assert "thermal: hot\\x0a" in lines
     assert "376.0 GB/s" in lines

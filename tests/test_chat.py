@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -145,11 +146,15 @@ def test_a_bad_reference_is_one_message(tmp_path):
     assert (result.exit_code, result.stdout) == (1, "")
 
 
-def read_until(terminal, text, seconds=60):
+def read_until(terminal, text, seconds=60, again=lambda: None):
+    """What is shown until ``text`` is; ``again`` is called when nothing comes for a while."""
     found, end = b"", time.monotonic() + seconds
     while text not in found:
         assert time.monotonic() < end, found
-        found += os.read(terminal, 1024)
+        if select.select([terminal], [], [], 3)[0]:
+            found += os.read(terminal, 1024)
+        else:
+            again()
     return found
 
 
@@ -165,8 +170,8 @@ def test_ctrl_c_on_a_terminal_stops_the_answer_and_not_the_chat(paths):
     os.write(terminal, b"/stats\n")
     assert b"tokens in the cache" in read_until(terminal, b">>> ")
     process.send_signal(signal.SIGINT)
-    read_until(terminal, b"again")
     # A signal that comes while the prompt is being put up is seen with the next one only.
+    read_until(terminal, b"again", again=lambda: process.send_signal(signal.SIGINT))
     for _ in range(10):
         process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):

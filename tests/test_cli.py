@@ -86,6 +86,20 @@ def test_text_on_stdout_and_footer_on_stderr(model):
     assert (quiet.stdout, quiet.stderr) == (result.stdout, "")
 
 
+def test_what_was_fused_is_a_table(model):
+    """Of plain text where stderr is no terminal, with the reasons and the calls without kernels."""
+    err = invoke("generate", model, "-p", "x", "-m", "1", *RAW, "--fuse", "all").stderr
+    lines = [re.split(r" {2,}", line.strip()) for line in err.splitlines()]
+    assert ["fusion", "fused", "of", "why not all, and which formats"] in lines
+    rows = [line for line in lines if line[0] in ("qkv", "gate/up", "residual", "norm+rope")]
+    assert rows == [[name, "3", "3"] for name in ("qkv", "gate/up", "residual", "norm+rope")]
+    assert re.search(r"^Dispatches of a token: 5\d unfused, 3\d fused$", err, flags=re.M)
+    if not mx.metal.is_available():
+        assert "Without its kernel: norm_rope " in err
+    assert not set(err) & set("│┃━─[]")
+    assert "fusion" not in invoke("generate", model, "-m", "1", *RAW, "--fuse", "off").stderr
+
+
 def test_the_prompt_as_the_model_gets_it(model):
     def tokens(*args, text=None):
         return answer(model, "-m", "1", *args, text=text)["prompt_tokens"]

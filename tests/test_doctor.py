@@ -8,9 +8,11 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlxfuse import blas, doctor, env
+from mlxfuse import blas, cases, doctor, env
+from mlxfuse.formats import BY_NAME
 from mlxfuse.gguf.reader import open_gguf
 from mlxfuse.kernels import _kernel
+from mlxfuse.kernels.dequantize import dequantize
 from mlxfuse.loader import load
 from mlxfuse.needs import Needs, needs
 
@@ -65,6 +67,46 @@ def test_experts_count_by_those_that_are_used(tmp_path):
     assert after.active - before.active == size // 4
 
 
+def test_what_a_mixture_takes_by_hand(tmp_path):
+    """Q8_0 has 34 bytes for 32 weights: 68 for a row of 64, 34 for one of 32."""
+    path = tiny.write(tmp_path / "m.gguf", tiny.build("qwen2moe", 0))
+    attention = (64 + 32 + 32 + 64) * 68 + (64 + 32 + 32) * 4
+    experts = 6 * (32 * 68 + 32 * 68 + 64 * 34)
+    shared = 3 * 64 * 68 + 64 * 4
+    norms, router = 2 * 64 * 4, 6 * 64 * 4
+    layers = 3 * (attention + experts + shared + norms + router)
+    head = 259 * 68 + 64 * 4
+    assert (layers, head) == (204_288, 17_868)
+    wanted = needs_of(path)
+    assert wanted.weights == layers + head + 259 * 68 == 239_768
+    # 3 of 6 experts, one row of the embedding.
+    assert wanted.active == layers - 3 * experts // 2 + head + 68 == 163_472
+    # Keys and values of 2 heads of 16 in float16, in 3 layers.
+    assert wanted.cache(256) == 256 * 3 * 2 * 2 * 16 * 2 == 98_304
+    for command in ("doctor", "inspect"):
+        found = json.loads(invoke(command, path, "--json").stdout)
+        assert found["model" if command == "doctor" else "memory"]["active"] == 163_472
+    assert "163.47 kB read for each token" in invoke("inspect", path).stdout
+    assert "0.001 GB of the file are read for each token" in invoke("doctor", path).stdout
+
+
+@pytest.mark.parametrize(
+    ("platform", "more", "said"),
+    [
+        ("darwin", 10 * 384, "fits with 10 tokens in about 243.61 kB"),
+        ("darwin", 256 * 384, "fits with its whole context in about 338.07 kB"),
+        ("darwin", 383, "does not fit in about 240.15 kB"),
+        # Half of it in float32, the rest dequantised; 768 bytes a token.
+        ("linux", 0, "fits with 156 tokens in about 239.77 kB, "),
+    ],
+)
+def test_inspect_tells_what_fits_here(platform, more, said, monkeypatch, tmp_path):
+    monkeypatch.setattr("mlxfuse.inspect.budget", lambda: 239_768 + more)
+    monkeypatch.setattr("mlxfuse.inspect.sys.platform", platform)
+    path = tiny.write(tmp_path / "m.gguf", tiny.build("qwen2moe", 0))
+    assert said in invoke("inspect", path).stdout
+
+
 def test_the_longest_context_is_the_last_that_fits():
     wanted = Needs(1000, 0, 0, ((10, 0), (10, 5)))
     longest = wanted.longest(1200)
@@ -117,29 +159,42 @@ def test_the_machine_of_a_mac(monkeypatch):
 
 
 @pytest.fixture
-def one_format(monkeypatch, tmp_path):
+def few(monkeypatch, tmp_path):
+    """The products of one format, and one other kernel."""
     monkeypatch.setenv("MLXFUSE_CACHE", str(tmp_path))
-    few = {n: f for n, f in doctor.FORMATS.items() if f.name == "Q4_K"}
-    monkeypatch.setattr(doctor, "FORMATS", few)
+    table = [*cases.cases(cases.SMALL, [BY_NAME["Q4_K"]])][:7]
+    monkeypatch.setattr(doctor, "cases", lambda sizes: table)
 
 
-def test_the_kernels_self_tests(one_format, kernels, monkeypatch):
+def test_the_kernels_self_tests(few, kernels, monkeypatch):
     found = doctor._kernels()
     assert found["unavailable"] is None
-    names = {"quantized_matmul, 1 row, Q4_K", "quantized_matmul, 4 rows, Q4_K", "dequantize, Q4_K"}
-    assert {v["variant"]: v["failure"] for v in found["variants"]} == dict.fromkeys(names, "")
+    names = [
+        *("dequantize, Q4_K 16x512", "quantized_matmul, Q4_K 16x512, 1 row"),
+        *("int8_matmul, Q4_K 16x512, 1 row of int8", "quantized_matmul, Q4_K 16x512, 4 rows"),
+        *("int8_matmul, Q4_K 16x512, 4 rows of int8", "rms_norm, 1 row of 512, residual"),
+        "quantized_matmul, Q4_K 2 of 4 experts 16x512",
+    ]
+    results = {f"{v['kernel']}, {v['variant']}": v["failure"] for v in found["variants"]}
+    assert results == dict.fromkeys(names, "")
     # A kernel that is wrong is named with what is wrong.
     (env.cache_dir() / "self-tests.json").unlink()
     right = _kernel.run
     monkeypatch.setattr(_kernel, "run", lambda *a, **k: [y * 1.01 for y in right(*a, **k)])
     monkeypatch.setattr(_kernel, "disabled", {})
-    failures = [v["failure"] for v in doctor._kernels()["variants"]]
+    wrong = doctor._kernels()
+    failures = [v["failure"] for v in wrong["variants"]]
     assert all("largest error" in failure for failure in failures), failures
+    text = doctor.render(doctor.diagnose() | {"kernels": wrong})
+    assert "int8_matmul 0 of 2, rms_norm 0 of 1" in text
+    assert "quantized_matmul, Q4_K 16x512, 1 row is not used: largest error" in text
+    passed = doctor.render(doctor.diagnose() | {"kernels": found})
+    assert "dequantize 1 of 1, quantized_matmul 3 of 3, int8_matmul 2 of 2" in passed
+    assert "tuning    none: built-in variants" in passed
 
 
-@pytest.mark.parametrize("name", [f.name for f in doctor.FORMATS.values() if f.kernel])
+@pytest.mark.parametrize("name", [f.name for f in BY_NAME.values() if f.kernel])
 def test_samples_decode_to_finite_numbers_that_differ(name):
-    format = next(f for f in doctor.FORMATS.values() if f.name == name)
-    values = np.array(doctor.dequantize(doctor.sample(format), None, mx.float32))
+    values = np.array(dequantize(cases.sample(BY_NAME[name]), None, mx.float32))
     assert np.isfinite(values).all()
     assert len(np.unique(values)) > 100

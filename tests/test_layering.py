@@ -24,6 +24,7 @@ LAYERS = (
     ("models", "fusion"),
     ("loader", "export", "inspect", "prompt_cache", "generate", "perplexity"),
     ("chat", "server", "export_mlx"),
+    ("cases",),
     ("doctor",),
     ("bench",),
     ("tune",),

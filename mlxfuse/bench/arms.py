@@ -14,6 +14,7 @@ from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models import switch_layers
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
+from ..cases import nearest_bits
 from ..errors import MLXFuseError
 from ..formats import AFFINE
 from ..fusion.checks import BOUNDS, Reference, logits
@@ -273,11 +274,6 @@ def _flat(part: Part) -> AnySegment:
     rows = slice(part.first, part.first + part.rows)
     arrays = {n: a[..., rows, :].flatten(0, -2) for n, a in part.segment.arrays.items()}
     return replace(part.segment, arrays=arrays)
-
-
-def nearest_bits(bits_per_weight: float) -> int:
-    """Of MLX's affine weights in groups of 64, which take half a bit more for each weight."""
-    return min((2, 3, 4, 5, 6, 8), key=lambda bits: abs(bits + 0.5 - bits_per_weight))
 
 
 def _exact(weight: QuantizedWeight, dtype: mx.Dtype) -> tuple[int, dict[str, mx.array]] | None:

@@ -15,16 +15,19 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, ParamSpec, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, TextIO
 
 import typer
 
 from .. import __version__
 from ..errors import MLXFuseError
 from ..process import INTERRUPTED, fail, unexpected, watch_interrupts
-from ..progress import download_bar
+from ..progress import download_bar, print_table
 from ..terminal import neutralize, one_line
 from ._options import ActQuant, DType
+
+if TYPE_CHECKING:
+    from ..loader import LoadReport
 
 PIPE_CLOSED = 141  # 128 + SIGPIPE, what a shell reports for any program
 
@@ -122,6 +125,22 @@ def load_model(path: Path, dtype: DType | None, fuse: str, act_quant: ActQuant) 
 
     check_fuse(fuse)
     return load(path, dtype=dtype and dtype.value, fuse=fuse, act_quant=act_quant.value)
+
+
+def show_report(report: LoadReport) -> None:
+    """On stderr: what was fused, what takes more memory than its file, and what ran without its
+    kernel so far.
+    """
+    from .. import kernels
+
+    patch = report.patch
+    if patch.tallies:
+        print_table(("fusion", "fused", "of", "why not all, and which formats"), patch.rows())
+    lines = [f"{name} is not used: {reason}" for name, reason in patch.disabled.items()]
+    if patch.fused and patch.dispatches:
+        lines.append("Dispatches of a token: {} unfused, {} fused".format(*patch.dispatches))
+    for line in (*lines, *report.lines(), *kernels.summary()):
+        print(one_line(line, 1000), file=sys.stderr)
 
 
 def model_or_checkpoint(ref: str | None, revision: str | None) -> tuple[Path, bool]:

@@ -25,6 +25,7 @@ from ._common import (
     load_model,
     one_model,
     resolve_model,
+    show_report,
 )
 from ._options import (
     ActQuant,
@@ -62,11 +63,12 @@ from ._options import (
 if TYPE_CHECKING:
     from ..chat import Chat
     from ..generate import Result
+    from ..loader import LoadReport
 
 FENCE = '"""'
 HELP = f"""\
 /reset   forget the conversation (not the system prompt)
-/stats   tokens, speeds and memory
+/stats   tokens, speeds, memory, and what was fused
 /help    this
 /exit    leave; so does Ctrl-D
 Ctrl-C   stop the answer; twice at the prompt: leave
@@ -148,13 +150,18 @@ def chat_command(
     interrupts = _Interrupts()
     before = signal.signal(signal.SIGINT, interrupts)
     try:
-        _converse(chat, interrupts, stdout, interactive=interactive, as_json=as_json)
+        _converse(chat, interrupts, loaded.load_report, stdout, interactive, as_json)
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 def _converse(
-    chat: Chat, interrupts: _Interrupts, stdout: TextIO, *, interactive: bool, as_json: bool
+    chat: Chat,
+    interrupts: _Interrupts,
+    report: LoadReport,
+    stdout: TextIO,
+    interactive: bool,
+    as_json: bool,
 ) -> None:
     last: Result | None = None
     for message in _messages(interactive):
@@ -171,6 +178,7 @@ def _converse(
             case "/stats":
                 print(f"{chat.cached_tokens} tokens in the cache", file=sys.stderr)
                 print(last.footer() if last else "no answer yet", file=sys.stderr)
+                show_report(report)
             case text if text.startswith("/") and text[1:].isalpha():
                 fail(f"no command {text}; /help lists them")
             case _:

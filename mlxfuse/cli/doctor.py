@@ -15,7 +15,7 @@ from ._options import Debug, Json, ModelOption, Revision, of_model
 @command
 def doctor_command(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="A model to judge.")
+        str | None, typer.Argument(metavar="MODEL", help="A model to judge: does it fit here?")
     ] = None,
     model_option: ModelOption = None,
     revision: Revision = None,

@@ -17,8 +17,10 @@ from ._options import OUTPUT, Debug, Json, Revision
 @app.command("export", rich_help_panel="Convert")
 @command
 def export_command(
-    model: Annotated[str, typer.Argument(help="A .gguf file or a hub repository.")],
-    folder: Annotated[Path, typer.Argument(help="The folder to write.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A .gguf file or a hub repository.")
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to write.")],
     revision: Revision = None,
     mlx: Annotated[
         bool,
@@ -26,7 +28,7 @@ def export_command(
     ] = False,
     force: Annotated[
         bool,
-        typer.Option("--force", help="Replace a folder.", rich_help_panel=OUTPUT),
+        typer.Option("--force", help="Replace FOLDER if it is not empty.", rich_help_panel=OUTPUT),
     ] = False,
     as_json: Json = False,
     debug: Debug = False,

@@ -25,6 +25,7 @@ from ._common import (
     load_model,
     one_model,
     resolve_model,
+    show_report,
 )
 from ._options import (
     ActQuant,
@@ -195,9 +196,9 @@ def generate_command(
     print()
     if shown:
         print(f"{result.footer()}", file=sys.stderr)
-        cache = [result.kv_cache] if result.kv_cache else []
-        for line in (*cache, *loaded.load_report.lines(), *kernels.summary()):
-            print(line, file=sys.stderr)
+        if result.kv_cache:
+            print(result.kv_cache, file=sys.stderr)
+        show_report(loaded.load_report)
 
 
 def _load_draft(path: Path, tokenizer: Any) -> Any:

@@ -21,6 +21,7 @@ from ._common import (
     load_model,
     one_model,
     resolve_model,
+    show_report,
 )
 from ._options import (
     ActQuant,
@@ -75,7 +76,7 @@ def perplexity_command(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Score a text: perplexity, and what a compressed cache changes."""
+    """Score a text: perplexity, and what a compressed cache or int8 activations change."""
     rounded = act_quant is ActQuant.on
     if kld and kv_bits is None and not rounded:
         raise typer.BadParameter("--kld compares two ways: say with --kv-bits or --act-quant which")
@@ -114,8 +115,7 @@ def perplexity_command(
         return
     names = [] if kv is None else [kv.name + (" rotated" if kv.rotate else "")]
     print(render(report, ", ".join([*names, *["int8"] * rounded]) or "plain"))
-    for line in loaded.load_report.lines():
-        print(line, file=sys.stderr)
+    show_report(loaded.load_report)
 
 
 def _with_floats(model: Any) -> Any:

@@ -12,7 +12,7 @@ import typer
 from ..process import INTERRUPTED
 from ..progress import status_line
 from ..terminal import one_line
-from ._common import app, before_imports, command, load_model, one_model, resolve_model
+from ._common import app, before_imports, command, load_model, one_model, resolve_model, show_report
 from ._options import (
     ActQuant,
     ActQuantOption,
@@ -122,6 +122,7 @@ def server_command(
             prompt_caches=prompt_cache_size,
         )
     print(f"{one_line(path.name)} at {server.address}/v1; Ctrl-C ends it", file=sys.stderr)
+    show_report(loaded.load_report)
     try:
         server.serve()
     except KeyboardInterrupt:

@@ -55,10 +55,11 @@ def tune_command(
     before_imports()
     with redirect_stdout(sys.stderr), status_line(True) as say:
         from .. import tune as engine
+        from ..bench.kernels import on_device
         from ..bench.run import load_model
         from ..kernels import tuning
 
-        engine.refuse()
+        on_device("tune measures")  # before anything is fetched
         path, _ = model_or_checkpoint(ref, revision)
         say(f"loading {path.name}")
         loaded, _ = load_model(path, dtype and dtype.value)

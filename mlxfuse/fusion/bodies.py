@@ -15,13 +15,15 @@ MX = {"mx": "mlx.core"}
 NN = {"nn": "mlx.nn"}
 SDPA = {"scaled_dot_product_attention": _MODELS + "base.scaled_dot_product_attention"}
 SWIGLU = {"swiglu": _MODELS + "activations.swiglu"}
+CLIPPED = {"swiglu_oai": _MODELS + "activations.swiglu_oai"}
 
 
 @dataclass(frozen=True)
 class Body:
     """One known body.
 
-    kind    what stands for it: ``attention``, ``mlp``, ``block``, ``experts``, ``norm``, ``rope``.
+    kind    what stands for it: ``attention``, ``mlp``, ``block``, ``experts``, ``norm``, ``rope``,
+            ``delta_net``.
     source  the method.
     names   global name -> the module, or the object of a module, that it must be.
     form    what the fused class has to know about it.
@@ -174,6 +176,16 @@ _COHERE_HEADS = """
     queries = queries.transpose(0, 2, 1, 3)
     keys = keys.transpose(0, 2, 1, 3)
 """
+# Each head of q is followed by a gate.
+_GATED_HEADS = """
+    q_proj_output = self.Q(x)
+    queries, gate = mx.split(q_proj_output.reshape(B, L, self.HEADS, -1), 2, axis=-1)
+    gate = gate.reshape(B, L, -1)
+    keys, values = self.K(x), self.V(x)
+    queries = self.Q_NORM(queries).transpose(0, 2, 1, 3)
+    keys = self.K_NORM(keys.reshape(B, L, self.KV_HEADS, -1)).transpose(0, 2, 1, 3)
+"""
+_GATED_ATTEND = _ATTEND.replace("self.O(output)", "self.O(output * mx.sigmoid(gate))")
 
 _NORM_FIRST = """
 def __call__(self, x, mask=None, cache=None):
@@ -254,6 +266,13 @@ BODIES: tuple[Body, ...] = (
     _attention(_CALL, _QKV, _HEADS, _VALUES, _ROPE, _SOFTCAP_ATTEND, names=MX),
     # gpt_oss
     _attention(_SINKS),
+    # qwen3_next, qwen3_5
+    _attention(
+        *(_CALL, _GATED_HEADS, _VALUES, _ROPE, _GATED_ATTEND),
+        names=MX | SDPA,
+        norm="head",
+        gated=True,
+    ),
     _gated("swiglu(self.GATE(x), self.UP(x))", "swiglu", SWIGLU),
     _gated("nn.silu(self.GATE(x)) * self.UP(x)", "swiglu", NN),
     _gated("nn.gelu(self.GATE(x)) * self.UP(x)", "geglu", NN),
@@ -286,6 +305,16 @@ def __call__(self, x):
         {**MX, **SWIGLU},
         {"activation": "swiglu"},
     ),
+    # minimax_m3_vl
+    Body(
+        "mlp",
+        """
+def __call__(self, x):
+    x_up = self.UP(x)
+    x_gate = self.GATE(x)
+    return self.DOWN(self.ACTIVATION(x_up, x_gate))
+""",
+    ),
     Body("block", _NORM_FIRST),
     Body("block", _ADDED_AT_ONCE),
     Body("block", _REASSIGNED),
@@ -305,6 +334,15 @@ def __call__(self, x):
         "def __call__(self, x, gate):\n    return swiglu(gate, x)\n",
         SWIGLU,
         {"activation": "swiglu"},
+    ),
+    Body(
+        "activation",
+        """
+def __call__(self, x, gate):
+    return swiglu_oai(gate, x, alpha=self.ALPHA, limit=self.LIMIT)
+""",
+        CLIPPED,
+        {"activation": "swiglu_clipped", "values": {"ALPHA": 1.702, "LIMIT": 7.0}},
     ),
     Body("norm", _call("mx.fast.rms_norm(x, self['weight'], self.EPS)"), MX, {"offset": 0.0}),
     # gemma, gemma2, gemma3_text

@@ -14,6 +14,9 @@ from typing import Any
 import mlx.nn as nn
 
 from .bodies import BODIES, Body
+from .delta_nets import DELTA_NETS
+
+KNOWN = (*BODIES, *DELTA_NETS)
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def _alike(cls: type[nn.Module], call: Callable[..., Any], kind: str) -> Match |
         found = parse(inspect.getsource(code))
     except (OSError, SyntaxError, TypeError):
         return f"{name}.__call__ has no source"
-    for body in BODIES:
+    for body in KNOWN:
         names = unify(_known(body.source), found) if body.kind == kind else None
         if names is not None:
             return Match(body, names)
@@ -108,6 +111,27 @@ def parse(source: str) -> ast.FunctionDef:
     function.body = [s for statement in function.body for s in _apart(statement)]
     _return_at_once(function.body)
     return function
+
+
+@cache
+def readers(cls: type[nn.Module]) -> tuple[str, ...]:
+    """The children that a class's `__call__` gives its own input to, as it is written."""
+    try:
+        function = parse(inspect.getsource(cls.__call__))
+    except (OSError, SyntaxError, TypeError):
+        return ()
+    _, x, *_ = [argument.arg for argument in function.args.args]
+    found: dict[str, None] = {}
+    for statement in function.body:
+        for node in ast.walk(statement):
+            match node:
+                case ast.Call(
+                    func=ast.Attribute(ast.Name("self"), name), args=[ast.Name(argument), *_]
+                ) if argument == x:
+                    found[name] = None
+        if isinstance(statement, ast.Assign) and x in _locals(statement):
+            break
+    return tuple(found)
 
 
 def _apart(statement: ast.stmt) -> list[ast.stmt]:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..nn.attention import AttentionForm, FusedAttention
+from ..nn.delta_net import DeltaNetForm, FusedDeltaNet
 from ..nn.embedding import EmbeddingForm, FusedEmbedding
 from ..nn.form import Form, FusedModule, adopt, release
 from ..nn.joining import (
     copies,
     cut,
+    describe,
     embedding_rows,
+    experts_refusal,
     format_of,
     join,
     join_experts,
@@ -23,11 +28,20 @@ from ..nn.joining import (
 )
 from ..nn.linear import PLAIN
 from ..nn.mlp import ExpertsForm, FusedBlock, FusedExperts, FusedMLP, MLPForm
-from ..nn.norm import AddedNorm
+from ..nn.norm import FusedNorm
 from ..nn.projection import Projection
 from .candidates import Candidate, Skip, Tree, register_detector
 from .certify import Match, certify
-from .forms import attention_form, block_form, has, mlp_form, norm_options, rotation, row_count
+from .forms import (
+    activation,
+    attention_form,
+    block_form,
+    has,
+    mlp_form,
+    norm_options,
+    rotation,
+    row_count,
+)
 
 # (module, class, form, name of the piece, what makes it)
 _Piece = tuple[nn.Module, type[FusedModule], Form, str, Callable[[], Any]]
@@ -143,17 +157,18 @@ def _experts(tree: Tree) -> Iterator[Candidate | Skip]:
         match = certify(type(module), "experts")
         if isinstance(match, str):
             continue
-        gate, up, down, activation = (match.names[n] for n in ("GATE", "UP", "DOWN", "ACTIVATION"))
-        kind = certify(type(getattr(module, activation)), "activation")
-        shared = tree.shared(module, (gate, up), arrays=False)
-        made = shared or join_experts(module, (gate, up))
-        if isinstance(kind, str) or isinstance(made, str):
-            yield Skip("experts", path, kind if isinstance(kind, str) else str(made))
+        names = gate, up = match.names["GATE"], match.names["UP"]
+        linears = [module[name] for name in names]
+        kind = activation(module, match)
+        reason = tree.shared(module, names, arrays=False) or experts_refusal(linears)
+        if isinstance(kind, str) or reason is not None:
+            yield Skip("experts", path, kind if isinstance(kind, str) else str(reason))
             continue
-        form = ExpertsForm(type(module), down, kind.body.form["activation"])
+        form = ExpertsForm(type(module), match.names["DOWN"], kind.body.form["activation"])
         explain = f"{form.activation} of {gate} and {up} of {path} in one dispatch"
-        piece = (module, FusedExperts, form, "up", _same(made))
-        yield _candidate("experts", 70, path, [gate, up], [piece], explain, made.formats)
+        piece = (module, FusedExperts, form, "up", partial(join_experts, module, names))
+        formats = tuple(format_of(x) for x in linears)
+        yield _candidate("experts", 70, path, [gate, up], [piece], explain, formats)
 
 
 @register_detector("activation")
@@ -272,9 +287,39 @@ def _add_rms_norm(tree: Tree) -> Iterator[Candidate | Skip]:
         if isinstance(found, str):
             yield Skip("add_rms_norm", path, found)
             continue
-        piece = (module, FusedBlock, form, "second", _same(AddedNorm(module, name, **found)))
+        piece = (module, FusedBlock, form, "second", _same(FusedNorm(module, name, **found)))
         explain = f"the addition before {name} of {path} in its dispatch"
         yield _candidate("add_rms_norm", 45, path, [name], [piece], explain)
+
+
+@register_detector("in_proj")
+def _in_proj(tree: Tree) -> Iterator[Candidate | Skip]:
+    """The linears of a gated delta net's input in one dispatch; dense ones are in another."""
+    for path, module in tree.modules:
+        match = certify(type(module), "delta_net")
+        if isinstance(match, str):
+            if has(module, "in_proj_ba") or has(module, "in_proj_qkv", "in_proj_z"):
+                yield Skip("in_proj", path, match)
+            continue
+        linears = [match.names[slot] for slot in match.body.form["linears"]]
+        kinds = [describe(module[name]) for name in linears]
+        runs = [
+            tuple(name for _, name in run)
+            for _, run in groupby(zip(kinds, linears, strict=True), lambda pair: pair[0])
+        ]
+        together = tuple(run for run in runs if len(run) > 1)
+        made = [_joined(tree, module, run, None) for run in together]
+        reasons = [m for m in made if isinstance(m, str)]
+        if reasons or not made:
+            reason = refusal([module[n] for n in linears])
+            yield Skip("in_proj", path, reasons[0] if reasons else str(reason))
+            continue
+        makes, formats = zip(*made, strict=True)
+        form = DeltaNetForm(type(module), together)
+        piece = (module, FusedDeltaNet, form, "joined", lambda ms=makes: tuple(m() for m in ms))
+        names = [name for run in together for name in run]
+        explain = f"{', '.join(names)} of {path} in {len(together)} dispatch(es)"
+        yield _candidate("in_proj", 80, path, names, [piece], explain, sum(formats, ()))
 
 
 @register_detector("embedding")

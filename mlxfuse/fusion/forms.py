@@ -56,6 +56,7 @@ def attention_form(module: nn.Module, match: Match) -> AttentionForm | str:
         rope,
         float(softcap),
         names.get("SINKS", ""),
+        match.body.form.get("gated", False),
     )
 
 
@@ -79,7 +80,22 @@ def mlp_form(module: nn.Module, match: Match) -> MLPForm | str:
         linears = tuple(names[n] for n in ("GATE", "UP") if n in names)
     if not has(module, *linears, names["DOWN"]):
         return "its children are not modules"
-    return MLPForm(type(module), linears, names["DOWN"], match.body.form["activation"])
+    found = activation(module, match) if "ACTIVATION" in names else match
+    if isinstance(found, str):
+        return found
+    return MLPForm(type(module), linears, names["DOWN"], found.body.form["activation"])
+
+
+def activation(module: nn.Module, match: Match) -> Match | str:
+    """The known activation that is a child of a module, or why it is none."""
+    child = getattr(module, match.names["ACTIVATION"])
+    found = certify(type(child), "activation")
+    if isinstance(found, Match):
+        for slot, value in found.body.form.get("values", {}).items():
+            name = found.names[slot]
+            if getattr(child, name) != value:
+                return f"{name.strip('_')} of its activation is {getattr(child, name)}, not {value}"
+    return found
 
 
 def block_form(module: nn.Module, match: Match) -> BlockForm | str:
@@ -126,7 +142,7 @@ def rotation(module: nn.Module, form: AttentionForm) -> Rotation | str:
     if norms:
         weights = [module[name].weight for name in form.norms]
         options = {**options, **norms[0], "q_weight": weights[0], "k_weight": weights[1]}
-    size = form.rows[0] // form.heads
+    size = form.rows[0] // form.heads // (1 + form.gated)
     if not (options["dims"] <= size and size * form.kv_heads == form.rows[1]):
         return "its heads of q and k have different sizes"
     parts = {name: module[name] for name in (*form.norms, form.rope)}

@@ -24,13 +24,16 @@ class Tally:
     fused: list[tuple[str, ...]] = field(default_factory=list)
     total: int = 0
 
+    @property
+    def mixed(self) -> str:
+        """How many places have several formats, and which; empty where none has."""
+        found = [set(formats) for formats in self.fused if len(set(formats)) > 1]
+        names = ", ".join(sorted({name.lower() for names in found for name in names}))
+        return f"{len(found)} mixed: {names}" if found else ""
+
     def __str__(self) -> str:
-        mixed = [set(formats) for formats in self.fused if len(set(formats)) > 1]
         text = f"{len(self.fused)}/{self.total}"
-        if mixed:
-            names = ", ".join(sorted({name.lower() for names in mixed for name in names}))
-            text += f" ({len(mixed)} mixed: {names})"
-        return text
+        return f"{text} ({self.mixed})" if self.mixed else text
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,14 @@ class PatchReport:
         return {f"{op}: {reason}": n for (op, reason), n in sorted(fallbacks.items())}
 
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """(fusion, fused, of, why not the others) for a table."""
+        """(fusion, fused, of, mixed formats and why not the others) for a table."""
         found = []
         for name, tally in self.tallies.items():
             reasons = Counter(s.reason for s in self.skipped if s.name == name)
-            why = "; ".join(f"{count}: {reason}" for reason, count in reasons.items())
-            found.append((LABELS.get(name, name), str(len(tally.fused)), str(tally.total), why))
+            notes = [tally.mixed] if tally.mixed else []
+            notes += [f"{count}: {reason}" for reason, count in reasons.items()]
+            cells = (LABELS.get(name, name), str(len(tally.fused)), str(tally.total))
+            found.append((*cells, "; ".join(notes)))
         return found
 
     def as_dict(self) -> dict[str, object]:

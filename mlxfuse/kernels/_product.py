@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -26,7 +27,12 @@ MAX_VECTOR_ROWS = 32
 dequantised once and multiplied by `mx.matmul`: at 4.5 bits a weight that moves 8 times the
 weight's bytes, as much as 8 readings. Not measured on a Mac."""
 
-_GATED = {"swiglu": "Silu", "geglu": "Gelu", "geglu_tanh": "GeluTanh"}
+_GATED = {
+    "swiglu": "Gated<Silu>",
+    "geglu": "Gated<Gelu>",
+    "geglu_tanh": "Gated<GeluTanh>",
+    "swiglu_clipped": "ClippedSwiglu",
+}
 _PLAIN = {"silu": "Silu", "gelu": "Gelu", "gelu_tanh": "GeluTanh", "relu2": "Relu2"}
 ACTIVATIONS = (*_PLAIN, *_GATED)
 
@@ -52,6 +58,10 @@ class Call(Generic[X]):
         if self.rows == 1 or self.experts is not None:
             return "vector"
         return "batch" if self.rows <= MAX_VECTOR_ROWS else "large"
+
+    def part(self, name: str) -> str:
+        """The section of the Metal source: ``name``'s, or that of its floor."""
+        return f"{name}_floor" if self.floor else name
 
     @property
     def route(self) -> str:
@@ -95,8 +105,10 @@ class Call(Generic[X]):
         if self.gated and [p.rows for p in weight.parts] != [weight.rows // 2] * 2:
             found = [p.rows for p in weight.parts]
             raise ValueError(f"{self.activation} needs gate and up of equal rows, found {found}")
-        if self.bias is not None and self.bias.shape != (weight.rows,):
-            raise ValueError(f"bias: expected ({weight.rows},), found {self.bias.shape}")
+        count = weight.experts
+        biases = (weight.rows,) if count is None else (count, weight.rows)
+        if self.bias is not None and self.bias.shape != biases:
+            raise ValueError(f"bias: expected {biases}, found {self.bias.shape}")
         if (weight.experts is None) != (self.experts is None):
             raise ValueError(f"a weight of {weight.experts} experts, expert ids {self.experts}")
         if self.experts is not None:
@@ -232,7 +244,7 @@ def _program(
     bias = "bias" if "bias" in inputs else "x"
     residual = "residual" if "residual" in inputs else "x"
     flags = f"{str(bias == 'bias').lower()}, {str(residual == 'residual').lower()}"
-    epilogue = f"output<{f'Gated<{act}>' if gated else act}, {flags}>"
+    epilogue = f"output<{act}, {flags}>"
     lines = [
         "const uint3 tile = threadgroup_position_in_grid;",
         "const device Part* parts = (const device Part*)(size + 3);",
@@ -257,6 +269,10 @@ def _program(
                 f"{part}.first += uint(experts[tile.y]) * uint(codes{s}_shape[1]);"
                 for part, s in (("a", f), ("b", g))
             ]
+            if bias == "bias":
+                block += [
+                    f"{part}.bias += uint(experts[tile.y]) * uint(bias_shape[1]);" for part in "ab"
+                ]
         block += [
             f"{tile.function}<{traits[f]}, {traits[g]}{tile.numbers}>("
             f"{expressions[f]}, {expressions[g]}, {tile.x}, (const device Size*)size, "
@@ -266,7 +282,7 @@ def _program(
             here = " || ".join(f"j == {j}" for j, of in enumerate(of_part) if of == f)
             block = [f"if ({here}) {{", *block, "}"]
         lines += block
-    sections = [*([] if act == "None" else [act]), *(["Gated"] if gated else [])]
+    sections = [] if act == "None" else re.findall(r"\w+", act)
     return Program(
         op=tile.op,
         inputs=inputs,
@@ -284,11 +300,22 @@ def _sigmoid_gelu_tanh(v: mx.array) -> mx.array:
     return v * mx.sigmoid(2 * 0.7978845608028654 * (v + 0.044715 * v * v * v))
 
 
+def _clipped_swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    gate = mx.minimum(gate, 7.0)
+    return (mx.clip(up, -7.0, 7.0) + 1) * gate * mx.sigmoid(1.702 * gate)
+
+
 _REFERENCE: dict[str, Callable[[mx.array], mx.array]] = {
-    "Silu": lambda v: v * mx.sigmoid(v),
-    "Gelu": lambda v: 0.5 * v * (1 + mx.erf(v * 0.7071067811865476)),
-    "GeluTanh": _sigmoid_gelu_tanh,
-    "Relu2": lambda v: mx.square(mx.maximum(v, 0)),
+    "silu": lambda v: v * mx.sigmoid(v),
+    "gelu": lambda v: 0.5 * v * (1 + mx.erf(v * 0.7071067811865476)),
+    "gelu_tanh": _sigmoid_gelu_tanh,
+    "relu2": lambda v: mx.square(mx.maximum(v, 0)),
+}
+_GATED_REFERENCE: dict[str, Callable[[mx.array, mx.array], mx.array]] = {
+    "swiglu": lambda gate, up: _REFERENCE["silu"](gate) * up,
+    "geglu": lambda gate, up: _REFERENCE["gelu"](gate) * up,
+    "geglu_tanh": lambda gate, up: _REFERENCE["gelu_tanh"](gate) * up,
+    "swiglu_clipped": _clipped_swiglu,
 }
 
 
@@ -296,14 +323,14 @@ def finish(call: Call[X], columns: list[mx.array]) -> list[mx.array]:
     """The outputs, from the unrounded float32 products of each part."""
     if call.bias is not None:
         at = 0
+        bias = call.bias if call.experts is None else call.bias[call.experts.reshape(-1)]
         for i, part in enumerate(call.weight.parts):
-            columns[i] = columns[i] + call.bias[at : at + part.rows].astype(mx.float32)
+            columns[i] = columns[i] + bias[..., at : at + part.rows].astype(mx.float32)
             at += part.rows
-    if call.gated:
-        gate, up = columns
-        columns = [_REFERENCE[_GATED[call.activation or ""]](gate) * up]
+    if call.activation in _GATED_REFERENCE:
+        columns = [_GATED_REFERENCE[call.activation](*columns)]
     elif call.activation is not None:
-        columns = [_REFERENCE[_PLAIN[call.activation]](y) for y in columns]
+        columns = [_REFERENCE[call.activation](y) for y in columns]
     if not call.split and len(columns) > 1:
         columns = [mx.concatenate(columns, axis=-1)]
     if call.residual is not None:

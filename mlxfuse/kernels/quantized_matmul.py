@@ -43,11 +43,13 @@ def quantized_matmul(
     Args:
         x: ``[..., K]``, float16, bfloat16 or float32.
         weight: ``[N, K]``, or ``[experts, N, K]``.
-        bias: ``[N]``, in the order of the weight's parts.
+        bias: ``[N]``, or ``[experts, N]``, in the order of the weight's parts.
         residual: of the result's shape; not with ``split``.
-        activation: one of `ACTIVATIONS`. The gated ones, ``swiglu``, ``geglu`` and
-            ``geglu_tanh``, need a weight of two parts of equal rows, gate and up, and give
-            ``act(gate) * up`` with half of the columns.
+        activation: one of `ACTIVATIONS`. The gated ones, ``swiglu``, ``geglu``, ``geglu_tanh``
+            and ``swiglu_clipped``, need a weight of two parts of equal rows, gate and up, and
+            give ``act(gate) * up`` with half of the columns. ``swiglu_clipped`` is gpt-oss's:
+            ``(u + 1) * g * sigmoid(1.702 * g)`` with ``g = min(gate, 7)`` and ``u`` the value of
+            up between -7 and 7.
         split: one result for each part of the weight, each contiguous, instead of one for all.
         experts: integer ids ``[..., k]`` of the expert to use for each result row. ``x`` has
             one row for each id, or one for each group of ``k``.
@@ -111,16 +113,14 @@ def run_call(call: Call[mx.array], *, emulated: bool = False) -> list[mx.array]:
 
 def _tile(call: Call[mx.array]) -> Tile:
     kind, op = call.route, "quantized_matmul"
-    needs = ("batch", "batched") if kind == "batch" else (kind,)
-    sections = tuple(f"{op}.metal:{s}" for s in needs)
     if kind == "tiles":
         rows = 32 if call.gated else 64
         scratch = "threadgroup float scratch[96 * tile_pitch * sizeof(T) / 4];"
-        return Tile(op, sections, "matrix_tile", "", "x", rows, 32, 128, scratch)
+        return Tile(op, (f"{op}.metal:tiles",), "matrix_tile", "", "x", rows, 32, 128, scratch)
     slots = _SLOTS[kind][call.variant or tuning.VARIANTS[op][kind][0]]
     many = batches(call.rows) if kind == "batch" else 1
-    last = many if kind == "batch" else 4 if call.floor else 1
-    numbers = f", {slots}, {last}"
+    numbers = f", {slots}, {many}" if kind == "batch" else f", {slots}"
+    sections = tuple(f"{op}.metal:{s}" for s in (call.part(kind), f"{kind}_tile"))
     return Tile(op, sections, f"{kind}_tile", numbers, "x", 2 * slots, many, 64, "")
 
 

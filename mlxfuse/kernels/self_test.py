@@ -199,7 +199,8 @@ def _small_matmul(call: Call[Any]) -> tuple[Call[Any]]:
     if call.experts is not None:
         small = replace(small, experts=mx.zeros_like(call.experts))
     if call.bias is not None:
-        small = replace(small, bias=normal(weight.rows).astype(call.bias.dtype))
+        shape = (*call.bias.shape[:-1], weight.rows)
+        small = replace(small, bias=normal(*shape).astype(call.bias.dtype))
     if call.residual is not None:
         small = replace(small, residual=normal(call.rows, small.widths[0]))
     return (small,)

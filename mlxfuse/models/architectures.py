@@ -19,6 +19,11 @@ class Weight:
     bias    ``no``, ``optional`` or ``required``: whether NAME.bias may, must or must not be there.
     bare    ``module`` is no layer that has a weight but an array of its own.
     heads   name of the size that counts the heads whose rotary rows may be stored in pairs.
+    tiled   name of the size that counts the rows of a value head, if its last rows are those of
+            value heads, which the file has tiled over the key heads and mlx-lm next to each other.
+    suffix  what follows the tensor's name.
+    float32 a bare array that stays in float32.
+    log     the file has ``-exp(x)`` of what the model wants.
     """
 
     module: str
@@ -26,6 +31,10 @@ class Weight:
     bias: str = "no"
     heads: str = ""
     bare: bool = False
+    tiled: str = ""
+    suffix: str = ".weight"
+    float32: bool = False
+    log: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +45,14 @@ class Architecture:
     module       Python module with mlx-lm's ``Model`` and ``ModelArgs``.
     outer        tensors outside the layers.
     layer        tensors of one layer, named without ``blk.N.``.
+    recurrent    those of a layer with a recurrence in place of attention, if there are such.
     groups       name -> tensors with the same input, which a fused kernel reads as one weight.
     paired_rope  rotary rows of q and k lie as pairs (2i, 2i+1) in the file and must be taken
                  apart into halves (i, i + head_dim/2), the order mlx-lm rotates.
     norm_offset  what the file's norm weights have on top of mlx-lm's.
     metal_dtype  activation type on Metal unless the caller says otherwise.
     rope_types   rotary scalings that are supported besides none.
+    partial_rope part of a head may be rotated.
     may_tie      mlx-lm's class can use the embedding as its output head.
     args         fields of mlx-lm's ``ModelArgs`` that every file of the architecture has alike.
     """
@@ -61,8 +72,10 @@ class Architecture:
     norm_offset: float = 0.0
     metal_dtype: str = "float16"
     rope_types: tuple[str, ...] = ("linear", "yarn")
+    partial_rope: bool = False
     may_tie: bool = True
     args: Mapping[str, object] = field(default_factory=dict)
+    recurrent: Mapping[str, Weight] | None = None
 
     @property
     def experts(self) -> bool:
@@ -85,8 +98,9 @@ _QK_NORMS = {
     "attn_q_norm": Weight("self_attn.q_norm", ("head",)),
     "attn_k_norm": Weight("self_attn.k_norm", ("head",)),
 }
-_QKV = {"qkv": ("attn_q", "attn_k", "attn_v")}
+_QKV: dict[str, tuple[str, ...]] = {"qkv": ("attn_q", "attn_k", "attn_v")}
 _GROUPS = _QKV | {"gate_up": ("ffn_gate", "ffn_up")}
+_SHARED = {"shared_gate_up": ("ffn_gate_shexp", "ffn_up_shexp")}
 _EXPERT_GROUPS = _QKV | {"gate_up": ("ffn_gate_exps", "ffn_up_exps")}
 
 
@@ -95,7 +109,7 @@ def _attention(bias: str = "no", output_bias: str = "no") -> dict[str, Weight]:
         "attn_q": Weight("self_attn.q_proj", ("q", "embd"), bias, "heads"),
         "attn_k": Weight("self_attn.k_proj", ("kv", "embd"), bias, "kv_heads"),
         "attn_v": Weight("self_attn.v_proj", ("kv", "embd"), bias),
-        "attn_output": Weight("self_attn.o_proj", ("embd", "q"), output_bias),
+        "attn_output": Weight("self_attn.o_proj", ("embd", "o"), output_bias),
     }
 
 
@@ -123,6 +137,52 @@ _SHARED_EXPERT = {
     "ffn_up_shexp": Weight("mlp.shared_expert.up_proj", ("shared_ff", "embd")),
     "ffn_down_shexp": Weight("mlp.shared_expert.down_proj", ("embd", "shared_ff")),
 }
+
+# A layer's kind tells what its attn_qkv is: here the input of a gated delta net, else q, k and v.
+_DELTA_NET = {
+    "attn_qkv": Weight("linear_attn.in_proj_qkv", ("conv", "embd"), tiled="value_head"),
+    "attn_gate": Weight("linear_attn.in_proj_z", ("values", "embd")),
+    "ssm_beta": Weight("linear_attn.in_proj_b", ("value_heads", "embd"), tiled="one"),
+    "ssm_alpha": Weight("linear_attn.in_proj_a", ("value_heads", "embd"), tiled="one"),
+    "ssm_conv1d": Weight("linear_attn.conv1d", ("conv", "kernel"), tiled="value_head"),
+    "ssm_a": Weight(
+        "linear_attn.A_log",
+        ("value_heads",),
+        bare=True,
+        tiled="one",
+        suffix="",
+        float32=True,
+        log=True,
+    ),
+    "ssm_dt": Weight(
+        "linear_attn.dt_bias",
+        ("value_heads",),
+        bare=True,
+        tiled="one",
+        suffix=".bias",
+        float32=True,
+    ),
+    "ssm_norm": Weight("linear_attn.norm", ("value_head",)),
+    "ssm_out": Weight("linear_attn.out_proj", ("embd", "values")),
+}
+_POST_ATTENTION_NORMS = {
+    "attn_norm": _NORMS["attn_norm"],
+    "post_attention_norm": Weight("post_attention_layernorm", ("embd",)),
+}
+
+
+def _qwen35(name: str, mlp: dict[str, Weight], groups: dict[str, tuple[str, ...]]) -> Architecture:
+    """Its authors trained it in bfloat16 and say nothing of float16's range."""
+    return Architecture(
+        name=name,
+        module="mlxfuse.models.qwen35",
+        layer={**_POST_ATTENTION_NORMS, **_attention(), **_QK_NORMS, **mlp},
+        recurrent={**_POST_ATTENTION_NORMS, **_DELTA_NET, **mlp},
+        groups=groups | {"in_proj": ("attn_qkv", "attn_gate", "ssm_beta", "ssm_alpha")},
+        metal_dtype="bfloat16",
+        rope_types=("linear",),
+        partial_rope=True,
+    )
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -154,7 +214,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             name="qwen2moe",
             module="mlx_lm.models.qwen2_moe",
             layer=_NORMS | _attention("required") | _experts("gate", "switch_mlp") | _SHARED_EXPERT,
-            groups=_EXPERT_GROUPS | {"shared_gate_up": ("ffn_gate_shexp", "ffn_up_shexp")},
+            groups=_EXPERT_GROUPS | _SHARED,
             may_tie=False,
         ),
         # Both projects normalise the weights of a token's experts in every qwen3moe and in no
@@ -171,8 +231,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             name="gpt-oss",
             module="mlx_lm.models.gpt_oss",
             layer={
-                "attn_norm": _NORMS["attn_norm"],
-                "post_attention_norm": Weight("post_attention_layernorm", ("embd",)),
+                **_POST_ATTENTION_NORMS,
                 **_attention("required", "required"),
                 "attn_sinks": Weight("self_attn.sinks", ("heads",), bare=True),
                 **_experts("router", "experts", "required"),
@@ -213,6 +272,13 @@ ARCHITECTURES: dict[str, Architecture] = {
             },
             groups={"qkv": ("attn_qkv",), "gate_up": ("ffn_up",)},
             rope_types=("linear", "longrope"),
+            partial_rope=True,
+        ),
+        _qwen35("qwen35", _mlp(), _GROUPS),
+        _qwen35(
+            "qwen35moe",
+            _experts("gate", "switch_mlp") | _SHARED_EXPERT,
+            _EXPERT_GROUPS | _SHARED,
         ),
     )
 }

@@ -18,8 +18,9 @@ from ..nn.experts import QuantizedSwitchLinear, StreamedSwitchLinear, SwitchLine
 from ..nn.linear import Embedding, Linear, StreamedEmbedding, StreamedLinear
 from ..nn.quantized import Place, QuantizedEmbedding, QuantizedLinear
 from ..nn.rope import FrequencyRoPE
-from .config import Config, Rope
+from .config import Config
 from .plan import Group, Plan, RowSource, WeightPlan, groups
+from .rope import Rope
 from .streams import POOL, Account, StreamLoader, part_of
 
 if TYPE_CHECKING:
@@ -120,9 +121,15 @@ def make_module(
     """
     rows = FileRows(file, weight.weight, mapped=not dense)
     if len(weight.shape) == 1:
-        values = mx.array(rows(0, weight.shape[0]))
+        found = rows(0, weight.shape[0])
+        if weight.log:
+            # Rounding the logarithm moves exp of it by 4e-7 of it, for 1e-3 to 1e3.
+            if not np.all(found < 0):
+                raise GGUFError(file.path, f"{weight.weight[0].tensor.name} must be negative")
+            found = np.log(-found.astype(np.float64)).astype(np.float32)
+        values = mx.array(found)
         if isinstance(stock, mx.array):
-            return values.astype(dtype)
+            return values if weight.float32 else values.astype(dtype)
         values = values - config.architecture.norm_offset
         stock.weight = values.astype(dtype)
         return stock
@@ -132,6 +139,9 @@ def make_module(
         if dense:
             return Embedding(_dense(rows, shape, dtype))
         return StreamedEmbedding(rows, shape, dtype)
+    if isinstance(stock, nn.Conv1d):  # of each channel alone
+        stock.weight = _dense(rows, shape, dtype)[..., None]
+        return stock
     bias = _bias(file, weight, dtype) if weight.bias else None
     if len(weight.shape) == 3:
         if dense:
@@ -186,6 +196,8 @@ def _set_ropes(file: GGUFFile, model: nn.Module, config: Config) -> None:
     sliding = whole if config.rope_swa is None else _rope(file, config.rope_swa)
     period = config.args.get("sliding_window_pattern", 1)
     for i, layer in enumerate(model.layers):
+        if i in config.recurrent:
+            continue
         layer.self_attn.rope = whole if i % period == period - 1 else sliding
 
 
@@ -214,7 +226,7 @@ def _check_parameters(model: nn.Module, weights: Plan) -> None:
     filled = {w.parameter: w.shape for p in (weights.outer, *weights.layers) for w in p}
     parameters: Any = tree_flatten(model.parameters())
     expected = {
-        name: value.shape
+        name: value.shape[: 2 if ".conv1d." in name else None]  # of each channel alone
         for name, value in parameters
         if not name.endswith(".bias")  # a linear has the biases that the file has
     }

@@ -6,6 +6,7 @@ a weight is read.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,15 +41,15 @@ class RowSource:
 
     start, stop  rows of the tensor, of a stack of experts' matrices of each; for a vector its
                  elements.
-    heads        if not 0, the rows are those of so many heads whose rotary pairs (2i, 2i + 1)
-                 have to become halves (i, i + d/2). Rows are whole blocks in every GGUF type, so
-                 the order is changed on the file's bytes and is exact.
+    swap         if not empty, the last rows are ``[a, b, c, d]`` and have to become
+                 ``[a, c, b, d]``. Rows are whole blocks in every GGUF type, so the order is
+                 changed on the file's bytes and is exact.
     """
 
     tensor: Tensor
     start: int
     stop: int
-    heads: int = 0
+    swap: tuple[int, ...] = ()
 
     @property
     def format(self) -> Format:
@@ -83,10 +84,12 @@ class RowSource:
 
     def order(self) -> NDArray[np.intp] | None:
         """Index of the file's row for each row of the model, or None if they are the same."""
-        if not self.heads:
+        if not self.swap:
             return None
-        rows = np.arange(self.stop - self.start)
-        return rows.reshape(self.heads, -1, 2).swapaxes(1, 2).reshape(-1)
+        rows = np.arange(self.count)
+        last = rows[self.count - math.prod(self.swap) :]
+        last[:] = last.reshape(self.swap).swapaxes(1, 2).ravel()
+        return rows
 
     def bytes(self, file: GGUFFile, *, mapped: bool) -> NDArray[np.uint8]:
         """The rows in the file's order, uint8 [rows, bytes a row], expert after expert.
@@ -111,7 +114,7 @@ class WeightPlan:
     weight  its rows, from one or several tensors, one after the other.
     bias    likewise, or empty.
     group   path of the fused group it belongs to, for example ``model.layers.0.qkv``, or empty.
-    bare    see `Weight`.
+    bare, float32, log: see `Weight`.
     """
 
     module: str
@@ -119,6 +122,8 @@ class WeightPlan:
     bias: tuple[RowSource, ...] = ()
     group: str = ""
     bare: bool = False
+    float32: bool = False
+    log: bool = False
 
     @property
     def parameter(self) -> str:
@@ -170,11 +175,10 @@ def groups(weights: Plan) -> Iterator[Group]:
         for weight in layer:
             found.setdefault(weight.group or weight.module, []).append(weight)
         for members in found.values():
-            group = Group(tuple(members))
-            if group.has_kernel:
-                yield group
-            else:
-                yield from (Group((weight,)) for weight in members)
+            single = [Group((weight,)) for weight in members]
+            if together := tuple(g.weights[0] for g in single if g.has_kernel):
+                yield Group(together)
+            yield from (g for g in single if not g.has_kernel)
 
 
 def first_rows(sources: Sequence[RowSource]) -> tuple[list[int], dict[Format, int]]:
@@ -256,28 +260,29 @@ class _Finder:
         self.used: set[str] = {name for name in (config.rope.factors,) if name}
 
     def rows(self, prefix: str, name: str, weight: Weight, suffix: str) -> tuple[RowSource, ...]:
-        """The rows of ``PREFIX NAME.SUFFIX``, also out of a tensor of `FUSED`, or put together
+        """The rows of ``PREFIX NAME SUFFIX``, also out of a tensor of `FUSED`, or put together
         into ``attn_qkv``.
         """
         shape = tuple(self.sizes[s] for s in weight.shape)
-        if suffix == "bias":
+        bias = suffix != weight.suffix
+        if bias:
             shape = shape[:-1]
         tensors = self.file.tensors
-        if f"{prefix}{name}.{suffix}" in tensors:
-            tensor = self._checked(f"{prefix}{name}.{suffix}", shape)
+        if f"{prefix}{name}{suffix}" in tensors:
+            tensor = self._checked(f"{prefix}{name}{suffix}", shape)
             return (self._source(tensor, 0, tensor.shape[-2:][0], weight),)
         for whole, members in FUSED.items():
-            if suffix == "bias" and whole != FUSED_QKV:
+            if bias and whole != FUSED_QKV:
                 continue
-            if name in members and f"{prefix}{whole}.{suffix}" in tensors:
+            if name in members and f"{prefix}{whole}{suffix}" in tensors:
                 rows = [self._part_rows(part) for part in members]
                 start = sum(rows[: members.index(name)])
                 tensor = self._checked(
-                    f"{prefix}{whole}.{suffix}", (*shape[:-2], sum(rows), *shape[1:][-1:])
+                    f"{prefix}{whole}{suffix}", (*shape[:-2], sum(rows), *shape[1:][-1:])
                 )
                 return (self._source(tensor, start, start + shape[-2:][0], weight),)
-        parts = [f"{prefix}{part}.{suffix}" for part in QKV]
-        if name == FUSED_QKV and all(part in tensors for part in parts):
+        parts = [f"{prefix}{part}{suffix}" for part in QKV]
+        if name == FUSED_QKV and not weight.tiled and all(part in tensors for part in parts):
             return tuple(
                 self._source(
                     self._checked(full, (self._part_rows(part), *shape[1:])),
@@ -309,19 +314,25 @@ class _Finder:
         return tensor
 
     def _source(self, tensor: Tensor, start: int, stop: int, weight: Weight) -> RowSource:
-        heads = self.sizes[weight.heads] if self.paired and weight.heads else 0
-        return RowSource(tensor, start, stop, heads)
+        swap: tuple[int, ...] = ()
+        if self.paired and weight.heads:  # rotary pairs (2i, 2i + 1) -> halves (i, i + d/2)
+            heads = self.sizes[weight.heads]
+            swap = (heads, (stop - start) // heads // 2, 2, 1)
+        elif weight.tiled:
+            keys, values = self.sizes["key_heads"], self.sizes["value_heads"]
+            swap = (1, values // keys, keys, self.sizes[weight.tiled])
+        return RowSource(tensor, start, stop, swap)
 
     def weight(self, prefix: str, name: str, weight: Weight, module: str, group: str) -> WeightPlan:
-        rows = self.rows(prefix, name, weight, "weight")
+        rows = self.rows(prefix, name, weight, weight.suffix)
         if not rows:
-            raise GGUFError(self.file.path, f"{prefix}{name}.weight is missing")
+            raise GGUFError(self.file.path, f"{prefix}{name}{weight.suffix} is missing")
         bias: tuple[RowSource, ...] = ()
         if weight.bias != "no":
-            bias = self.rows(prefix, name, weight, "bias")
+            bias = self.rows(prefix, name, weight, ".bias")
             if weight.bias == "required" and not bias:
                 raise GGUFError(self.file.path, f"{prefix}{name}.bias is missing")
-        return WeightPlan(module, rows, bias, group, weight.bare)
+        return WeightPlan(module, rows, bias, group, weight.bare, weight.float32, weight.log)
 
 
 def plan(file: GGUFFile, config: Config) -> Plan:
@@ -332,7 +343,7 @@ def plan(file: GGUFFile, config: Config) -> Plan:
         UnsupportedError: the file has a tensor that this architecture does not use.
     """
     arch = config.architecture
-    _check_layers(file, config.layers)
+    _check_layers(file, config.layers + config.ignored)
     find = _Finder(file, config)
     outer = tuple(
         find.weight("", name, weight, weight.module, "")
@@ -343,6 +354,7 @@ def plan(file: GGUFFile, config: Config) -> Plan:
     layers = []
     for i in range(config.layers):
         at = f"model.layers.{i}"
+        table = arch.recurrent if i in config.recurrent and arch.recurrent else arch.layer
         layers.append(
             tuple(
                 find.weight(
@@ -352,12 +364,13 @@ def plan(file: GGUFFile, config: Config) -> Plan:
                     f"{at}.{weight.module}",
                     f"{at}.{group_of[name]}" if name in group_of else "",
                 )
-                for name, weight in arch.layer.items()
+                for name, weight in table.items()
             )
         )
     # A longrope file has two sets of factors, of which one is used.
     find.used |= {"rope_factors_long.weight", "rope_factors_short.weight"}
-    unused = [name for name in file.tensors if name not in find.used]
+    ahead = tuple(f"blk.{config.layers + i}." for i in range(config.ignored))
+    unused = [n for n in file.tensors if n not in find.used and not n.startswith(ahead)]
     if unused:
         raise UnsupportedError(
             f"{len(unused)} of the file's tensors have no place in {arch.name}: "

@@ -10,8 +10,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import scaled_dot_product_attention
 
+from ..kernels.activations import Int8Activations
 from .form import Form, FusedModule, Run, plus, project
-from .projection import Projection
+from .projection import KernelProjection, Projection
 from .rotation import Rotation, position
 from .sdpa import sdpa
 
@@ -30,8 +31,10 @@ class AttentionForm(Form):
     rope             name of the rotary embedding, or empty.
     softcap          scores go through ``softcap * tanh(scores / softcap)``, unless it is 0.
     sinks            name of the attention sinks, or empty.
+    gated            each head of q is followed by a gate, whose sigmoid multiplies its result.
     qkv, o           the fused projections.
     rotation         norms and rotary embedding as one kernel.
+    int8             whether o takes int8 activations.
     """
 
     linears: tuple[str, ...]
@@ -45,9 +48,11 @@ class AttentionForm(Form):
     rope: str = ""
     softcap: float = 0.0
     sinks: str = ""
+    gated: bool = False
     qkv: Projection | None = None
     o: Projection | None = None
     rotation: Rotation | None = None
+    int8: bool = False
     pieces = ("qkv", "o", "rotation")
 
 
@@ -68,10 +73,10 @@ class FusedAttention(FusedModule):
         if not self._holds():
             return plus(self._fused.original.__call__(self, x, mask, cache), residual)
         run = Run.of(x)
-        queries, keys, values = self._part(
+        heads = self._part(
             self._entering(run), self._enter, self._norms, x, self._offset(run, cache)
         )
-        output = self._attended(queries, keys, values, mask, cache)
+        output = self._attended(heads, mask, cache)
         added = () if residual is None else (residual,)
         return self._part(run, self._leave, self._norms, output, *added)
 
@@ -97,21 +102,20 @@ class FusedAttention(FusedModule):
         return position(offset) if self._entering(run).kept and isinstance(offset, int) else offset
 
     def _enter(
-        self, mode: str, x: mx.array, offset: int | mx.array
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        """x [B, L, hidden_size] -> q, k and v, [B, heads, L, D], normed and rotated."""
-        return self._placed(mode, self._projected(x, mode), offset)
-
-    def _placed(
-        self, mode: str, parts: Sequence[mx.array], offset: int | mx.array
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        """Results of the projections, [B, L, heads * D] each -> `_enter`'s."""
+        self, mode: str, x: mx.array | Int8Activations, offset: int | mx.array
+    ) -> tuple[mx.array, ...]:
+        """x [B, L, hidden_size] -> q, k, v and any gate, [B, heads, L, D], normed and rotated."""
         form = self._fused
-        queries, keys, values = parts
+        queries, keys, values = self._projected(x, mode)
+        gate: tuple[mx.array, ...] = ()
+        if form.gated:
+            heads = queries.reshape(*queries.shape[:2], form.heads, -1)
+            queries, gates = mx.split(heads, 2, axis=-1)
+            queries, gate = queries.flatten(2), (gates.transpose(0, 2, 1, 3),)
         rotated = None if form.rotation is None else form.rotation(queries, keys, offset, mode)
         queries, keys = rotated or self._rotated(queries, keys, offset)
         values = values.reshape(*values.shape[:2], form.kv_heads, -1).transpose(0, 2, 1, 3)
-        return queries, keys, values
+        return queries, keys, values, *gate
 
     def _leave(
         self,
@@ -124,10 +128,14 @@ class FusedAttention(FusedModule):
         """What `_attended` gives -> [B, L, hidden_size], with ``residual`` added."""
         form = self._fused
         output = output.transpose(0, 2, 1, 3).flatten(2)
+        int8 = int8 and form.int8
         return project(self, form.output, form.o, output, residual, mode, int8=int8)
 
-    def _projected(self, x: mx.array, mode: str) -> Sequence[mx.array]:
+    def _projected(self, x: mx.array | Int8Activations, mode: str) -> Sequence[mx.array]:
         form = self._fused
+        if isinstance(x, Int8Activations):
+            assert isinstance(form.qkv, KernelProjection)
+            return form.qkv.integers(x, split=True)
         parts = None if form.qkv is None else form.qkv.split(x, mode)
         if parts is not None:
             return parts
@@ -156,6 +164,14 @@ class FusedAttention(FusedModule):
         return queries, keys
 
     def _attended(
+        self, heads: Sequence[mx.array], mask: mx.array | str | None, cache: Any
+    ) -> mx.array:
+        """What `_enter` gives -> [B, heads, L, D]; this part changes with every token."""
+        queries, keys, values, *gate = heads
+        output = self._attend(queries, keys, values, mask, cache)
+        return output * mx.sigmoid(gate[0]) if gate else output
+
+    def _attend(
         self,
         queries: mx.array,
         keys: mx.array,
@@ -163,7 +179,6 @@ class FusedAttention(FusedModule):
         mask: mx.array | str | None,
         cache: Any,
     ) -> mx.array:
-        """What `_enter` gives -> [B, heads, L, D]; this part changes with every token."""
         form = self._fused
         sinks = self[form.sinks] if form.sinks else None
         if hasattr(cache, "attend"):

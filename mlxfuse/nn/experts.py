@@ -151,7 +151,8 @@ class QuantizedSwitchLinear(_Holder):
                 sorted_indices=sorted_indices,
             ).astype(x.dtype)
         else:
-            y = quantized_matmul(x, self.weight, experts=indices)[0][..., None, :]
+            bias = self.get("bias")
+            return quantized_matmul(x, self.weight, bias=bias, experts=indices)[0][..., None, :]
         return _biased(self, y, indices)
 
     def _matrix(self, expert: int) -> mx.array:

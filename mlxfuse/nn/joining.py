@@ -100,31 +100,42 @@ def embedding_rows(embedding: nn.QuantizedEmbedding) -> KernelProjection | str:
     return KernelProjection(embedding, (), QuantizedWeight.whole(segment), None, stock=True)
 
 
-def join_experts(parent: nn.Module, names: Sequence[str]) -> KernelProjection | str:
-    """The experts of switch linears together; nothing is copied. Or why not."""
-    linears = [parent[name] for name in names]
+def experts_refusal(linears: Sequence[nn.Module]) -> str | None:
+    """Why the experts of switch linears cannot be joined, or None."""
     kinds = {type(x) for x in linears}
     if len(kinds) > 1 or not kinds <= {switch_layers.QuantizedSwitchLinear, QuantizedSwitchLinear}:
         return "its experts are " + " and ".join(sorted({kind.__name__ for kind in kinds}))
-    if any("bias" in x for x in linears):
-        return "its experts have biases"
     if kinds == {QuantizedSwitchLinear}:
-        whole = _whole(linears)
-        if len(whole.segments) > 1:
+        if len(_whole(linears).segments) > 1:
             return "gate and up have different formats"
-        return KernelProjection(parent, names, whole, None, stock=False)
+        return None
     if any(x.bits is None or x.group_size is None for x in linears):
         return "its experts do not tell their bits and group size"
     if len({_columns(x) for x in linears}) > 1 or len({x.scales.dtype for x in linears}) > 1:
         return "its experts have different inputs or types"
+    if len({x.bias.dtype for x in linears if "bias" in x}) > 1:
+        return "its experts have biases of different types"
     segments = [_segment(x, x) for x in linears]
     for segment in segments:
         if isinstance(segment, str):
             return segment
-    parts = tuple(Part(s, 0, s.rows) for s in segments if not isinstance(s, str))
-    if len({part.rows for part in parts}) > 1:
+    if len({s.rows for s in segments if not isinstance(s, str)}) > 1:
         return "gate and up have different rows"
-    return KernelProjection(parent, names, QuantizedWeight(parts), None, stock=True)
+    return None
+
+
+def join_experts(parent: nn.Module, names: Sequence[str]) -> KernelProjection:
+    """The experts of switch linears together; they must have no `experts_refusal`.
+
+    Nothing is copied but biases, of which the linears' become views.
+    """
+    linears = [parent[name] for name in names]
+    stock = not isinstance(linears[0], QuantizedSwitchLinear)
+    segments = [s for s in (_segment(x, x) for x in linears if stock) if not isinstance(s, str)]
+    parts = tuple(Part(s, 0, s.rows) for s in segments)
+    weight = QuantizedWeight(parts) if stock else _whole(linears)
+    bias = _join_biases(linears, [part.rows for part in weight.parts])
+    return KernelProjection(parent, names, weight, bias, stock=stock)
 
 
 def copies(linears: Sequence[nn.Module]) -> bool:
@@ -181,9 +192,9 @@ def _columns(linear: nn.Module) -> int:
 
 def format_of(linear: nn.Module) -> str:
     """The format or type of a linear's weight, as reports name it."""
-    if isinstance(linear, QuantizedLinear):
+    if isinstance(linear, QuantizedLinear | QuantizedSwitchLinear):
         return " and ".join(part.segment.name for part in linear.weight.parts)
-    if isinstance(linear, nn.QuantizedLinear):
+    if isinstance(linear, nn.QuantizedLinear | switch_layers.QuantizedSwitchLinear):
         affine = linear.mode == "affine"
         return f"affine{linear.bits}g{linear.group_size}" if affine else str(linear.mode)
     return type_name(linear.weight.dtype)
@@ -210,34 +221,35 @@ def _join_arrays(linears: Sequence[nn.Module]) -> dict[str, mx.array]:
     arrays = {n: mx.concatenate([x[n] for x in linears]) for n in names}
     mx.eval(arrays)
     for name, array in arrays.items():
-        _hand_back(linears, name, array, [_rows(x) for x in linears])
+        _hand_back(linears, name, array, [_rows(x) for x in linears], axis=0)
     return arrays
 
 
 def _hand_back(
-    linears: Iterable[nn.Module], name: str, array: mx.array, rows: Sequence[int]
+    linears: Iterable[nn.Module], name: str, array: mx.array, rows: Sequence[int], axis: int
 ) -> None:
-    at = 0
-    for linear, count in zip(linears, rows, strict=True):
+    own = mx.split(array, list(accumulate(rows))[:-1], axis=axis)
+    for linear, view in zip(linears, own, strict=True):
         if name in linear:
-            linear[name] = array[at : at + count]
-            mx.eval(linear[name])
-        at += count
+            linear[name] = view
+            mx.eval(view)
 
 
 def _join_biases(linears: Sequence[nn.Module], rows: Sequence[int]) -> mx.array | None:
     """The biases one after the other, zeros where there is none; None if no linear has one."""
-    dtypes = [x.bias.dtype for x in linears if "bias" in x]
-    if not dtypes:
+    held = [x.bias for x in linears if "bias" in x]
+    if not held:
         return None
+    lead, dtype = held[0].shape[:-1], held[0].dtype  # lead: of experts
     bias = mx.concatenate(
         [
-            x.bias if "bias" in x else mx.zeros(n, dtypes[0])
+            x.bias if "bias" in x else mx.zeros((*lead, n), dtype)
             for x, n in zip(linears, rows, strict=True)
-        ]
+        ],
+        axis=-1,
     )
     mx.eval(bias)
-    _hand_back(linears, "bias", bias, rows)
+    _hand_back(linears, "bias", bias, rows, axis=-1)
     return bias
 
 

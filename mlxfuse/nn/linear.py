@@ -13,7 +13,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.activations import swiglu
+from mlx_lm.models.activations import swiglu, swiglu_oai
 
 from .. import blas
 from ..kernels import assumed
@@ -87,6 +87,7 @@ GATED: dict[str, Callable[[mx.array, mx.array], mx.array]] = {
     "swiglu": swiglu,
     "geglu": lambda gate, up: nn.gelu(gate) * up,
     "geglu_tanh": lambda gate, up: nn.gelu_approx(gate) * up,
+    "swiglu_clipped": swiglu_oai,
 }
 PLAIN: dict[str, Callable[[mx.array], mx.array]] = {
     "gelu": nn.gelu,

@@ -82,7 +82,13 @@ def price() -> float:
         input_names=[f"x{i}" for i in range(8)],
         output_names=["out"],
         source="out[0] = x0[0];" * 20,
-        header=header(("formats.h:Affine4", "quantized_matmul.metal:vector")),
+        header=header(
+            (
+                "formats.h:Affine4",
+                "quantized_matmul.metal:vector",
+                "quantized_matmul.metal:vector_tile",
+            )
+        ),
     )
     took = []
 

@@ -11,8 +11,7 @@ from pkgutil import iter_modules
 import mlx.nn as nn
 import mlx_lm.models
 
-from mlxfuse.fusion.bodies import BODIES
-from mlxfuse.fusion.certify import Match, certify
+from mlxfuse.fusion.certify import KNOWN, Match, certify
 
 
 def classes() -> Iterator[type[nn.Module]]:
@@ -36,25 +35,25 @@ def classes() -> Iterator[type[nn.Module]]:
 
 
 def covered() -> dict[int, list[str]]:
-    """Index in `BODIES` -> names of the classes that have the body."""
+    """Index in `KNOWN` -> names of the classes that have the body."""
     found: dict[int, list[str]] = defaultdict(list)
     for cls in classes():
-        for kind in dict.fromkeys(body.kind for body in BODIES):
+        for kind in dict.fromkeys(body.kind for body in KNOWN):
             match = certify(cls, kind)
             if isinstance(match, Match):
                 name = f"{cls.__module__.rpartition('.')[2]}.{cls.__qualname__}"
-                found[BODIES.index(match.body)].append(name)
+                found[KNOWN.index(match.body)].append(name)
     return found
 
 
 def main() -> None:
     found = covered()
     print("| body of | classes | such as |\n| --- | --- | --- |")
-    for i, body in enumerate(BODIES):
+    for i, body in enumerate(KNOWN):
         names = found[i]
         print(f"| {body.kind} | {len(names)} | {', '.join(names[:4])} |")
     for kind in ("attention", "mlp", "block"):
-        total = sum(len(found[i]) for i, body in enumerate(BODIES) if body.kind == kind)
+        total = sum(len(found[i]) for i, body in enumerate(KNOWN) if body.kind == kind)
         print(f"{kind}: {total} classes")
 
 

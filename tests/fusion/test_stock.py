@@ -10,7 +10,9 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm import stream_generate  # noqa: F401 (loaded before threads are)
+from mlx_lm.models.activations import SwigluOAI
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.minimax_m3_vl import DenseMLP
 from mlx_lm.tuner.lora import LoRALinear
 
 import mlxfuse
@@ -153,30 +155,70 @@ MOE = {
 }
 
 
-def test_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+def moe(name: str, form: str, **more: object) -> nn.Module:
+    """A model with experts, and with biases of them that matter if it has any."""
+    model = make(name, form, **{**MOE, "num_local_experts": 4, "sliding_window": 16, **more})
+    for path, module in model.named_modules():
+        if "experts" in path and "bias" in module:
+            module.bias = mx.random.normal(module.bias.shape)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [("qwen3_moe", "affine4"), ("gpt_oss", "mxfp4"), ("gpt_oss", "affine8")]
+)
+def test_experts(name: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
-    model = make("qwen3_moe", "affine4", **MOE)
-    want = logits(model, (3, 1, 40))
+    model = moe(name, form)
+    before, want = parameters(model), logits(model, (3, 1, 40))
+    live = held()
     with msl.installed(build="fast"):
         report = patch_model(model, fuse="experts")
+        assert held() <= live
         got = logits(model, (3, 1, 40))
     assert str(report) == "experts 2/2"
     assert launches == {"quantized_matmul": 4}  # two layers, the calls of three and of one
+    assert not fallbacks
     assert not np.array_equal(got, want)
     assert apart(got, want) <= BOUND
+    assert parameters(model) == before
+    unpatch_model(model)
+    assert np.array_equal(logits(model, (3, 1, 40)), want)
+    if name == "gpt_oss":  # control: the wrong expert's biases are noticed
+        for layer in model.layers:
+            layer.mlp.experts.up_proj.bias = mx.roll(layer.mlp.experts.up_proj.bias, 1, 0)
+        assert apart(logits(model, (3, 1, 40)), want) > 100 * BOUND
+
+
+def test_a_clipped_mlp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MiniMax M3's dense layers and shared experts."""
+    monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
+    mx.random.seed(0)
+    model = DenseMLP(128, 256, activation=SwigluOAI())
+    model.eval()
+    nn.quantize(model)
+    x = 12 * mx.random.normal((3, 128))
+    want = model(x)
+    with msl.installed(build="fast"):
+        assert str(patch_model(model, fuse="gate_up")) == "gate/up 1/1"
+        got = model(x)
+        mx.eval(got)
+    assert launches == {"quantized_matmul": 1}
+    assert mx.allclose(got, want, rtol=1e-4, atol=1e-4 * mx.abs(want).max().item())
+    other = DenseMLP(128, 256, activation=SwigluOAI(limit=10.0))
+    (skip,) = patch_model(other, fuse="all").skipped
+    assert skip.reason == "limit of its activation is 10.0, not 7.0"
 
 
 @pytest.mark.parametrize(
     ("name", "form", "reason"),
     [
-        ("gpt_oss", "affine4", "activations.SwigluOAI.__call__ is not a body that is known"),
         ("qwen3_moe", "affine6", "no kernel for MLX weights (6, 32, 'affine') of 128 columns"),
         ("qwen3_moe", "dense", "its experts are SwitchLinear"),
     ],
 )
 def test_experts_that_are_left_alone(name: str, form: str, reason: str) -> None:
-    more = {"num_local_experts": 4, "sliding_window": 16}
-    report = patch_model(make(name, form, **MOE, **more), fuse="all")
+    report = patch_model(moe(name, form), fuse="all")
     found = [s for s in report.skipped if s.name == "experts"]
     assert [s.reason for s in found] == [reason] * 2
 
@@ -347,59 +389,6 @@ def test_changed_parameters_are_noticed() -> None:
     assert np.array_equal(logits(model), logits(other))
     assert fallbacks["FusedMLP", "its arrays are not those that were fused"] == 3
     assert fallbacks["FusedAttention", "its arrays are not those that were fused"] == 3
-
-
-@pytest.mark.parametrize("mode", ["reference", "emulated"])
-def test_int8_activations(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLXFUSE_KERNELS", mode)
-    model = make("llama", "affine4")
-    want = logits(model, (3, 1))
-    with msl.installed(build="fast"):
-        report = patch_model(model, fuse="all", act_quant="on")
-        got = logits(model, (3, 1))
-        ran = dict(launches)
-        # The switch counts at every call.
-        monkeypatch.setenv("MLXFUSE_DISABLE", "int8")
-        floats = logits(model, (3, 1))
-        monkeypatch.delenv("MLXFUSE_DISABLE")
-        assert np.array_equal(logits(model, (3, 1)), got)
-    assert len(report.tallies["int8"].fused) == report.tallies["int8"].total == 8
-    assert not [s for s in report.skipped if s.name == "int8"]
-    assert 1e-3 < apart(got, want) < 0.1
-    assert apart(floats, want) <= BOUND
-    if mode == "emulated":
-        assert {op: n for op, n in ran.items() if op not in ("dequantize", "norm_rope")} == {
-            "rms_norm": 8,
-            "quantize_int8": 8,
-            "int8_matmul": 16,
-        }
-    unpatch_model(model)
-    assert np.array_equal(logits(model, (3, 1)), want)
-    assert patch_model(model, fuse="all").tallies.get("int8") is None
-    with pytest.raises(ValueError, match="act_quant is auto, on or off; found 'yes'"):
-        patch_model(model, act_quant="yes")
-
-
-@pytest.mark.parametrize(
-    ("name", "form", "fuse", "reason"),
-    [
-        ("qwen3_moe", "affine4", "all", "Qwen3MoeSparseMoeBlock reads floats"),  # its router
-        ("llama", "affine4", "all,-qkv", "what reads it has no kernel or is not fused"),
-        ("llama", "mxfp4", "all", "int8 activations: expected Q4_0"),
-        ("llama", "affine4", "all,-int8:*.o", "switched off by fuse"),
-    ],
-)
-def test_norms_whose_readers_need_floats(name: str, form: str, fuse: str, reason: str) -> None:
-    model = make(name, form, **MOE)
-    want = logits(model)
-    report = patch_model(model, fuse=fuse, act_quant="on")
-    found = [s.reason for s in report.skipped if s.name == "int8"]
-    tally = report.tallies["int8"]
-    assert len(found) + len(tally.fused) == tally.total == 8
-    assert found
-    assert all(r.startswith(reason) for r in found)
-    if not tally.fused:
-        assert apart(logits(model), want) <= BOUND
 
 
 @pytest.mark.parametrize("training", [True, False])

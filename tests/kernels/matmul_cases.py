@@ -25,7 +25,7 @@ K = (32, 96, 256, 576, 768, 2880, 4096)
 AFFINE = {f"affine{b}g{g}": (b, g, "affine") for b in (4, 8) for g in (32, 64, 128)}
 AFFINE["mxfp4"] = (4, 32, "mxfp4")
 
-GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh"}
+GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "swiglu_clipped": None}
 FACTORS = {
     "format": (*(f.name for f in WITH_KERNEL), "affine4g64", "affine8g32", "mxfp4"),
     "dtype": tuple(NMSE),
@@ -176,6 +176,9 @@ def activated(name: str | None, parts: Sequence[np.ndarray]) -> list[np.ndarray]
     """The activation of each part, or of gate and up together."""
     if name in GATED:
         gate, up = parts
+        if name == "swiglu_clipped":
+            gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+            return [(up + 1) * gate / (1 + np.exp(-1.702 * gate))]
         return [ACTIVATE[GATED[name]](gate) * up]
     return [ACTIVATE[name](v) for v in parts]
 

@@ -82,10 +82,14 @@ def test_every_pair(case: Case, kernels: str) -> None:
     v, errors = sums(x, parts, ids), [4 * EPS[dtype] * e for e in magnitudes(x, parts, ids)]
     bias = residual = None
     if case["bias"]:
-        bias = random_x(1, weight.rows, dtype, seed=3).reshape(-1)
+        bias = random_x(2 if ids is not None else 1, weight.rows, dtype, seed=3)
         at = np.cumsum([0, *(p.rows for p in weight.parts)])
         b = to_float64(bias)
-        v = [y + b[i:j] for y, i, j in zip(v, at, at[1:], strict=False)]
+        if ids is None:
+            bias = bias[0]
+        else:
+            b = b[np.array(ids).reshape(-1)]
+        v = [y + b[:, i:j] for y, i, j in zip(v, at, at[1:], strict=False)]
     many = m == 40 and ids is None
     want = activated(activation, v)
     bounds = spread(activation, v, errors, erf=5e-7 if many else 1.5e-7)
@@ -315,6 +319,31 @@ def test_experts(shared: bool, names: tuple[str, str], kernels: str) -> None:
     assert_close(got, want, bound + EPS[mx.float32] * np.abs(want), mx.float32)
 
 
+@pytest.mark.parametrize("dtype", list(NMSE), ids=str)
+def test_biases_and_clipped_swiglu_of_experts(dtype: mx.Dtype, kernels: str) -> None:
+    """As gpt-oss has them, with gate and up beyond the limit of 7 on both sides."""
+    found = joined(("MXFP4", "MXFP4"), (37, 37), 96, experts=4)
+    ids = mx.array([[3, 0], [1, 1], [2, 3]])
+    x = 6 * scaled(random_x(3, 96, dtype), found.parts, ids)
+    bias = random_x(4, 74, dtype, seed=3)
+    of = to_float64(bias)[np.array(ids).reshape(-1)]
+    v = [y + b for y, b in zip(sums(x, found.parts, ids), np.split(of, 2, -1), strict=True)]
+    assert all(y.max() > 7 > -7 > y.min() for y in v)
+    (got,) = quantized_matmul(x, found.weight, bias=bias, activation="swiglu_clipped", experts=ids)
+    (want,) = activated("swiglu_clipped", v)
+    assert_close(got, want, np.zeros(()), dtype)
+    for other in (mx.roll(bias, 1, 0), mx.roll(bias, 37, 1)):  # of other experts; up's for gate
+        (wrong,) = quantized_matmul(
+            x, found.weight, bias=other, activation="swiglu_clipped", experts=ids
+        )
+        with pytest.raises(AssertionError):
+            assert_close(wrong, want, np.zeros(()), dtype)
+    (y,) = quantized_matmul(
+        mx.full((1, 96), float("nan")), found.weight, activation="swiglu_clipped", experts=ids[0]
+    )
+    assert mx.all(mx.isnan(y))
+
+
 @pytest.mark.parametrize("large", ["dequantize", "tiles"])
 def test_no_rows_give_no_rows(large: str, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLXFUSE_KERNELS", "emulated" if kernels != "metal" else "auto")
@@ -388,6 +417,9 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         quantized_matmul(x, weight, activation="tanh")
     with pytest.raises(ValueError, match="expert ids"):
         quantized_matmul(x, weight, experts=mx.array([0, 1]))
+    three = joined(("Q4_0",), (6,), 64, experts=3).weight
+    with pytest.raises(ValueError, match=r"bias: expected \(3, 6\), found \(6,\)"):
+        quantized_matmul(x, three, bias=mx.zeros((6,)), experts=mx.array([0, 1]))
 
 
 def test_launch_geometry_is_a_pure_function_of_shapes() -> None:

@@ -22,7 +22,7 @@ from mlxfuse.kernels import (
     quantized_matmul,
     rms_norm,
 )
-from mlxfuse.kernels._product import ACTIVATIONS, Call
+from mlxfuse.kernels._product import _GATED, ACTIVATIONS, Call
 from mlxfuse.kernels._source import header
 from mlxfuse.kernels.activations import Int8Activations
 from mlxfuse.kernels.compressed_sdpa import compressed_sdpa
@@ -192,7 +192,7 @@ def variants() -> Iterator[Variant]:
     same, mixed = [("Q4_K", ROWS), ("Q4_K", ROWS)], [("Q4_K", ROWS), ("Q8_0", ROWS)]
     qkv = [("Q5_0", 16), ("Q5_0", 8), ("Q8_0", 8)]
     for activation in ACTIVATIONS:
-        parts = same if activation in ("swiglu", "geglu", "geglu_tanh") else same[:1]
+        parts = same if activation in _GATED else same[:1]
         yield _matmul(f"{activation} M = 1", parts, 1, half, activation=activation)
     bias = mx.array(rng.standard_normal(32), mx.float32).astype(half)
     for rows in (1, 8, 40):

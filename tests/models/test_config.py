@@ -13,8 +13,9 @@ from gguf import GGUFWriter
 from mlxfuse.errors import GGUFError, UnsupportedError
 from mlxfuse.gguf.reader import open_gguf
 from mlxfuse.models import ARCHITECTURES
-from mlxfuse.models.config import Config, Rope, read_config
+from mlxfuse.models.config import Config, read_config
 from mlxfuse.models.plan import plan
+from mlxfuse.models.rope import Rope
 from tests.models import tiny
 
 
@@ -59,6 +60,7 @@ def test_every_value_of_a_llama(tmp_path: Path) -> None:
         "heads": 8,
         "kv_heads": 2,
         "q": 256,
+        "o": 256,
         "kv": 64,
         "qkv": 384,
     }
@@ -400,11 +402,11 @@ def test_the_groups_of_a_plan(tmp_path: Path) -> None:
     assert groups["model.layers.1.qkv"] == ["q_proj", "k_proj", "v_proj"]
     assert groups["model.layers.1.gate_up"] == ["gate_proj", "up_proj"]
     parts = {w.module.rsplit(".", 1)[1]: w.weight[0] for w in layer}
-    assert [(parts[p].start, parts[p].stop, parts[p].heads) for p in ("q_proj", "k_proj")] == [
-        (0, 64, 4),
-        (64, 96, 2),
+    assert [(parts[p].start, parts[p].stop, parts[p].swap) for p in ("q_proj", "k_proj")] == [
+        (0, 64, (4, 8, 2, 1)),
+        (64, 96, (2, 8, 2, 1)),
     ]
-    assert (parts["v_proj"].start, parts["v_proj"].stop, parts["v_proj"].heads) == (96, 128, 0)
+    assert (parts["v_proj"].start, parts["v_proj"].stop, parts["v_proj"].swap) == (96, 128, ())
 
 
 def test_the_tables_need_neither_mlx_nor_mlx_lm() -> None:
@@ -419,8 +421,8 @@ def test_the_tables_need_neither_mlx_nor_mlx_lm() -> None:
 def test_each_table_is_complete() -> None:
     assert list(ARCHITECTURES) == [
         *("llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe"),
-        *("gpt-oss", "gemma2", "gemma3", "phi3"),
+        *("gpt-oss", "gemma2", "gemma3", "phi3", "qwen35", "qwen35moe"),
     ]
     for arch in ARCHITECTURES.values():
         for names in arch.groups.values():
-            assert set(names) <= set(arch.layer)
+            assert any(set(names) <= set(table or ()) for table in (arch.layer, arch.recurrent))

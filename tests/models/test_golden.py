@@ -6,9 +6,10 @@ misread it, so a loader with that fault would compute what mlxfuse computes here
 must notice.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -116,15 +117,23 @@ def set_key(key: str, value: object) -> Change:
 def wrong_rope_layout(model: tiny.Tiny) -> None:
     """Interleave the halves of every q and k head, rows of packed blocks and biases alike."""
     case = model.case
-    width, heads = case.head_dim, case.heads + case.kv_heads
-    order = np.arange(width).reshape(2, -1).T.ravel()
-    rows = (np.arange(heads)[:, None] * width + order).ravel()
+    width, rotated = case.head_dim, model.metadata[f"{case.arch}.rope.dimension_count"]
+    assert isinstance(rotated, int)
+    order = np.arange(width)
+    order[:rotated] = order[:rotated].reshape(2, -1).T.ravel()
+    gated = "full_attention_interval" in case.keys  # each head of q is followed by a gate
+    queries = np.arange(width * (1 + gated))
+    queries[:width] = order
+    rows = (np.arange(case.heads)[:, None] * len(queries) + queries).ravel()
+    keys = (np.arange(case.kv_heads)[:, None] * width + order).ravel()
+    both = np.concatenate([rows, len(rows) + keys])
+    first = 2 * width * case.kv_heads + len(rows)
     for name, (data, kind) in model.tensors.items():
         short = name.split(".")[-2]
         if short in ("attn_q", "attn_k"):
-            model.tensors[name] = data[rows[: len(data)]], kind
-        elif short == "attn_qkv":
-            model.tensors[name] = np.concatenate([data[rows], data[len(rows) :]]), kind
+            model.tensors[name] = data[rows if short == "attn_q" else keys], kind
+        elif short == "attn_qkv" and len(data) == first:  # and not a gated delta net's
+            model.tensors[name] = np.concatenate([data[both], data[len(both) :]]), kind
 
 
 def controls(name: str) -> Iterator[tuple[str, Change]]:
@@ -136,6 +145,8 @@ def controls(name: str) -> Iterator[tuple[str, Change]]:
     for tensor in sorted(
         {full.removesuffix(".weight").split(".", 2)[-1] for full in model.tensors}
     ):
+        if tensor.startswith("nextn"):  # not used
+            continue
         if tensor.endswith(".bias"):
             yield f"no-{tensor}", edit(tensor, np.zeros_like)
         elif "norm" in tensor or (tensor.startswith("rope_") and tensor != unused):
@@ -158,10 +169,15 @@ def controls(name: str) -> Iterator[tuple[str, Change]]:
         else:
             yield "one-rope-base", set_key("rope.freq_base", 1e4)
     if case.experts:
-        yield "gate-and-up-swapped", swap("ffn_gate_exps", "ffn_up_exps")
+        if case.fused_gate:
+            yield "up-first", edit("ffn_gate_up_exps", lambda x: np.roll(x, case.expert_ffn, 1))
+        else:
+            yield "gate-and-up-swapped", swap("ffn_gate_exps", "ffn_up_exps")
         yield "other-experts-down", edit("ffn_down_exps", lambda data: np.roll(data, 1, 0))
         yield "fewer-experts", set_key("expert_used_count", case.used - 1)
         yield "more-experts", set_key("expert_used_count", case.used + 1)
+    if "ssm.state_size" in keys:
+        yield from delta_net_controls(case, keys)
     if case.sinks:
         yield "no-sinks", edit("attn_sinks", lambda data: data - 1e4)
     if case.shared_ffn:
@@ -172,6 +188,46 @@ def controls(name: str) -> Iterator[tuple[str, Change]]:
         ratio = np.float32((case.hidden / case.heads / case.head_dim) ** 0.5)
         queries = "attn_q_norm" if case.head_norms else "attn_q"
         yield "query-scale", edit(queries, lambda data: data * ratio)
+
+
+def delta_net_controls(case: tiny.Case, keys: Mapping[str, Any]) -> Iterator[tuple[str, Change]]:
+    """What could be misread in a gated delta net, or in attention whose query has a gate."""
+    head, heads = keys["ssm.state_size"], keys["ssm.time_step_rank"]
+    repeats = heads // keys["ssm.group_count"]
+
+    conv = 2 * keys["ssm.group_count"] * head + heads * head
+
+    def grouped(rows: int) -> Callable[[np.ndarray], np.ndarray]:
+        """The last rows as if they were grouped by key heads already."""
+
+        def change(data: np.ndarray) -> np.ndarray:
+            if len(data) not in (conv, heads * rows):  # attention's attn_qkv
+                return data
+            rest, last = np.split(data, [len(data) - heads * rows])
+            last = last.reshape(-1, repeats, rows, *data.shape[1:]).swapaxes(0, 1)
+            return np.concatenate([rest, last.reshape(-1, *data.shape[1:])])
+
+        return change
+
+    for name in ("attn_qkv", "attn_gate", "ssm_conv1d"):
+        yield f"grouped-{name}", edit(name, grouped(head))
+    for name in ("ssm_alpha", "ssm_beta", "ssm_a", "ssm_dt.bias"):
+        yield f"grouped-{name}", edit(name, grouped(1))
+    yield "alpha-and-beta-swapped", swap("ssm_alpha", "ssm_beta")
+    yield "conv-reversed", edit("ssm_conv1d", lambda data: data[:, ::-1].copy())
+    yield "decay-not-exponential", edit("ssm_a", lambda data: -np.exp(data))
+    yield "whole-head-rotated", set_key("rope.dimension_count", case.head_dim)
+
+    name = "attn_qkv" if case.fused_qkv else "attn_q"
+
+    def gates_last(data: np.ndarray) -> np.ndarray:
+        if name == "attn_qkv" and len(data) == conv:
+            return data
+        queries, rest = np.split(data, [2 * case.heads * case.head_dim])
+        parts = queries.reshape(2, case.heads, case.head_dim, -1).swapaxes(0, 1)
+        return np.concatenate([parts.reshape(queries.shape), rest])
+
+    yield "gates-after-all-queries", edit(name, gates_last)
 
 
 @pytest.mark.parametrize(

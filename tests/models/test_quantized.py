@@ -133,6 +133,9 @@ def test_look_up_and_tied_head_share_the_bytes(tmp_path: Path) -> None:
     assert embedding(mx.zeros((1, 0), mx.int32)).shape == (1, 0, 64)
 
 
+DENSE = "its linears are dense and quantised"
+
+
 def test_a_type_without_a_kernel_is_reported(tmp_path: Path) -> None:
     model = tiny.build("llama-k-quants", 0)
     shape = model.weights("blk.1.attn_v.weight").shape
@@ -142,11 +145,11 @@ def test_a_type_without_a_kernel_is_reported(tmp_path: Path) -> None:
     loaded, _ = load(path, fuse="all")
     report = loaded.load_report
     assert report.dequantized == {"TQ1_0": [1, shape[0] * 54, shape[0] * 256 * 4]}
-    assert report.lines()[-1] == "TQ1_0 has no kernel: 1 matrices of 0.0 MB take 0.1 MB"
-    assert report.lines()[0].startswith("Fused: qkv 1/2 (1 mixed: q4_k, q6_k), gate/up 2/2")
+    assert report.lines() == ["TQ1_0 has no kernel: 1 matrices of 0.0 MB take 0.1 MB"]
+    assert str(report.patch).startswith("qkv 1/2 (1 mixed: q4_k, q6_k), gate/up 2/2")
+    assert report.patch.rows()[0] == ("qkv", "1", "2", f"1 mixed: q4_k, q6_k; 1: {DENSE}")
     assert isinstance(loaded.layers[1].self_attn.q_proj, QuantizedLinear)
-    reason = "its linears are dense and quantised"
-    assert ("qkv", "model.layers.1.self_attn", reason) in report.patch.skipped
+    assert ("qkv", "model.layers.1.self_attn", DENSE) in report.patch.skipped
     assert load(path)[0].load_report.dequantized == {}
 
 

@@ -20,6 +20,8 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from gguf.quants import dequantize, quantize
 
+from tests.models import qwen35_shapes
+
 SEEDS = (0, 1, 2)
 BOS, EOS, MERGED = 256, 257, 258
 VOCABULARY = 259  # 256 bytes, two control tokens, one merge: the least llama.cpp accepts
@@ -80,6 +82,26 @@ PHI3 = {"rope.scaling.attn_factor": 1.25, "rope.dimension_count": 12}
 LONGROPE = {"rope_factors_long": 6, "rope_factors_short": 6}
 EXPERT_BIASES = tuple(f"ffn_{name}" for name in ("gate_inp", "gate_exps", "up_exps", "down_exps"))
 EXPERT_Q4 = {"": "Q4_0", "attn_v": "Q8_0", "ffn_down_exps": "Q5_0", "token_embd": "Q8_0"}
+
+# Heads of 16, of which 8 are rotated; two value heads for each key head.
+QWEN35 = {
+    "full_attention_interval": 2,
+    "rope.dimension_count": 8,
+    "rope.dimension_sections": [2, 1, 1, 0],
+    "ssm.conv_kernel": 4,
+    "ssm.state_size": 16,
+    "ssm.group_count": 2,
+    "ssm.time_step_rank": 6,
+    "ssm.inner_size": 96,
+}
+# K-quants, whose blocks of 256 hold the columns of several heads.
+QWEN35_LARGE = {
+    **QWEN35,
+    "rope.dimension_count": 32,
+    "ssm.state_size": 64,
+    "ssm.time_step_rank": 4,
+    "ssm.inner_size": 256,
+}
 
 CASES: dict[str, Case] = {
     "llama": Case("llama", formats={"": "Q8_0"}),
@@ -250,6 +272,29 @@ CASES: dict[str, Case] = {
             **dict.fromkeys(("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"), "MXFP4"),
         },
     ),
+    "qwen35": Case("qwen35", layers=4, keys=QWEN35, formats={**Q4_MIX, "ssm_alpha": "F32"}),
+    "qwen35-k-quants": Case(
+        "qwen35",
+        layers=5,
+        hidden=256,
+        head_dim=64,
+        ffn=256,
+        untied=True,
+        fused_qkv=True,
+        keys={**QWEN35_LARGE, "nextn_predict_layers": 1},
+        formats=K_MIX,
+    ),
+    "qwen35moe": Case(
+        "qwen35moe",
+        layers=3,
+        experts=6,
+        used=3,
+        expert_ffn=32,
+        shared_ffn=64,
+        fused_gate=True,
+        keys={**QWEN35, "full_attention_interval": 3},
+        formats=EXPERT_Q4,
+    ),
 }
 
 
@@ -282,6 +327,11 @@ class Tiny:
 
 def _shapes(case: Case) -> Iterator[tuple[str, tuple[int, ...]]]:
     hidden, ffn = case.hidden, case.ffn
+    if case.arch.startswith("qwen35"):
+        mlp = {"ffn_gate": (ffn, hidden), "ffn_up": (ffn, hidden), "ffn_down": (hidden, ffn)}
+        mlp = expert_shapes(case) if case.experts else mlp
+        yield from qwen35_shapes.shapes(case, VOCABULARY, mlp)
+        return
     q, kv = case.heads * case.head_dim, case.kv_heads * case.head_dim
     yield "token_embd.weight", (VOCABULARY, hidden)
     yield "output_norm.weight", (hidden,)
@@ -295,7 +345,7 @@ def _shapes(case: Case) -> Iterator[tuple[str, tuple[int, ...]]]:
     }
     matrices["attn_output"] = (hidden, q)
     if case.experts:
-        matrices |= _expert_shapes(case)
+        matrices |= expert_shapes(case)
     else:
         if not case.fused_gate:
             matrices["ffn_gate"] = (ffn, hidden)
@@ -319,14 +369,14 @@ def _shapes(case: Case) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"blk.{layer}.attn_sinks.weight", (case.heads,)
 
 
-def _expert_shapes(case: Case) -> dict[str, tuple[int, ...]]:
+def expert_shapes(case: Case) -> dict[str, tuple[int, ...]]:
     hidden, experts, width, shared = case.hidden, case.experts, case.expert_ffn, case.shared_ffn
-    shapes: dict[str, tuple[int, ...]] = {
-        "ffn_gate_inp": (experts, hidden),
-        "ffn_gate_exps": (experts, width, hidden),
-        "ffn_up_exps": (experts, width, hidden),
-        "ffn_down_exps": (experts, hidden, width),
-    }
+    shapes: dict[str, tuple[int, ...]] = {"ffn_gate_inp": (experts, hidden)}
+    if case.fused_gate:
+        shapes["ffn_gate_up_exps"] = (experts, 2 * width, hidden)
+    else:
+        shapes |= dict.fromkeys(("ffn_gate_exps", "ffn_up_exps"), (experts, width, hidden))
+    shapes["ffn_down_exps"] = (experts, hidden, width)
     if shared:
         shapes |= {
             "ffn_gate_inp_shexp": (hidden,),
@@ -337,7 +387,7 @@ def _expert_shapes(case: Case) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _blocks(random: np.random.RandomState, kind: str, shape: tuple[int, ...]) -> np.ndarray:
+def blocks(random: np.random.RandomState, kind: str, shape: tuple[int, ...]) -> np.ndarray:
     """Random valid rows of about unit gain: uint8 [..., rows, packed bytes].
 
     gguf-py cannot quantise to these types, and another quantiser's search may round differently
@@ -375,12 +425,14 @@ def build(name: str, seed: int) -> Tiny:
             # gpt-oss clips gate and up at 7.
             wide = 9 if short in ("ffn_gate_exps", "ffn_up_exps") else 1.5
             low, high = (-wide, wide) if suffix.endswith(".bias") else (0.2, 2.2)
+            if short == "ssm_a":  # -exp(A_log)
+                low, high = -2.0, -0.2
             tensors[full] = random.uniform(low, high, shape).astype(np.float32), "F32"
         else:
-            router = short.startswith("ffn_gate_inp")
+            router = short.startswith(("ffn_gate_inp", "ssm_conv1d"))
             kind = "F32" if router else case.formats.get(short, case.formats[""])
             if kind in ("Q4_K", "Q6_K", "MXFP4"):
-                tensors[full] = _blocks(random, kind, shape), kind
+                tensors[full] = blocks(random, kind, shape), kind
                 continue
             # Uniform of standard deviation gain / sqrt(columns); sharper attention than 1.
             gain = 1.4 if short in ("attn_q", "attn_k", "attn_qkv", "token_embd", "output") else 1.0
@@ -418,7 +470,7 @@ def _metadata(case: Case) -> dict[str, object]:
     return {f"{case.arch}.{key}": value for key, value in (keys | dict(case.keys)).items()}
 
 
-def _byte_tokens() -> list[str]:
+def byte_tokens() -> list[str]:
     """GPT-2's printable stand-in for every byte: itself, or the next character after U+0100."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     spare = iter(range(256, 512))
@@ -441,7 +493,7 @@ def write(path: Path, tiny: Tiny, *, twin: bool = False) -> Path:
             raise TypeError(f"{key}: no GGUF type chosen for {type(value).__name__}")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([*_byte_tokens(), "<|bos|>", "<|eos|>", "ab"])
+    writer.add_token_list([*byte_tokens(), "<|bos|>", "<|eos|>", "ab"])
     kinds = [TokenType.NORMAL] * 256 + [TokenType.CONTROL] * 2 + [TokenType.NORMAL]
     writer.add_token_types(kinds)
     writer.add_token_merges(["a b"])

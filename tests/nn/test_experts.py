@@ -41,8 +41,8 @@ def test_each_row_has_the_bits_of_its_experts_own_linear(shared: bool, kernels: 
     for i in range(2):
         for j in range(3):
             expert = int(ids[i, j])
-            alone = QuantizedLinear(QuantizedWeight.whole(segment(rows[expert].copy(), FORMAT)))
-            want = alone(x[i, 0 if shared else j]) + bias[expert]
+            own = QuantizedWeight.whole(segment(rows[expert].copy(), FORMAT))
+            want = QuantizedLinear(own, bias[expert])(x[i, 0 if shared else j])
             assert mx.array_equal(got[i, j], want), (i, j)
 
 

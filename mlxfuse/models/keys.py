@@ -1,0 +1,59 @@
+"""Typed look-ups of an architecture's keys; numpy only."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from ..errors import GGUFError, UnsupportedError
+
+if TYPE_CHECKING:
+    from ..gguf.reader import GGUFFile
+
+T = TypeVar("T", int, float, str)
+
+
+class Keys:
+    """Typed look-ups under ``ARCH.``."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        self.file = file
+        self.name = file.architecture
+
+    def __call__(self, key: str, kind: type[T], default: T | None = None) -> T:
+        full = f"{self.name}.{key}"
+        value = self.file.get(full, kind) if default is None else self.file.get(full, kind, default)
+        if kind is float and not math.isfinite(value):
+            raise GGUFError(self.file.path, f"{full} is {value}; expected a finite number")
+        return value
+
+    def has(self, key: str) -> bool:
+        return f"{self.name}.{key}" in self.file.metadata
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A positive integer; an array with one value per layer must be uniform."""
+        full = f"{self.name}.{key}"
+        values = self.file.metadata.get(full)
+        if isinstance(values, np.ndarray):
+            if values.size == 0 or values.dtype.kind not in "iu":
+                raise GGUFError(self.file.path, f"{full} is not a list of integers")
+            if np.any(values != values[0]):
+                raise UnsupportedError(f"{full} differs between layers: {_some(values)}")
+            value = int(values[0])
+        else:
+            value = self(key, int, default)
+        if not 0 < value < 2**31:
+            raise GGUFError(self.file.path, f"{full} is {value}; expected a positive 32-bit number")
+        return value
+
+    def positive(self, key: str, default: float | None = None) -> float:
+        value = self(key, float, default)
+        if value <= 0:
+            raise GGUFError(self.file.path, f"{self.name}.{key} is {value}; expected more than 0")
+        return value
+
+
+def _some(values: np.ndarray) -> str:
+    return ", ".join(map(str, values[:8].tolist())) + (", ..." if values.size > 8 else "")

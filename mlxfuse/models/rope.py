@@ -1,0 +1,115 @@
+"""The rotary embedding a file describes; numpy only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import GGUFError, UnsupportedError
+from .architectures import Architecture
+from .keys import Keys
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary embedding of one kind of layer.
+
+    dims      leading components of a head that are rotated.
+    base      frequency base.
+    factor    positions are divided by this (1: as they are).
+    scale     q and k are multiplied by this.
+    factors   tensor that divides the frequencies, [dims/2], or empty.
+    yarn      original context in tokens if the scaling is YaRN, else 0.
+    """
+
+    dims: int
+    base: float
+    factor: float = 1.0
+    scale: float = 1.0
+    factors: str = ""
+    yarn: int = 0
+
+    @property
+    def plain(self) -> bool:
+        return self.factor == 1.0 and self.scale == 1.0 and not self.factors and not self.yarn
+
+    def periods(self, factors: np.ndarray | None = None) -> np.ndarray:
+        """Radians^-1 a position of each pair, float32 [dims/2]: what ``mx.fast.rope`` calls freqs.
+
+        ``base^(2i/dims)``, times ``factors``; YaRN blends the interpolated and the extrapolated
+        frequency by a ramp over i (arXiv 2309.00071, section 3.2) whose ends are the pairs that
+        make 32 turns and 1 turn over the original context, llama.cpp's values for every file.
+        """
+        extrapolated = self.base ** (np.arange(0, self.dims, 2, dtype=np.float64) / self.dims)
+        if factors is not None:
+            extrapolated = extrapolated * factors
+        interpolated = extrapolated * self.factor
+        if not self.yarn:
+            return interpolated.astype(np.float32)
+
+        def pair(turns: float) -> float:
+            """The pair that makes ``turns`` turns over the original context."""
+            period = self.yarn / (turns * 2 * math.pi)
+            return self.dims * math.log(period) / (2 * math.log(self.base))
+
+        low = max(0, math.floor(pair(32)))
+        high = min(self.dims - 1, math.ceil(pair(1)))
+        ramp = np.clip((np.arange(self.dims // 2) - low) / max(0.001, high - low), 0, 1)
+        return (1 / (ramp / interpolated + (1 - ramp) / extrapolated)).astype(np.float32)
+
+
+def read_rope(arch: Architecture, key: Keys, head: int, trained: int, used: int) -> Rope:
+    """The rotary embedding of the layers that see the whole context.
+
+    Args:
+        head: components of a head.
+        trained, used: tokens of the file's context and of the one it is opened for.
+
+    Raises:
+        UnsupportedError: a scaling that the architecture does not have.
+        GGUFError: a value makes no sense, or the tensor of factors is missing.
+    """
+    file = key.file
+    dims = key.count("rope.dimension_count", head)
+    if dims % 2 or dims > head:
+        raise GGUFError(file.path, f"{dims} rotary dimensions of a head of {head}")
+    if dims != head and not arch.partial_rope:
+        raise UnsupportedError(f"{arch.name} with rotary embedding on {dims} of {head} dimensions")
+    base = key.positive("rope.freq_base", 10000.0)
+    original = key.count("rope.scaling.original_context_length", trained)
+    # llama.cpp's default type is linear, which a missing factor turns into none.
+    kind = key("rope.scaling.type", str, "linear")
+    factor = key("rope.scaling.factor", float, key("rope.scale_linear", float, 0.0)) or 1.0
+    if factor <= 0:
+        raise GGUFError(file.path, f"rope.scaling.factor is {factor}; expected more than 0")
+    scale = key("rope.scaling.attn_factor", float, 1.0)
+    if kind == "none" or (kind == "linear" and factor == 1.0):
+        kind, factor = "none", 1.0
+    factors = ""
+    if "rope_freqs.weight" in file.tensors:
+        kind = "llama3" if kind == "none" else f"{kind} with rope_freqs.weight"
+        factors = "rope_freqs.weight"
+    elif "rope_factors_long.weight" in file.tensors or "rope_factors_short.weight" in file.tensors:
+        if kind in ("none", "longrope"):
+            kind = "longrope"
+        factors = f"rope_factors_{'long' if used > original else 'short'}.weight"
+    elif kind == "longrope":
+        raise GGUFError(file.path, "rope_factors_long.weight is missing for longrope scaling")
+    if kind not in ("none", *arch.rope_types):
+        raise UnsupportedError(
+            f"rotary scaling {kind!r} is not supported for {arch.name}; "
+            f"supported are {', '.join(arch.rope_types)}"
+        )
+    if factors:
+        tensor = file.tensors.get(factors)
+        if tensor is None:
+            raise GGUFError(file.path, f"{factors} is missing")
+        if tensor.shape != (dims // 2,):
+            raise GGUFError(file.path, f"{factors} is {tensor.shape}; expected {(dims // 2,)}")
+    if kind == "yarn":
+        if base <= 1:
+            raise GGUFError(file.path, f"rope.freq_base is {base}; expected more than 1 for YaRN")
+        scale *= 1 + 0.1 * math.log(factor) if factor > 1 else 1.0
+    return Rope(dims, base, factor, scale, factors, original if kind == "yarn" else 0)

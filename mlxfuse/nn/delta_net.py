@@ -1,0 +1,80 @@
+"""Gated delta nets of mlx-lm's models with their input projections in one dispatch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from ..kernels.activations import Int8Activations
+from .form import Form, FusedModule, Run, given
+from .projection import KernelProjection, Projection, no_integers
+
+
+@dataclass
+class DeltaNetForm(Form):
+    """The variant of gated delta net that a module has, and what is fused of it.
+
+    linears  names of those of its input, together those that are computed together.
+    joined   the fused projections, one for each of ``linears``.
+    """
+
+    linears: tuple[tuple[str, ...], ...]
+    joined: tuple[Projection, ...] = ()
+    pieces = ("joined",)
+
+    def holds(self) -> bool:
+        return all(projection.holds() for projection in self.joined)
+
+
+class _Given:
+    """A module as its own code sees it, but for some linears whose results are there already."""
+
+    def __init__(self, module: FusedModule, results: dict[str, Callable[[mx.array], mx.array]]):
+        self._module = module
+        vars(self).update(results)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+class FusedDeltaNet(FusedModule):
+    """Mixed with the class of an mlx-lm gated delta net; see `DeltaNetForm`."""
+
+    _fused: DeltaNetForm
+
+    def __call__(
+        self, inputs: mx.array, mask: mx.array | None = None, cache: Any = None
+    ) -> mx.array:
+        """inputs [B, L, hidden_size] -> the same shape."""
+        form = self._fused
+        module: Any = self
+        # With a sharding group their own code changes the inputs' gradient first.
+        if self.fusible(*form.joined) and getattr(self, "sharding_group", None) is None:
+            codes = given(inputs) or ()
+            parts = self._part(Run.of(inputs), self._projected, list, inputs, *codes)
+            names = [name for group in form.linears for name in group]
+            module = _Given(self, {n: _constant(y) for n, y in zip(names, parts, strict=True)})
+        y: mx.array = form.original.__call__(module, inputs, mask, cache)
+        return y
+
+    def _projected(self, mode: str, x: mx.array, *codes: mx.array) -> list[mx.array]:
+        """x [B, L, hidden_size] -> the result of each of the linears; by its codes, if there are
+        any and they take them.
+        """
+        found: list[mx.array] = []
+        for names, projection in zip(self._fused.linears, self._fused.joined, strict=True):
+            parts: Sequence[mx.array] | None
+            if codes and isinstance(projection, KernelProjection) and not no_integers(projection):
+                int8 = Int8Activations(codes[0], codes[1], codes[2], x.dtype)
+                parts = projection.integers(int8, split=True)
+            else:
+                parts = projection.split(x, mode)
+            found += [self[name](x) for name in names] if parts is None else parts
+        return found
+
+
+def _constant(y: mx.array) -> Callable[[mx.array], mx.array]:
+    return lambda _: y
