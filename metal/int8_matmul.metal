@@ -112,8 +112,8 @@ METAL_FUNC void load_group(P p, uint first, uint g, thread Group& group) {
 }
 
 //@ batch: group
-// As for floats: `many` rows of x, from `to` on, by `slots` rows of a part, a lane one group at a
-// time. Rows past the last are the last again.
+// As for floats: `many` rows of x, those of the outputs from `to` on, by `slots` rows of a part, a
+// lane one group at a time. Rows past the last are the last again.
 template <typename F, int slots, int many, typename P, typename C, typename S, typename M>
 METAL_FUNC void batch_dots(
     P p, Int8Rows<C, S, M> x, const device Size* size, Part a, uint n, uint to,
@@ -123,7 +123,7 @@ METAL_FUNC void batch_dots(
   float sums[many][slots];
   UNROLL
   for (int m = 0; m < many; m++) {
-    from[m] = ulong(metal::min(to + m, size->rows - 1)) * groups;
+    from[m] = ulong(metal::min(to + m, size->rows - 1) / size->outputs) * groups;
     UNROLL
     for (int r = 0; r < slots; r++) {
       sums[m][r] = 0.0f;

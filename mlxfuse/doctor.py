@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -116,11 +115,7 @@ def _model(path: Path, context: int, device: dict[str, Any]) -> dict[str, Any]:
     tokens, budget = context or trained, device["budget"]
     streamed = 0
     if device["kind"] == "cpu":
-        # Without kernels matrices are float32 for as long as half of the memory lasts; the rest
-        # is dequantised at every call. The cache is float32 too.
-        held = min(wanted.dense, budget // 2)
-        streamed = wanted.dense - held
-        wanted = replace(wanted, weights=held, kv=tuple((2 * n, t) for n, t in wanted.kv))
+        wanted, streamed = wanted.without_kernels(budget)
     total = wanted.weights + wanted.cache(tokens)
     return {
         "file": str(path),

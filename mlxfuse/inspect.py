@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from math import prod
@@ -13,10 +14,11 @@ from .errors import GGUFError, UnsupportedError
 from .gguf.exported import open_model
 from .gguf.reader import GGUFFile, Tensor
 from .gguf.vocab import read_vocab
+from .memory import budget
 from .models import ARCHITECTURES
 from .models.config import read_config
 from .models.plan import plan
-from .needs import Needs, needs
+from .needs import Needs, blocks, needs
 from .terminal import one_line
 
 # Tensors that one kernel can compute together: the group's name -> its members, in order.
@@ -25,6 +27,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "gate|up": ("ffn_gate", "ffn_up"),
     "experts gate|up": ("ffn_gate_exps", "ffn_up_exps"),
     "shared gate|up": ("ffn_gate_shexp", "ffn_up_shexp"),
+    "delta net input": ("attn_qkv", "attn_gate", "ssm_beta", "ssm_alpha"),
 }
 # Tensors that llama.cpp's converters already store as one.
 WHOLE = {"attn_qkv": "q|k|v", "ffn_up": "gate|up", "ffn_gate_up_exps": "experts gate|up"}
@@ -45,7 +48,9 @@ def inspect(path: Path) -> dict[str, Any]:
     """
     with open_model(path) as file:
         architecture = file.architecture
-        layers = file.get(f"{architecture}.block_count", int, default=0)
+        layers, ahead = blocks(file)
+        wanted = needs(file)
+        ignored = {"blocks": ahead, "bytes": wanted.ignored}
         context = file.get(f"{architecture}.context_length", int, default=0)
         types = _types(file)
         unsupported = _unsupported(file)
@@ -68,7 +73,8 @@ def inspect(path: Path) -> dict[str, Any]:
             "chat_template": bool(file.get("tokenizer.chat_template", str, default="")),
             "tensor_types": types,
             "fusion": _fusion(file),
-            "memory": _memory(needs(file), context),
+            "memory": _memory(wanted, context),
+            **({"ignored": ignored} if ahead else {}),
             "unsupported": unsupported,
         }
 
@@ -92,9 +98,22 @@ def _unsupported(file: GGUFFile) -> list[str]:
 
 
 def _memory(wanted: Needs, context: int) -> dict[str, int]:
-    """Bytes in memory, and read for each token; the cache is that of the whole context."""
-    cache = wanted.cache(context)
-    return {"weights": wanted.weights, "cache": cache, "active": wanted.active}
+    """Bytes in memory, and read for each token; the cache is that of the whole context.
+
+    ``budget``: what this machine has for them; ``longest_context``: tokens with which they fit;
+    ``streamed``: what is dequantised for each token, where there are no kernels.
+    """
+    here, held, streamed = budget(), wanted, 0
+    if sys.platform != "darwin":
+        held, streamed = wanted.without_kernels(here)
+    return {
+        "weights": wanted.weights,
+        "cache": wanted.cache(context),
+        "active": wanted.active,
+        "budget": here,
+        "streamed": streamed,
+        "longest_context": min(held.longest(here), context or 1 << 32),
+    }
 
 
 def _types(file: GGUFFile) -> list[dict[str, Any]]:
@@ -145,7 +164,10 @@ def _groups(
         if all(member in layer for member in members):
             formats = tuple(layer[member].format.name for member in members)
             yield group, formats, "equal" if len(set(formats)) == 1 else "mixed"
+    recurrent = "ssm_out" in layer
     for name, group in WHOLE.items():
+        if name == "attn_qkv" and recurrent:  # it is no q, k and v
+            continue
         # An ffn_up of its usual height is a plain MLP's, which has no gate.
         if name in layer and (name != "ffn_up" or layer[name].shape[0] == 2 * (hidden or -1)):
             yield group, (layer[name].format.name,), "stored as one"
@@ -166,6 +188,7 @@ def render(summary: Mapping[str, Any]) -> str:
         ("context", f"{summary['context_length']:,} tokens"),
         ("tokenizer", f"{kind or '-'}, {tokenizer['tokens']:,} tokens"),
         ("memory", _spoken(summary["memory"])),
+        ("this machine", _here(summary["memory"], summary["context_length"])),
         ("chat template", "yes" if summary["chat_template"] else "no"),
     ]
     lines = [f"{label:<14}{value}" for label, value in rows]
@@ -181,6 +204,11 @@ def render(summary: Mapping[str, Any]) -> str:
             types = entry["types"] if entry["kind"] == "mixed" else entry["types"][:1]
             note = " (stored as one)" if entry["kind"] == "stored as one" else ""
             lines.append(f"{group:<17}{'|'.join(types) + note:<24}{_ranges(entry['layers'])}")
+    if ahead := summary.get("ignored"):
+        count = f"{ahead['blocks']} block{'s' * (ahead['blocks'] > 1)}"
+        predicts = "predict" if ahead["blocks"] > 1 else "predicts"
+        size = _bytes(ahead["bytes"])
+        lines += ["", f"{count} that {predicts} tokens after the next, {size}: not used"]
     lines += [f"\nnot supported: {one_line(reason, 1000)}" for reason in summary["unsupported"]]
     return "\n".join(lines)
 
@@ -188,6 +216,15 @@ def render(summary: Mapping[str, Any]) -> str:
 def _spoken(memory: Mapping[str, int]) -> str:
     weights, cache, active = (_bytes(memory[k]) for k in ("weights", "cache", "active"))
     return f"{weights} and a cache of up to {cache}; {active} read for each token"
+
+
+def _here(memory: Mapping[str, int], context: int) -> str:
+    longest, budget = memory["longest_context"], _bytes(memory["budget"])
+    if not longest:
+        return f"does not fit in about {budget}"
+    tokens = "its whole context" if longest == context else f"{longest:,} tokens"
+    slow = f", {_bytes(memory['streamed'])} dequantised for each: very slow"
+    return f"fits with {tokens} in about {budget}{slow if memory['streamed'] else ''}"
 
 
 def _bytes(count: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 
 
@@ -16,11 +17,23 @@ def available() -> int:
     try:
         meminfo = Path("/proc/meminfo").read_text()
     except OSError:
-        return int(os.sysconf("SC_PHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE")) // 2
+        return _physical() // 2
     found = re.search(r"^MemAvailable:\s*(\d+) kB", meminfo, re.MULTILINE)
     free = int(found[1]) * 1024 if found else 0
     group = _cgroup()
     return free if group is None else min(free, group)
+
+
+def budget() -> int:
+    """About what a model and its cache may take here, for those that do not ask MLX.
+
+    Macs: two thirds of the memory, the least that Metal recommends. Elsewhere `available`.
+    """
+    return available() if sys.platform != "darwin" else _physical() * 2 // 3
+
+
+def _physical() -> int:
+    return int(os.sysconf("SC_PHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE"))
 
 
 def _cgroup(root: Path = Path("/sys/fs/cgroup")) -> int | None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Container
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from .gguf.reader import GGUFFile
 
+_LAYER = re.compile(r"blk\.(\d{1,6})\.")
 _EXPERTS = re.compile(r"blk\.\d{1,6}\.ffn_(gate|up|down|gate_up)_exps\.(weight|bias)")
 
 
@@ -24,16 +26,30 @@ class Needs:
     active         read for one decoded token: all weights but the embedding's other rows and
                    the experts that are not chosen.
     kv             (bytes a token, tokens it is kept for or 0 for all) of each layer, in float16.
+    state          of the layers with a recurrence, however many tokens there were.
+    ignored        of the blocks that predict tokens after the next one; they are not loaded and in
+                   none of the others.
     """
 
     weights: int
     dense: int
     active: int
     kv: tuple[tuple[int, int], ...]
+    state: int = 0
+    ignored: int = 0
 
     def cache(self, tokens: int) -> int:
-        """Bytes of the key-value cache after ``tokens``."""
-        return sum(size * min(tokens, window or tokens) for size, window in self.kv)
+        """Bytes of the key-value cache after ``tokens``, and of the recurrent layers' state."""
+        return self.state + sum(size * min(tokens, window or tokens) for size, window in self.kv)
+
+    def without_kernels(self, budget: int) -> tuple[Needs, int]:
+        """What stays in memory on a CPU, and bytes more that are dequantised for every token.
+
+        Matrices are float32 for as long as half of the memory lasts; so is the cache.
+        """
+        held = min(self.dense, budget // 2)
+        kv = tuple((2 * size, window) for size, window in self.kv)
+        return replace(self, weights=held, kv=kv), self.dense - held
 
     def longest(self, budget: int) -> int:
         """The most tokens of which weights and cache fit in ``budget``; 0 if none."""
@@ -54,9 +70,13 @@ def needs(file: GGUFFile) -> Needs:
     arch = file.architecture
     used = file.get(f"{arch}.expert_used_count", int, default=0)
     total = file.get(f"{arch}.expert_count", int, default=0)
-    weights = active = dense = 0
+    layers, _ = blocks(file)
+    weights = active = dense = ignored = 0
     for tensor in file.tensors.values():
         size = tensor.nbytes
+        if (match := _LAYER.match(tensor.name)) and int(match[1]) >= layers:
+            ignored += size
+            continue
         weights += size
         dense += math.prod(tensor.shape) * 4
         if _EXPERTS.fullmatch(tensor.name) and 0 < used < total:
@@ -64,10 +84,36 @@ def needs(file: GGUFFile) -> Needs:
         elif tensor.name == "token_embd.weight" and "output.weight" in file.tensors:
             size = size // max(1, tensor.shape[0])
         active += size
-    return Needs(weights, dense, active, _caches(file))
+    recurrent = [i for i in range(layers) if f"blk.{i}.ssm_out.weight" in file.tensors]
+    state = len(recurrent) * _state(file) if recurrent else 0
+    return Needs(weights, dense, active, _caches(file, layers, recurrent), state, ignored)
 
 
-def _caches(file: GGUFFile) -> tuple[tuple[int, int], ...]:
+def blocks(file: GGUFFile) -> tuple[int, int]:
+    """How many layers there are, and how many blocks after them predict tokens after the next.
+
+    A huge count is a lie: each layer has at least one tensor.
+    """
+    arch = file.architecture
+    count = min(file.get(f"{arch}.block_count", int, default=0), len(file.tensors))
+    ahead = min(file.get(f"{arch}.nextn_predict_layers", int, default=0), count)
+    return count - ahead, ahead
+
+
+def _state(file: GGUFFile) -> int:
+    """Of a gated delta net: its last inputs in float16, and a float32 matrix for each value head.
+
+    llama.cpp's names: see ``models.families``.
+    """
+    names = ("conv_kernel", "inner_size", "state_size", "group_count")
+    kernel, inner, head, groups = (
+        file.get(f"{file.architecture}.ssm.{name}", int, default=0) for name in names
+    )
+    return 2 * max(0, kernel - 1) * (inner + 2 * groups * head) + 4 * inner * head
+
+
+def _caches(file: GGUFFile, layers: int, recurrent: Container[int]) -> tuple[tuple[int, int], ...]:
+    """Of each layer with attention."""
     arch = file.architecture
 
     def each(key: str, default: int, layers: int) -> list[int]:
@@ -78,8 +124,6 @@ def _caches(file: GGUFFile) -> tuple[tuple[int, int], ...]:
             return [*value, *[default] * (layers - len(value))]
         return [int(value)] * layers if isinstance(value, int) else [default] * layers
 
-    # A huge count is a lie: each layer has at least one tensor.
-    layers = min(file.get(f"{arch}.block_count", int, default=0), len(file.tensors))
     heads = file.get(f"{arch}.attention.head_count", int, default=0) if layers else 0
     embd = file.get(f"{arch}.embedding_length", int, default=0)
     head = embd // heads if heads else 0
@@ -97,5 +141,6 @@ def _caches(file: GGUFFile) -> tuple[tuple[int, int], ...]:
     kv_heads = each("attention.head_count_kv", heads, layers)
     return tuple(
         (2 * n * (keys + values), window if slide else 0)
-        for n, slide in zip(kv_heads, slides, strict=True)
+        for i, (n, slide) in enumerate(zip(kv_heads, slides, strict=True))
+        if i not in recurrent
     )

@@ -67,6 +67,46 @@ def test_experts_count_by_those_that_are_used(tmp_path):
     assert after.active - before.active == size // 4
 
 
+def test_what_a_mixture_takes_by_hand(tmp_path):
+    """Q8_0 has 34 bytes for 32 weights: 68 for a row of 64, 34 for one of 32."""
+    path = tiny.write(tmp_path / "m.gguf", tiny.build("qwen2moe", 0))
+    attention = (64 + 32 + 32 + 64) * 68 + (64 + 32 + 32) * 4
+    experts = 6 * (32 * 68 + 32 * 68 + 64 * 34)
+    shared = 3 * 64 * 68 + 64 * 4
+    norms, router = 2 * 64 * 4, 6 * 64 * 4
+    layers = 3 * (attention + experts + shared + norms + router)
+    head = 259 * 68 + 64 * 4
+    assert (layers, head) == (204_288, 17_868)
+    wanted = needs_of(path)
+    assert wanted.weights == layers + head + 259 * 68 == 239_768
+    # 3 of 6 experts, one row of the embedding.
+    assert wanted.active == layers - 3 * experts // 2 + head + 68 == 163_472
+    # Keys and values of 2 heads of 16 in float16, in 3 layers.
+    assert wanted.cache(256) == 256 * 3 * 2 * 2 * 16 * 2 == 98_304
+    for command in ("doctor", "inspect"):
+        found = json.loads(invoke(command, path, "--json").stdout)
+        assert found["model" if command == "doctor" else "memory"]["active"] == 163_472
+    assert "163.47 kB read for each token" in invoke("inspect", path).stdout
+    assert "0.001 GB of the file are read for each token" in invoke("doctor", path).stdout
+
+
+@pytest.mark.parametrize(
+    ("platform", "more", "said"),
+    [
+        ("darwin", 10 * 384, "fits with 10 tokens in about 243.61 kB"),
+        ("darwin", 256 * 384, "fits with its whole context in about 338.07 kB"),
+        ("darwin", 383, "does not fit in about 240.15 kB"),
+        # Half of it in float32, the rest dequantised; 768 bytes a token.
+        ("linux", 0, "fits with 156 tokens in about 239.77 kB, "),
+    ],
+)
+def test_inspect_tells_what_fits_here(platform, more, said, monkeypatch, tmp_path):
+    monkeypatch.setattr("mlxfuse.inspect.budget", lambda: 239_768 + more)
+    monkeypatch.setattr("mlxfuse.inspect.sys.platform", platform)
+    path = tiny.write(tmp_path / "m.gguf", tiny.build("qwen2moe", 0))
+    assert said in invoke("inspect", path).stdout
+
+
 def test_the_longest_context_is_the_last_that_fits():
     wanted = Needs(1000, 0, 0, ((10, 0), (10, 5)))
     longest = wanted.longest(1200)

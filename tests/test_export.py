@@ -38,6 +38,7 @@ CASES = (
     "gpt-oss",
     "gemma3",
     "phi3",
+    "qwen35",
 )
 
 

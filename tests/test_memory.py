@@ -3,12 +3,23 @@
 import os
 from pathlib import Path
 
+import pytest
+
 from mlxfuse import memory
 
 
 def test_no_more_than_the_machine_has() -> None:
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0 < memory.available() <= physical
+
+
+def test_a_macs_budget_is_two_thirds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available", lambda: 5)
+    monkeypatch.setattr(memory, "_physical", lambda: 9)
+    monkeypatch.setattr(memory.sys, "platform", "linux")
+    assert memory.budget() == 5
+    monkeypatch.setattr(memory.sys, "platform", "darwin")
+    assert memory.budget() == 6
 
 
 def test_a_control_group_leaves_its_limit_less_what_is_held(tmp_path: Path) -> None:

@@ -26,9 +26,15 @@ from ._options import (
     DTypeOption,
     Fuse,
     Json,
+    KVBits,
+    KVForce,
+    KVGroupSize,
+    KVRotate,
     ModelOption,
+    QuantizedKVStart,
     Revision,
     finite,
+    kv_options,
     of_output,
     option,
 )
@@ -77,6 +83,11 @@ def bench_command(
     revision: Revision = None,
     dtype: DTypeOption = None,
     fuse: Fuse = "auto",
+    kv_bits: KVBits = None,
+    kv_group_size: KVGroupSize = 64,
+    quantized_kv_start: QuantizedKVStart = 0,
+    kv_rotate: KVRotate = True,
+    kv_force: KVForce = False,
     stock: Annotated[
         Stock,
         option(
@@ -145,6 +156,7 @@ def bench_command(
     before_imports()
     with redirect_stdout(sys.stderr), status_line(True) as say:
         check_fuse(fuse)
+        kv = kv_options(kv_bits, kv_group_size, kv_rotate)
         found: dict[str, Any]
         if ref == "kernels":
             from ..bench.kernels import bench_kernels
@@ -176,6 +188,9 @@ def bench_command(
                 dtype=dtype and dtype.value,
                 fuse=fuse,
                 stock=stock.value,
+                kv=kv,
+                kv_start=quantized_kv_start,
+                kv_force=kv_force,
                 extras=extras,
                 say=say,
             )

@@ -113,6 +113,27 @@ def parse(source: str) -> ast.FunctionDef:
     return function
 
 
+@cache
+def readers(cls: type[nn.Module]) -> tuple[str, ...]:
+    """The children that a class's `__call__` gives its own input to, as it is written."""
+    try:
+        function = parse(inspect.getsource(cls.__call__))
+    except (OSError, SyntaxError, TypeError):
+        return ()
+    _, x, *_ = [argument.arg for argument in function.args.args]
+    found: dict[str, None] = {}
+    for statement in function.body:
+        for node in ast.walk(statement):
+            match node:
+                case ast.Call(
+                    func=ast.Attribute(ast.Name("self"), name), args=[ast.Name(argument), *_]
+                ) if argument == x:
+                    found[name] = None
+        if isinstance(statement, ast.Assign) and x in _locals(statement):
+            break
+    return tuple(found)
+
+
 def _apart(statement: ast.stmt) -> list[ast.stmt]:
     """``a, b = f(), g()`` as two assignments, where g does not read a."""
     if not (isinstance(statement, ast.Assign) and len(statement.targets) == 1):

@@ -28,7 +28,7 @@ from ..nn.joining import (
 )
 from ..nn.linear import PLAIN
 from ..nn.mlp import ExpertsForm, FusedBlock, FusedExperts, FusedMLP, MLPForm
-from ..nn.norm import AddedNorm
+from ..nn.norm import FusedNorm
 from ..nn.projection import Projection
 from .candidates import Candidate, Skip, Tree, register_detector
 from .certify import Match, certify
@@ -287,7 +287,7 @@ def _add_rms_norm(tree: Tree) -> Iterator[Candidate | Skip]:
         if isinstance(found, str):
             yield Skip("add_rms_norm", path, found)
             continue
-        piece = (module, FusedBlock, form, "second", _same(AddedNorm(module, name, **found)))
+        piece = (module, FusedBlock, form, "second", _same(FusedNorm(module, name, **found)))
         explain = f"the addition before {name} of {path} in its dispatch"
         yield _candidate("add_rms_norm", 45, path, [name], [piece], explain)
 

@@ -1,80 +1,94 @@
-"""Int8 activations: where every reader of a norm takes them, in a model that is fused already."""
+"""Int8 activations: where readers of a norm take them, in a model that is fused already."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from ..kernels.int8_matmul import unsupported
+import mlx.nn as nn
+
 from ..nn.attention import FusedAttention
-from ..nn.mlp import BlockForm, FusedBlock, FusedMLP
-from ..nn.norm import Int8Norm
-from ..nn.projection import KernelProjection, Projection
+from ..nn.delta_net import FusedDeltaNet
+from ..nn.joining import single
+from ..nn.mlp import BlockForm, FusedBlock, FusedExperts, FusedMLP
+from ..nn.norm import FusedNorm
+from ..nn.projection import Projection, no_integers
 from .candidates import Candidate, Skip, Tree
+from .certify import readers
 from .forms import norm_options
 
 NAME = "int8"
 
 
 def places(tree: Tree) -> Iterator[Candidate | Skip]:
-    """The norms, and the inputs of o and down, of each decoder layer."""
+    """The norms of each decoder layer, and the inputs of its o and down."""
     for path, module in tree.modules:
         if not isinstance(module, FusedBlock):
             continue
         form: BlockForm = module._fused
         mixer, mlp = module[form.mixer], module[form.mlp]
-        whole = None
-        if not isinstance(mlp, FusedMLP):
-            whole = f"{type(mlp).__name__} reads floats"
-        elif not (isinstance(mixer, FusedAttention) and form.mixer_adds and form.mlp_adds):
-            whole = "the additions of its layer are not fused"
-        for second, name in enumerate(form.norms):
-            reader = None if whole else (mlp._fused.up if second else mixer._fused.qkv)
-            found = norm_options(module[name])
-            reason = whole or _refusal(reader) or (found if isinstance(found, str) else None)
-            if reason or isinstance(found, str):
-                yield Skip(NAME, f"{path}.{name}", reason or "")
-                continue
-            emit = _setter(form.int8, bool(second), Int8Norm(module, name, **found))
-            yield _candidate(f"{path}.{name}", emit, _remover(form.int8, bool(second)))
-        for child, name, projection in (
-            (form.mixer, "o", None if whole else mixer._fused.o),
-            (form.mlp, "down", None if whole else mlp._fused.down),
-        ):
-            place = f"{path}.{child}.{name}"
-            reason = whole or _refusal(projection)
-            if reason:
-                yield Skip(NAME, place, reason)
-                continue
-            linears = form.int8_linears
-            yield _candidate(place, _adder(linears, name), _discarder(linears, name))
+        attention = mixer._fused if isinstance(mixer, FusedAttention) and form.mixer_adds else None
+        below = _readers(form.mlp, mlp)
+        firsts = [attention.qkv] if attention else []
+        if isinstance(mixer, FusedDeltaNet):
+            firsts = [*mixer._fused.joined]
+        seconds = [m._fused.up for m in below.values()]
+        for name, found in zip(form.norms, (firsts, seconds), strict=True):
+            yield _norm(module, path, name, found)
+        if attention:
+            yield _linear(module, path, f"{form.mixer}.o", mixer, "o")
+        for name, each in below.items():
+            if isinstance(each, FusedMLP):
+                yield _linear(module, path, f"{name}.down", each, "down")
 
 
-def _refusal(reader: Projection | None) -> str | None:
-    """Why a reader does not take int8 activations, or None."""
-    if not isinstance(reader, KernelProjection):
-        return "what reads it has no kernel or is not fused"
-    return unsupported(reader.weight)
+def _readers(path: str, module: nn.Module) -> dict[str, FusedMLP | FusedExperts]:
+    """What is fused of those that read the input of an MLP, or of what is in its place."""
+    if isinstance(module, FusedMLP):
+        return {path: module}
+    below = {f"{path}.{n}": module.get(n) for n in readers(type(module))}
+    return {name: m for name, m in below.items() if isinstance(m, FusedMLP | FusedExperts)}
+
+
+def _norm(
+    block: nn.Module, path: str, name: str, found: list[Projection | None]
+) -> Candidate | Skip:
+    """One norm, with what may read it besides those that need floats."""
+    place, options = f"{path}.{name}", norm_options(block[name])
+    reasons = [no_integers(reader) for reader in found or [None]]
+    if isinstance(options, str):
+        return Skip(NAME, place, options)
+    if None not in reasons:
+        return Skip(NAME, place, reasons[0] or "")
+    held, norm = block._fused.int8, FusedNorm(block, name, **options)
+
+    def undo() -> None:
+        held.pop(name, None)
+
+    return _candidate(place, lambda: held.update({name: norm}), undo)
+
+
+def _linear(
+    block: nn.Module, path: str, name: str, module: FusedAttention | FusedMLP, piece: str
+) -> Candidate | Skip:
+    """The input of a last linear, which need not add anything."""
+    form, held = module._fused, block._fused.int8
+    before: Projection | None = getattr(form, piece)
+    linear = before or single(module, form.output)
+    if reason := linear if isinstance(linear, str) else no_integers(linear):
+        return Skip(NAME, f"{path}.{name}", reason)
+
+    def emit() -> None:
+        setattr(form, piece, linear)
+        form.int8, held[name] = True, None
+
+    def undo() -> None:
+        setattr(form, piece, before)
+        form.int8 = False
+        held.pop(name, None)
+
+    return _candidate(f"{path}.{name}", emit, undo)
 
 
 def _candidate(path: str, emit: Callable[[], None], undo: Callable[[], None]) -> Candidate:
     explain = f"{path} gives int8 activations"
     return Candidate(NAME, 30, path, frozenset(), frozenset({path}), emit, undo, explain)
-
-
-def _setter(held: dict[bool, Int8Norm], key: bool, value: Int8Norm) -> Callable[[], None]:
-    return lambda: held.update({key: value})
-
-
-def _remover(held: dict[bool, Int8Norm], key: bool) -> Callable[[], None]:
-    def remove() -> None:
-        held.pop(key, None)
-
-    return remove
-
-
-def _adder(held: set[str], name: str) -> Callable[[], None]:
-    return lambda: held.add(name)
-
-
-def _discarder(held: set[str], name: str) -> Callable[[], None]:
-    return lambda: held.discard(name)

@@ -25,6 +25,7 @@ def int8_matmul(
     residual: mx.array | None = None,
     activation: str | None = None,
     split: bool = False,
+    experts: mx.array | None = None,
 ) -> tuple[mx.array, ...]:
     """``activation(x @ weight.T + bias) + residual`` for int8 activations.
 
@@ -38,26 +39,26 @@ def int8_matmul(
 
     Args:
         x: ``[..., K]``.
-        weight: ``[N, K]``, of formats that `unsupported` has nothing against.
-        bias, residual, activation, split: as for `quantized_matmul`.
+        weight: ``[N, K]`` or ``[experts, N, K]``, of formats that `unsupported` has nothing
+            against.
+        bias, residual, activation, split, experts: as for `quantized_matmul`.
 
     Returns:
-        ``[..., N]`` in ``x.dtype``, alone in a tuple; with ``split`` one for each part.
+        ``[..., N]`` in ``x.dtype``, alone in a tuple; with ``split`` one for each part; with
+        ``experts`` of shape ``[*experts.shape, N]``.
 
     Raises:
         ValueError: arguments whose shapes do not fit together, or a format without integers.
     """
     if reason := unsupported(weight):
         raise ValueError(reason)
-    call = Call(x, weight, bias, residual, activation, split)
+    call = Call(x, weight, bias, residual, activation, split, experts)
     call.check()
     return tuple(y.reshape(*call.lead, y.shape[-1]) for y in KERNEL(call))
 
 
 def unsupported(weight: QuantizedWeight) -> str | None:
     """None where `int8_matmul` takes the weight, else why not."""
-    if weight.experts is not None:
-        return "int8 activations: the weight has experts"
     for segment in weight.segments:
         if segment.name not in INTEGERS:
             return f"int8 activations: expected {', '.join(INTEGERS)}; found {segment.name}"
@@ -71,11 +72,11 @@ def _tile(call: Call[Int8Activations]) -> Tile:
     traits = {s.trait.partition("<")[0] for s in segments}
     own = tuple(f"int8_matmul.metal:{s}" for s in sorted(traits & {"Affine8"}))
     op, shared = "int8_matmul", "quantized_matmul.metal"
-    if call.rows > MAX_VECTOR_ROWS:
+    if call.experts is None and call.rows > MAX_VECTOR_ROWS:
         sections = (*own, shared, f"{op}.metal:tiles")
         rows, scratch = 32 if call.gated else 64, "threadgroup Int8Tile scratch;"
         return Tile(op, sections, "int8_tile", "", x, rows, 32, 128, scratch)
-    many = batches(call.rows)
+    many = 1 if call.experts is not None else batches(call.rows)
     lanes = f"{shared}:{'floor' if call.floor else 'lanes'}"
     sections = (*own, lanes, f"{op}.metal:{call.part('batch')}", f"{shared}:batch_tile")
     return Tile(op, sections, "batch_tile", f", 2, {many}", x, 4, many, 64, "")
@@ -95,23 +96,34 @@ def _launch(call: Call[Int8Activations]) -> Launch:
 
 
 def _reference(call: Call[Int8Activations]) -> list[mx.array]:
-    parts = call.weight.parts
-    rows = [slice(p.first, p.first + p.rows) for p in parts]
-    products = [_product(call, p.segment.take(r)) for p, r in zip(parts, rows, strict=True)]
-    return finish(call, products)
+    return finish(call, [_part(call, p.segment, p.first, p.rows) for p in call.weight.parts])
 
 
-def _product(call: Call[Int8Activations], segment: AnySegment) -> mx.array:
-    """float32 ``[rows of x, rows of the segment]``."""
+def _part(call: Call[Int8Activations], segment: AnySegment, first: int, rows: int) -> mx.array:
+    """float32 ``[rows of the outputs, rows]``."""
+    given = call.x.codes, call.x.scales, call.x.sums
+    x = [a.reshape(-1, a.shape[-1]) for a in given]
+    some = slice(first, first + rows)
+    if call.experts is None:
+        return _product(x, segment.take(some))
+    ids = call.experts.reshape(-1)
+    outputs = ids.size // len(x[0])  # of a row of x
+    each = [[a[i // outputs, None] for a in x] for i in range(ids.size)]
+    products = [_product(row, segment.take((i, some))) for row, i in zip(each, ids, strict=True)]
+    return mx.concatenate(products)
+
+
+def _product(given: list[mx.array], segment: AnySegment) -> mx.array:
+    """float32 ``[rows of x, rows of the segment]`` of x's codes, scales and sums."""
     w = integers(segment)
     halves = 1 if w.times is None else 2
     groups = segment.columns // GROUP
     codes = w.codes.reshape(segment.rows, groups * halves, -1).transpose(1, 2, 0)
-    scales, sums = (a.reshape(-1, groups).T[..., None] for a in (call.x.scales, call.x.sums))
-    x = call.x.codes.reshape(-1, groups * halves, GROUP // halves).swapaxes(0, 1)
+    scales, sums = (a.T[..., None] for a in given[1:])
+    x = given[0].reshape(-1, groups * halves, GROUP // halves).swapaxes(0, 1)
     step = max(_CHUNK // (groups * segment.rows), 1)
     outputs = [mx.zeros((0, segment.rows))]
-    for at in range(0, call.rows, step):
+    for at in range(0, len(x[0]), step):
         some = slice(at, at + step)
         # Codes have 8 bits at most and sums less than 24: float32 and even TF32 are exact.
         isum = x[:, some].astype(mx.float32) @ codes

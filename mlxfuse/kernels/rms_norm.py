@@ -9,7 +9,7 @@ from functools import cache, lru_cache
 import mlx.core as mx
 
 from . import quantize_int8
-from ._kernel import Kernel, Launch, Prepared, Program
+from ._kernel import Kernel, Launch, Program
 from .activations import GROUP, Int8Activations
 from .weight import FLOATS
 
@@ -75,20 +75,6 @@ def rms_norm(
     if "int8" in outputs:
         int8 = Int8Activations(got["codes"], got["scales"], got["sums"], call.dtype)
     return NormResult(got.get("h"), got.get("y"), int8, got.get("group_sums"))
-
-
-def prepare(
-    x: mx.array, weight: mx.array, eps: float, residual: mx.array, offset: float
-) -> Prepared | None:
-    """`rms_norm` of such arguments as one launch, to be called with x and the residual, which
-    gives h and y; None where there is no kernel for it.
-    """
-    call = _Call(x, weight, eps, residual, offset, "llama", ("y",))
-    call.check(("y",))
-    if _refuse(call) is not None:
-        return None
-    launch = _launch(call)
-    return Prepared(launch, ("x", "residual"), launch.shapes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -282,7 +282,7 @@ class _Finder:
                 )
                 return (self._source(tensor, start, start + shape[-2:][0], weight),)
         parts = [f"{prefix}{part}{suffix}" for part in QKV]
-        if name == FUSED_QKV and all(part in tensors for part in parts):
+        if name == FUSED_QKV and not weight.tiled and all(part in tensors for part in parts):
             return tuple(
                 self._source(
                     self._checked(full, (self._part_rows(part), *shape[1:])),

@@ -10,8 +10,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import scaled_dot_product_attention
 
+from ..kernels.activations import Int8Activations
 from .form import Form, FusedModule, Run, plus, project
-from .projection import Projection
+from .projection import KernelProjection, Projection
 from .rotation import Rotation, position
 from .sdpa import sdpa
 
@@ -33,6 +34,7 @@ class AttentionForm(Form):
     gated            each head of q is followed by a gate, whose sigmoid multiplies its result.
     qkv, o           the fused projections.
     rotation         norms and rotary embedding as one kernel.
+    int8             whether o takes int8 activations.
     """
 
     linears: tuple[str, ...]
@@ -50,6 +52,7 @@ class AttentionForm(Form):
     qkv: Projection | None = None
     o: Projection | None = None
     rotation: Rotation | None = None
+    int8: bool = False
     pieces = ("qkv", "o", "rotation")
 
 
@@ -98,16 +101,12 @@ class FusedAttention(FusedModule):
         offset: int | mx.array = 0 if cache is None else cache.offset
         return position(offset) if self._entering(run).kept and isinstance(offset, int) else offset
 
-    def _enter(self, mode: str, x: mx.array, offset: int | mx.array) -> tuple[mx.array, ...]:
-        """x [B, L, hidden_size] -> q, k, v and any gate, [B, heads, L, D], normed and rotated."""
-        return self._placed(mode, self._projected(x, mode), offset)
-
-    def _placed(
-        self, mode: str, parts: Sequence[mx.array], offset: int | mx.array
+    def _enter(
+        self, mode: str, x: mx.array | Int8Activations, offset: int | mx.array
     ) -> tuple[mx.array, ...]:
-        """Results of the projections, [B, L, heads * D] each -> `_enter`'s."""
+        """x [B, L, hidden_size] -> q, k, v and any gate, [B, heads, L, D], normed and rotated."""
         form = self._fused
-        queries, keys, values = parts
+        queries, keys, values = self._projected(x, mode)
         gate: tuple[mx.array, ...] = ()
         if form.gated:
             heads = queries.reshape(*queries.shape[:2], form.heads, -1)
@@ -129,10 +128,14 @@ class FusedAttention(FusedModule):
         """What `_attended` gives -> [B, L, hidden_size], with ``residual`` added."""
         form = self._fused
         output = output.transpose(0, 2, 1, 3).flatten(2)
+        int8 = int8 and form.int8
         return project(self, form.output, form.o, output, residual, mode, int8=int8)
 
-    def _projected(self, x: mx.array, mode: str) -> Sequence[mx.array]:
+    def _projected(self, x: mx.array | Int8Activations, mode: str) -> Sequence[mx.array]:
         form = self._fused
+        if isinstance(x, Int8Activations):
+            assert isinstance(form.qkv, KernelProjection)
+            return form.qkv.integers(x, split=True)
         parts = None if form.qkv is None else form.qkv.split(x, mode)
         if parts is not None:
             return parts

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar, NamedTuple
 
 import mlx.core as mx
@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from ..kernels import assumed, fallbacks, ready
 from ..kernels._product import MAX_BATCH
-from .norm import AddedNorm
+from .norm import FusedNorm
 from .piece import Piece
 from .projection import KernelProjection, Projection
 from .rotation import Rotation
@@ -59,7 +59,36 @@ def unfused() -> Iterator[None]:
         _switch.off = before
 
 
-Fused = Projection | Rotation | AddedNorm
+class _Given(threading.local):
+    normed: mx.array | None = None
+    codes: tuple[mx.array, ...] = ()
+
+
+_given = _Given()
+
+
+@contextmanager
+def giving(normed: mx.array, codes: tuple[mx.array, ...]) -> Iterator[None]:
+    """Within, what reads this very array in this thread may take its int8 codes instead.
+
+    Args:
+        codes: codes, scales and sums of `Int8Activations`; or none, and what is made of it is to
+            be rounded all the same.
+    """
+    before = _given.normed, _given.codes
+    _given.normed, _given.codes = normed, codes
+    try:
+        yield
+    finally:
+        _given.normed, _given.codes = before
+
+
+def given(x: mx.array) -> tuple[mx.array, ...] | None:
+    """The codes that are given for x; None if nothing of it is to be rounded."""
+    return _given.codes if _given.normed is x else None
+
+
+Fused = Projection | Rotation | FusedNorm
 
 
 class Run(NamedTuple):
@@ -105,14 +134,22 @@ class FusedModule(nn.Module):
         function: Callable[..., Any],
         children: Callable[[], Iterable[tuple[nn.Module, str]]],
         *arrays: Any,
+        int8: bool = False,
     ) -> Any:
-        """``function(run.mode, *arrays)``, a method of this module; see `Piece`."""
+        """``function(run.mode, *arrays)``, a method of this module; see `Piece`.
+
+        Args:
+            int8: that the function takes too; it has a graph of its own.
+        """
+        name = function.__name__
+        if int8:
+            name, function = f"{name}_int8", partial(function, int8=True)
         if not run.kept:
             return function(run.mode, *arrays)
         kept: dict[str, Piece] = self._fused.kept
-        piece = kept.get(function.__name__)
+        piece = kept.get(name)
         if piece is None:
-            piece = kept[function.__name__] = Piece(function, children())
+            piece = kept[name] = Piece(function, children())
         return piece(run.mode, *arrays)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,11 +11,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..env import switched_off
+from ..kernels.activations import Int8Activations
+from ..kernels.rms_norm import NormResult
 from .attention import FusedAttention
-from .form import Form, FusedModule, Run, plus, project
+from .form import Form, FusedModule, Run, given, giving, plus, project
 from .linear import GATED, PLAIN
-from .norm import AddedNorm, Int8Norm
-from .projection import KernelProjection, Projection
+from .norm import FusedNorm
+from .projection import KernelProjection, Projection, no_integers
 
 
 @dataclass
@@ -24,6 +28,7 @@ class MLPForm(Form):
     output      name of down.
     activation  of `mlxfuse.kernels.quantized_matmul`.
     up, down    the fused projections.
+    int8        whether down takes int8 activations.
     """
 
     linears: tuple[str, ...]
@@ -31,6 +36,7 @@ class MLPForm(Form):
     activation: str
     up: Projection | None = None
     down: Projection | None = None
+    int8: bool = False
     pieces = ("up", "down")
 
 
@@ -43,33 +49,45 @@ class FusedMLP(FusedModule):
         """x [..., hidden_size] -> the same shape, with ``residual`` added."""
         if not self._holds():
             return plus(self._fused.original.__call__(self, x), residual)
-        added = () if residual is None else (residual,)
-        return self._part(Run.of(x), self._whole, list, x, *added)
+        codes = given(x)
+        arrays = (x,) if residual is None and not codes else (x, residual, *(codes or ()))
+        return self._part(Run.of(x), self._whole, list, *arrays, int8=codes is not None)
 
     def _holds(self, *, counted: bool = True) -> bool:
         """`fusible`, with what is fused of it."""
         return self.fusible(self._fused.up, self._fused.down, counted=counted)
 
-    def _whole(self, mode: str, x: mx.array, residual: mx.array | None = None) -> mx.array:
-        """All of it."""
+    def _whole(
+        self,
+        mode: str,
+        x: mx.array | Int8Activations,
+        residual: mx.array | None = None,
+        *codes: mx.array,
+        int8: bool = False,
+    ) -> mx.array:
+        """All of it; by the codes of x, if there are any and gate and up take them."""
+        form = self._fused
+        if codes and no_integers(form.up) is None:
+            x = Int8Activations(codes[0], codes[1], codes[2], x.dtype)
+        if isinstance(x, Int8Activations):
+            assert isinstance(form.up, KernelProjection)
+            (hidden,) = form.up.integers(x, activation=form.activation)
+        else:
+            hidden = self._activated(mode, x)
+        int8 = int8 and form.int8
+        return project(self, form.output, form.down, hidden, residual, mode, int8=int8)
+
+    def _activated(self, mode: str, x: mx.array) -> mx.array:
+        """What the last linear gets."""
         form = self._fused
         hidden = None if form.up is None else form.up.activated(x, form.activation, mode)
-        if hidden is None:
-            parts = [self[name](x) for name in form.linears]
-            if form.activation in PLAIN:
-                hidden = PLAIN[form.activation](parts[0])
-            elif len(parts) == 1:
-                hidden = GATED[form.activation](*mx.split(parts[0], 2, axis=-1))
-            else:
-                hidden = GATED[form.activation](*parts)
-        return self._down(mode, hidden, residual)
-
-    def _down(
-        self, mode: str, hidden: mx.array, residual: mx.array | None, *, int8: bool = False
-    ) -> mx.array:
-        """The last linear, with ``residual`` added."""
-        form = self._fused
-        return project(self, form.output, form.down, hidden, residual, mode, int8=int8)
+        if hidden is not None:
+            return hidden
+        parts = [self[name](x) for name in form.linears]
+        if form.activation in PLAIN:
+            return PLAIN[form.activation](parts[0])
+        gate, up = parts if len(parts) == 2 else mx.split(parts[0], 2, axis=-1)
+        return GATED[form.activation](gate, up)
 
 
 @dataclass
@@ -97,15 +115,20 @@ class FusedExperts(FusedModule):
         if not self.fusible(self._fused.up):
             own: mx.array = self._fused.original.__call__(self, x, indices)
             return own
-        return self._part(Run.of(x), self._whole, self._children, x, indices)
+        codes = given(x) or ()
+        return self._part(Run.of(x), self._whole, self._children, x, indices, *codes)
 
     def _children(self) -> list[tuple[nn.Module, str]]:
         return [(self, self._fused.output)]
 
-    def _whole(self, mode: str, x: mx.array, indices: mx.array) -> mx.array:
-        """All of it."""
-        form = self._fused
-        hidden = None if form.up is None else form.up.gathered(x, indices, form.activation, mode)
+    def _whole(self, mode: str, x: mx.array, indices: mx.array, *codes: mx.array) -> mx.array:
+        """All of it; by the codes of x, if there are any and gate and up take them."""
+        form, up, hidden = self._fused, self._fused.up, None
+        if up is not None and codes and not up.large(x, indices) and no_integers(up) is None:
+            int8 = Int8Activations(codes[0], codes[1], codes[2], x.dtype)
+            (hidden,) = up.integers(int8, None, form.activation, indices)
+        elif up is not None:
+            hidden = up.gathered(x, indices, form.activation, mode)
         if hidden is None:
             own: mx.array = form.original.__call__(self, x, indices)
             return own
@@ -124,8 +147,8 @@ class BlockForm(Form):
     mixer_adds     whether the mixer is a `FusedAttention` whose o adds the residual.
     mlp_adds       whether the MLP is a `FusedMLP` whose down adds the residual.
     second         the first addition together with the second norm.
-    int8           norms whose readers take int8 activations, by whether they are the second.
-    int8_linears   which of o and down take them.
+    int8           its norms and last linears, by path, that give or take int8 activations; the
+                   latter say so themselves too.
     """
 
     norms: tuple[str, str]
@@ -134,9 +157,8 @@ class BlockForm(Form):
     keywords: bool = False
     mixer_adds: bool = False
     mlp_adds: bool = False
-    second: AddedNorm | None = None
-    int8: dict[bool, Int8Norm] = field(default_factory=dict)
-    int8_linears: set[str] = field(default_factory=set)
+    second: FusedNorm | None = None
+    int8: dict[str, FusedNorm | None] = field(default_factory=dict)
     pieces = ("mixer_adds", "mlp_adds", "second")
 
 
@@ -154,71 +176,103 @@ class FusedBlock(FusedModule):
             own: mx.array = form.original.__call__(self, x, mask, cache)
             return own
         mixer, mlp = self[form.mixer], self[form.mlp]
-        if self._complete(mixer, mlp):
+        int8 = bool(form.int8) and not switched_off("int8")
+        if form.mixer_adds and isinstance(mixer, FusedAttention) and mixer._holds(counted=False):
             run = Run.of(x)
-            offset = mixer._offset(run, cache)
-            enter, leave = self._enter, self._leave
-            if (form.int8 or form.int8_linears) and not switched_off("int8"):
-                enter, leave = self._enter_int8, self._leave_int8
-            heads = self._part(mixer._entering(run), enter, self._norms, x, offset)
+            arrays = x, mixer._offset(run, cache)
+            heads = self._part(mixer._entering(run), self._enter, self._norms, *arrays, int8=int8)
             output = mixer._attended(heads, mask, cache)
-            return self._part(run, leave, self._norms, output, x)
-        normed = self[form.norms[0]](x)
-        both = None
-        if form.mixer_adds and isinstance(mixer, FusedAttention):
-            h: mx.array = mixer(normed, mask, cache, residual=x)
+            if form.mlp_adds and isinstance(mlp, FusedMLP) and mlp._holds(counted=False):
+                return self._part(run, self._leave, self._norms, output, x, int8=int8)
+            h, normed, *codes = self._part(run, self._left, self._norms, output, x, int8=int8)
         else:
-            how = {"mask": mask, "cache": cache}
-            r = mixer(normed, **how) if form.keywords else mixer(normed, mask, cache)
-            if form.second is not None and self.fusible(form.second):
-                both = form.second(r, x, Run.of(x).mode)
-            h = x + r if both is None else both[0]
-        normed = self[form.norms[1]](h) if both is None else both[1]
-        if form.mlp_adds and isinstance(mlp, FusedMLP):
-            return mlp(normed, residual=h)
-        out: mx.array = h + mlp(normed)
-        return out
+            h, normed, *codes = self._mixed(x, mask, cache, int8=int8)
+        with giving(normed, tuple(codes)) if int8 else nullcontext():
+            if form.mlp_adds and isinstance(mlp, FusedMLP):
+                return mlp(normed, residual=h)
+            out: mx.array = h + mlp(normed)
+            return out
 
-    def _complete(self, mixer: nn.Module, mlp: nn.Module) -> bool:
-        """Whether the layer is one part before attention and one after it."""
-        form = self._fused
-        if not (form.mixer_adds and form.mlp_adds):
-            return False
-        if not (isinstance(mixer, FusedAttention) and isinstance(mlp, FusedMLP)):
-            return False
-        return mixer._holds(counted=False) and mlp._holds(counted=False)
+    def _mixed(
+        self, x: mx.array, mask: mx.array | str | None, cache: Any, *, int8: bool
+    ) -> Sequence[mx.array]:
+        """`_left` where attention does not add, by its own modules."""
+        form, mixer = self._fused, self[self._fused.mixer]
+        normed, *codes = self._first(x, int8=int8)
+        if form.mixer_adds and isinstance(mixer, FusedAttention):
+            return self._second("", mixer(normed, mask, cache, residual=x), int8=int8)
+        how = {"mask": mask, "cache": cache}
+        with giving(normed, tuple(codes)) if codes else nullcontext():
+            r = mixer(normed, **how) if form.keywords else mixer(normed, mask, cache)
+        h: Sequence[mx.array] = self._part(Run.of(x), self._second, self._norms, r, x, int8=int8)
+        return h
 
     def _norms(self) -> list[tuple[nn.Module, str]]:
         """Its own and those of q and k, for `_part`."""
         own: list[tuple[nn.Module, str]] = [(self, name) for name in self._fused.norms]
-        return own + list(self[self._fused.mixer]._norms())
+        mixer = self[self._fused.mixer]
+        return own + (mixer._norms() if isinstance(mixer, FusedAttention) else [])
 
-    def _enter(self, mode: str, x: mx.array, offset: int | mx.array) -> tuple[mx.array, ...]:
+    def _normed(self, which: int, x: mx.array, *, int8: bool) -> mx.array | Int8Activations:
+        """A norm of x for one reader."""
+        norm = self._rounding(which) if int8 else None
+        codes = None if norm is None else norm(x, outputs=("int8",)).int8
+        y: mx.array | Int8Activations = codes or self[self._fused.norms[which]](x)
+        return y
+
+    def _rounding(self, which: int) -> FusedNorm | None:
+        """A norm that gives int8 activations, if it does."""
+        norm = self._fused.int8.get(self._fused.norms[which])
+        return norm if norm is not None and norm.holds() else None
+
+    def _enter(
+        self, mode: str, x: mx.array, offset: int | mx.array, *, int8: bool = False
+    ) -> tuple[mx.array, ...]:
         """What comes before attention."""
-        form = self._fused
-        normed = self[form.norms[0]](x)
-        return self[form.mixer]._enter(mode, normed, offset)
+        found: tuple[mx.array, ...] = self[self._fused.mixer]._enter(
+            mode, self._normed(0, x, int8=int8), offset
+        )
+        return found
 
-    def _leave(self, mode: str, output: mx.array, x: mx.array) -> mx.array:
+    def _leave(self, mode: str, output: mx.array, x: mx.array, *, int8: bool = False) -> mx.array:
         """What comes after it."""
         form = self._fused
-        h = self[form.mixer]._leave(mode, output, x)
-        return self[form.mlp]._whole(mode, self[form.norms[1]](h), h)
+        h = self[form.mixer]._leave(mode, output, x, int8=int8)
+        y: mx.array = self[form.mlp]._whole(mode, self._normed(1, h, int8=int8), h, int8=int8)
+        return y
 
-    def _enter_int8(self, mode: str, x: mx.array, offset: int | mx.array) -> tuple[mx.array, ...]:
-        """`_enter` with int8 activations where readers take them."""
-        form, mixer = self._fused, self[self._fused.mixer]
-        if False not in form.int8:
-            return self._enter(mode, x, offset)
-        parts = mixer._fused.qkv.integers(form.int8[False](x), split=True)
-        return mixer._placed(mode, parts, offset)
+    def _left(
+        self, mode: str, output: mx.array, x: mx.array, *, int8: bool = False
+    ) -> Sequence[mx.array]:
+        """What comes after it and before the MLP; see `_second`."""
+        h = self[self._fused.mixer]._leave(mode, output, x, int8=int8)
+        return self._second(mode, h, int8=int8)
 
-    def _leave_int8(self, mode: str, output: mx.array, x: mx.array) -> mx.array:
-        """`_leave` with int8 activations where readers take them."""
-        form, mlp = self._fused, self[self._fused.mlp]
-        h = self[form.mixer]._leave(mode, output, x, int8="o" in form.int8_linears)
-        if True in form.int8:
-            up, activation = mlp._fused.up, mlp._fused.activation
-            (hidden,) = up.integers(form.int8[True](h), activation=activation)
-            return mlp._down(mode, hidden, h, int8="down" in form.int8_linears)
-        return mlp._whole(mode, self[form.norms[1]](h), h)
+    def _first(self, x: mx.array, *, int8: bool) -> Sequence[mx.array]:
+        """The first norm of x and, if its reader takes them, its codes."""
+        norm = self._rounding(0) if int8 else None
+        if norm is None:
+            return (self[self._fused.norms[0]](x),)
+        return _arrays(norm(x, outputs=("y", "int8")))
+
+    def _second(
+        self, mode: str, x: mx.array, residual: mx.array | None = None, *, int8: bool = False
+    ) -> Sequence[mx.array]:
+        """h, which is x with the residual, its norm and, if some reader takes them, its codes."""
+        form = self._fused
+        norm = self._rounding(1) if int8 else None
+        rounded = norm is not None
+        if norm is None and residual is not None and form.second and form.second.holds():
+            norm = form.second
+        if norm is None:
+            h = plus(x, residual)
+            return h, self[form.norms[1]](h)
+        found = norm(x, residual, ("y", "int8") if rounded else ("y",))
+        return x if found.h is None else found.h, *_arrays(found)
+
+
+def _arrays(found: NormResult) -> tuple[mx.array, ...]:
+    """The norm and, if there are any, its codes, scales and sums."""
+    assert found.y is not None
+    codes = found.int8
+    return (found.y,) if codes is None else (found.y, codes.codes, codes.scales, codes.sums)

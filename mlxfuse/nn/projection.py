@@ -13,7 +13,7 @@ import mlx.nn as nn
 from ..kernels import Prepared, wanted
 from ..kernels._product import MAX_BATCH
 from ..kernels.activations import Int8Activations
-from ..kernels.int8_matmul import int8_matmul
+from ..kernels.int8_matmul import int8_matmul, unsupported
 from ..kernels.quantize_int8 import quantize_int8
 from ..kernels.quantized_matmul import prepare, quantized_matmul
 from ..kernels.weight import AffineSegment, QuantizedWeight, type_name
@@ -124,7 +124,7 @@ class KernelProjection(Projection):
             free = [a for a in (x, residual, experts) if a is not None]
             key = (mode, activation, split, *[(a.shape, a.dtype) for a in free])
             prepared = self._prepared.get(key)
-            if prepared is None and not self._large(x, experts):
+            if prepared is None and not self.large(x, experts):
                 if self._refusal(x, residual) is None:
                     prepared = prepare(x, self.weight, bias=self.bias, **given)
                 if prepared is not None:
@@ -136,11 +136,11 @@ class KernelProjection(Projection):
                 reason = "it failed its self-test"
         if self._stock:
             reason = reason or self._refusal(x, residual)
-            if self._large(x, experts) or not wanted("quantized_matmul", reason):
+            if self.large(x, experts) or not wanted("quantized_matmul", reason):
                 return None
         return quantized_matmul(x, self.weight, bias=self.bias, **given)
 
-    def _large(self, x: mx.array, experts: mx.array | None) -> bool:
+    def large(self, x: mx.array, experts: mx.array | None) -> bool:
         """Whether MLX's own linears have so many rows to multiply that they are left to it."""
         if experts is not None:
             return experts.size >= MAX_IDS
@@ -166,7 +166,7 @@ class KernelProjection(Projection):
     ) -> mx.array | None:
         """`activated` for some experts of each row: [..., K] and [..., k] -> [..., k, N]."""
         # The file's own experts know how to multiply many rows, and without kernels.
-        if not self._stock and (not mode or self._large(x, experts)):
+        if not self._stock and (not mode or self.large(x, experts)):
             return None
         found = self._run(x, mode, None, activation, experts)
         return None if found is None else found[0]
@@ -176,6 +176,7 @@ class KernelProjection(Projection):
         x: mx.array | Int8Activations,
         residual: mx.array | None = None,
         activation: str | None = None,
+        experts: mx.array | None = None,
         *,
         split: bool = False,
     ) -> tuple[mx.array, ...]:
@@ -188,6 +189,7 @@ class KernelProjection(Projection):
             residual=residual,
             activation=activation,
             split=split,
+            experts=experts,
         )
 
     def added(self, x: mx.array, residual: mx.array, mode: str) -> mx.array | None:
@@ -195,6 +197,13 @@ class KernelProjection(Projection):
             return None
         found = self._run(x, mode, residual)
         return None if found is None else found[0]
+
+
+def no_integers(reader: Projection | None) -> str | None:
+    """Why a reader does not take int8 activations, or None."""
+    if not isinstance(reader, KernelProjection):
+        return "what reads it has no kernel or is not fused"
+    return unsupported(reader.weight)
 
 
 class JoinedProjection(Projection):

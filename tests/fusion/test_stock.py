@@ -391,59 +391,6 @@ def test_changed_parameters_are_noticed() -> None:
     assert fallbacks["FusedAttention", "its arrays are not those that were fused"] == 3
 
 
-@pytest.mark.parametrize("mode", ["reference", "emulated"])
-def test_int8_activations(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLXFUSE_KERNELS", mode)
-    model = make("llama", "affine4")
-    want = logits(model, (3, 1))
-    with msl.installed(build="fast"):
-        report = patch_model(model, fuse="all", act_quant="on")
-        got = logits(model, (3, 1))
-        ran = dict(launches)
-        # The switch counts at every call.
-        monkeypatch.setenv("MLXFUSE_DISABLE", "int8")
-        floats = logits(model, (3, 1))
-        monkeypatch.delenv("MLXFUSE_DISABLE")
-        assert np.array_equal(logits(model, (3, 1)), got)
-    assert len(report.tallies["int8"].fused) == report.tallies["int8"].total == 8
-    assert not [s for s in report.skipped if s.name == "int8"]
-    assert 1e-3 < apart(got, want) < 0.1
-    assert apart(floats, want) <= BOUND
-    if mode == "emulated":
-        assert {op: n for op, n in ran.items() if op not in ("dequantize", "norm_rope")} == {
-            "rms_norm": 8,
-            "quantize_int8": 8,
-            "int8_matmul": 16,
-        }
-    unpatch_model(model)
-    assert np.array_equal(logits(model, (3, 1)), want)
-    assert patch_model(model, fuse="all").tallies.get("int8") is None
-    with pytest.raises(ValueError, match="act_quant is auto, on or off; found 'yes'"):
-        patch_model(model, act_quant="yes")
-
-
-@pytest.mark.parametrize(
-    ("name", "form", "fuse", "reason"),
-    [
-        ("qwen3_moe", "affine4", "all", "Qwen3MoeSparseMoeBlock reads floats"),  # its router
-        ("llama", "affine4", "all,-qkv", "what reads it has no kernel or is not fused"),
-        ("llama", "mxfp4", "all", "int8 activations: expected Q4_0"),
-        ("llama", "affine4", "all,-int8:*.o", "switched off by fuse"),
-    ],
-)
-def test_norms_whose_readers_need_floats(name: str, form: str, fuse: str, reason: str) -> None:
-    model = make(name, form, **MOE)
-    want = logits(model)
-    report = patch_model(model, fuse=fuse, act_quant="on")
-    found = [s.reason for s in report.skipped if s.name == "int8"]
-    tally = report.tallies["int8"]
-    assert len(found) + len(tally.fused) == tally.total == 8
-    assert found
-    assert all(r.startswith(reason) for r in found)
-    if not tally.fused:
-        assert apart(logits(model), want) <= BOUND
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_gradients_are_those_of_the_model(training: bool) -> None:
     def loss(model: nn.Module) -> mx.array:

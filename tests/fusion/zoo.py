@@ -40,7 +40,18 @@ GGUF_CASES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
 GGUF_MIXED = (
     *("llama-q4", "llama-k-quants", "llama-fused-qkv", "llama-biases", "phi3-separate-qkv"),
     *("qwen2moe", "qwen3moe", "qwen3moe-k-quants", "gpt-oss"),
+    *("qwen35", "qwen35-k-quants", "qwen35moe"),
 )
+# Classes that are not among the most used, but GGUF files are loaded as them, or their router
+# reads the norm in another shape.
+EXPERTS = ("qwen2_moe", "olmoe")
+
+
+def forms(name: str) -> tuple[str, ...]:
+    """Of a class's weights, which are tried."""
+    if name in EXPERTS:
+        return "float32", "affine4", "affine4-g32"
+    return tuple(FORMS) if name in USED else ("float32",)
 
 
 def logits(model: nn.Module) -> np.ndarray:
@@ -59,7 +70,8 @@ def apart(got: np.ndarray, want: np.ndarray) -> float:
 
 def counts(report: PatchReport) -> str:
     """``fusion n/N`` of every fusion that the model has places for."""
-    found = [f"{name} {len(t.fused)}/{t.total}" for name, t in report.tallies.items()]
+    tallies = report.tallies.items()
+    found = [f"{name} {len(t.fused)}/{t.total}" for name, t in tallies if t.total]
     return ", ".join(found) or "no places"
 
 
@@ -83,7 +95,8 @@ def gguf_lines() -> Iterator[str]:
     with TemporaryDirectory() as folder, patch.dict(tiny.CASES, cases):
         for name in cases:
             path = tiny.write(Path(folder) / "m.gguf", tiny.build(name, 0))
-            yield f"gguf {name}: {counts(load(path, fuse='all')[0].load_report.patch)}"
+            model, _ = load(path, fuse="all", act_quant="on")
+            yield f"gguf {name}: {counts(model.load_report.patch)}"
 
 
 def zoo_line(name: str, form: str, report: PatchReport) -> str:
@@ -94,8 +107,13 @@ def zoo_line(name: str, form: str, report: PatchReport) -> str:
 def zoo_reports() -> Iterator[tuple[str, str, PatchReport]]:
     """Class, form and what `patch_model` says of it; every form of those that are used most."""
     for name in sorted(CONFIGS, key=str.lower):
-        for form in FORMS if name in USED else ("float32",):
-            yield name, form, patch_model(build(name, form), fuse="all")
+        for form in forms(name):
+            yield name, form, patch_all(build(name, form), form)
+
+
+def patch_all(model: nn.Module, form: str) -> PatchReport:
+    """With int8 activations too, where weights of the form can have them."""
+    return patch_model(model, fuse="all", act_quant="on" if FORMS[form] else "off")
 
 
 def golden() -> list[str]:

@@ -343,6 +343,76 @@ def test_it_means_the_product_of_the_activations() -> None:
     assert 1e-6 < error < 1e-4  # activations rounded to 8 bits
 
 
+def of_expert(weight: QuantizedWeight, expert: int) -> QuantizedWeight:
+    """One expert's matrices, dense."""
+    taken = {id(s): s.take(expert) for s in weight.segments}
+    return QuantizedWeight(tuple(Part(taken[id(p.segment)], p.first, p.rows) for p in weight.parts))
+
+
+@pytest.mark.parametrize(
+    ("names", "grouped", "activation"),
+    [(("Q4_1", "Q4_1"), True, "swiglu"), (("affine8g64",), False, None), (("Q6_K",), True, None)],
+    ids=str,
+)
+def test_experts_have_the_bits_of_the_dense_products(
+    names: tuple[str, ...], grouped: bool, activation: str | None, kernels: str
+) -> None:
+    check_experts(names, grouped, activation)
+
+
+def check_experts(names: tuple[str, ...], grouped: bool, activation: str | None) -> None:
+    """x has a row for each group of ids, or one for each id; 11 rows are no multiple of 4."""
+    weight = joined_cases(names, (11,) * len(names), 512, mx.float32, 4).weight
+    ids = mx.array([[3, 0], [1, 1], [2, 3]], mx.uint32)
+    x = random_x(3, 512) if grouped else random_x(3, 2, 512)
+    before = _kernel.launches["int8_matmul"]
+    (got,) = int8_matmul(x, weight, activation=activation, experts=ids)
+    ran = _kernel.launches["int8_matmul"] - before
+    assert got.shape == (3, 2, 11)
+    for i, j in np.ndindex(3, 2):
+        row = (i,) if grouped else (i, j)
+        one = Int8Activations(*(a[row][None] for a in (x.codes, x.scales, x.sums)), x.dtype)
+        own = of_expert(weight, ids[i, j].item())
+        (want,) = int8_matmul(one, own, activation=activation)
+        assert mx.array_equal(got[i, j], want[0])
+    assert ran == 1
+
+
+@pytest.mark.usefixtures("broken")
+@pytest.mark.parametrize(
+    "broken", [("/size->outputs", "%size->outputs")], indirect=True, ids=["row"]
+)
+def test_an_experts_wrong_row_is_seen() -> None:
+    with pytest.raises(AssertionError):
+        check_experts(("Q4_1", "Q4_1"), True, "swiglu")
+
+
+def test_the_reference_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLXFUSE_KERNELS", "reference")
+    found = joined_cases(("Q4_K", "Q6_K"), (9, 7), 256, mx.float32, 3)
+    ids, x = mx.array([2, 0, 2, 1]), random_x(2, 256)
+    got = int8_matmul(x, found.weight, split=True, experts=ids.reshape(2, 2))
+    for y, w in zip(got, found.parts, strict=True):
+        for n, i in enumerate(ids.tolist()):
+            assert_close(
+                y.reshape(4, -1)[n, None], rows_of(x, n // 2, n // 2 + 1), w[i].astype(float)
+            )
+
+
+def test_only_the_chosen_experts_are_read() -> None:
+    """Every byte of the matrices of 3 of 8 experts once, and none of the others'."""
+    experts, rows, columns = 8, 64, 512
+    whole = QuantizedWeight.whole(variants.segment("Q4_0", experts * rows, columns, experts))
+    x = random_x(1, columns, dtype=mx.float16)
+    ids = mx.array([[6, 1, 3]], mx.uint32)
+    with msl.installed(), msl.counting() as found:
+        _kernel.run(module.KERNEL.launch(Call(x, whole, None, None, None, False, ids)))
+    (counts,) = found
+    codes, scales = (counts.buffers[n] for n in ("codes0", "scales0"))
+    assert codes.distinct_read + scales.distinct_read == whole.nbytes * len(ids[0]) // experts
+    assert codes.times_read == 1.0
+
+
 @pytest.mark.parametrize(("name", "m"), [("Q4_0", 8), ("Q4_K", 1), ("Q6_K", 1)])
 def test_traffic(name: str, m: int) -> None:
     """Weights once; codes, scales and sums of x once for each SIMD-group's rows of W."""
@@ -378,8 +448,6 @@ def test_what_is_not_for_integers() -> None:
         assert unsupported(weight).endswith(f"affine8g128; found {found}")
         with pytest.raises(ValueError, match=f"found {found}"):
             int8_matmul(random_x(1, 256), weight)
-    experts = QuantizedWeight.whole(variants.segment("Q4_0", 8, 256, experts=2))
-    assert unsupported(experts) == "int8 activations: the weight has experts"
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:

@@ -61,10 +61,11 @@ def fused(model: tiny.Tiny, order: tuple[str, str] = ("gate", "up")) -> tiny.Tin
     return model
 
 
+@pytest.mark.parametrize("seed", tiny.SEEDS)
 @pytest.mark.parametrize("name", CASES)
-def test_quantised_experts_match_llama_cpp(name: str, tmp_path: Path) -> None:
+def test_quantised_experts_match_llama_cpp(name: str, seed: int, tmp_path: Path) -> None:
     """In one call, step by step, and beside another prompt."""
-    made, want = model_of(name, tiny.SEEDS[0])
+    made, want = model_of(name, seed)
     model = quantised(tiny.write(tmp_path / "m.gguf", made))
     kinds = {type(switch_of(model.layers[0])[p]) for p in PROJECTIONS}
     assert kinds == {QuantizedSwitchLinear}
@@ -124,11 +125,12 @@ def test_gpt_oss_clips_gate_and_up(dense: bool, tmp_path: Path) -> None:
     assert min(disagreement(logits(model, made.prompt[None], [24])[0], want)) > CONTROL
 
 
-def test_gate_and_up_stored_as_one_give_the_same_bits(tmp_path: Path) -> None:
-    path = tiny.write(tmp_path / "m.gguf", tiny.build("qwen3moe", 0))
-    together = tiny.write(tmp_path / "one.gguf", fused(tiny.build("qwen3moe", 0)))
-    wrong = tiny.write(tmp_path / "two.gguf", fused(tiny.build("qwen3moe", 0), ("up", "gate")))
-    prompt = tiny.build("qwen3moe", 0).prompt[None]
+@pytest.mark.parametrize("name", ["qwen3moe", "qwen2moe"])
+def test_gate_and_up_stored_as_one_give_the_same_bits(name: str, tmp_path: Path) -> None:
+    path = tiny.write(tmp_path / "m.gguf", tiny.build(name, 0))
+    together = tiny.write(tmp_path / "one.gguf", fused(tiny.build(name, 0)))
+    wrong = tiny.write(tmp_path / "two.gguf", fused(tiny.build(name, 0), ("up", "gate")))
+    prompt = tiny.build(name, 0).prompt[None]
     for get in (quantised, lambda p: load(p)[0]):
         want, got, other = (logits(get(p), prompt, [24]) for p in (path, together, wrong))
         assert np.array_equal(got, want)
@@ -141,10 +143,10 @@ def test_gate_and_up_stored_as_one_give_the_same_bits(tmp_path: Path) -> None:
     assert np.array_equal(got, want)
     with open_gguf(together) as file, open_model(tmp_path / "out") as exported:
         exported.arrange(stored_rows(plan(exported, read_config(exported))))
-        name = "blk.1.ffn_gate_up_exps.weight"
+        tensor = "blk.1.ffn_gate_up_exps.weight"
         for rows in (slice(None), slice(40, 140), slice(3, 4)):  # 64 of each expert
-            wanted = file.read(file.tensors[name], rows)
-            assert np.array_equal(exported.read(exported.tensors[name], rows), wanted)
+            wanted = file.read(file.tensors[tensor], rows)
+            assert np.array_equal(exported.read(exported.tensors[tensor], rows), wanted)
 
 
 @pytest.mark.parametrize("name", ["qwen3moe", "qwen3moe-k-quants"])

@@ -329,7 +329,7 @@ def _shapes(case: Case) -> Iterator[tuple[str, tuple[int, ...]]]:
     hidden, ffn = case.hidden, case.ffn
     if case.arch.startswith("qwen35"):
         mlp = {"ffn_gate": (ffn, hidden), "ffn_up": (ffn, hidden), "ffn_down": (hidden, ffn)}
-        mlp = _expert_shapes(case) if case.experts else mlp
+        mlp = expert_shapes(case) if case.experts else mlp
         yield from qwen35_shapes.shapes(case, VOCABULARY, mlp)
         return
     q, kv = case.heads * case.head_dim, case.kv_heads * case.head_dim
@@ -345,7 +345,7 @@ def _shapes(case: Case) -> Iterator[tuple[str, tuple[int, ...]]]:
     }
     matrices["attn_output"] = (hidden, q)
     if case.experts:
-        matrices |= _expert_shapes(case)
+        matrices |= expert_shapes(case)
     else:
         if not case.fused_gate:
             matrices["ffn_gate"] = (ffn, hidden)
@@ -369,7 +369,7 @@ def _shapes(case: Case) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"blk.{layer}.attn_sinks.weight", (case.heads,)
 
 
-def _expert_shapes(case: Case) -> dict[str, tuple[int, ...]]:
+def expert_shapes(case: Case) -> dict[str, tuple[int, ...]]:
     hidden, experts, width, shared = case.hidden, case.experts, case.expert_ffn, case.shared_ffn
     shapes: dict[str, tuple[int, ...]] = {"ffn_gate_inp": (experts, hidden)}
     if case.fused_gate:
@@ -387,7 +387,7 @@ def _expert_shapes(case: Case) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _blocks(random: np.random.RandomState, kind: str, shape: tuple[int, ...]) -> np.ndarray:
+def blocks(random: np.random.RandomState, kind: str, shape: tuple[int, ...]) -> np.ndarray:
     """Random valid rows of about unit gain: uint8 [..., rows, packed bytes].
 
     gguf-py cannot quantise to these types, and another quantiser's search may round differently
@@ -432,7 +432,7 @@ def build(name: str, seed: int) -> Tiny:
             router = short.startswith(("ffn_gate_inp", "ssm_conv1d"))
             kind = "F32" if router else case.formats.get(short, case.formats[""])
             if kind in ("Q4_K", "Q6_K", "MXFP4"):
-                tensors[full] = _blocks(random, kind, shape), kind
+                tensors[full] = blocks(random, kind, shape), kind
                 continue
             # Uniform of standard deviation gain / sqrt(columns); sharper attention than 1.
             gain = 1.4 if short in ("attn_q", "attn_k", "attn_qkv", "token_embd", "output") else 1.0
@@ -470,7 +470,7 @@ def _metadata(case: Case) -> dict[str, object]:
     return {f"{case.arch}.{key}": value for key, value in (keys | dict(case.keys)).items()}
 
 
-def _byte_tokens() -> list[str]:
+def byte_tokens() -> list[str]:
     """GPT-2's printable stand-in for every byte: itself, or the next character after U+0100."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     spare = iter(range(256, 512))
@@ -493,7 +493,7 @@ def write(path: Path, tiny: Tiny, *, twin: bool = False) -> Path:
             raise TypeError(f"{key}: no GGUF type chosen for {type(value).__name__}")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([*_byte_tokens(), "<|bos|>", "<|eos|>", "ab"])
+    writer.add_token_list([*byte_tokens(), "<|bos|>", "<|eos|>", "ab"])
     kinds = [TokenType.NORMAL] * 256 + [TokenType.CONTROL] * 2 + [TokenType.NORMAL]
     writer.add_token_types(kinds)
     writer.add_token_merges(["a b"])

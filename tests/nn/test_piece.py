@@ -119,7 +119,7 @@ LLAMA3 = {
         ("qwen3", {"_enter", "_leave"}, {}),
         ("gemma2", {"_enter", "_leave", "_whole"}, {}),  # of its attention and its MLP
         ("olmo2", {"_enter", "_leave", "_whole"}, {}),
-        ("mixtral", {"_enter", "_leave", "_whole"}, {}),  # of its attention and its experts
+        ("mixtral", {"_enter", "_left", "_whole"}, {}),  # of the layer and its experts
         # Other modules that rotate may need the offset's value.
         ("olmo2", {"_leave", "_whole"}, {"rope_scaling": LLAMA3}),
     ],
