@@ -56,8 +56,9 @@ def traffic(launch):
 def test_a_floor_has_the_loads_of_its_kernel(operation, name, rows):
     counted = []
     for launch in both(operation, name, rows):
-        buffers = traffic(launch).items()
-        counted.append({n: (t.read_bytes, t.times_read) for n, t in buffers})
+        buffers = traffic(launch)
+        del buffers["size"]  # a few numbers, which the compiler may keep in registers
+        counted.append({n: (t.read_bytes, t.times_read) for n, t in buffers.items()})
     assert counted[0] == counted[1]
     assert counted[0]["codes0"][1] == 1.0
     with msl.installed(build="checked"):  # and no other: 19 rows fill no last tile
