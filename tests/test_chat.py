@@ -9,14 +9,17 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 from mlx_lm.generate import stream_generate
 from mlx_lm.models import cache as caches
 
 from mlxfuse.chat import Chat
-from mlxfuse.generate import Settings
+from mlxfuse.generate import Settings, new_cache
 from mlxfuse.loader import load
+from mlxfuse.nn.cache import CompressedKVCache
+from mlxfuse.nn.kv import KVOptions
 
 from .models import tiny
 from .test_cli import REPOSITORY, TEMPLATE, invoke, start
@@ -194,3 +197,16 @@ def test_without_a_terminal_the_answers_alone_are_on_stdout(paths):
     model, tokenizer = load(paths["llama"])
     text = Chat(model, tokenizer, Settings(max_tokens=3)).say("Hello").text
     assert done.stdout.decode(errors="replace") == text + "\n"
+
+
+def test_the_cache_begins_plain_and_is_compressed_and_bounded(paths):
+    model, tokenizer = load(paths["llama"])
+    settings = Settings(max_tokens=30, kv=KVOptions(4, 4), quantized_kv_start=100)
+    chat = Chat(model, tokenizer, settings)
+    kinds = []
+    for text in ("one", "a message of some length " * 5):
+        chat.say(text)
+        kinds.append({isinstance(c, CompressedKVCache) for c in chat._cache})
+    assert kinds == [{False}, {True}]
+    bounded = new_cache(model, replace(settings, max_kv_size=50, quantized_kv_start=0))
+    assert {(c.keep, c.window) for c in bounded} == {(4, 46)}

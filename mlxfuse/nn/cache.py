@@ -51,7 +51,7 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
     BLOCK: ClassVar[int] = 64
     RECENT: ClassVar[int] = 64
     CAPACITY: ClassVar[int] = RECENT + BLOCK + MAX_QUERIES  # of the tail
-    STEP: ClassVar[int] = 256  # rows that are allocated at a time
+    STEP: ClassVar[int] = 256  # rows that are allocated at a time; a layer's are copied then
     SCRATCH: ClassVar[int] = 32 << 20  # bytes of decompressed keys and values; not measured
 
     def __init__(
