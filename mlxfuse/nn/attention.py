@@ -81,20 +81,22 @@ class FusedAttention(FusedModule):
             return plus(self._fused.original.__call__(self, x, mask, cache), residual)
         run = Run.of(x)
         heads = self._part(
-            self._entering(run), self._enter, self._norms, x, self._offset(run, cache)
+            self._entering(run), self._enter, self._children, x, self._offset(run, cache)
         )
         output = self._attended(heads, mask, cache)
         added = () if residual is None else (residual,)
-        return self._part(run, self._leave, self._norms, output, *added)
+        return self._part(run, self._leave, self._children, output, *added)
 
     def _holds(self, *, counted: bool = True) -> bool:
         """`fusible`, with what is fused of it."""
         form = self._fused
         return self.fusible(form.qkv, form.o, form.rotation, counted=counted)
 
-    def _norms(self) -> list[tuple[nn.Module, str]]:
-        """Those of q and k, for `_part`."""
-        return [(self, name) for name in self._fused.norms]
+    def _children(self) -> list[tuple[nn.Module, str]]:
+        """The norms of q and k and the linears that are not fused, for `_part`."""
+        form = self._fused
+        linears = [*(form.linears if form.qkv is None else ()), *[form.output] * (form.o is None)]
+        return [(self, name) for name in (*form.norms, *linears)]
 
     def _entering(self, run: Run) -> Run:
         """How `_enter` is run: modules that rotate may need the offset's value, but for MLX's."""
@@ -247,12 +249,6 @@ class FusedSharedAttention(FusedAttention):
                 queries, keys, values, cache=cache, scale=form.scale, mask=mask
             )
         return self._part(run, self._leave, self._children, output), kept, offset
-
-    def _children(self) -> list[tuple[nn.Module, str]]:
-        """The norms and the linears that are not fused, for `_part`."""
-        form = self._fused
-        linears = form.linears if form.qkv is None else ()
-        return [*self._norms(), *((self, name) for name in (*linears, form.output))]
 
     def _enter(
         self, mode: str, x: mx.array | Int8Activations, offset: int | mx.array

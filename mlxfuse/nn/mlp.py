@@ -51,11 +51,17 @@ class FusedMLP(FusedModule):
             return plus(self._fused.original.__call__(self, x), residual)
         codes = given(x)
         arrays = (x,) if residual is None and not codes else (x, residual, *(codes or ()))
-        return self._part(Run.of(x), self._whole, list, *arrays, int8=codes is not None)
+        return self._part(Run.of(x), self._whole, self._children, *arrays, int8=codes is not None)
 
     def _holds(self, *, counted: bool = True) -> bool:
         """`fusible`, with what is fused of it."""
         return self.fusible(self._fused.up, self._fused.down, counted=counted)
+
+    def _children(self) -> list[tuple[nn.Module, str]]:
+        """The linears that are not fused, for `_part`."""
+        form = self._fused
+        linears = [*(form.linears if form.up is None else ()), *[form.output] * (form.down is None)]
+        return [(self, name) for name in linears]
 
     def _whole(
         self,
@@ -180,11 +186,13 @@ class FusedBlock(FusedModule):
         if form.mixer_adds and isinstance(mixer, FusedAttention) and mixer._holds(counted=False):
             run = Run.of(x)
             arrays = x, mixer._offset(run, cache)
-            heads = self._part(mixer._entering(run), self._enter, self._norms, *arrays, int8=int8)
+            heads = self._part(
+                mixer._entering(run), self._enter, self._children, *arrays, int8=int8
+            )
             output = mixer._attended(heads, mask, cache)
             if form.mlp_adds and isinstance(mlp, FusedMLP) and mlp._holds(counted=False):
-                return self._part(run, self._leave, self._norms, output, x, int8=int8)
-            h, normed, *codes = self._part(run, self._left, self._norms, output, x, int8=int8)
+                return self._part(run, self._leave, self._children, output, x, int8=int8)
+            h, normed, *codes = self._part(run, self._left, self._children, output, x, int8=int8)
         else:
             h, normed, *codes = self._mixed(x, mask, cache, int8=int8)
         with giving(normed, tuple(codes)) if int8 else nullcontext():
@@ -204,14 +212,15 @@ class FusedBlock(FusedModule):
         how = {"mask": mask, "cache": cache}
         with giving(normed, tuple(codes)) if codes else nullcontext():
             r = mixer(normed, **how) if form.keywords else mixer(normed, mask, cache)
-        h: Sequence[mx.array] = self._part(Run.of(x), self._second, self._norms, r, x, int8=int8)
+        h: Sequence[mx.array] = self._part(Run.of(x), self._second, self._children, r, x, int8=int8)
         return h
 
-    def _norms(self) -> list[tuple[nn.Module, str]]:
-        """Its own and those of q and k, for `_part`."""
+    def _children(self) -> list[tuple[nn.Module, str]]:
+        """Its norms and what the mixer and the MLP have, for `_part`."""
         own: list[tuple[nn.Module, str]] = [(self, name) for name in self._fused.norms]
-        mixer = self[self._fused.mixer]
-        return own + (mixer._norms() if isinstance(mixer, FusedAttention) else [])
+        for child in (self[self._fused.mixer], self[self._fused.mlp]):
+            own += child._children() if isinstance(child, FusedAttention | FusedMLP) else []
+        return own
 
     def _normed(self, which: int, x: mx.array, *, int8: bool) -> mx.array | Int8Activations:
         """A norm of x for one reader."""

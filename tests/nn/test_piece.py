@@ -224,6 +224,28 @@ def test_changed_arrays_are_noticed(change: str, monkeypatch: pytest.MonkeyPatch
     assert zoo.apart(zoo.logits(model), want) <= BOUND
 
 
+@pytest.mark.parametrize(
+    ("fuse", "parent", "linear"),
+    [
+        ("norm_rope", "self_attn", "q_proj"),
+        ("qkv", "self_attn", "o_proj"),
+        ("residual", "mlp", "up_proj"),
+        ("gate_up", "mlp", "down_proj"),
+    ],
+)
+def test_linears_beside_what_is_fused_may_change(fuse: str, parent: str, linear: str) -> None:
+    model, plain = stock("qwen3"), stock("qwen3")
+    patch_model(model, fuse=fuse)
+    old = zoo.logits(model)
+    assert pieces(model)
+    for each in (model, plain):
+        module = each.layers[1][parent][linear]
+        module.scales = 2 * module.scales
+    want = zoo.logits(plain)
+    assert zoo.apart(old, want) > 1e-3
+    assert zoo.apart(zoo.logits(model), want) <= BOUND
+
+
 def test_unnoticed_changes_would_be_seen() -> None:
     """Control for the test above."""
     model, plain = patched("llama"), stock("llama")
