@@ -64,12 +64,17 @@ def prepare_matmul(
     return StandIn("quantized_matmul", product)
 
 
-def prepare_rotation(queries: mx.array, keys: mx.array, *, offset: mx.array, **options: Any):
+def prepare_rotation(
+    queries: mx.array, keys: mx.array | None, *, offset: mx.array, **options: Any
+) -> StandIn:
     batched = offset.ndim > 0
-    return StandIn(
-        "norm_rope",
-        lambda q, k, place: norm_rope(q, k, offset=place if batched else place[0], **options),
-    )
+
+    def turn(q: mx.array, *free: mx.array) -> list[mx.array]:
+        *k, place = free
+        place = place if batched else place[0]
+        return list(norm_rope(q, k[0] if k else None, offset=place, **options))
+
+    return StandIn("norm_rope", turn)
 
 
 @pytest.fixture(autouse=True)
