@@ -13,6 +13,7 @@ import numpy as np
 from .gguf.reader import GGUFFile
 
 _LAYER = re.compile(r"blk\.(\d{1,6})\.")
+_KEYS = re.compile(r"blk\.(\d{1,6})\.attn_(k|v|k_norm)\.weight")
 _EXPERTS = re.compile(r"blk\.\d{1,6}\.ffn_(gate|up|down|gate_up)_exps\.(weight|bias)")
 
 
@@ -71,22 +72,34 @@ def needs(file: GGUFFile) -> Needs:
     used = file.get(f"{arch}.expert_used_count", int, default=0)
     total = file.get(f"{arch}.expert_count", int, default=0)
     layers, _ = blocks(file)
+    own = layers - _shared(file)
     weights = active = dense = ignored = 0
+    # A token reads one row of these.
+    tables = ["token_embd.weight"] if "output.weight" in file.tensors else []
+    tables.append("per_layer_token_embd.weight")
     for tensor in file.tensors.values():
+        if tensor.name == "rope_freqs.weight":
+            continue
         size = tensor.nbytes
-        if (match := _LAYER.match(tensor.name)) and int(match[1]) >= layers:
+        match, shared = _LAYER.match(tensor.name), _KEYS.fullmatch(tensor.name)
+        if (match and int(match[1]) >= layers) or (shared and int(shared[1]) >= own):
             ignored += size
             continue
         weights += size
         dense += math.prod(tensor.shape) * 4
         if _EXPERTS.fullmatch(tensor.name) and 0 < used < total:
             size = size * used // total
-        elif tensor.name == "token_embd.weight" and "output.weight" in file.tensors:
+        elif tensor.name in tables:
             size = size // max(1, tensor.shape[0])
         active += size
     recurrent = [i for i in range(layers) if f"blk.{i}.ssm_out.weight" in file.tensors]
     state = len(recurrent) * _state(file) if recurrent else 0
     return Needs(weights, dense, active, _caches(file, layers, recurrent), state, ignored)
+
+
+def _shared(file: GGUFFile) -> int:
+    """How many layers, the last ones, read the keys and values of an earlier one."""
+    return file.get(f"{file.architecture}.attention.shared_kv_layers", int, default=0)
 
 
 def blocks(file: GGUFFile) -> tuple[int, int]:
@@ -113,7 +126,7 @@ def _state(file: GGUFFile) -> int:
 
 
 def _caches(file: GGUFFile, layers: int, recurrent: Container[int]) -> tuple[tuple[int, int], ...]:
-    """Of each layer with attention."""
+    """Of each layer with attention that has keys and values of its own."""
     arch = file.architecture
 
     def each(key: str, default: int, layers: int) -> list[int]:
@@ -139,8 +152,14 @@ def _caches(file: GGUFFile, layers: int, recurrent: Container[int]) -> tuple[tup
         given = isinstance(pattern, np.ndarray)
         slides = each("attention.sliding_window_pattern", 0, layers) if given else regular
     kv_heads = each("attention.head_count_kv", heads, layers)
+    pairs = [keys + values] * layers
+    if arch == "gemma4":
+        of_window = [
+            file.get(f"{arch}.attention.{n}_length_swa", int, default=0) for n in ("key", "value")
+        ]
+        pairs = [sum(of_window) if slide else keys + values for slide in slides]
     return tuple(
-        (2 * n * (keys + values), window if slide else 0)
-        for i, (n, slide) in enumerate(zip(kv_heads, slides, strict=True))
-        if i not in recurrent
+        (2 * n * pair, window if slide else 0)
+        for i, (n, pair, slide) in enumerate(zip(kv_heads, pairs, slides, strict=True))
+        if i not in recurrent and i < layers - _shared(file)
     )

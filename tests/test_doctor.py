@@ -20,7 +20,7 @@ from .models import tiny
 from .test_cli import invoke
 
 
-@pytest.fixture(params=["llama", "qwen3", "gemma3", "gpt-oss"])
+@pytest.fixture(params=["llama", "qwen3", "gemma3", "gpt-oss", "gemma4", "gemma4-e4b"])
 def path(request, tmp_path):
     return tiny.write(tmp_path / "tiny.gguf", tiny.build(request.param, 0))
 
@@ -53,6 +53,10 @@ def test_active_bytes_leave_out_the_other_rows_and_experts(tmp_path):
     assert wanted.weights - wanted.active == embedding - embedding // tiny.VOCABULARY
     tied = needs_of(tiny.write(tmp_path / "b.gguf", tiny.build("llama", 0)))
     assert tied.active == tied.weights
+    made = tiny.build("gemma4-e2b", 0)  # and a table of each layer's inputs
+    wanted = needs_of(tiny.write(tmp_path / "c.gguf", made))
+    inputs = made.tensors["per_layer_token_embd.weight"][0].nbytes
+    assert wanted.weights - wanted.active == inputs - inputs // tiny.VOCABULARY
 
 
 def test_experts_count_by_those_that_are_used(tmp_path):

@@ -21,7 +21,7 @@ from mlxfuse.fusion import unpatch_model
 from mlxfuse.generate import Settings, generate
 from mlxfuse.gguf.reader import open_gguf
 from mlxfuse.inspect import inspect, render
-from mlxfuse.kernels import fallbacks, launches
+from mlxfuse.kernels import fallbacks, launches, ready
 from mlxfuse.loader import load
 from mlxfuse.models.config import read_config
 from mlxfuse.models.plan import plan
@@ -205,6 +205,30 @@ def test_the_fused_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     # 2 qkv, 2 in_proj, 4 gate/up, 4 down, 4 o or out, and the head.
     assert [b - a for a, b in zip(before, after, strict=True)] == [17, 2]
     assert not fallbacks
+
+
+def test_the_first_norm_gives_int8_to_the_projections(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLXFUSE_KERNELS", "reference")
+    model, _ = load(write(tmp_path, "qwen35moe"), fuse="all", act_quant="on")
+    assert not [s for s in model.load_report.patch.skipped if s.name == "int8"]
+    layer, x = model.layers[0], mx.random.normal((1, 5, 64), key=mx.random.key(0))
+    (projection,) = layer.linear_attn._fused.joined
+    real, seen = projection.integers, []
+    monkeypatch.setattr(
+        projection, "integers", lambda *a, **k: seen.append(real(*a, **k)) or seen[-1]
+    )
+    got = layer(x)
+    (parts,) = seen
+    wanted = projection.split(layer.input_layernorm(x), ready())
+    for part, want in zip(parts, wanted, strict=True):
+        apart = mx.abs(part - want).max() / mx.abs(want).max()
+        assert 1e-5 < apart < 0.02
+    monkeypatch.setenv("MLXFUSE_DISABLE", "int8")
+    floats = layer(x)
+    assert len(seen) == 1
+    assert 1e-4 < mx.abs(got - floats).max() / mx.abs(floats).max() < 0.1
 
 
 def test_a_sharded_net_runs_its_own_code(tmp_path: Path) -> None:
