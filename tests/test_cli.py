@@ -461,10 +461,11 @@ def check_interrupt(process):
     assert b"Traceback" not in process.stderr.read()
 
 
-@pytest.mark.parametrize(("watch", "code"), [(True, 130), (False, -signal.SIGINT)])
+@pytest.mark.parametrize(("watch", "code"), [(True, 130), (False, 1)])
 def test_ctrl_c_while_importing(tmp_path, watch, code):
     (tmp_path / "native.py").write_text(
-        "import os, signal\ntry:\n  os.kill(os.getpid(), signal.SIGINT)\n  for _ in range(99): pass\n"
+        "import os, signal\ntry:\n  os.kill(os.getpid(), signal.SIGINT)\n"
+        "  for _ in range(99): pass\n"
         "except KeyboardInterrupt: raise SystemError('broken off')\n"
     )
     lines = [
