@@ -435,6 +435,7 @@ def test_a_compressed_cache_is_labelled_and_compared_with_its_like(model, begins
     assert ours["what"].endswith("; its key-value cache k8v4 in groups of 32")
     # Where they begin plain: 7 of 8 tokens behind 10, the second one decoded behind 10, and 20.
     assert set(became) == ({0, 12, 17, 20} if begins else {0})
+    assert not begins or became.count(17) == 3 * 3  # layers, at the start of every run
 
 
 def test_a_wrong_compressed_attention_is_not_timed(model, monkeypatch):

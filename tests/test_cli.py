@@ -461,6 +461,28 @@ def check_interrupt(process):
     assert b"Traceback" not in process.stderr.read()
 
 
+@pytest.mark.parametrize(("watch", "code"), [(True, 130), (False, 1)])
+def test_ctrl_c_while_importing(tmp_path, watch, code):
+    (tmp_path / "native.py").write_text(
+        "import os, signal\ntry:\n  os.kill(os.getpid(), signal.SIGINT)\n"
+        "  for _ in range(99): pass\n"
+        "except KeyboardInterrupt: raise SystemError('broken off')\n"
+    )
+    lines = [
+        "import mlxfuse.process as p",
+        "p.watch_interrupts()" if watch else "",
+        "import native",
+    ]
+    process = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(mlxfuse.__file__).parents[1]}"},
+        capture_output=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert (process.returncode, b"SystemError" in process.stderr) == (code, not watch)
+
+
 @pytest.mark.parametrize(("watch", "stops"), [(True, True), (False, False)])
 def test_ctrl_c_in_a_native_call(watch, stops):
     code = (

@@ -223,6 +223,7 @@ def test_a_stored_cache_is_read(stored):
 WHOLE = 5  # the layer without a window
 SPOILT = [
     (WHOLE, 3, 10**6, "does not fit"),
+    (WHOLE, 3, 10, "does not fit"),
     (WHOLE, 3, -1, "whole numbers"),
     (WHOLE, 3, 2**40, "whole numbers"),
     (WHOLE, 4, 5, "does not fit"),
