@@ -16,6 +16,7 @@ from ..kernels import self_test, tuning, unavailable
 from ..nn.experts import MAX_ROWS_PER_EXPERT, QuantizedSwitchLinear
 from ..nn.form import Form
 from ..nn.kv import KVOptions, check_model, compress_caches
+from ..nn.projection import MAX_IDS
 from ..nn.quantized import QuantizedLinear
 from . import int8
 from .candidates import DETECTORS, Candidate, Detector, Skip, Tree, natural, select, site
@@ -199,8 +200,8 @@ def _self_test(model: nn.Module, report: PatchReport) -> None:
     if not kernels or env.get("MLXFUSE_KERNELS") == "emulated" or unavailable() is not None:
         return
     start = time.perf_counter()
-    # So many that every expert is dequantised.
-    many = [MAX_ROWS_PER_EXPERT * max(experts) + 1] if experts else []
+    # So many that ids are sorted and every expert is dequantised.
+    many = [max(MAX_IDS, MAX_ROWS_PER_EXPERT * max(experts) + 1)] if experts else []
 
     def run() -> None:
         for length in (*self_test.LENGTHS, *many):

@@ -49,17 +49,22 @@ class StandIn:
 
 
 def prepare_matmul(
-    x: mx.array, weight: Any, *, residual: Any = None, experts: Any = None, **options: Any
+    x: mx.array,
+    weight: Any,
+    *,
+    residual: Any = None,
+    experts: Any = None,
+    scores: Any = None,
+    **options: Any,
 ):
-    optional = {"residual": residual, "experts": experts}
+    optional = {"residual": residual, "experts": experts, "scores": scores}
     given = [name for name, array in optional.items() if array is not None]
 
     def product(x: mx.array, *arrays: mx.array) -> list[mx.array]:
         free = dict.fromkeys(optional) | dict(zip(given, arrays, strict=True))
         call = Call(x, weight, **{"bias": None, **options}, **free)
         found = matmul._dense(call, dequantized=experts is None)
-        lead = x.shape[:-1] if experts is None else free["experts"].shape
-        return [y.reshape(*lead, y.shape[-1]) for y in found]
+        return [y.reshape(*call.lead, y.shape[-1]) for y in found]
 
     return StandIn("quantized_matmul", product)
 
