@@ -63,7 +63,7 @@ def patch_model(
             leaves it out at the paths that match, for example ``-qkv:model.layers.0.*``. The
             environment variable ``MLXFUSE_DISABLE`` leaves out too.
         act_quant: ``on`` rounds the activations of attention and MLP to int8, in groups of 32,
-            wherever all that reads them takes that; ``auto`` does where it was measured to be
+            wherever what reads them takes that; ``auto`` does where it was measured to be
             faster, which so far is nowhere; ``off`` never does. It costs some quality.
         kv_bits: let mlx-lm make compressed key-value caches for the model: 8 or 4, or keys and
             values apart as in ``k8v4``; None for plain ones, also if they were compressed before.

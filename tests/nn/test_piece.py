@@ -141,6 +141,22 @@ def test_kept_graphs_give_the_same(name: str, parts: set[str], own: dict[str, An
     assert [piece._builds for piece in pieces(model)] == builds
 
 
+def test_int8_activations_have_graphs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes go from a layer's graph to the experts' and the shared one's, which are others."""
+    model = stock("qwen2_moe")
+    patch_model(model, fuse="all", act_quant="on")
+    got = zoo.logits(model)
+    names = {name for f in forms(model) for name in f.kept}
+    assert names == {"_enter_int8", "_left_int8", "_whole", "_whole_int8"}
+    monkeypatch.setenv("MLXFUSE_DISABLE", "int8")
+    want = zoo.logits(stock("qwen2_moe"))
+    assert zoo.apart(zoo.logits(model), want) <= BOUND
+    monkeypatch.delenv("MLXFUSE_DISABLE")
+    assert 1e-4 < zoo.apart(got, want) < 0.2
+    monkeypatch.setattr(form.Run, "of", lambda x: form.Run("", False))
+    assert zoo.apart(zoo.logits(model), got) <= BOUND
+
+
 def test_other_shapes_have_their_own() -> None:
     model, plain = patched("qwen3"), stock("qwen3")
     tokens = mx.array(np.random.RandomState(2).randint(0, 64, (2, 12)))
