@@ -7,6 +7,7 @@ import platform
 import re
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,7 +18,7 @@ import mlx.core as mx
 from . import __version__, blas, env, memory
 from .cases import SMALL, cases
 from .gguf.exported import open_model
-from .kernels import self_test, unavailable
+from .kernels import self_test, tuning, unavailable
 from .needs import needs
 from .terminal import one_line
 
@@ -85,9 +86,11 @@ def device() -> dict[str, Any]:
 def _kernels() -> dict[str, Any]:
     """Whether kernels run, and the result of each variant's self-test where they do."""
     reason = unavailable()
+    tuned = sum(len(cases) for cases in tuning.known().variants.values())
     return {
         "mode": env.get("MLXFUSE_KERNELS"),
         "unavailable": reason,
+        "tuned": tuned,
         "variants": [] if reason else list(_variants()),
     }
 
@@ -100,8 +103,8 @@ def _variants() -> Iterator[dict[str, str]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # it is reported here
             failures = self_test.check(recorded, emulated=emulated)
-        variant = f"{recorded[0][0].name}, {case.name}"
-        yield {"variant": variant, "failure": "; ".join(failures.values())}
+        failure = "; ".join(failures.values())
+        yield {"kernel": recorded[0][0].name, "variant": case.name, "failure": failure}
 
 
 def _model(path: Path, context: int, device: dict[str, Any]) -> dict[str, Any]:
@@ -151,10 +154,17 @@ def render(found: dict[str, Any]) -> str:
     if kernels["unavailable"]:
         rows.append(("kernels", f"not used: {kernels['unavailable']}"))
     else:
-        passed = len(kernels["variants"]) - len(failures)
-        rows.append(("kernels", f"{passed} of {len(kernels['variants'])} variants pass"))
+        tested = Counter(v["kernel"] for v in kernels["variants"])
+        tested_and_wrong = Counter(v["kernel"] for v in failures)
+        passed = (f"{k} {n - tested_and_wrong[k]} of {n}" for k, n in tested.items())
+        rows.append(("kernels", f"self-tests passed: {', '.join(passed)}"))
+        tuned = kernels["tuned"]
+        rows.append(("tuning", f"{tuned} cases measured" if tuned else "none: built-in variants"))
     lines = [f"{label:<10}{one_line(str(value), 1000)}" for label, value in rows]
-    lines += [f"          {v['variant']}: {one_line(v['failure'])}" for v in failures]
+    lines += [
+        f"          {v['kernel']}, {v['variant']} is not used: {one_line(v['failure'])}"
+        for v in failures
+    ]
     if model := found.get("model"):
         lines += ["", *_verdict(model)]
     return "\n".join(lines)

@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
 from sys import stderr
 from typing import TYPE_CHECKING, Any
@@ -36,11 +37,11 @@ if TYPE_CHECKING:
 
 GROUP = 32
 EXACT = {name: bits for name, (bits, _) in AFFINE.items()}
-_MODEL_TYPES = {
-    "gemma3": "gemma3_text",
-    "gpt-oss": "gpt_oss",
-    "qwen2moe": "qwen2_moe",
-    "qwen3moe": "qwen3_moe",
+# Rotary scalings that MLX-LM's classes can be told.
+_SCALINGS = {
+    **dict.fromkeys(("gemma3_text", "llama", "qwen2", "qwen3"), ("linear", "yarn", "longrope")),
+    "gpt_oss": ("linear", "yarn"),
+    "phi3": ("linear", "longrope"),
 }
 _LARGEST = float(np.finfo(np.float16).max)
 
@@ -97,13 +98,18 @@ def export_mlx(
 
 def _describe(file: GGUFFile, config: Config) -> dict[str, Any]:
     """``config.json`` as mlx-lm's model reads it."""
-    if not config.rope.plain:
-        raise UnsupportedError(
-            f"{file.path}: its rotary scaling cannot be told to MLX-LM; "
-            "`mlxfuse export` without --mlx keeps it"
-        )
     args = {k: v for k, v in config.args.items() if v is not None}
-    args["model_type"] = _MODEL_TYPES.get(args["model_type"], args["model_type"])
+    name = config.architecture.module.rpartition(".")[2]
+    args["model_type"] = {"gemma3": "gemma3_text"}.get(name, name)
+    if find_spec(f"mlx_lm.models.{args['model_type']}") is None:
+        raise UnsupportedError(
+            f"{file.path}: MLX-LM has no class that runs {config.architecture.name} as this file "
+            "has it; `mlxfuse export` without --mlx keeps it"
+        )
+    if not config.rope.plain:
+        args |= _rope_scaling(file, config, args["model_type"])
+    if args["model_type"] == "phi3":
+        args["partial_rotary_factor"] = config.rope.dims / args["head_dim"]
     biased = any(name.endswith("attn_q.bias") for name in file.tensors)
     end = file.get("tokenizer.ggml.eos_token_id", int, default=None)
     return {
@@ -113,6 +119,41 @@ def _describe(file: GGUFFile, config: Config) -> dict[str, Any]:
         **({} if end is None else {"eos_token_id": end}),
         "quantization": {"group_size": GROUP, "bits": 4},
     }
+
+
+def _rope_scaling(file: GGUFFile, config: Config, model_type: str) -> dict[str, Any]:
+    """What MLX-LM's class of that type makes the same rotation of.
+
+    Its ``longrope`` is any factors of the periods, and a magnitude that follows from how many
+    times longer the context is than the original one.
+    """
+    rope, context = config.rope, config.args["max_position_embeddings"]
+    allowed = _SCALINGS.get(model_type, ())
+    scaling: dict[str, Any] = {}
+    if not rope.factors and rope.scale == 1.0 and not rope.yarn:
+        scaling = {"type": "linear", "factor": float(rope.factor), "long_factor": 1.0}
+    elif rope.yarn and rope.factor > 1:
+        # MLX-LM's magnitude is 1 + mscale / 10 * log(factor).
+        mscale = (rope.scale - 1) / (0.1 * math.log(rope.factor))
+        scaling = {"type": "yarn", "factor": float(rope.factor), "mscale": mscale}
+        scaling["original_max_position_embeddings"] = rope.yarn
+    elif rope.scale >= 1 and not rope.yarn:
+        factors = np.full(rope.dims // 2, rope.factor)
+        if rope.factors:
+            tensor = file.tensors[rope.factors]
+            factors *= dequantize(file.read(tensor), tensor.format, tensor.shape)
+        # MLX-LM's magnitude is the root of log(context) / log(original), a whole number.
+        original = max(2, round(context ** (1 / rope.scale**2)))
+        if math.isclose(math.sqrt(math.log(context, original)), rope.scale, rel_tol=1e-5):
+            named = {"short_factor": factors.tolist(), "long_factor": factors.tolist()}
+            scaling = {"type": "longrope", **named, "original_max_position_embeddings": original}
+    if scaling.get("type") not in allowed:
+        raise UnsupportedError(
+            f"{file.path}: MLX-LM's {model_type} cannot be told its rotary scaling (it knows "
+            f"{', '.join(allowed) or 'none'}); `mlxfuse export` without --mlx keeps it"
+        )
+    given = {k: v for k, v in scaling.items() if k.startswith("original")}
+    return {"rope_scaling": scaling, **(given if model_type == "phi3" else {})}
 
 
 def _blocks(file: GGUFFile, source: RowSource) -> Bytes:
@@ -194,7 +235,8 @@ def _unit(file: GGUFFile, weight: WeightPlan, config: Config, bits: int | None) 
             return {weight.module: arrays["weight"]}
         if len(weight.shape) == 3:
             lead = weight.shape[:2]
-            arrays = {name: array.reshape(*lead, -1) for name, array in arrays.items()}
+            bias = {"bias": arrays.pop("bias").reshape(lead)} if weight.bias else {}
+            arrays = {n: array.reshape(*lead, -1) for n, array in arrays.items()} | bias
         return {f"{weight.module}.{name}": array for name, array in arrays.items()}
 
     return Unit(size * (bits + 1) // 8 if bits else 2 * size, make)

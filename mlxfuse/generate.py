@@ -186,8 +186,9 @@ def generate(
             "expect a poor answer, or shorten the prompt"
         )
     models = [model] if draft_model is None else [model, draft_model]
-    for each in models if settings.kv else ():
-        check_model(each, settings.kv, force=settings.kv_force)
+    if settings.kv is not None:
+        for each in models:
+            check_model(each, settings.kv, force=settings.kv_force)
     if prompt_cache is None:
         caches = [cache for each in models for cache in new_cache(each, settings)]
     else:
@@ -238,7 +239,10 @@ def run(
     tokens: list[int] = []
     last, reason = None, "length"
     if settings.kv is not None and settings.quantized_kv_start:
-        options |= {"kv_bits": settings.kv.v_bits, "quantized_kv_start": settings.quantized_kv_start}
+        options |= {
+            "kv_bits": settings.kv.v_bits,
+            "quantized_kv_start": settings.quantized_kv_start,
+        }
     for last in stream_generate(
         model,
         tokenizer,

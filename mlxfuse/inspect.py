@@ -18,7 +18,7 @@ from .memory import budget
 from .models import ARCHITECTURES
 from .models.config import read_config
 from .models.plan import plan
-from .needs import Needs, needs
+from .needs import Needs, blocks, needs
 from .terminal import one_line
 
 # Tensors that one kernel can compute together: the group's name -> its members, in order.
@@ -27,6 +27,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "gate|up": ("ffn_gate", "ffn_up"),
     "experts gate|up": ("ffn_gate_exps", "ffn_up_exps"),
     "shared gate|up": ("ffn_gate_shexp", "ffn_up_shexp"),
+    "delta net input": ("attn_qkv", "attn_gate", "ssm_beta", "ssm_alpha"),
 }
 # Tensors that llama.cpp's converters already store as one.
 WHOLE = {"attn_qkv": "q|k|v", "ffn_up": "gate|up", "ffn_gate_up_exps": "experts gate|up"}
@@ -47,7 +48,9 @@ def inspect(path: Path) -> dict[str, Any]:
     """
     with open_model(path) as file:
         architecture = file.architecture
-        layers = file.get(f"{architecture}.block_count", int, default=0)
+        layers, ahead = blocks(file)
+        wanted = needs(file)
+        ignored = {"blocks": ahead, "bytes": wanted.ignored}
         context = file.get(f"{architecture}.context_length", int, default=0)
         types = _types(file)
         unsupported = _unsupported(file)
@@ -70,7 +73,8 @@ def inspect(path: Path) -> dict[str, Any]:
             "chat_template": bool(file.get("tokenizer.chat_template", str, default="")),
             "tensor_types": types,
             "fusion": _fusion(file),
-            "memory": _memory(needs(file), context),
+            "memory": _memory(wanted, context),
+            **({"ignored": ignored} if ahead else {}),
             "unsupported": unsupported,
         }
 
@@ -160,7 +164,10 @@ def _groups(
         if all(member in layer for member in members):
             formats = tuple(layer[member].format.name for member in members)
             yield group, formats, "equal" if len(set(formats)) == 1 else "mixed"
+    recurrent = "ssm_out" in layer
     for name, group in WHOLE.items():
+        if name == "attn_qkv" and recurrent:  # it is no q, k and v
+            continue
         # An ffn_up of its usual height is a plain MLP's, which has no gate.
         if name in layer and (name != "ffn_up" or layer[name].shape[0] == 2 * (hidden or -1)):
             yield group, (layer[name].format.name,), "stored as one"
@@ -197,6 +204,11 @@ def render(summary: Mapping[str, Any]) -> str:
             types = entry["types"] if entry["kind"] == "mixed" else entry["types"][:1]
             note = " (stored as one)" if entry["kind"] == "stored as one" else ""
             lines.append(f"{group:<17}{'|'.join(types) + note:<24}{_ranges(entry['layers'])}")
+    if ahead := summary.get("ignored"):
+        count = f"{ahead['blocks']} block{'s' * (ahead['blocks'] > 1)}"
+        predicts = "predict" if ahead["blocks"] > 1 else "predicts"
+        size = _bytes(ahead["bytes"])
+        lines += ["", f"{count} that {predicts} tokens after the next, {size}: not used"]
     lines += [f"\nnot supported: {one_line(reason, 1000)}" for reason in summary["unsupported"]]
     return "\n".join(lines)
 

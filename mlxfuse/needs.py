@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 
 from .gguf.reader import GGUFFile
 
+_LAYER = re.compile(r"blk\.(\d{1,6})\.")
+_KEYS = re.compile(r"blk\.(\d{1,6})\.attn_(k|v|k_norm)\.weight")
 _EXPERTS = re.compile(r"blk\.\d{1,6}\.ffn_(gate|up|down|gate_up)_exps\.(weight|bias)")
 
 
@@ -24,16 +27,21 @@ class Needs:
     active         read for one decoded token: all weights but the embedding's other rows and
                    the experts that are not chosen.
     kv             (bytes a token, tokens it is kept for or 0 for all) of each layer, in float16.
+    state          of the layers with a recurrence, however many tokens there were.
+    ignored        of the blocks that predict tokens after the next one; they are not loaded and in
+                   none of the others.
     """
 
     weights: int
     dense: int
     active: int
     kv: tuple[tuple[int, int], ...]
+    state: int = 0
+    ignored: int = 0
 
     def cache(self, tokens: int) -> int:
-        """Bytes of the key-value cache after ``tokens``."""
-        return sum(size * min(tokens, window or tokens) for size, window in self.kv)
+        """Bytes of the key-value cache after ``tokens``, and of the recurrent layers' state."""
+        return self.state + sum(size * min(tokens, window or tokens) for size, window in self.kv)
 
     def without_kernels(self, budget: int) -> tuple[Needs, int]:
         """What stays in memory on a CPU, and bytes more that are dequantised for every token.
@@ -63,20 +71,62 @@ def needs(file: GGUFFile) -> Needs:
     arch = file.architecture
     used = file.get(f"{arch}.expert_used_count", int, default=0)
     total = file.get(f"{arch}.expert_count", int, default=0)
-    weights = active = dense = 0
+    layers, _ = blocks(file)
+    own = layers - _shared(file)
+    weights = active = dense = ignored = 0
+    # A token reads one row of these.
+    tables = ["token_embd.weight"] if "output.weight" in file.tensors else []
+    tables.append("per_layer_token_embd.weight")
     for tensor in file.tensors.values():
+        if tensor.name == "rope_freqs.weight":
+            continue
         size = tensor.nbytes
+        match, shared = _LAYER.match(tensor.name), _KEYS.fullmatch(tensor.name)
+        if (match and int(match[1]) >= layers) or (shared and int(shared[1]) >= own):
+            ignored += size
+            continue
         weights += size
         dense += math.prod(tensor.shape) * 4
         if _EXPERTS.fullmatch(tensor.name) and 0 < used < total:
             size = size * used // total
-        elif tensor.name == "token_embd.weight" and "output.weight" in file.tensors:
+        elif tensor.name in tables:
             size = size // max(1, tensor.shape[0])
         active += size
-    return Needs(weights, dense, active, _caches(file))
+    recurrent = [i for i in range(layers) if f"blk.{i}.ssm_out.weight" in file.tensors]
+    state = len(recurrent) * _state(file) if recurrent else 0
+    return Needs(weights, dense, active, _caches(file, layers, recurrent), state, ignored)
 
 
-def _caches(file: GGUFFile) -> tuple[tuple[int, int], ...]:
+def _shared(file: GGUFFile) -> int:
+    """How many layers, the last ones, read the keys and values of an earlier one."""
+    return file.get(f"{file.architecture}.attention.shared_kv_layers", int, default=0)
+
+
+def blocks(file: GGUFFile) -> tuple[int, int]:
+    """How many layers there are, and how many blocks after them predict tokens after the next.
+
+    A huge count is a lie: each layer has at least one tensor.
+    """
+    arch = file.architecture
+    count = min(file.get(f"{arch}.block_count", int, default=0), len(file.tensors))
+    ahead = min(file.get(f"{arch}.nextn_predict_layers", int, default=0), count)
+    return count - ahead, ahead
+
+
+def _state(file: GGUFFile) -> int:
+    """Of a gated delta net: its last inputs in float16, and a float32 matrix for each value head.
+
+    llama.cpp's names: see ``models.families``.
+    """
+    names = ("conv_kernel", "inner_size", "state_size", "group_count")
+    kernel, inner, head, groups = (
+        file.get(f"{file.architecture}.ssm.{name}", int, default=0) for name in names
+    )
+    return 2 * max(0, kernel - 1) * (inner + 2 * groups * head) + 4 * inner * head
+
+
+def _caches(file: GGUFFile, layers: int, recurrent: Container[int]) -> tuple[tuple[int, int], ...]:
+    """Of each layer with attention that has keys and values of its own."""
     arch = file.architecture
 
     def each(key: str, default: int, layers: int) -> list[int]:
@@ -87,8 +137,6 @@ def _caches(file: GGUFFile) -> tuple[tuple[int, int], ...]:
             return [*value, *[default] * (layers - len(value))]
         return [int(value)] * layers if isinstance(value, int) else [default] * layers
 
-    # A huge count is a lie: each layer has at least one tensor.
-    layers = min(file.get(f"{arch}.block_count", int, default=0), len(file.tensors))
     heads = file.get(f"{arch}.attention.head_count", int, default=0) if layers else 0
     embd = file.get(f"{arch}.embedding_length", int, default=0)
     head = embd // heads if heads else 0
@@ -104,7 +152,14 @@ def _caches(file: GGUFFile) -> tuple[tuple[int, int], ...]:
         given = isinstance(pattern, np.ndarray)
         slides = each("attention.sliding_window_pattern", 0, layers) if given else regular
     kv_heads = each("attention.head_count_kv", heads, layers)
+    pairs = [keys + values] * layers
+    if arch == "gemma4":
+        of_window = [
+            file.get(f"{arch}.attention.{n}_length_swa", int, default=0) for n in ("key", "value")
+        ]
+        pairs = [sum(of_window) if slide else keys + values for slide in slides]
     return tuple(
-        (2 * n * (keys + values), window if slide else 0)
-        for n, slide in zip(kv_heads, slides, strict=True)
+        (2 * n * pair, window if slide else 0)
+        for i, (n, pair, slide) in enumerate(zip(kv_heads, pairs, slides, strict=True))
+        if i not in recurrent and i < layers - _shared(file)
     )

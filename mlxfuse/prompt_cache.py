@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache, RotatingKVCache, load_prompt_cache
+from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, load_prompt_cache
 from safetensors import SafetensorError, safe_open
 
 from .errors import ModelRefError, PromptCacheError
@@ -18,7 +18,7 @@ from .nn.cache import CompressedKVCache
 from .nn.kv import plain_caches
 from .terminal import one_line
 
-CLASSES = (KVCache, RotatingKVCache, CompressedKVCache)
+CLASSES = (KVCache, RotatingKVCache, CompressedKVCache, ArraysCache)
 
 
 def expect_model(path: Path, ref: str | None) -> None:
@@ -97,6 +97,8 @@ def _fresh(model: Any) -> list[Any]:
 
 
 def _problem(found: Any, expected: Any) -> str | None:
+    if isinstance(found, ArraysCache) or isinstance(expected, ArraysCache):
+        return _state_problem(found, expected)
     if isinstance(found, CompressedKVCache):
         return _compressed_problem(found, expected)
     for name in ("keys", "values"):
@@ -123,6 +125,24 @@ def _problem(found: Any, expected: Any) -> str | None:
     else:
         fits = 0 <= found.offset <= positions
     return None if fits else f"its state does not fit its {positions} positions"
+
+
+def _state_problem(found: Any, expected: Any) -> str | None:
+    """Of a recurrent layer, whose arrays have one shape however many tokens there were."""
+    if type(found) is not type(expected):
+        return f"expected {type(expected).__name__}, found {type(found).__name__}"
+    arrays, like = found.cache, expected.cache
+    if found.left_padding is not None or found.lengths is not None:
+        return "it is that of a batch"
+    if not isinstance(arrays, list) or len(arrays) != len(like):
+        return f"expected {len(like)} arrays"
+    for array, other in zip(arrays, like, strict=True):
+        if not isinstance(array, mx.array) or (array.shape, array.dtype) != (
+            other.shape,
+            other.dtype,
+        ):
+            return f"expected an array of {other.dtype} {other.shape}"
+    return None
 
 
 def _compressed_problem(found: CompressedKVCache, expected: Any) -> str | None:

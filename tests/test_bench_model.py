@@ -7,6 +7,7 @@ import re
 import statistics
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -26,6 +27,9 @@ from mlxfuse.gguf.reader import open_gguf
 from mlxfuse.kernels import _kernel
 from mlxfuse.loader import load
 from mlxfuse.needs import needs
+from mlxfuse.nn import cache as kv_cache
+from mlxfuse.nn.cache import CompressedKVCache
+from mlxfuse.nn.kv import KVOptions
 from mlxfuse.nn.quantized import QuantizedLinear
 
 from . import msl
@@ -281,7 +285,7 @@ def test_rounding_is_no_difference():
     got = want.copy()
     got[5, 1] = -2
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checks, "logits", mx.array)
+        patch.setattr(checks, "logits", lambda found, before: mx.array(found))
         patch.setitem(arms.BOUNDS, mx.float32, 2.1e-3)
         found = arms.compare(checks.Reference(mx.array(want)), got)
         assert (found.error, found.top1) == (pytest.approx(2e-3), 1.0)
@@ -405,6 +409,47 @@ def test_the_command(model, tmp_path):
     assert len(root.findall(f"{svg}path[@class='l']")) == 4
 
 
+COMPRESSED = ("--kv-bits", "k8v4", "--kv-group-size", "32", "--no-kv-rotate")
+
+
+@pytest.mark.parametrize("begins", [0, 12])
+def test_a_compressed_cache_is_labelled_and_compared_with_its_like(model, begins, monkeypatch):
+    became = []
+    real = CompressedKVCache.from_cache.__func__
+
+    def from_cache(cls, cache, **settings):
+        became.append(cache.offset)
+        return real(cls, cache, **settings)
+
+    monkeypatch.setattr(CompressedKVCache, "from_cache", classmethod(from_cache))
+    args = (*SMALL, "-d", "10,20", "--fuse", "all", *COMPRESSED, "--quantized-kv-start", begins)
+    made = invoke("bench", model, *args, "--json")
+    assert made.exit_code == 0, made.output
+    found = json.loads(made.stdout)
+    assert {row["arm"] for row in found["rows"]} == {"mlx-lm", "mlxfuse k8v4"}
+    stock, ours = found["arms"]
+    assert (stock["kv"], stock["match"]) == (None, "reference")
+    assert ours["kv"] == asdict(KVOptions(8, 4, 32, rotate=False))
+    assert ours["match"] == "yes"
+    assert 0 < ours["error"] < 1e-4
+    assert ours["what"].endswith("; its key-value cache k8v4 in groups of 32")
+    # Where they begin plain: 7 of 8 tokens behind 10, the second one decoded behind 10, and 20.
+    assert set(became) == ({0, 12, 17, 20} if begins else {0})
+
+
+def test_a_wrong_compressed_attention_is_not_timed(model, monkeypatch):
+    real = kv_cache.compressed_sdpa
+
+    def planted(*args, **how):
+        out, plain = real(*args, **how)
+        return out * 1.01, plain
+
+    monkeypatch.setattr(kv_cache, "compressed_sdpa", planted)
+    result = invoke("bench", model, *SMALL, "--fuse", "all", *COMPRESSED)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "not timed: its logits differ" in " ".join(result.stderr.split())
+
+
 def test_json_lines_and_csv_are_the_same_rows(model):
     made = invoke("bench", model, *SMALL, "-n", "0", "-o", "json")
     assert made.exit_code == 0, made.output
@@ -425,6 +470,7 @@ def test_json_lines_and_csv_are_the_same_rows(model):
         (("-r", "0"), 2, "greater than or equal to 1"),
         (("--delay", "inf"), 2, "finite"),
         (("--fuse", "everything"), 2, "found everything"),
+        (("--kv-bits", "5"), 2, "kv_bits is 4 or 8"),
         (("--report", "/nowhere/report.json"), 2, "no folder"),
         (("--compare", "/nowhere.json"), 1, "No such file"),
         (("--llama-bench",), 1, "needs llama-bench"),

@@ -3,19 +3,23 @@
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 from mlx_lm.generate import stream_generate
 from mlx_lm.models import cache as caches
 
 from mlxfuse.chat import Chat
-from mlxfuse.generate import Settings
+from mlxfuse.generate import Settings, new_cache
 from mlxfuse.loader import load
+from mlxfuse.nn.cache import CompressedKVCache
+from mlxfuse.nn.kv import KVOptions
 
 from .models import tiny
 from .test_cli import REPOSITORY, TEMPLATE, invoke, start
@@ -142,11 +146,15 @@ def test_a_bad_reference_is_one_message(tmp_path):
     assert (result.exit_code, result.stdout) == (1, "")
 
 
-def read_until(terminal, text, seconds=60):
+def read_until(terminal, text, seconds=60, again=lambda: None):
+    """What is shown until ``text`` is; ``again`` is called when nothing comes for a while."""
     found, end = b"", time.monotonic() + seconds
     while text not in found:
         assert time.monotonic() < end, found
-        found += os.read(terminal, 1024)
+        if select.select([terminal], [], [], 3)[0]:
+            found += os.read(terminal, 1024)
+        else:
+            again()
     return found
 
 
@@ -162,8 +170,8 @@ def test_ctrl_c_on_a_terminal_stops_the_answer_and_not_the_chat(paths):
     os.write(terminal, b"/stats\n")
     assert b"tokens in the cache" in read_until(terminal, b">>> ")
     process.send_signal(signal.SIGINT)
-    read_until(terminal, b"again")
     # A signal that comes while the prompt is being put up is seen with the next one only.
+    read_until(terminal, b"again", again=lambda: process.send_signal(signal.SIGINT))
     for _ in range(10):
         process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
@@ -189,3 +197,16 @@ def test_without_a_terminal_the_answers_alone_are_on_stdout(paths):
     model, tokenizer = load(paths["llama"])
     text = Chat(model, tokenizer, Settings(max_tokens=3)).say("Hello").text
     assert done.stdout.decode(errors="replace") == text + "\n"
+
+
+def test_the_cache_begins_plain_and_is_compressed_and_bounded(paths):
+    model, tokenizer = load(paths["llama"])
+    settings = Settings(max_tokens=30, kv=KVOptions(4, 4), quantized_kv_start=100)
+    chat = Chat(model, tokenizer, settings)
+    kinds = []
+    for text in ("one", "a message of some length " * 5):
+        chat.say(text)
+        kinds.append({isinstance(c, CompressedKVCache) for c in chat._cache})
+    assert kinds == [{False}, {True}]
+    bounded = new_cache(model, replace(settings, max_kv_size=50, quantized_kv_start=0))
+    assert {(c.keep, c.window) for c in bounded} == {(4, 46)}

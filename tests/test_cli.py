@@ -422,7 +422,10 @@ def test_a_prompt_beyond_the_context_is_told(model):
 def test_abounded_cache_bounds_sliding_windows_too(tmp_path):
     loaded, _ = load(tiny.write(tmp_path / "m.gguf", tiny.build("gemma2", 0)))
     assert {cache.max_size for cache in new_cache(loaded, Settings(max_kv_size=5))} == {5}
-    assert sorted({cache.max_size for cache in new_cache(loaded, Settings(max_kv_size=50))}) == [6, 50]
+    assert sorted({cache.max_size for cache in new_cache(loaded, Settings(max_kv_size=50))}) == [
+        6,
+        50,
+    ]
 
 
 def test_a_closed_pipe_is_quiet(model):

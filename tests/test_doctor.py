@@ -20,7 +20,7 @@ from .models import tiny
 from .test_cli import invoke
 
 
-@pytest.fixture(params=["llama", "qwen3", "gemma3", "gpt-oss"])
+@pytest.fixture(params=["llama", "qwen3", "gemma3", "gpt-oss", "gemma4", "gemma4-e4b"])
 def path(request, tmp_path):
     return tiny.write(tmp_path / "tiny.gguf", tiny.build(request.param, 0))
 
@@ -53,6 +53,10 @@ def test_active_bytes_leave_out_the_other_rows_and_experts(tmp_path):
     assert wanted.weights - wanted.active == embedding - embedding // tiny.VOCABULARY
     tied = needs_of(tiny.write(tmp_path / "b.gguf", tiny.build("llama", 0)))
     assert tied.active == tied.weights
+    made = tiny.build("gemma4-e2b", 0)  # and a table of each layer's inputs
+    wanted = needs_of(tiny.write(tmp_path / "c.gguf", made))
+    inputs = made.tensors["per_layer_token_embd.weight"][0].nbytes
+    assert wanted.weights - wanted.active == inputs - inputs // tiny.VOCABULARY
 
 
 def test_experts_count_by_those_that_are_used(tmp_path):
@@ -175,14 +179,22 @@ def test_the_kernels_self_tests(few, kernels, monkeypatch):
         *("int8_matmul, Q4_K 16x512, 4 rows of int8", "rms_norm, 1 row of 512, residual"),
         "quantized_matmul, Q4_K 2 of 4 experts 16x512",
     ]
-    assert {v["variant"]: v["failure"] for v in found["variants"]} == dict.fromkeys(names, "")
+    results = {f"{v['kernel']}, {v['variant']}": v["failure"] for v in found["variants"]}
+    assert results == dict.fromkeys(names, "")
     # A kernel that is wrong is named with what is wrong.
     (env.cache_dir() / "self-tests.json").unlink()
     right = _kernel.run
     monkeypatch.setattr(_kernel, "run", lambda *a, **k: [y * 1.01 for y in right(*a, **k)])
     monkeypatch.setattr(_kernel, "disabled", {})
-    failures = [v["failure"] for v in doctor._kernels()["variants"]]
+    wrong = doctor._kernels()
+    failures = [v["failure"] for v in wrong["variants"]]
     assert all("largest error" in failure for failure in failures), failures
+    text = doctor.render(doctor.diagnose() | {"kernels": wrong})
+    assert "int8_matmul 0 of 2, rms_norm 0 of 1" in text
+    assert "quantized_matmul, Q4_K 16x512, 1 row is not used: largest error" in text
+    passed = doctor.render(doctor.diagnose() | {"kernels": found})
+    assert "dequantize 1 of 1, quantized_matmul 3 of 3, int8_matmul 2 of 2" in passed
+    assert "tuning    none: built-in variants" in passed
 
 
 @pytest.mark.parametrize("name", [f.name for f in BY_NAME.values() if f.kernel])

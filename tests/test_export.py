@@ -1,6 +1,7 @@
 """Exported folders: the same logits, nothing half written, nothing believed."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,7 @@ CASES = (
     "gpt-oss",
     "gemma3",
     "phi3",
+    "qwen35",
 )
 
 
@@ -333,10 +335,63 @@ def test_scales_that_would_overflow_stay_float16(made, tmp_path):
     assert summary["float16"] == {"Q8_0": 1}
 
 
-def test_what_mlx_lm_cannot_be_told_is_refused(made, tmp_path):
-    for name in ("llama-yarn", "gpt-oss"):
+LONG = mx.array([[(7 * i + i * i) % 250 for i in range(40)]])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("llama-rope-linear", "linear"),
+        ("llama-rope-freqs", "longrope"),
+        ("llama-yarn", "yarn"),
+        ("qwen2-yarn", "yarn"),
+        ("gemma3-rope-linear", "linear"),
+        ("phi3", "longrope"),
+        ("phi3-4k", None),
+        ("gemma3", None),
+        ("gpt-oss", "yarn"),
+    ],
+)
+def test_rotary_scaling_is_told_to_mlx_lm(tmp_path, name, kind):
+    """Over 40 tokens, of weights that float16 holds; without what it is told the logits differ."""
+    gguf = tiny.build(name, 0)
+    for tensor, (array, of) in gguf.tensors.items():
+        if of == "F32":
+            gguf.tensors[tensor] = array.astype(np.float16).astype(np.float32), of
+    if name == "phi3":  # as converters write it
+        gguf.metadata["phi3.rope.scaling.attn_factor"] = math.sqrt(math.log(1024, 512))
+    path, target = tiny.write(tmp_path / "m.gguf", gguf), tmp_path / "mlx"
+    export_mlx(path, target)
+    want = np.array(load(path)[0](LONG))
+    config = json.loads((target / "config.json").read_text())
+    assert config.get("rope_scaling", {}).get("type") == kind
+
+    def error():
+        model, _ = mlx_lm.load(str(target))
+        model.set_dtype(mx.float32)
+        return np.abs(np.array(model(LONG)) - want).max() / np.abs(want).max()
+
+    # mlx-lm rounds the factor of gemma's embeddings to bfloat16.
+    assert error() <= (4e-3 if "gemma" in name else 1e-5)
+    if kind is not None:
+        del config["rope_scaling"]
+        (target / "config.json").write_text(json.dumps(config))
+        assert error() > 1e-2
+
+
+def test_what_mlx_lm_cannot_be_told_is_refused(tmp_path):
+    for name, arch, keys in (
+        ("qwen3moe", "qwen3moe", {"type": "linear", "factor": 4.0}),
+        ("llama", "llama", {"attn_factor": 0.5}),
+        ("phi3", "phi3", {}),  # whose magnitude is not that of its contexts
+    ):
+        gguf = tiny.build(name, 0)
+        gguf.metadata |= {f"{arch}.rope.scaling.{k}": v for k, v in keys.items()}
         with pytest.raises(UnsupportedError, match="rotary scaling"):
-            export_mlx(made(name), tmp_path / "mlx")
+            export_mlx(tiny.write(tmp_path / "m.gguf", gguf), tmp_path / "mlx")
+    path = tiny.write(tmp_path / "m.gguf", tiny.build("qwen35", 0))
+    with pytest.raises(UnsupportedError, match="no class that runs qwen35"):
+        export_mlx(path, tmp_path / "mlx")
     assert not (tmp_path / "mlx").exists()
 
 

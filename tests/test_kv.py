@@ -62,7 +62,9 @@ def logits(model, caches, steps):
     return mx.concatenate(rows, axis=1)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "gemma2", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen3", "phi3", "gemma2", "gemma3", "gemma4", "gemma4-e4b"]
+)
 def test_logits_are_the_plain_ones_where_nothing_is_lost(name, models, tmp_path):
     _, model = models(name)
     want = logits(model, plain_caches(model), (TOKENS,))

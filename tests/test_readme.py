@@ -67,6 +67,7 @@ NOT_RUN = {
     ".venv/bin/python -m pytest -n auto": "it is this very suite",
     "mlxfuse generate org/repo:Q4_K_M -p -  < question.txt": "downloads a model",
     "mlxfuse tune model-Q4_K_M.gguf": "needs Metal, and times it",
+    "mlxfuse bench kernels --report kernels.json": "needs Metal, and times it",
 }
 
 
@@ -126,7 +127,8 @@ ANSWERS = {
     "inspect model": "llama",
     "doctor": "model-Q4_K_M.gguf fits",
     "-n 4 -r 2": "| tg4 ",
-    "bench model": "| tg4 ",
+    "bench model-": "| tg4 ",
+    "bench model.gguf": "| tg16 ",
     "--kld": "k8v4",
     "perplexity": "tokens scored",
     "gguf exported": "exported",

@@ -5,14 +5,17 @@ import re
 import signal
 import subprocess
 import threading
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 import openai
 import pytest
 from mlx_lm.generate import stream_generate
 
-from mlxfuse.generate import Settings
+from mlxfuse.generate import Settings, generate
 from mlxfuse.loader import load
+from mlxfuse.nn.cache import CompressedKVCache
+from mlxfuse.nn.kv import KVOptions
 from mlxfuse.server import BODY_LIMIT, Server
 
 from .models import tiny
@@ -79,19 +82,58 @@ def test_defaults_and_usage(client, path):
     assert answer.usage.prompt_tokens == len("[user]Hello\n")
 
 
-def test_two_requests_at_once(client, path):
-    messages = ("Hello", "another one")
+def asked_at_once(ask, messages):
     found = {}
-
-    def ask(message):
-        found[message] = "".join(streamed(client, message, 40))
-
-    threads = [threading.Thread(target=ask, args=(m,)) for m in messages]
+    threads = [threading.Thread(target=lambda m=m: found.__setitem__(m, ask(m))) for m in messages]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=120)
+    return found
+
+
+def test_two_requests_at_once(client, path):
+    messages = ("Hello", "another one")
+    found = asked_at_once(lambda m: "".join(streamed(client, m, 40)), messages)
     assert found == {m: expected(path, m, 40) for m in messages}
+
+
+@pytest.mark.parametrize("begins", [0, 150])
+def test_compressed_caches(path, begins, monkeypatch):
+    """Two requests at once, in a batch or, where the caches begin plain, one after the other."""
+    batched = []
+    merge = CompressedKVCache.merge.__func__
+
+    def counted(cls, caches):
+        batched.append(len(caches))
+        return merge(cls, caches)
+
+    monkeypatch.setattr(CompressedKVCache, "merge", classmethod(counted))
+    # Raw prompts share no tokens: what one has sealed is not what another begins with.
+    settings = Settings(max_tokens=40, ignore_chat_template=True, kv=KVOptions(4, 4),
+                        quantized_kv_start=begins)  # fmt: skip
+    messages = ["The quick brown fox jumps over the lazy dog. " * 5, "another one " * 14]
+
+    def texts(kv):
+        each = {m: replace(settings, prompt=m, kv=kv) for m in messages}
+        return {m: generate(*load(path), each[m]).text for m in messages}
+
+    want = texts(settings.kv)
+    assert want != texts(None)  # control
+    server = Server(*load(path), "tiny", settings, port=0)
+    thread = threading.Thread(target=server.serve)
+    thread.start()
+    client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", timeout=60)
+
+    def ask(text):
+        return client.completions.create(model="", prompt=text, max_tokens=40).choices[0].text
+
+    try:
+        assert asked_at_once(ask, messages) == want
+    finally:
+        server.stop()
+        thread.join(timeout=30)
+    assert bool(batched) == (begins == 0)
 
 
 def test_only_the_served_model_is_listed(client):

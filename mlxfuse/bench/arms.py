@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
+from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models import switch_layers
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
@@ -39,11 +40,13 @@ class Arm:
     name    for the table.
     what    exactly what it is.
     model   an mlx-lm model.
+    start   tokens from which caches that begin plain are compressed; 0 for those that do not.
     """
 
     name: str
     what: str
     model: nn.Module
+    start: int = 0
 
 
 class Runner:
@@ -51,6 +54,7 @@ class Runner:
 
     def __init__(self, arm: Arm, test: Test, vocabulary: int) -> None:
         self._model: Any = arm.model
+        self._start = arm.start
         self._test = test
         count = test.depth + max(1, test.prompt)
         ids = np.random.default_rng(_SEED).integers(0, vocabulary, (1, count))
@@ -85,30 +89,37 @@ class Runner:
         self.memory = max(self.memory, self._held + depth_bytes + peak)
         if test.generated and self._read is not None:
             self.read = self._read + (depth_bytes + held) / 2
-        if test.depth and can_trim_prompt_cache(self._cache):
+        kept = test.depth >= max(1, self._start)  # else it may have become compressed
+        if kept and can_trim_prompt_cache(self._cache):
             trim_prompt_cache(self._cache, test.prompt or generated)
         else:
             self._cache = None
         return taken
 
+    def _logits(self, tokens: mx.array) -> mx.array:
+        found: mx.array = self._model(tokens, cache=self._cache)
+        if self._start:  # the caches know how
+            maybe_quantize_kv_cache(self._cache, self._start, 64, 8)
+        return found
+
     def _read_prompt(self, tokens: mx.array) -> None:
         for start in range(0, tokens.shape[1], _STEP):
-            self._model(tokens[:, start : start + _STEP], cache=self._cache)
+            self._logits(tokens[:, start : start + _STEP])
             mx.eval([c.state for c in self._cache])
 
     def _prefill(self, tokens: mx.array) -> None:
         """As mlx-lm does: logits of the last token only."""
         self._read_prompt(tokens[:, :-1])
-        mx.eval(self._model(tokens[:, -1:], cache=self._cache))
+        mx.eval(self._logits(tokens[:, -1:]))
 
     def _decode(self, token: mx.array, count: int) -> None:
         """As mlx-lm does: the next step is built while the GPU works on this one."""
-        ahead = mx.argmax(self._model(token, cache=self._cache)[:, -1], axis=-1)
+        ahead = mx.argmax(self._logits(token)[:, -1], axis=-1)
         mx.async_eval(ahead)
         for i in range(count):
             now = ahead
             if i < count - 1:
-                ahead = mx.argmax(self._model(now[None], cache=self._cache)[:, -1], axis=-1)
+                ahead = mx.argmax(self._logits(now[None])[:, -1], axis=-1)
                 mx.async_eval(ahead)
             mx.eval(now)
 
@@ -130,11 +141,11 @@ def compare(reference: Reference, ours: nn.Module) -> Check:
     return found
 
 
-def decoded(model: nn.Module) -> Reference:
+def decoded(model: nn.Module, before: int = 0) -> Reference:
     """Logits by MLX's operations on the decoded weights: what kernels are held to."""
     model.train()  # in which mode no kernel runs
     try:
-        return Reference(logits(model))
+        return Reference(logits(model, before), before)
     finally:
         model.eval()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,11 +21,13 @@ from ..fusion.checks import Reference, logits
 from ..fusion.dispatches import per_token
 from ..gguf.exported import is_export, open_model
 from ..loader import load
+from ..nn.kv import KVOptions, compress_caches
 from .arms import Arm, Runner, compare, decoded, nbytes, stock_of
 from .machine import environment
 from .measure import Test, alternate, speeds
 
 STOCK, OURS = "mlx-lm", "mlxfuse"
+_SEALED = 192  # tokens of which a compressed cache has compressed some
 Say = Callable[[str], None]
 
 
@@ -47,6 +50,9 @@ def bench(
     dtype: str | None = None,
     fuse: str | Iterable[str] = "auto",
     stock: str = "exact",
+    kv: KVOptions | None = None,
+    kv_start: int = 0,
+    kv_force: bool = False,
     extras: Sequence[Extra] = (),
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
@@ -61,6 +67,10 @@ def bench(
         pause: seconds to cool down before every timed run.
         stock: what stock MLX-LM's weights are where MLX's types cannot hold the file's: ``exact``,
             dense ones, or ``affine``, requantised ones of about the same size.
+        kv: how mlxfuse compresses its key-value cache, after ``kv_start`` tokens; mlx-lm's is
+            plain. Outputs are compared with those of mlx-lm's attention on the same compressed
+            cache, decompressed.
+        kv_force: compress keys of models that are known to suffer from it.
 
     Raises:
         KernelError: kernels are emulated, whose time means nothing.
@@ -72,12 +82,19 @@ def bench(
     model, vocabulary = load_model(path, dtype)
     left = device()["budget"] - mx.get_active_memory()
     other, weights = stock_of(model, requantize=stock == "affine", budget=left)
+    if kv is not None:
+        for form in (model, other):
+            compress_caches(form, kv, force=kv_force)
+    before = _SEALED if kv else 0
     # Requantised weights are other numbers: kernels are held to the file's, decoded.
-    reference = Reference(logits(other)) if stock == "exact" else decoded(model)
+    exact = stock == "exact"
+    reference = Reference(logits(other, before), before) if exact else decoded(model, before)
+    match = _match(reference, other, weights)
     patch = patch_model(model, fuse=fuse)
+    ours, cache = (f"{OURS} {kv.name}", f"; its {kv}") if kv else (OURS, "")
     arms = [
         Arm(STOCK, f"mlx-lm's classes, MLX's operations, {weights}", other),
-        Arm(OURS, _describe(model, patch), model),
+        Arm(ours, _describe(model, patch) + cache, model, kv_start if kv else 0),
     ]
     say("comparing outputs")
     agreement = compare(reference, model)
@@ -86,6 +103,9 @@ def bench(
             f"outputs agree to {agreement.error:.2g}, but emulated kernels are not timed: "
             "that would measure the emulation"
         )
+    if kv is not None:
+        del other.make_cache
+        compress_caches(model, kv, kv_start, force=kv_force)
     say("measuring the machine's bandwidth")
     found: dict[str, Any] = {
         "bench": "model",
@@ -94,8 +114,11 @@ def bench(
         "repetitions": repetitions,
         "pause": pause,
         "arms": [
-            {"name": STOCK, "what": arms[0].what, **_match(reference, other, weights)},
-            {"name": OURS, "what": arms[1].what, "match": "yes", "error": agreement.error},
+            {"name": STOCK, "what": arms[0].what, "kv": None, **match},
+            {
+                **{"name": ours, "what": arms[1].what, "kv": asdict(kv) if kv else None},
+                **{"match": "yes", "error": agreement.error},
+            },
             *({"name": e.name, "what": e.what, "match": "-", "error": None} for e in extras),
         ],
         "dispatches": _dispatches(arms),

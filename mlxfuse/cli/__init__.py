@@ -11,3 +11,7 @@ from . import server as server
 from . import tune as tune
 from ._common import app as app
 from ._common import main as main
+
+# As --help lists them: what a newcomer wants comes first.
+PANELS = ("Run", "Look", "Measure", "Convert")
+app.registered_commands.sort(key=lambda c: PANELS.index(str(c.rich_help_panel)))

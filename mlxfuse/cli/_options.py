@@ -134,9 +134,7 @@ KVBits = Annotated[
 KVGroupSize = Annotated[
     int, of_model("Values of a head that share a scale: 32, 64 or 128.", metavar="INTEGER")
 ]
-QuantizedKVStart = Annotated[
-    int, of_model("Tokens up to which the cache is left as it is.", min=0)
-]
+QuantizedKVStart = Annotated[int, of_model("Tokens up to which the cache is left as it is.", min=0)]
 KVRotate = Annotated[
     bool,
     of_model("Rotate keys and values before they are compressed.", "--kv-rotate/--no-kv-rotate"),

@@ -13,6 +13,7 @@ import typer
 from ..errors import MLXFuseError
 from ..files import write_text
 from ..progress import status_line
+from . import _options as opt
 from ._common import (
     app,
     before_imports,
@@ -20,17 +21,6 @@ from ._common import (
     command,
     model_or_checkpoint,
     one_model,
-)
-from ._options import (
-    Debug,
-    DTypeOption,
-    Fuse,
-    Json,
-    ModelOption,
-    Revision,
-    finite,
-    of_output,
-    option,
 )
 
 TESTS = "Tests"
@@ -73,13 +63,18 @@ def bench_command(
             "a report (.json): only draw its --plot.",
         ),
     ] = None,
-    model_option: ModelOption = None,
-    revision: Revision = None,
-    dtype: DTypeOption = None,
-    fuse: Fuse = "auto",
+    model_option: opt.ModelOption = None,
+    revision: opt.Revision = None,
+    dtype: opt.DTypeOption = None,
+    fuse: opt.Fuse = "auto",
+    kv_bits: opt.KVBits = None,
+    kv_group_size: opt.KVGroupSize = 64,
+    quantized_kv_start: opt.QuantizedKVStart = 0,
+    kv_rotate: opt.KVRotate = True,
+    kv_force: opt.KVForce = False,
     stock: Annotated[
         Stock,
-        option(
+        opt.option(
             TESTS,
             "Stock MLX-LM's weights where MLX cannot hold the file's: exact, which are dense, or "
             "affine, requantised to about the same size.",
@@ -87,7 +82,7 @@ def bench_command(
     ] = Stock.exact,
     n_prompt: Annotated[
         str | None,
-        option(
+        opt.option(
             TESTS,
             "Tokens of a prompt: 512,1024 or 128-1024*2 or 0-512+256 (default: 512; CPU: 64).",
             "--n-prompt",
@@ -96,14 +91,14 @@ def bench_command(
     ] = None,
     n_gen: Annotated[
         str | None,
-        option(TESTS, "Tokens decoded one by one (default: 128; CPU: 16).", "--n-gen", "-n"),
+        opt.option(TESTS, "Tokens decoded one by one (default: 128; CPU: 16).", "--n-gen", "-n"),
     ] = None,
     n_depth: Annotated[
-        str, option(TESTS, "Tokens in the cache before that.", "--n-depth", "-d")
+        str, opt.option(TESTS, "Tokens in the cache before that.", "--n-depth", "-d")
     ] = "0",
     repetitions: Annotated[
         int | None,
-        option(
+        opt.option(
             TESTS,
             "Runs of each, in turns; best an even number (default: 6; CPU: 4).",
             "--repetitions",
@@ -113,22 +108,24 @@ def bench_command(
         ),
     ] = None,
     delay: Annotated[
-        float, option(TESTS, "Seconds to cool down before every run.", min=0, callback=finite)
+        float,
+        opt.option(TESTS, "Seconds to cool down before every run.", min=0, callback=opt.finite),
     ] = 0.0,
     compare: Annotated[
         list[Path] | None,
-        option(TESTS, "Add what `llama-bench -o json` has found for the same file."),
+        opt.option(TESTS, "Add what `llama-bench -o json` has found for the same file."),
     ] = None,
     llama_bench: Annotated[
-        bool, option(TESTS, "Let the llama-bench of the PATH take its turn.", "--llama-bench")
+        bool, opt.option(TESTS, "Let the llama-bench of the PATH take its turn.", "--llama-bench")
     ] = False,
-    output: Annotated[Output, of_output("Form of the result.", "--output", "-o")] = Output.md,
+    output: Annotated[Output, opt.of_output("Form of the result.", "--output", "-o")] = Output.md,
     report: Annotated[
-        Path | None, of_output("Also write the result to this file, as JSON: to keep or to send.")
+        Path | None,
+        opt.of_output("Also write the result to this file, as JSON: to keep or to send."),
     ] = None,
-    plot: Annotated[Path | None, of_output("Also draw the result in this SVG file.")] = None,
-    as_json: Json = False,
-    debug: Debug = False,
+    plot: Annotated[Path | None, opt.of_output("Also draw the result in this SVG file.")] = None,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
 ) -> None:
     """Time a model in stock MLX-LM and in mlxfuse, in turns, after comparing their outputs."""
     form = "json" if as_json else output.value
@@ -145,6 +142,7 @@ def bench_command(
     before_imports()
     with redirect_stdout(sys.stderr), status_line(True) as say:
         check_fuse(fuse)
+        kv = opt.kv_options(kv_bits, kv_group_size, kv_rotate)
         found: dict[str, Any]
         if ref == "kernels":
             from ..bench.kernels import bench_kernels
@@ -176,6 +174,9 @@ def bench_command(
                 dtype=dtype and dtype.value,
                 fuse=fuse,
                 stock=stock.value,
+                kv=kv,
+                kv_start=quantized_kv_start,
+                kv_force=kv_force,
                 extras=extras,
                 say=say,
             )

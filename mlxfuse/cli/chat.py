@@ -16,6 +16,7 @@ import typer
 from ..process import INTERRUPTED, fail
 from ..progress import status_line
 from ..terminal import neutralize
+from . import _options as opt
 from ._common import (
     answer_writer,
     app,
@@ -26,38 +27,6 @@ from ._common import (
     one_model,
     resolve_model,
     show_report,
-)
-from ._options import (
-    ActQuant,
-    ActQuantOption,
-    ChatTemplateConfig,
-    Debug,
-    DTypeOption,
-    ExtraEOSToken,
-    Fuse,
-    Json,
-    KVBits,
-    KVForce,
-    KVGroupSize,
-    KVRotate,
-    MaxKVSize,
-    MaxTokens,
-    MinP,
-    MinTokensToKeep,
-    ModelArgument,
-    ModelOption,
-    PrefillStepSize,
-    QuantizedKVStart,
-    Revision,
-    Seed,
-    SystemPrompt,
-    Temp,
-    TopK,
-    TopP,
-    XTCProbability,
-    XTCThreshold,
-    json_object,
-    kv_options,
 )
 
 if TYPE_CHECKING:
@@ -78,39 +47,39 @@ Ctrl-C   stop the answer; twice at the prompt: leave
 @app.command("chat", rich_help_panel="Run")
 @command
 def chat_command(
-    model: ModelArgument = None,
-    model_option: ModelOption = None,
-    revision: Revision = None,
-    dtype: DTypeOption = None,
-    fuse: Fuse = "auto",
-    act_quant: ActQuantOption = ActQuant.auto,
-    max_kv_size: MaxKVSize = None,
-    kv_bits: KVBits = None,
-    kv_group_size: KVGroupSize = 64,
-    quantized_kv_start: QuantizedKVStart = 0,
-    kv_rotate: KVRotate = True,
-    kv_force: KVForce = False,
-    prefill_step_size: PrefillStepSize = 2048,
-    system_prompt: SystemPrompt = None,
-    chat_template_config: ChatTemplateConfig = None,
-    max_tokens: MaxTokens = 1024,
-    temp: Temp = 0.0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    top_k: TopK = 0,
-    xtc_probability: XTCProbability = 0.0,
-    xtc_threshold: XTCThreshold = 0.1,
-    min_tokens_to_keep: MinTokensToKeep = 1,
-    seed: Seed = None,
-    extra_eos_token: ExtraEOSToken = None,
-    as_json: Json = False,
-    debug: Debug = False,
+    model: opt.ModelArgument = None,
+    model_option: opt.ModelOption = None,
+    revision: opt.Revision = None,
+    dtype: opt.DTypeOption = None,
+    fuse: opt.Fuse = "auto",
+    act_quant: opt.ActQuantOption = opt.ActQuant.auto,
+    max_kv_size: opt.MaxKVSize = None,
+    kv_bits: opt.KVBits = None,
+    kv_group_size: opt.KVGroupSize = 64,
+    quantized_kv_start: opt.QuantizedKVStart = 0,
+    kv_rotate: opt.KVRotate = True,
+    kv_force: opt.KVForce = False,
+    prefill_step_size: opt.PrefillStepSize = 2048,
+    system_prompt: opt.SystemPrompt = None,
+    chat_template_config: opt.ChatTemplateConfig = None,
+    max_tokens: opt.MaxTokens = 1024,
+    temp: opt.Temp = 0.0,
+    top_p: opt.TopP = 1.0,
+    min_p: opt.MinP = 0.0,
+    top_k: opt.TopK = 0,
+    xtc_probability: opt.XTCProbability = 0.0,
+    xtc_threshold: opt.XTCThreshold = 0.1,
+    min_tokens_to_keep: opt.MinTokensToKeep = 1,
+    seed: opt.Seed = None,
+    extra_eos_token: opt.ExtraEOSToken = None,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
 ) -> None:
     """Talk with a model. Where stdin is no terminal, each line of it is a message.
 
     --json prints one object for each answer.
     """
-    config = json_object(chat_template_config)
+    config = opt.json_object(chat_template_config)
     path = resolve_model(one_model(model, model_option), revision, True)
     before_imports()
     # Python's `input` writes its prompt on stdout.
@@ -120,7 +89,7 @@ def chat_command(
         from ..chat import Chat
         from ..generate import Settings
 
-        kv = kv_options(kv_bits, kv_group_size, kv_rotate)
+        kv = opt.kv_options(kv_bits, kv_group_size, kv_rotate)
         loaded, tokenizer = load_model(path, dtype, fuse, act_quant)
         chat = Chat(
             loaded,

@@ -10,26 +10,30 @@ from typing import Annotated
 import typer
 
 from ..progress import status_line
+from . import _options as opt
 from ._common import app, before_imports, command, resolve_model
-from ._options import OUTPUT, Debug, Json, Revision
 
 
 @app.command("export", rich_help_panel="Convert")
 @command
 def export_command(
-    model: Annotated[str, typer.Argument(help="A .gguf file or a hub repository.")],
-    folder: Annotated[Path, typer.Argument(help="The folder to write.")],
-    revision: Revision = None,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A .gguf file or a hub repository.")
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to write.")],
+    revision: opt.Revision = None,
     mlx: Annotated[
         bool,
-        typer.Option("--mlx", help="Write a plain MLX-LM checkpoint.", rich_help_panel=OUTPUT),
+        typer.Option("--mlx", help="Write a plain MLX-LM checkpoint.", rich_help_panel=opt.OUTPUT),
     ] = False,
     force: Annotated[
         bool,
-        typer.Option("--force", help="Replace a folder.", rich_help_panel=OUTPUT),
+        typer.Option(
+            "--force", help="Replace FOLDER if it is not empty.", rich_help_panel=opt.OUTPUT
+        ),
     ] = False,
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
 ) -> None:
     """Write a model as safetensors, in the order kernels read it: later loads need no GGUF.
 

@@ -15,52 +15,17 @@ import typer
 from ..errors import MLXFuseError
 from ..process import fail
 from ..progress import status_line
+from . import _options as opt
 from ._common import (
     answer_writer,
     app,
     before_imports,
-    check_fuse,
     clean,
     command,
     load_model,
     one_model,
     resolve_model,
     show_report,
-)
-from ._options import (
-    ActQuant,
-    ActQuantOption,
-    ChatTemplateConfig,
-    Debug,
-    DTypeOption,
-    ExtraEOSToken,
-    Fuse,
-    IgnoreChatTemplate,
-    Json,
-    KVBits,
-    KVForce,
-    KVGroupSize,
-    KVRotate,
-    MaxKVSize,
-    MaxTokens,
-    MinP,
-    MinTokensToKeep,
-    ModelArgument,
-    ModelOption,
-    PrefillStepSize,
-    QuantizedKVStart,
-    Revision,
-    Seed,
-    SystemPrompt,
-    Temp,
-    TopK,
-    TopP,
-    XTCProbability,
-    XTCThreshold,
-    json_object,
-    kv_options,
-    of_model,
-    of_output,
 )
 
 
@@ -73,52 +38,53 @@ def _read_prompt(prompt: str) -> str:
 @app.command("generate", rich_help_panel="Run")
 @command
 def generate_command(
-    model: ModelArgument = None,
-    model_option: ModelOption = None,
-    revision: Revision = None,
-    dtype: DTypeOption = None,
-    fuse: Fuse = "auto",
-    act_quant: ActQuantOption = ActQuant.auto,
+    model: opt.ModelArgument = None,
+    model_option: opt.ModelOption = None,
+    revision: opt.Revision = None,
+    dtype: opt.DTypeOption = None,
+    fuse: opt.Fuse = "auto",
+    act_quant: opt.ActQuantOption = opt.ActQuant.auto,
     draft_model: Annotated[
-        str | None, of_model("A smaller model with the same vocabulary, for speculative decoding.")
+        str | None,
+        opt.of_model("A smaller model with the same vocabulary, for speculative decoding."),
     ] = None,
-    num_draft_tokens: Annotated[int, of_model("Tokens drafted at a time.", min=1)] = 3,
+    num_draft_tokens: Annotated[int, opt.of_model("Tokens drafted at a time.", min=1)] = 3,
     prompt_cache_file: Annotated[
-        Path | None, of_model("A stored prompt cache that the prompt follows.")
+        Path | None, opt.of_model("A stored prompt cache that the prompt follows.")
     ] = None,
-    max_kv_size: MaxKVSize = None,
-    kv_bits: KVBits = None,
-    kv_group_size: KVGroupSize = 64,
-    quantized_kv_start: QuantizedKVStart = 0,
-    kv_rotate: KVRotate = True,
-    kv_force: KVForce = False,
-    prefill_step_size: PrefillStepSize = 2048,
+    max_kv_size: opt.MaxKVSize = None,
+    kv_bits: opt.KVBits = None,
+    kv_group_size: opt.KVGroupSize = 64,
+    quantized_kv_start: opt.QuantizedKVStart = 0,
+    kv_rotate: opt.KVRotate = True,
+    kv_force: opt.KVForce = False,
+    prefill_step_size: opt.PrefillStepSize = 2048,
     prompt: Annotated[
         str, typer.Option("--prompt", "-p", help="The message; - reads it from stdin.")
     ] = "hello",
-    system_prompt: SystemPrompt = None,
+    system_prompt: opt.SystemPrompt = None,
     prefill_response: Annotated[str | None, typer.Option(help="How the answer begins.")] = None,
-    ignore_chat_template: IgnoreChatTemplate = False,
-    chat_template_config: ChatTemplateConfig = None,
-    max_tokens: MaxTokens = 100,
-    temp: Temp = 0.0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    top_k: TopK = 0,
-    xtc_probability: XTCProbability = 0.0,
-    xtc_threshold: XTCThreshold = 0.1,
-    min_tokens_to_keep: MinTokensToKeep = 1,
-    seed: Seed = None,
-    extra_eos_token: ExtraEOSToken = None,
+    ignore_chat_template: opt.IgnoreChatTemplate = False,
+    chat_template_config: opt.ChatTemplateConfig = None,
+    max_tokens: opt.MaxTokens = 100,
+    temp: opt.Temp = 0.0,
+    top_p: opt.TopP = 1.0,
+    min_p: opt.MinP = 0.0,
+    top_k: opt.TopK = 0,
+    xtc_probability: opt.XTCProbability = 0.0,
+    xtc_threshold: opt.XTCThreshold = 0.1,
+    min_tokens_to_keep: opt.MinTokensToKeep = 1,
+    seed: opt.Seed = None,
+    extra_eos_token: opt.ExtraEOSToken = None,
     verbose: Annotated[
-        str, of_output("False: no progress and no footer.", metavar="BOOLEAN")
+        str, opt.of_output("False: no progress and no footer.", metavar="BOOLEAN")
     ] = "True",
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
 ) -> None:
     """Answer one prompt: the text on stdout, progress and speeds on stderr."""
     ref = one_model(model, model_option)
-    config = json_object(chat_template_config)
+    config = opt.json_object(chat_template_config)
     if max_kv_size and (draft_model or prompt_cache_file):
         raise typer.BadParameter(
             "--max-kv-size cannot be combined with --draft-model or --prompt-cache-file"
@@ -136,8 +102,7 @@ def generate_command(
         from .. import generate as engine
         from .. import kernels, prompt_cache
 
-        check_fuse(fuse)
-        kv = kv_options(kv_bits, kv_group_size, kv_rotate)
+        kv = opt.kv_options(kv_bits, kv_group_size, kv_rotate)
 
         if prompt_cache_file:
             prompt_cache.expect_model(prompt_cache_file, ref)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 
+from . import _options as opt
 from ._common import app, command, one_model, resolve_model
-from ._options import Debug, Json, ModelArgument, ModelOption, Revision
 
 
 @app.command("inspect", rich_help_panel="Look")
 @command
 def inspect_command(
-    model: ModelArgument = None,
-    model_option: ModelOption = None,
-    revision: Revision = None,
-    as_json: Json = False,
-    debug: Debug = False,
+    model: opt.ModelArgument = None,
+    model_option: opt.ModelOption = None,
+    revision: opt.Revision = None,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
 ) -> None:
     """Show what a model's header tells; no weight is read."""
     from ..inspect import inspect, render

@@ -13,6 +13,7 @@ import typer
 from .. import env
 from ..errors import MLXFuseError
 from ..progress import status_line
+from . import _options as opt
 from ._common import (
     app,
     before_imports,
@@ -23,38 +24,22 @@ from ._common import (
     resolve_model,
     show_report,
 )
-from ._options import (
-    ActQuant,
-    ActQuantOption,
-    Debug,
-    DTypeOption,
-    Fuse,
-    Json,
-    KVBits,
-    KVForce,
-    KVGroupSize,
-    KVRotate,
-    ModelArgument,
-    ModelOption,
-    Revision,
-    kv_options,
-)
 
 
 @app.command("perplexity", rich_help_panel="Look")
 @command
 def perplexity_command(
     file: Annotated[str, typer.Option("--file", "-f", help="A text; - reads it from stdin.")],
-    model: ModelArgument = None,
-    model_option: ModelOption = None,
-    revision: Revision = None,
-    dtype: DTypeOption = None,
-    fuse: Fuse = "auto",
-    act_quant: ActQuantOption = ActQuant.auto,
-    kv_bits: KVBits = None,
-    kv_group_size: KVGroupSize = 64,
-    kv_rotate: KVRotate = True,
-    kv_force: KVForce = False,
+    model: opt.ModelArgument = None,
+    model_option: opt.ModelOption = None,
+    revision: opt.Revision = None,
+    dtype: opt.DTypeOption = None,
+    fuse: opt.Fuse = "auto",
+    act_quant: opt.ActQuantOption = opt.ActQuant.auto,
+    kv_bits: opt.KVBits = None,
+    kv_group_size: opt.KVGroupSize = 64,
+    kv_rotate: opt.KVRotate = True,
+    kv_force: opt.KVForce = False,
     kld: Annotated[
         bool,
         typer.Option(
@@ -73,11 +58,11 @@ def perplexity_command(
             min=1,
         ),
     ] = None,
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
 ) -> None:
-    """Score a text: perplexity, and what a compressed cache changes."""
-    rounded = act_quant is ActQuant.on
+    """Score a text: perplexity, and what a compressed cache or int8 activations change."""
+    rounded = act_quant is opt.ActQuant.on
     if kld and kv_bits is None and not rounded:
         raise typer.BadParameter("--kld compares two ways: say with --kv-bits or --act-quant which")
     if rounded and fuse == "auto":
@@ -90,7 +75,7 @@ def perplexity_command(
         from ..nn.kv import check_model, compressed, plain_caches
         from ..perplexity import Way, perplexity, render
 
-        kv = kv_options(kv_bits, kv_group_size, kv_rotate)
+        kv = opt.kv_options(kv_bits, kv_group_size, kv_rotate)
         loaded, tokenizer = load_model(path, dtype, fuse, act_quant)
         way = Way(loaded, lambda: plain_caches(loaded))
         plain = Way(_with_floats(loaded), way.make_caches)

@@ -12,32 +12,8 @@ import typer
 from ..process import INTERRUPTED
 from ..progress import status_line
 from ..terminal import one_line
+from . import _options as opt
 from ._common import app, before_imports, command, load_model, one_model, resolve_model, show_report
-from ._options import (
-    ActQuant,
-    ActQuantOption,
-    ChatTemplateConfig,
-    Debug,
-    DTypeOption,
-    Fuse,
-    KVBits,
-    KVForce,
-    KVGroupSize,
-    KVRotate,
-    MaxTokens,
-    MinP,
-    ModelArgument,
-    ModelOption,
-    PrefillStepSize,
-    QuantizedKVStart,
-    Revision,
-    Temp,
-    TopK,
-    TopP,
-    json_object,
-    kv_options,
-    option,
-)
 
 SERVER = "Server"
 
@@ -45,38 +21,38 @@ SERVER = "Server"
 @app.command("server", rich_help_panel="Run")
 @command
 def server_command(
-    model: ModelArgument = None,
-    model_option: ModelOption = None,
-    revision: Revision = None,
-    dtype: DTypeOption = None,
-    fuse: Fuse = "auto",
-    act_quant: ActQuantOption = ActQuant.auto,
-    kv_bits: KVBits = None,
-    kv_group_size: KVGroupSize = 64,
-    quantized_kv_start: QuantizedKVStart = 0,
-    kv_rotate: KVRotate = True,
-    kv_force: KVForce = False,
-    prefill_step_size: PrefillStepSize = 2048,
-    host: Annotated[str, option(SERVER, "Address to listen on.")] = "127.0.0.1",
+    model: opt.ModelArgument = None,
+    model_option: opt.ModelOption = None,
+    revision: opt.Revision = None,
+    dtype: opt.DTypeOption = None,
+    fuse: opt.Fuse = "auto",
+    act_quant: opt.ActQuantOption = opt.ActQuant.auto,
+    kv_bits: opt.KVBits = None,
+    kv_group_size: opt.KVGroupSize = 64,
+    quantized_kv_start: opt.QuantizedKVStart = 0,
+    kv_rotate: opt.KVRotate = True,
+    kv_force: opt.KVForce = False,
+    prefill_step_size: opt.PrefillStepSize = 2048,
+    host: Annotated[str, opt.option(SERVER, "Address to listen on.")] = "127.0.0.1",
     port: Annotated[
-        int, option(SERVER, "Port to listen on; 0: any free one.", min=0, max=65535)
+        int, opt.option(SERVER, "Port to listen on; 0: any free one.", min=0, max=65535)
     ] = 8080,
     allowed_origins: Annotated[
-        str, option(SERVER, "Web pages that may call it (CORS), with commas; * for all.")
+        str, opt.option(SERVER, "Web pages that may call it (CORS), with commas; * for all.")
     ] = "",
     prompt_cache_size: Annotated[
-        int, option(SERVER, "Conversations whose prompt caches are kept.", min=1)
+        int, opt.option(SERVER, "Conversations whose prompt caches are kept.", min=1)
     ] = 10,
     log_level: Annotated[
-        str, option(SERVER, "DEBUG, INFO, WARNING or ERROR.", metavar="LEVEL")
+        str, opt.option(SERVER, "DEBUG, INFO, WARNING or ERROR.", metavar="LEVEL")
     ] = "WARNING",
-    chat_template_config: ChatTemplateConfig = None,
-    max_tokens: MaxTokens = 512,
-    temp: Temp = 0.0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
-    top_k: TopK = 0,
-    debug: Debug = False,
+    chat_template_config: opt.ChatTemplateConfig = None,
+    max_tokens: opt.MaxTokens = 512,
+    temp: opt.Temp = 0.0,
+    top_p: opt.TopP = 1.0,
+    min_p: opt.MinP = 0.0,
+    top_k: opt.TopK = 0,
+    debug: opt.Debug = False,
 ) -> None:
     """Serve a model to OpenAI clients at http://127.0.0.1:8080/v1.
 
@@ -84,7 +60,7 @@ def server_command(
     names, it gets this one. Requests that come together are answered together, but one by one
     with --quantized-kv-start: mlx-lm compresses no caches of a batch.
     """
-    config = json_object(chat_template_config)
+    config = opt.json_object(chat_template_config)
     level = logging.getLevelNamesMapping().get(log_level.upper())
     if level is None:
         raise typer.BadParameter(f"--log-level: no level {one_line(log_level)!r}")
@@ -98,7 +74,7 @@ def server_command(
         from ..generate import Settings
         from ..server import Server
 
-        kv = kv_options(kv_bits, kv_group_size, kv_rotate)
+        kv = opt.kv_options(kv_bits, kv_group_size, kv_rotate)
         loaded, tokenizer = load_model(path, dtype, fuse, act_quant)
         server = Server(
             loaded,

@@ -10,22 +10,13 @@ from typing import Annotated
 
 from ..progress import status_line
 from ..terminal import one_line
+from . import _options as opt
 from ._common import (
     app,
     before_imports,
     command,
     model_or_checkpoint,
     one_model,
-)
-from ._options import (
-    Debug,
-    DTypeOption,
-    Json,
-    ModelArgument,
-    ModelOption,
-    Revision,
-    finite,
-    option,
 )
 
 TESTS = "Tests"
@@ -34,18 +25,19 @@ TESTS = "Tests"
 @app.command("tune", rich_help_panel="Measure")
 @command
 def tune_command(
-    model: ModelArgument = None,
-    model_option: ModelOption = None,
-    revision: Revision = None,
-    dtype: DTypeOption = None,
+    model: opt.ModelArgument = None,
+    model_option: opt.ModelOption = None,
+    revision: opt.Revision = None,
+    dtype: opt.DTypeOption = None,
     repetitions: Annotated[
-        int, option(TESTS, "Runs of each, in turns.", "--repetitions", "-r", min=2, max=1000)
+        int, opt.option(TESTS, "Runs of each, in turns.", "--repetitions", "-r", min=2, max=1000)
     ] = 10,
     delay: Annotated[
-        float, option(TESTS, "Seconds to cool down before every run.", min=0, callback=finite)
+        float,
+        opt.option(TESTS, "Seconds to cool down before every run.", min=0, callback=opt.finite),
     ] = 0.0,
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: opt.Json = False,
+    debug: opt.Debug = False,
 ) -> None:
     """Measure which kernel variants and which fusions are the fastest here, and use those.
 

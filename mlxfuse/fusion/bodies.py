@@ -15,6 +15,7 @@ MX = {"mx": "mlx.core"}
 NN = {"nn": "mlx.nn"}
 SDPA = {"scaled_dot_product_attention": _MODELS + "base.scaled_dot_product_attention"}
 SWIGLU = {"swiglu": _MODELS + "activations.swiglu"}
+GEGLU = {"geglu": _MODELS + "gemma4_text.geglu"}
 CLIPPED = {"swiglu_oai": _MODELS + "activations.swiglu_oai"}
 
 
@@ -167,6 +168,36 @@ def __call__(self, x, mask, cache=None):
     )
     return self.O(v_hat.swapaxes(1, 2).reshape(B, L, -1))
 """
+_SHARED = """
+def __call__(self, x, mask=None, cache=None, shared_kv=None, offset=None):
+    B, L, _ = x.shape
+    queries = self.Q(x).reshape(B, L, self.HEADS, self.HEAD_DIM)
+    queries = self.Q_NORM(queries)
+    if shared_kv is not None:
+        keys, values = shared_kv
+    elif not self.HAS_KV:
+        raise ValueError(f"Layer {self.LAYER} is a KV-shared layer but received no shared_kv")
+    else:
+        keys = self.K(x).reshape(B, L, self.KV_HEADS, self.HEAD_DIM)
+        values = keys
+        if not self.K_IS_V:
+            values = self.V(x).reshape(B, L, self.KV_HEADS, self.HEAD_DIM)
+        offset = mx.array(cache.offset) if cache is not None else 0
+        keys = self.K_NORM(keys)
+        keys = keys.transpose(0, 2, 1, 3)
+        keys = self.ROPE(keys, offset=offset)
+        values = self.V_NORM(values)
+        values = values.transpose(0, 2, 1, 3)
+    queries = queries.transpose(0, 2, 1, 3)
+    queries = self.ROPE(queries, offset=offset)
+    if cache is not None:
+        keys, values = cache.update_and_fetch(keys, values)
+    output = scaled_dot_product_attention(
+        queries, keys, values, cache=cache, scale=self.SCALE, mask=mask
+    )
+    output = output.transpose(0, 2, 1, 3).reshape(B, L, -1)
+    return self.O(output), (keys, values), offset
+"""
 _COHERE_HEADS = """
     queries = queries.reshape(B, L, self.HEADS, -1)
     keys = keys.reshape(B, L, self.KV_HEADS, -1)
@@ -279,6 +310,8 @@ BODIES: tuple[Body, ...] = (
     _attention(_CALL, _QKV, _HEADS, _VALUES, _ROPE, _SOFTCAP_ATTEND, names=MX),
     # gpt_oss
     _attention(_SINKS),
+    # gemma4_text
+    _attention(_SHARED, names={**MX, **SDPA}, norm="head"),
     # qwen3_next, qwen3_5
     _attention(
         *(_CALL, _GATED_HEADS, _VALUES, _ROPE, _GATED_ATTEND),
@@ -290,9 +323,7 @@ BODIES: tuple[Body, ...] = (
     _gated("nn.silu(self.GATE(x)) * self.UP(x)", "swiglu", NN),
     _gated("nn.gelu(self.GATE(x)) * self.UP(x)", "geglu", NN),
     _gated("nn.gelu_approx(self.GATE(x)) * self.UP(x)", "geglu_tanh", NN),
-    _gated(
-        "geglu(self.GATE(x), self.UP(x))", "geglu_tanh", {"geglu": _MODELS + "gemma4_text.geglu"}
-    ),
+    _gated("geglu(self.GATE(x), self.UP(x))", "geglu_tanh", GEGLU),
     _gated("nn.gelu(self.UP(x))", "gelu", NN),
     _gated("nn.gelu_approx(self.UP(x))", "gelu_tanh", NN),
     _gated("nn.relu2(self.UP(x))", "relu2", NN),
@@ -347,6 +378,12 @@ def __call__(self, x):
         "def __call__(self, x, gate):\n    return swiglu(gate, x)\n",
         SWIGLU,
         {"activation": "swiglu"},
+    ),
+    Body(
+        "activation",
+        "def __call__(self, x, gate):\n    return geglu(gate, x)\n",
+        GEGLU,
+        {"activation": "geglu_tanh"},
     ),
     Body(
         "activation",

@@ -23,13 +23,19 @@ _SEED = 7
 BOUNDS = {mx.float32: 1e-4, mx.float16: 2e-2, mx.bfloat16: 1e-1}
 
 
-def logits(model: nn.Module) -> mx.array:
-    """Of a random prompt in a few calls, [tokens, vocabulary] in the model's type."""
+def logits(model: nn.Module, before: int = 0) -> mx.array:
+    """Of a random prompt in a few calls, [tokens, vocabulary] in the model's type.
+
+    Args:
+        before: tokens that come first and have no logits.
+    """
     from mlx_lm.models.cache import make_prompt_cache
 
     words = min(_vocabulary(model), 1 << 16)
-    tokens = mx.array(np.random.default_rng(_SEED).integers(0, words, (1, sum(_SCHEDULE))))
-    rows, start, cache = [], 0, make_prompt_cache(model)
+    tokens = mx.array(np.random.default_rng(_SEED).integers(0, words, (1, sum(_SCHEDULE) + before)))
+    rows, start, cache = [], before, make_prompt_cache(model)
+    if before:
+        mx.eval(model(tokens[:, :before], cache=cache))
     for count in _SCHEDULE:
         rows.append(model(tokens[:, start : start + count], cache=cache)[0])
         mx.eval(rows[-1])
@@ -48,14 +54,16 @@ def _vocabulary(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Reference:
-    """The unpatched model's logits, to which the patched one's are held."""
+    """The unpatched model's logits, to which the patched one's are held; see `logits`."""
 
     logits: mx.array
+    before: int = 0
 
     def compare(self, model: nn.Module) -> Check:
         """How far the model is from them."""
         want, got = (
-            np.array(v.astype(mx.float32), np.float64) for v in (self.logits, logits(model))
+            np.array(v.astype(mx.float32), np.float64)
+            for v in (self.logits, logits(model, self.before))
         )
         apart = np.abs(got - want).max(-1) / np.abs(want).max()
         # Near-equal experts change places by a rounding: a few tokens may be far off.

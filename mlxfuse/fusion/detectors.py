@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..nn.attention import AttentionForm, FusedAttention
+from ..nn.attention import AttentionForm, FusedAttention, FusedSharedAttention
 from ..nn.delta_net import DeltaNetForm, FusedDeltaNet
 from ..nn.embedding import EmbeddingForm, FusedEmbedding
 from ..nn.form import Form, FusedModule, adopt, release
@@ -92,6 +92,10 @@ def _below(path: str, child: str) -> str:
     return f"{path}.{child}" if path else child
 
 
+def _attention_class(form: AttentionForm) -> type[FusedAttention]:
+    return FusedSharedAttention if form.shares else FusedAttention
+
+
 @register_detector("qkv")
 def _qkv(tree: Tree) -> Iterator[Candidate | Skip]:
     """Q, k and v in one dispatch, or their one matrix with three results."""
@@ -105,12 +109,14 @@ def _qkv(tree: Tree) -> Iterator[Candidate | Skip]:
         if isinstance(form, str):
             yield Skip("qkv", path, form)
             continue
+        if len(form.rows) == 1:
+            continue
         made = _joined(tree, module, form.linears, form.rows)
         if isinstance(made, str):
             yield Skip("qkv", path, made)
             continue
         make, formats = made
-        piece = (module, FusedAttention, form, "qkv", make)
+        piece = (module, _attention_class(form), form, "qkv", make)
         explain = f"{', '.join(form.linears)} of {path} in one dispatch"
         yield _candidate("qkv", 80, path, list(form.linears), [piece], explain, formats)
 
@@ -278,7 +284,7 @@ def _norm_rope(tree: Tree) -> Iterator[Candidate | Skip]:
         if isinstance(made, str):
             yield Skip("norm_rope", path, made)
             continue
-        piece = (module, FusedAttention, form, "rotation", _same(made))
+        piece = (module, _attention_class(form), form, "rotation", _same(made))
         names = [*(form.norms if form.norm else ()), form.rope]
         explain = f"{', '.join(names)} of {path} in one dispatch"
         yield _candidate("norm_rope", 65, path, names, [piece], explain)
@@ -299,7 +305,7 @@ def _adder(tree: Tree, module: nn.Module, name: str) -> tuple[str, _Piece] | str
     if isinstance(made, str):
         return f"{name}: {made}"
     if isinstance(form, AttentionForm):
-        return form.output, (module, FusedAttention, form, "o", _same(made))
+        return form.output, (module, _attention_class(form), form, "o", _same(made))
     return form.output, (module, FusedMLP, form, "down", _same(made))
 
 

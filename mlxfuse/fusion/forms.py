@@ -27,11 +27,14 @@ def attention_form(module: nn.Module, match: Match) -> AttentionForm | str:
     def value(slot: str, default: Any = None) -> Any:
         return getattr(module, names[slot], None) if slot in names else default
 
-    linears = (names["QKV"],) if "QKV" in names else (names["Q"], names["K"], names["V"])
+    shares, own = "HAS_KV" in names, bool(value("HAS_KV", True))
+    slots = ["Q", *(["K"] if own else []), *(["V"] if own and not value("K_IS_V", False) else [])]
+    linears = tuple(names[n] for n in (["QKV"] if "QKV" in names else slots))
     norm = match.body.form.get("norm", "") if value("USE_NORM", True) else ""
-    norms = (names["Q_NORM"], names["K_NORM"]) if norm else ()
+    norms = (names["Q_NORM"], *([names["K_NORM"]] if own else [])) if norm else ()
+    values_norm = names["V_NORM"] if shares and own else ""
     rope = names["ROPE"] if value("USE_ROPE", True) else ""
-    if not has(module, *linears, names["O"], *norms, *([rope] if rope else [])):
+    if not has(module, *linears, names["O"], *norms, *filter(None, (values_norm, rope))):
         return "its children are not modules"
     scale, softcap = value("SCALE"), value("SOFTCAP", 0.0)
     if not _positive(scale) or ("SOFTCAP" in names and not _positive(softcap)):
@@ -42,12 +45,12 @@ def attention_form(module: nn.Module, match: Match) -> AttentionForm | str:
     else:
         rows = tuple(row_count(module[name]) for name in linears)
     heads = value("HEADS") or rows[0] // size
-    kv_heads = value("KV_HEADS") or rows[1] // size
+    kv_heads = (value("KV_HEADS") or rows[1] // size) if own else 0
     return AttentionForm(
         type(module),
         linears,
         names["O"],
-        (rows[0], rows[1], rows[2]),
+        rows,
         heads,
         kv_heads,
         float(scale),
@@ -57,7 +60,22 @@ def attention_form(module: nn.Module, match: Match) -> AttentionForm | str:
         float(softcap),
         names.get("SINKS", ""),
         match.body.form.get("gated", False),
+        values_norm,
+        shares,
+        shares and own and _read(module),
     )
+
+
+def _read(module: nn.Module) -> bool:
+    """Whether layers after this one may read its keys and values: not if gemma4_text's numbers
+    say that none does.
+    """
+    config: Any = getattr(module, "config", None)
+    if not hasattr(config, "num_kv_shared_layers"):
+        return True
+    own, kinds = config.num_hidden_layers - config.num_kv_shared_layers, config.layer_types
+    kind = module.layer_type
+    return kind in kinds[own:] and kind not in kinds[module.layer_idx + 1 : own]
 
 
 def _positive(value: object) -> bool:
@@ -149,13 +167,13 @@ def rotation(module: nn.Module, form: AttentionForm) -> Rotation | str:
         if isinstance(found, str):
             return found
         norms.append({"eps": found["eps"], "norm_offset": found["offset"]})
-    if norms and norms[0] != norms[1]:
+    if any(norm != norms[0] for norm in norms):
         return "its norms differ"
     if norms:
-        weights = [module[name].weight for name in form.norms]
-        options = {**options, **norms[0], "q_weight": weights[0], "k_weight": weights[1]}
+        weights = zip(("q_weight", "k_weight"), form.norms, strict=False)
+        options = {**options, **norms[0], **{n: module[name].weight for n, name in weights}}
     size = form.rows[0] // form.heads // (1 + form.gated)
-    if not (options["dims"] <= size and size * form.kv_heads == form.rows[1]):
+    if options["dims"] > size or any(n != size * form.kv_heads for n in form.rows[1:2]):
         return "its heads of q and k have different sizes"
     parts = {name: module[name] for name in (*form.norms, form.rope)}
     return Rotation(module, parts, form.heads, form.kv_heads, options)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import mlx.nn as nn
 
 from ..nn.attention import FusedAttention
+from ..nn.delta_net import FusedDeltaNet
 from ..nn.form import FusedModule
 from ..nn.joining import single
 from ..nn.mlp import BlockForm, FusedBlock, FusedExperts, FusedMLP
@@ -29,6 +30,8 @@ def places(tree: Tree) -> Iterator[Candidate | Skip]:
         attention = mixer._fused if isinstance(mixer, FusedAttention) and form.mixer_adds else None
         below = _readers(form.mlp, mlp)
         firsts = [attention.qkv] if attention else []
+        if isinstance(mixer, FusedDeltaNet):
+            firsts = [*mixer._fused.joined]
         seconds = [m._fused.up for m in below.values()]
         for name, found in zip(form.norms, (firsts, seconds), strict=True):
             yield _norm(module, path, name, found)

@@ -21,7 +21,7 @@ MAX_COLUMNS = 512
 
 def norm_rope(
     q: mx.array,
-    k: mx.array,
+    k: mx.array | None,
     *,
     heads: int,
     kv_heads: int,
@@ -36,7 +36,7 @@ def norm_rope(
     scale: float = 1.0,
     mscale: float = 1.0,
     traditional: bool = False,
-) -> tuple[mx.array, mx.array]:
+) -> tuple[mx.array, ...]:
     """`mx.fast.rope` of every head of q and k, after `mx.fast.rms_norm` of each where given.
 
     Pair i of the rotated components at position p turns by ``scale * p / freqs[i]`` radians,
@@ -46,7 +46,7 @@ def norm_rope(
 
     Args:
         q: ``[B, L, heads * D]``, float16, bfloat16 or float32.
-        k: ``[B, L, kv_heads * D]`` of the type of q.
+        k: ``[B, L, kv_heads * D]`` of the type of q; None with 0 ``kv_heads`` and no weight.
         offset: position of the first of the L: an int, or an integer array of no axes or ``[B]``.
         dims: rotated components, the first ones of each head; even.
         q_weight, k_weight: ``[D]``, both or neither; of another type they promote, as in MLX, and
@@ -60,7 +60,7 @@ def norm_rope(
         traditional: pairs are (2 i, 2 i + 1), not (i, i + dims / 2).
 
     Returns:
-        ``[B, heads, L, D]`` and ``[B, kv_heads, L, D]``, contiguous.
+        ``[B, heads, L, D]`` and, if there is a k, ``[B, kv_heads, L, D]``, contiguous.
 
     Raises:
         ValueError: arguments that do not fit together.
@@ -72,22 +72,22 @@ def norm_rope(
         scale, mscale, traditional,
     )  # fmt: skip
     call.check()
-    q, k = KERNEL(call)
-    return q, k
+    return tuple(KERNEL(call))
 
 
 def prepare(
-    q: mx.array, k: mx.array, *, heads: int, kv_heads: int, offset: mx.array, **options: Any
+    q: mx.array, k: mx.array | None, *, heads: int, kv_heads: int, offset: mx.array, **options: Any
 ) -> Prepared | None:
-    """`norm_rope` of such arguments as one launch, to be called with q, k and the offset as int32
-    ``[1]`` or ``[B]``; None where there is no kernel for it.
+    """`norm_rope` of such arguments as one launch, to be called with q, k if there is one, and the
+    offset as int32 ``[1]`` or ``[B]``; None where there is no kernel for it.
     """
     call = _Call(q, k, heads, kv_heads, offset, **{**_DEFAULTS, **options})
     call.check()
     if _refuse(call) is not None:
         return None
     launch = _launch(call)
-    return Prepared(launch, ("q", "k", "offset"), launch.shapes)
+    free = ("q", "offset") if k is None else ("q", "k", "offset")
+    return Prepared(launch, free, launch.shapes)
 
 
 _DEFAULTS: dict[str, Any] = {
@@ -108,7 +108,7 @@ class _Call:
     """The arguments of one `norm_rope`."""
 
     q: mx.array
-    k: mx.array
+    k: mx.array | None
     heads: int
     kv_heads: int
     offset: mx.array
@@ -132,9 +132,10 @@ class _Call:
         if q.ndim != 3 or heads < 1 or q.shape[-1] % heads or q.shape[-1] == 0:
             raise ValueError(f"q: expected [B, L, {heads} * D], found {q.shape}")
         columns = self.columns
-        if k.shape != (*q.shape[:2], kv_heads * columns):
-            expected = (*q.shape[:2], kv_heads * columns)
-            raise ValueError(f"k: expected {expected}, found {k.shape}")
+        found = (*q.shape[:2], 0) if k is None else k.shape
+        expected = (*q.shape[:2], kv_heads * columns)
+        if found != expected:
+            raise ValueError(f"k: expected {expected}, found {found}")
         if not 0 < self.dims <= columns or self.dims % 2:
             raise ValueError(f"dims: expected an even number up to {columns}, found {self.dims}")
         if self.offset.shape not in ((), q.shape[:1]):
@@ -143,7 +144,7 @@ class _Call:
             raise ValueError("expected either base or freqs")
         if self.freqs is not None and self.freqs.shape != (self.dims // 2,):
             raise ValueError(f"freqs: expected ({self.dims // 2},), found {self.freqs.shape}")
-        if (self.q_weight is None) != (self.k_weight is None):
+        if (self.k_weight is None) != (self.q_weight is None or k is None):
             raise ValueError("expected both q_weight and k_weight, or neither")
         for name, weight in (("q_weight", self.q_weight), ("k_weight", self.k_weight)):
             if weight is not None and weight.shape != (columns,):
@@ -157,7 +158,7 @@ def _refuse(call: _Call) -> str | None:
     for other in (call.k, call.q_weight, call.k_weight):
         if other is not None and other.dtype != q.dtype:
             return f"q is {q.dtype}, k or a weight {other.dtype}"
-    if q.size == 0 or call.k.size == 0:
+    if q.size == 0 or (call.k is not None and call.k.size == 0):
         return "q or k has no rows"
     # MLX binds arrays of fewer than 8 values in another address space.
     if not 8 <= call.columns <= MAX_COLUMNS:
@@ -168,6 +169,7 @@ def _refuse(call: _Call) -> str | None:
 def _launch(call: _Call) -> Launch:
     q, k, heads, kv_heads, columns = call.q, call.k, call.heads, call.kv_heads, call.columns
     batch, length, _ = q.shape
+    keys = () if k is None else (k,)
     weights = tuple(w for w in (call.q_weight, call.k_weight) if w is not None)
     freqs = call.freqs
     if freqs is None:
@@ -181,16 +183,16 @@ def _launch(call: _Call) -> Launch:
     pairs = -(-call.dims // 64)
     rest = -(-(columns - call.dims) // 32)
     return Launch(
-        program=_program(pairs, rest, call.traditional, bool(weights)),
+        program=_program(pairs, rest, call.traditional, bool(weights), k is not None),
         arrays=(
-            *(q, k, *weights, freqs.astype(mx.float32)),
+            *(q, *keys, *weights, freqs.astype(mx.float32)),
             *(call.offset.astype(mx.int32).reshape(-1), size, numbers),
         ),
         grid=(32 * -(-(heads + kv_heads) // HEADS_EACH), batch * length, 1),
         threadgroup=(64, 1, 1),
         template=(("T", q.dtype),),
-        shapes=((batch, heads, length, columns), (batch, kv_heads, length, columns)),
-        dtypes=(q.dtype, q.dtype),
+        shapes=tuple((batch, n, length, columns) for n in (heads, kv_heads) if n),
+        dtypes=(q.dtype,) * (1 + len(keys)),
     )
 
 
@@ -213,18 +215,20 @@ def _freqs(base: float, dims: int) -> mx.array:
 
 
 @cache
-def _program(pairs: int, rest: int, traditional: bool, normed: bool) -> Program:
+def _program(pairs: int, rest: int, traditional: bool, normed: bool, keys: bool) -> Program:
     norm = "Norm<T>" if normed else "NoNorm"
-    weights = ("q_weight", "k_weight") if normed else ()
+    names = ("q", "k") if keys else ("q",)
+    q, k = names[0], names[-1]  # q in k's place is not read: k has no heads
+    weights = (f"{q}_weight", f"{k}_weight") if normed else ()
     return Program(
         op="norm_rope",
-        inputs=("q", "k", *weights, "freqs", "offset", "size", "numbers"),
-        outputs=("q_out", "k_out"),
+        inputs=(*names, *dict.fromkeys(weights), "freqs", "offset", "size", "numbers"),
+        outputs=tuple(f"{name}_out" for name in names),
         body=(
             f"const {norm} norm = {{{', '.join(weights)}}};\n"
             f"norm_rope<{norm}, {pairs}, {rest}, {str(traditional).lower()}>("
-            "q, k, norm, freqs, offset, size, numbers, thread_position_in_grid.xy, "
-            "thread_index_in_simdgroup, q_out, k_out);\n"
+            f"{q}, {k}, norm, freqs, offset, size, numbers, thread_position_in_grid.xy, "
+            f"thread_index_in_simdgroup, {q}_out, {k}_out);\n"
         ),
         parts=(f"norm_rope.metal:{norm.partition('<')[0]}",),
     )
@@ -236,6 +240,8 @@ def _reference(call: _Call) -> list[mx.array]:
         (call.q, call.heads, call.q_weight),
         (call.k, call.kv_heads, call.k_weight),
     ):
+        if x is None:
+            continue
         x = x.reshape(*x.shape[:2], heads, -1)
         if weight is not None:
             weight = call.norm_offset + weight if call.norm_offset else weight

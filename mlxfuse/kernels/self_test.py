@@ -243,12 +243,12 @@ def _small_rope(call: RopeCall) -> tuple[RopeCall]:
     small = replace(
         call,
         q=normal(*lead, call.q.shape[-1]),
-        k=normal(*lead, call.k.shape[-1]),
+        k=None if call.k is None else normal(*lead, call.k.shape[-1]),
         offset=offset if call.offset.ndim else offset[0],
     )
-    if call.q_weight is not None:
-        small = replace(small, q_weight=normal(call.columns), k_weight=normal(call.columns))
-    return (small,)
+    names = [n for n in ("q_weight", "k_weight") if getattr(call, n) is not None]
+    weights: Any = {name: normal(call.columns) for name in names}
+    return (replace(small, **weights),)
 
 
 _SMALL: dict[str, Callable[..., tuple[Any, ...]]] = {

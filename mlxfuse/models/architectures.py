@@ -37,6 +37,13 @@ class Weight:
     log: bool = False
 
 
+_OUTER = {
+    "token_embd": Weight("model.embed_tokens", ("vocab", "embd")),
+    "output_norm": Weight("model.norm", ("embd",)),
+    "output": Weight("lm_head", ("vocab", "embd")),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """One supported value of ``general.architecture``.
@@ -52,6 +59,8 @@ class Architecture:
     norm_offset  what the file's norm weights have on top of mlx-lm's.
     metal_dtype  activation type on Metal unless the caller says otherwise.
     rope_types   rotary scalings that are supported besides none.
+    dense_too    files without experts are of it too, although its table has them.
+    uneven       keys whose values may differ between layers.
     partial_rope part of a head may be rotated.
     may_tie      mlx-lm's class can use the embedding as its output head.
     args         fields of mlx-lm's ``ModelArgs`` that every file of the architecture has alike.
@@ -61,19 +70,15 @@ class Architecture:
     module: str
     layer: Mapping[str, Weight]
     groups: Mapping[str, tuple[str, ...]]
-    outer: Mapping[str, Weight] = field(
-        default_factory=lambda: {
-            "token_embd": Weight("model.embed_tokens", ("vocab", "embd")),
-            "output_norm": Weight("model.norm", ("embd",)),
-            "output": Weight("lm_head", ("vocab", "embd")),
-        }
-    )
+    outer: Mapping[str, Weight] = field(default_factory=lambda: _OUTER)
     paired_rope: bool = False
     norm_offset: float = 0.0
     metal_dtype: str = "float16"
     rope_types: tuple[str, ...] = ("linear", "yarn")
     partial_rope: bool = False
     may_tie: bool = True
+    dense_too: bool = False
+    uneven: tuple[str, ...] = ()
     args: Mapping[str, object] = field(default_factory=dict)
     recurrent: Mapping[str, Weight] | None = None
 
@@ -136,6 +141,30 @@ _SHARED_EXPERT = {
     "ffn_gate_shexp": Weight("mlp.shared_expert.gate_proj", ("shared_ff", "embd")),
     "ffn_up_shexp": Weight("mlp.shared_expert.up_proj", ("shared_ff", "embd")),
     "ffn_down_shexp": Weight("mlp.shared_expert.down_proj", ("embd", "shared_ff")),
+}
+
+# Sizes are 0 in layers, and files, that have no such tensor.
+_GEMMA4_OUTER = {
+    "per_layer_token_embd": Weight("model.embed_tokens_per_layer", ("vocab", "inputs")),
+    "per_layer_model_proj": Weight("model.per_layer_model_projection", ("inputs", "embd")),
+    "per_layer_proj_norm": Weight("model.per_layer_projection_norm", ("input",)),
+}
+_GEMMA4 = {
+    "attn_k_norm": Weight("self_attn.k_norm", ("k_head",)),
+    "attn_v": Weight("self_attn.v_proj", ("v", "embd")),
+    "layer_output_scale": Weight("layer_scalar", ("one",), bare=True),
+    "inp_gate": Weight("per_layer_input_gate", ("input", "embd")),
+    "proj": Weight("per_layer_projection", ("embd", "input")),
+    "post_norm": Weight("post_per_layer_input_norm", ("input_embd",)),
+    "ffn_gate_inp": Weight("router.proj", ("experts", "embd")),
+    "ffn_gate_inp.scale": Weight("router.scale", ("expert_embd",), bare=True, suffix=""),
+    "ffn_down_exps.scale": Weight("router.per_expert_scale", ("experts",), bare=True, suffix=""),
+    "ffn_gate_exps": Weight("experts.switch_glu.gate_proj", ("experts", "expert_ff", "embd")),
+    "ffn_up_exps": Weight("experts.switch_glu.up_proj", ("experts", "expert_ff", "embd")),
+    "ffn_down_exps": Weight("experts.switch_glu.down_proj", ("experts", "embd", "expert_ff")),
+    "pre_ffw_norm_2": Weight("pre_feedforward_layernorm_2", ("expert_embd",)),
+    "post_ffw_norm_1": Weight("post_feedforward_layernorm_1", ("expert_embd",)),
+    "post_ffw_norm_2": Weight("post_feedforward_layernorm_2", ("expert_embd",)),
 }
 
 # A layer's kind tells what its attn_qkv is: here the input of a gated delta net, else q, k and v.
@@ -259,6 +288,17 @@ ARCHITECTURES: dict[str, Architecture] = {
             norm_offset=1.0,
             metal_dtype="bfloat16",
             rope_types=("linear",),
+        ),
+        Architecture(
+            name="gemma4",
+            module="mlx_lm.models.gemma4_text",
+            outer={**_OUTER, **_GEMMA4_OUTER},
+            layer=_GEMMA_NORMS | _attention() | _QK_NORMS | _mlp() | _GEMMA4,
+            groups=_GROUPS | {"experts_gate_up": ("ffn_gate_exps", "ffn_up_exps")},
+            metal_dtype="bfloat16",
+            rope_types=("llama3",),
+            dense_too=True,
+            uneven=("attention.head_count_kv", "feed_forward_length"),
         ),
         Architecture(
             name="phi3",

@@ -195,10 +195,11 @@ def _set_ropes(file: GGUFFile, model: nn.Module, config: Config) -> None:
     whole = _rope(file, config.rope)
     sliding = whole if config.rope_swa is None else _rope(file, config.rope_swa)
     period = config.args.get("sliding_window_pattern", 1)
-    for i, layer in enumerate(model.layers):
-        if i in config.recurrent:
-            continue
-        layer.self_attn.rope = whole if i % period == period - 1 else sliding
+    regular = ["full_attention" if i % period == period - 1 else "" for i in range(config.layers)]
+    kinds = config.args.get("layer_types", regular)
+    for i, (kind, layer) in enumerate(zip(kinds, model.layers, strict=True)):
+        if i not in config.recurrent:
+            layer.self_attn.rope = whole if kind == "full_attention" else sliding
 
 
 def _rope(file: GGUFFile, rope: Rope) -> nn.Module:

@@ -5,6 +5,7 @@ Keys and defaults are llama.cpp's (``src/llama-model.cpp``, ``src/models/*.cpp``
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +25,14 @@ class Config:
 
     layers     number of layers.
     sizes      name -> size, the names used in the architecture tables.
+    by_layer   for each layer, or empty: sizes that it has in place of those; of a size that is 0
+               there is no tensor.
     args       fields of mlx-lm's ``ModelArgs``.
     rope       of the layers that see the whole context.
     rope_swa   of the sliding-window layers, if they differ.
     tied       the output head is the embedding.
     recurrent  layers with a recurrence in place of attention.
+    unread     tensors that a file may have and nothing reads.
     ignored    blocks of the file after the layers, which predict tokens after the next one.
     """
 
@@ -41,6 +45,8 @@ class Config:
     tied: bool
     recurrent: frozenset[int] = frozenset()
     ignored: int = 0
+    by_layer: tuple[Mapping[str, int], ...] = ()
+    unread: frozenset[str] = frozenset()
 
 
 def architecture(file: GGUFFile) -> Architecture:
@@ -66,8 +72,9 @@ def read_config(file: GGUFFile, context_length: int | None = None) -> Config:
         GGUFError: a key is missing, has the wrong type, or contradicts another.
     """
     arch = architecture(file)
-    key = Keys(file)
-    if key("expert_count", int, 0) and not arch.experts:
+    key = Keys(file, arch.uneven)
+    experts = bool(key("expert_count", int, 0))
+    if experts and not arch.experts:
         raise UnsupportedError(f"mixture-of-experts models of {arch.name} are not supported")
     embd = key.count("embedding_length")
     heads = key.count("attention.head_count")
@@ -85,7 +92,9 @@ def read_config(file: GGUFFile, context_length: int | None = None) -> Config:
             f"{arch.name} with a head size of {head}; expected {embd} / {heads} heads"
         )
     layers, ignored = _layers(key, arch)
-    expert_args, expert_sizes = _experts(file, key) if arch.experts else ({}, {})
+    expert_args, expert_sizes = (
+        _experts(file, key) if experts or (arch.experts and not arch.dense_too) else ({}, {})
+    )
     ff = key.count("feed_forward_length", expert_sizes.get("expert_ff"))
     context = key.count("context_length")
     vocab = _vocab_size(file)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import GGUFError, UnsupportedError
+from .gemma4_config import gemma4
 from .keys import Keys
 from .rope import Rope
 
@@ -156,6 +157,7 @@ def _period(pattern: np.ndarray, layers: int) -> int | None:
 FAMILIES: dict[str, Callable[[Keys, Config], Config]] = {
     "gemma2": _gemma2,
     "gemma3": _gemma3,
+    "gemma4": gemma4,
     "gpt-oss": _gpt_oss,
     "qwen35": _qwen35,
     "qwen35moe": _qwen35,

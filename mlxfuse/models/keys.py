@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -18,8 +19,9 @@ T = TypeVar("T", int, float, str)
 class Keys:
     """Typed look-ups under ``ARCH.``."""
 
-    def __init__(self, file: GGUFFile) -> None:
+    def __init__(self, file: GGUFFile, uneven: Container[str] = ()) -> None:
         self.file = file
+        self.uneven = uneven
         self.name = file.architecture
 
     def __call__(self, key: str, kind: type[T], default: T | None = None) -> T:
@@ -32,14 +34,40 @@ class Keys:
     def has(self, key: str) -> bool:
         return f"{self.name}.{key}" in self.file.metadata
 
+    def each(
+        self, key: str, layers: int, default: int | None = None, *, listed: bool = False
+    ) -> list[int]:
+        """A number for each layer, which the file gives one by one or once for all.
+
+        Args:
+            default: None if the file must have it.
+            listed: it must give them one by one.
+        """
+        full = f"{self.name}.{key}"
+        values, tensors = self.file.metadata.get(full), len(self.file.tensors)
+        if layers > tensors:
+            raise GGUFError(
+                self.file.path, f"block_count is {layers}, but there are {tensors} tensors"
+            )
+        if not isinstance(values, np.ndarray) and not listed:
+            return [self(key, int, default)] * layers
+        array = np.asarray(values)
+        if array.dtype.kind not in "biu" or array.shape != (layers,):
+            raise GGUFError(
+                self.file.path, f"{full} is not a list of {layers} integers, one for each layer"
+            )
+        return [int(value) for value in array]
+
     def count(self, key: str, default: int | None = None) -> int:
-        """A positive integer; an array with one value per layer must be uniform."""
+        """A positive integer; of an array with one value per layer, which must be uniform but
+        for an ``uneven`` key, the first.
+        """
         full = f"{self.name}.{key}"
         values = self.file.metadata.get(full)
         if isinstance(values, np.ndarray):
             if values.size == 0 or values.dtype.kind not in "iu":
                 raise GGUFError(self.file.path, f"{full} is not a list of integers")
-            if np.any(values != values[0]):
+            if key not in self.uneven and np.any(values != values[0]):
                 raise UnsupportedError(f"{full} differs between layers: {_some(values)}")
             value = int(values[0])
         else:

@@ -257,7 +257,9 @@ class _Finder:
         self.file = file
         self.sizes = config.sizes
         self.paired = config.architecture.paired_rope
-        self.used: set[str] = {name for name in (config.rope.factors,) if name}
+        # A longrope file has two sets of factors, of which one is used.
+        both = {f"rope_factors_{length}.weight" for length in ("long", "short")}
+        self.used = {config.rope.factors, *both, *config.unread}
 
     def rows(self, prefix: str, name: str, weight: Weight, suffix: str) -> tuple[RowSource, ...]:
         """The rows of ``PREFIX NAME SUFFIX``, also out of a tensor of `FUSED`, or put together
@@ -282,7 +284,7 @@ class _Finder:
                 )
                 return (self._source(tensor, start, start + shape[-2:][0], weight),)
         parts = [f"{prefix}{part}{suffix}" for part in QKV]
-        if name == FUSED_QKV and all(part in tensors for part in parts):
+        if name == FUSED_QKV and not weight.tiled and all(part in tensors for part in parts):
             return tuple(
                 self._source(
                     self._checked(full, (self._part_rows(part), *shape[1:])),
@@ -334,6 +336,10 @@ class _Finder:
                 raise GGUFError(self.file.path, f"{prefix}{name}.bias is missing")
         return WeightPlan(module, rows, bias, group, weight.bare, weight.float32, weight.log)
 
+    def has(self, weight: Weight) -> bool:
+        """Whether there is such a tensor, by its sizes."""
+        return all(self.sizes[size] for size in weight.shape)
+
 
 def plan(file: GGUFFile, config: Config) -> Plan:
     """Pair a file's tensors with the model's weights.
@@ -348,12 +354,13 @@ def plan(file: GGUFFile, config: Config) -> Plan:
     outer = tuple(
         find.weight("", name, weight, weight.module, "")
         for name, weight in arch.outer.items()
-        if not (config.tied and name == "output")
+        if find.has(weight) and not (config.tied and name == "output")
     )
     group_of = {name: group for group, names in arch.groups.items() for name in names}
     layers = []
     for i in range(config.layers):
         at = f"model.layers.{i}"
+        find.sizes = {**config.sizes, **(config.by_layer[i] if config.by_layer else {})}
         table = arch.recurrent if i in config.recurrent and arch.recurrent else arch.layer
         layers.append(
             tuple(
@@ -365,10 +372,9 @@ def plan(file: GGUFFile, config: Config) -> Plan:
                     f"{at}.{group_of[name]}" if name in group_of else "",
                 )
                 for name, weight in table.items()
+                if find.has(weight)
             )
         )
-    # A longrope file has two sets of factors, of which one is used.
-    find.used |= {"rope_factors_long.weight", "rope_factors_short.weight"}
     ahead = tuple(f"blk.{config.layers + i}." for i in range(config.ignored))
     unused = [n for n in file.tensors if n not in find.used and not n.startswith(ahead)]
     if unused:

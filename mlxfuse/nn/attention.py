@@ -21,9 +21,10 @@ from .sdpa import sdpa
 class AttentionForm(Form):
     """The variant of attention that a module has, and what is fused of it.
 
-    linears          names of q, k and v, or of the one that is all of them.
+    linears          names of q, k and v, or of the one that is all of them; of q and k where values
+                     are the keys' product, of q where keys and values are another layer's.
     output           name of o.
-    rows             of q, k and v.
+    rows             of each product.
     heads, kv_heads  how many there are of each.
     norms            names of q's and k's norm, or empty.
     norm             where they act: on each ``head``, on the whole ``width``, or on each head
@@ -32,6 +33,9 @@ class AttentionForm(Form):
     softcap          scores go through ``softcap * tanh(scores / softcap)``, unless it is 0.
     sinks            name of the attention sinks, or empty.
     gated            each head of q is followed by a gate, whose sigmoid multiplies its result.
+    values_norm      name of the norm of values, or empty.
+    shares           it is a `FusedSharedAttention`.
+    read             whether later layers may read its keys and values.
     qkv, o           the fused projections.
     rotation         norms and rotary embedding as one kernel.
     int8             whether o takes int8 activations.
@@ -39,7 +43,7 @@ class AttentionForm(Form):
 
     linears: tuple[str, ...]
     output: str
-    rows: tuple[int, int, int]
+    rows: tuple[int, ...]
     heads: int
     kv_heads: int
     scale: float
@@ -49,6 +53,9 @@ class AttentionForm(Form):
     softcap: float = 0.0
     sinks: str = ""
     gated: bool = False
+    values_norm: str = ""
+    shares: bool = False
+    read: bool = False
     qkv: Projection | None = None
     o: Projection | None = None
     rotation: Rotation | None = None
@@ -139,7 +146,7 @@ class FusedAttention(FusedModule):
         parts = None if form.qkv is None else form.qkv.split(x, mode)
         if parts is not None:
             return parts
-        if len(form.linears) == 1:
+        if len(form.linears) < len(form.rows):
             a, b, _ = form.rows
             return list(mx.split(self[form.linears[0]](x), (a, a + b), axis=-1))
         return [self[name](x) for name in form.linears]
@@ -199,3 +206,71 @@ class FusedAttention(FusedModule):
         return scaled_dot_product_attention(
             queries, keys, values, cache=cache, scale=form.scale, mask=mask, sinks=sinks
         )
+
+
+class FusedSharedAttention(FusedAttention):
+    """Attention that gives its keys and values to later layers, or has those of an earlier one."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        x: mx.array,
+        mask: mx.array | str | None = None,
+        cache: Any = None,
+        shared_kv: tuple[Any, Any] | None = None,
+        offset: Any = None,
+    ) -> tuple[mx.array, tuple[Any, Any] | None, Any]:
+        """x [B, L, hidden_size] -> the same shape; keys and values, or None if nothing reads them;
+        the tokens before.
+        """
+        form = self._fused
+        own = shared_kv is None
+        if not self._holds() or own != (len(form.rows) > 1) or not (own or cache is None):
+            found: Any = form.original.__call__(self, x, mask, cache, shared_kv, offset)
+            return found
+        run = Run.of(x)
+        if own:
+            offset = 0 if cache is None else cache.offset
+            # A cache advances an array in place.
+            offset = mx.array(offset) if isinstance(offset, mx.array) else offset
+        offset = position(offset) if isinstance(offset, int) else offset
+        queries, *both = self._part(self._entering(run), self._enter, self._children, x, offset)
+        keys, values = both if shared_kv is None else shared_kv
+        kept = None
+        if own and hasattr(cache, "attend") and not form.read:
+            output = self._attend(queries, keys, values, mask, cache)
+        else:
+            if cache is not None:
+                keys, values = cache.update_and_fetch(keys, values)
+            kept = keys, values
+            output = scaled_dot_product_attention(
+                queries, keys, values, cache=cache, scale=form.scale, mask=mask
+            )
+        return self._part(run, self._leave, self._children, output), kept, offset
+
+    def _children(self) -> list[tuple[nn.Module, str]]:
+        """The norms and the linears that are not fused, for `_part`."""
+        form = self._fused
+        linears = form.linears if form.qkv is None else ()
+        return [*self._norms(), *((self, name) for name in (*linears, form.output))]
+
+    def _enter(
+        self, mode: str, x: mx.array | Int8Activations, offset: int | mx.array
+    ) -> tuple[mx.array, ...]:
+        """x [B, L, hidden_size] -> q, or q, k and v, [B, heads, L, D], normed and rotated."""
+        form = self._fused
+        parts, rotated = self._projected(x, mode), None
+        if form.rotation is not None:
+            rotated = form.rotation(parts[0], parts[1] if parts[1:] else None, offset, mode)
+        if rotated is None:
+            rotated = [
+                self[form.rope](self._heads(x, name), offset=offset)
+                for x, name in zip(parts, form.norms, strict=False)
+            ]
+        # Of values that are the keys' product, the one before their norm.
+        return *rotated, *(self._heads(x, form.values_norm) for x in parts[1:][-1:])
+
+    def _heads(self, x: mx.array, norm: str) -> mx.array:
+        """[B, L, heads * D] -> [B, heads, L, D], normed."""
+        size = self._fused.rows[0] // self._fused.heads
+        y: mx.array = self[norm](x.reshape(*x.shape[:2], -1, size)).transpose(0, 2, 1, 3)
+        return y

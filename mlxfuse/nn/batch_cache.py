@@ -16,7 +16,9 @@ class BatchCompressedKVCache(mlx_lm_cache._BaseCache):
     """Compressed caches of the sequences of a batch, each of its own length.
 
     A sequence keeps its own cache, so a batch gives bit for bit what its sequences give one by
-    one, to join or to leave it moves no token, and padding is never stored.
+    one, to join or to leave it moves no token, and padding is never stored. The price is an
+    attention for each sequence; one for all would need their rows in one array, which is copied
+    whenever one of them joins, leaves or needs more room.
     """
 
     def __init__(self, caches: Sequence[CompressedKVCache]) -> None:

@@ -51,7 +51,7 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
     BLOCK: ClassVar[int] = 64
     RECENT: ClassVar[int] = 64
     CAPACITY: ClassVar[int] = RECENT + BLOCK + MAX_QUERIES  # of the tail
-    STEP: ClassVar[int] = 256  # rows that are allocated at a time
+    STEP: ClassVar[int] = 256  # rows that are allocated at a time; a layer's are copied then
     SCRATCH: ClassVar[int] = 32 << 20  # bytes of decompressed keys and values; not measured
 
     def __init__(
@@ -208,16 +208,14 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
             for first in range(0, keys.shape[1], each):
                 heads = slice(first, first + each)
                 rows = slice(first * shared, (first + each) * shared)
-                own = isinstance(mask, mx.array) and mask.ndim > 2 and mask.shape[-3] > 1
-                made = sdpa(
-                    queries[:, rows],
-                    *self._with_past(keys[:, heads], values[:, heads], heads),
-                    scale=scale,
-                    mask=mask[..., rows, :, :] if own else mask,
-                    sinks=None if sinks is None else sinks[rows],
-                    softcap=softcap,
-                )
-                outputs.append(made)
+                k, v = self._with_past(keys[:, heads], values[:, heads], heads)
+                how: dict[str, Any] = {
+                    "scale": scale,
+                    "mask": _of_heads(mask, rows),
+                    "softcap": softcap,
+                }
+                how["sinks"] = None if sinks is None else sinks[rows]
+                outputs.append(sdpa(queries[:, rows], k, v, **how))
             self._append(keys, values)
             return mx.concatenate(outputs, axis=1)
         if isinstance(mask, mx.array):
@@ -380,6 +378,12 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
         self.rows = mx.concatenate([*parts, mx.zeros(spare, packed.dtype)], axis=2)
         del parts
         mx.eval(self.rows)  # the old rows are gone before the next layer's grow
+
+
+def _of_heads(mask: Mask, heads: slice) -> Mask:
+    if isinstance(mask, mx.array) and mask.ndim > 2 and mask.shape[-3] > 1:
+        return mask[..., heads, :, :]
+    return mask
 
 
 def _write(into: mx.array | None, rows: mx.array, start: int, capacity: int) -> mx.array:

@@ -8,8 +8,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from .form import Form, FusedModule, Run
-from .projection import Projection
+from ..kernels.activations import Int8Activations
+from .form import Form, FusedModule, Run, given
+from .projection import KernelProjection, Projection, no_integers
 
 
 @dataclass
@@ -52,17 +53,25 @@ class FusedDeltaNet(FusedModule):
         module: Any = self
         # With a sharding group their own code changes the inputs' gradient first.
         if self.fusible(*form.joined) and getattr(self, "sharding_group", None) is None:
-            parts = self._part(Run.of(inputs), self._projected, list, inputs)
+            codes = given(inputs) or ()
+            parts = self._part(Run.of(inputs), self._projected, list, inputs, *codes)
             names = [name for group in form.linears for name in group]
             module = _Given(self, {n: _constant(y) for n, y in zip(names, parts, strict=True)})
         y: mx.array = form.original.__call__(module, inputs, mask, cache)
         return y
 
-    def _projected(self, mode: str, x: mx.array) -> list[mx.array]:
-        """x [B, L, hidden_size] -> the result of each of the linears."""
+    def _projected(self, mode: str, x: mx.array, *codes: mx.array) -> list[mx.array]:
+        """x [B, L, hidden_size] -> the result of each of the linears; by its codes, if there are
+        any and they take them.
+        """
         found: list[mx.array] = []
         for names, projection in zip(self._fused.linears, self._fused.joined, strict=True):
-            parts: Sequence[mx.array] | None = projection.split(x, mode)
+            parts: Sequence[mx.array] | None
+            if codes and isinstance(projection, KernelProjection) and not no_integers(projection):
+                int8 = Int8Activations(codes[0], codes[1], codes[2], x.dtype)
+                parts = projection.integers(int8, split=True)
+            else:
+                parts = projection.split(x, mode)
             found += [self[name](x) for name in names] if parts is None else parts
         return found
 

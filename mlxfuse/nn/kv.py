@@ -52,6 +52,10 @@ class KVOptions:
         """For example ``k8v4``."""
         return f"k{self.k_bits}v{self.v_bits}"
 
+    def __str__(self) -> str:
+        rotated = ", rotated" if self.rotate else ""
+        return f"key-value cache {self.name} in groups of {self.group_size}{rotated}"
+
 
 def check_model(model: nn.Module, options: KVOptions, *, force: bool = False) -> None:
     """Nothing where the model can do with compressed keys and values.

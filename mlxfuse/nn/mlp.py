@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from ..env import switched_off
 from ..kernels.activations import Int8Activations
+from ..kernels.rms_norm import NormResult
 from .attention import FusedAttention
 from .form import Form, FusedModule, Run, given, giving, plus, project
 from .linear import GATED, PLAIN
@@ -267,11 +268,12 @@ class FusedBlock(FusedModule):
     ) -> Sequence[mx.array]:
         """`_left` where attention does not add, by its own modules."""
         form, mixer = self._fused, self[self._fused.mixer]
-        normed = self[form.norms[0]](x)
+        normed, *codes = self._first(x, int8=int8)
         if form.mixer_adds and isinstance(mixer, FusedAttention):
             return self._second("", mixer(normed, mask, cache, residual=x), int8=int8)
         how = {"mask": mask, "cache": cache}
-        r = mixer(normed, **how) if form.keywords else mixer(normed, mask, cache)
+        with giving(normed, tuple(codes)) if codes else nullcontext():
+            r = mixer(normed, **how) if form.keywords else mixer(normed, mask, cache)
         h: Sequence[mx.array] = self._part(Run.of(x), self._second, self._norms, r, x, int8=int8)
         return h
 
@@ -316,6 +318,13 @@ class FusedBlock(FusedModule):
         h = self[self._fused.mixer]._leave(mode, output, x, int8=int8)
         return self._second(mode, h, int8=int8)
 
+    def _first(self, x: mx.array, *, int8: bool) -> Sequence[mx.array]:
+        """The first norm of x and, if its reader takes them, its codes."""
+        norm = self._rounding(0) if int8 else None
+        if norm is None:
+            return (self[self._fused.norms[0]](x),)
+        return _arrays(norm(x, outputs=("y", "int8")))
+
     def _second(
         self, mode: str, x: mx.array, residual: mx.array | None = None, *, int8: bool = False
     ) -> Sequence[mx.array]:
@@ -329,7 +338,11 @@ class FusedBlock(FusedModule):
             h = plus(x, residual)
             return h, self[form.norms[1]](h)
         found = norm(x, residual, ("y", "int8") if rounded else ("y",))
-        codes = found.int8
-        h, y = x if found.h is None else found.h, found.y
-        assert y is not None
-        return (h, y) if codes is None else (h, y, codes.codes, codes.scales, codes.sums)
+        return x if found.h is None else found.h, *_arrays(found)
+
+
+def _arrays(found: NormResult) -> tuple[mx.array, ...]:
+    """The norm and, if there are any, its codes, scales and sums."""
+    assert found.y is not None
+    codes = found.int8
+    return (found.y,) if codes is None else (found.y, codes.codes, codes.scales, codes.sums)

@@ -47,20 +47,21 @@ class Rotation:
         return True
 
     def __call__(
-        self, queries: mx.array, keys: mx.array, offset: int | mx.array, mode: str
+        self, queries: mx.array, keys: mx.array | None, offset: int | mx.array, mode: str
     ) -> list[mx.array] | None:
         """[B, L, heads * D] each -> [B, heads, L, D]; None if the modules are to be called."""
         reason = None
+        given = (queries,) if keys is None else (queries, keys)
         if mode:
             place = position(offset) if isinstance(offset, int) else offset
-            key = (mode, queries.shape, queries.dtype, keys.dtype, place.ndim)
+            key = (mode, queries.shape, place.ndim, *(x.dtype for x in given))
             prepared = self._prepared.get(key)
             if prepared is None:
                 prepared = prepare(queries, keys, offset=place, **self._options)
                 if prepared is not None and queries.shape[1] <= _KEPT:
                     self._prepared[key] = prepared
             if prepared is not None:
-                found = prepared(queries, keys, place.astype(mx.int32).reshape(-1))
+                found = prepared(*given, place.astype(mx.int32).reshape(-1))
                 if found is not None:
                     return found
                 reason = "it failed its self-test"

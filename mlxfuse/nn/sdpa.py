@@ -33,6 +33,9 @@ def sdpa(
         scores = mx.where(mask, scores, mx.array(mx.finfo(scores.dtype).min, scores.dtype))
     elif isinstance(mask, mx.array):
         scores = scores + mask
-    weights = mx.softmax(scores, precise=True, axis=-1)
+    if sinks is not None:
+        column = mx.broadcast_to(sinks.astype(scores.dtype)[:, None, None], (*scores.shape[:3], 1))
+        scores = mx.concatenate([scores, column], axis=-1)
+    weights = mx.softmax(scores, precise=True, axis=-1)[..., : keys.shape[2]]
     output = weights.reshape(batch, keys.shape[1], -1, length, keys.shape[2]) @ values[:, :, None]
     return output.reshape(batch, heads, length, -1)

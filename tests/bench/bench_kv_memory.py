@@ -11,8 +11,8 @@ not depend on them.
 
 Who writes down scores [heads, step, tokens]? mlx-lm's quantised attention does, everywhere: they
 are an array between two of MLX's operations, and a mask of that shape is another. MLX's own
-attention does on the CPU (``MLX's CPU attention``), and does not on Metal; ``by tiles`` is the
-same attention computed for `TILE` queries at a time, which holds as little as Metal's does.
+attention does on the CPU (``MLX's CPU attention``), and not on Metal for heads of this size; ``by
+tiles`` is the same attention computed for `TILE` queries at a time, which holds as little.
 
 Then one layer of 8 KV heads reads 64 tokens more after 16k and 64k, decompressing all heads at
 once or as `CompressedKVCache.SCRATCH` has it. The CPU decompresses by MLX's operations, in

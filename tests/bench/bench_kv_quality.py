@@ -1,6 +1,6 @@
 """What compressing the key-value cache changes: KLD from the plain one, on Python's documentation.
 
-    python -m tests.bench.bench_kv_quality [model.gguf] [--tokens 2000] [--schemes k8v8 ...] [--json]
+    python -m tests.bench.bench_kv_quality [model.gguf] [--tokens N] [--schemes k8v8 ...] [--json]
 
 One chunk of the text, processed as in generation, 8 tokens at a time; its second half is scored.
 The command does the same with a text of yours: ``mlxfuse perplexity MODEL -f FILE -c 2000 --kld

@@ -161,10 +161,11 @@ LONGCAT = {
     "mla_scale_kv_lora": True,
 }
 
-# The 30 that are used most.
+# The 31 that are used most.
 _PLAIN_USED = """
     ernie4_5 falcon_h1 gemma gemma2 glm4 glm4_moe gpt_oss granite internlm2
-    mamba2 mixtral olmo2 phi3 qwen2 qwen3 qwen3_moe qwen3_next smollm3 starcoder2
+    mamba2 mixtral olmo2 phi3 qwen2 qwen3 qwen3_5_moe qwen3_moe qwen3_next smollm3
+    starcoder2
 """
 USED: dict[str, dict[str, Any]] = {name: {} for name in _PLAIN_USED.split()} | {
     "cohere2": {"sliding_window_pattern": 2},
@@ -185,7 +186,7 @@ _PLAIN = """
     deepseek deepseek_v32 dots1 ernie4_5_moe exaone glm glm4_moe_lite gpt2 gpt_bigcode gptj
     granitemoe helium hunyuan_v1_dense internlm3 iquestloopcoder kimi_k25 kimi_vl laguna
     mamba mimo minicpm minimax mistral3 muse_glimmer nanbeige nanochat olmo3 olmoe phi
-    phimoe pixtral qwen2_moe qwen2_vl qwen3_5_moe qwen3_vl qwen3_vl_moe seed_oss solar_open
+    phimoe pixtral qwen2_moe qwen2_vl qwen3_vl qwen3_vl_moe seed_oss solar_open
     stablelm talkie telechat3 youtu_llm
 """
 CONFIGS: dict[str, dict[str, Any]] = USED | {name: {} for name in _PLAIN.split()}

@@ -25,7 +25,8 @@ from tests.models import tiny
 
 # One quantised case for each architecture, then K-quants, a fused tensor with biases, dense ones.
 QUANTIZED = ("llama-q4", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
-ALL = (*QUANTIZED, "llama-k-quants", "llama-fused-qkv", "llama-biases", "phi3-long")
+GEMMA4 = ("gemma4", "gemma4-e4b", "gemma4-a4b")
+ALL = (*QUANTIZED, *GEMMA4, "llama-k-quants", "llama-fused-qkv", "llama-biases", "phi3-long")
 # Sums of 96 products in float32, in another order.
 BOUND = 3e-6
 

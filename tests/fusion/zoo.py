@@ -40,6 +40,8 @@ GGUF_CASES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
 GGUF_MIXED = (
     *("llama-q4", "llama-k-quants", "llama-fused-qkv", "llama-biases", "phi3-separate-qkv"),
     *("qwen2moe", "qwen3moe", "qwen3moe-k-quants", "gpt-oss"),
+    *("gemma4", "gemma4-e4b", "gemma4-a4b"),
+    *("qwen35", "qwen35-k-quants", "qwen35moe"),
 )
 # Classes that are not among the most used, but GGUF files are loaded as them, or their router
 # reads the norm in another shape.

@@ -43,7 +43,8 @@ class Case:
         kind = f"{self.columns}-{self.dims}-{str(self.dtype).removeprefix('mlx.core.')}"
         return f"{kind}{'-norm' * self.normed}-{'-'.join(n for n, _ in self.more)}"
 
-    def arguments(self) -> tuple[mx.array, mx.array, dict[str, Any]]:
+    def arguments(self) -> tuple[mx.array, mx.array | None, dict[str, Any]]:
+        """q, k or None if it has no heads, and the rest."""
         rng = np.random.default_rng(self.columns)
 
         def normal(*shape: int) -> mx.array:
@@ -56,6 +57,8 @@ class Case:
         q, k = (normal(*lead, n * self.columns) for n in (self.heads, self.kv_heads))
         if self.normed:
             options |= {"q_weight": normal(self.columns), "k_weight": normal(self.columns)}
+        if not self.kv_heads:
+            return q, None, {n: v for n, v in options.items() if n != "k_weight"}
         return q, k, options
 
 
@@ -75,6 +78,7 @@ CASES = [
     Case(128, 64, mx.float16, at=5, more=(("base", 1e4), ("traditional", True))),
     Case(8, 2, mx.float32, at=3, heads=1, kv_heads=1),
     Case(512, 500, mx.float16, at=3, length=2, normed=True),
+    Case(64, 64, mx.float16, (5, 900), 2, kv_heads=0, normed=True, more=(("freqs", PROPORTIONAL),)),
 ]
 
 
@@ -88,10 +92,10 @@ class Side:
     got: mx.array
 
 
-def sides(q: mx.array, k: mx.array, options: dict[str, Any]) -> list[Side]:
-    """Both sides of `norm_rope`, run on them."""
+def sides(q: mx.array, k: mx.array | None, options: dict[str, Any]) -> list[Side]:
+    """Both sides of `norm_rope`, or the one that there is, run on them."""
     got = norm_rope(q, k, **options)
-    named = ((q, "heads", "q_weight"), (k, "kv_heads", "k_weight"))
+    named = [(q, "heads", "q_weight")] + [(k, "kv_heads", "k_weight")] * (k is not None)
     return [Side(x, options[n], options.get(w), y) for (x, n, w), y in zip(named, got, strict=True)]
 
 
@@ -277,6 +281,11 @@ def bad(change: dict[str, Any]) -> Callable[[], Any]:
         ({"freqs": mx.ones((32,))}, "either base or freqs"),
         ({"base": None, "freqs": mx.ones((8,))}, r"freqs: expected \(32,\), found \(8,\)"),
         ({"q_weight": mx.ones((64,))}, "both q_weight and k_weight, or neither"),
+        ({"k": None}, r"k: expected \(1, 3, 128\), found \(1, 3, 0\)"),
+        (
+            {"k": None, "kv_heads": 0, "q_weight": mx.ones((64,)), "k_weight": mx.ones((64,))},
+            "both q_weight and k_weight, or neither",
+        ),
         (
             {"q_weight": mx.ones((64,)), "k_weight": mx.ones((32,))},
             r"k_weight: expected \(64,\), found \(32,\)",

@@ -133,6 +133,50 @@ def test_gemma3(tmp_path: Path) -> None:
     assert config(tmp_path, "gemma3-27b").args["query_pre_attn_scalar"] == 24
 
 
+def test_gemma4(tmp_path: Path) -> None:
+    found = config(tmp_path, "gemma4")
+    kinds = ["sliding_attention"] * 2 + ["full_attention", "sliding_attention"]
+    assert found.args["layer_types"] == kinds
+    assert (found.args["head_dim"], found.args["global_head_dim"]) == (16, 32)
+    assert (found.args["num_key_value_heads"], found.args["num_global_key_value_heads"]) == (2, 1)
+    assert found.args["attention_k_eq_v"]
+    assert not found.args["enable_moe_block"]
+    assert found.rope == Rope(dims=32, base=100.0, factors="rope_freqs.weight")
+    assert found.rope_swa == Rope(dims=16, base=30.0)
+    sizes = {"head": 16, "q": 64, "o": 64, "kv": 32, "v": 32, "k_head": 16, "ff": 96}
+    full = {"head": 32, "q": 128, "o": 128, "kv": 32, "v": 0, "k_head": 32, "ff": 96}
+    assert found.by_layer == (sizes, sizes, full, sizes)
+    assert not found.unread
+    defaults = dict.fromkeys(
+        ("final_logit_softcapping", "rope__freq_base_swa", "attention__shared_kv_layers")
+    )
+    plain = config(tmp_path, "gemma4", **defaults)
+    assert plain.args["final_logit_softcapping"] == 30.0
+    assert plain.rope_swa == Rope(dims=16, base=10000.0)
+    assert plain.by_layer == found.by_layer
+    capless = config(tmp_path, "gemma4", final_logit_softcapping=0.0)
+    assert capless.args["final_logit_softcapping"] is None
+
+
+def test_gemma4s_other_forms(tmp_path: Path) -> None:
+    found = config(tmp_path, "gemma4-e2b")
+    assert found.args["num_kv_shared_layers"] == 2
+    assert found.args["use_double_wide_mlp"]
+    assert [s["ff"] for s in found.by_layer] == [64, 64, 64, 128, 128]
+    assert [s["kv"] for s in found.by_layer] == [16, 16, 32, 0, 0]
+    assert [s["k_head"] for s in found.by_layer] == [16, 16, 32, 0, 0]
+    assert (found.sizes["input"], found.sizes["inputs"], found.sizes["input_embd"]) == (32, 160, 64)
+    names = {f"blk.{i}.{n}.weight" for i in (3, 4) for n in ("attn_k", "attn_v", "attn_k_norm")}
+    assert found.unread == names
+    found = config(tmp_path, "gemma4-e4b")
+    assert not found.args["use_double_wide_mlp"]
+    assert not found.args["attention_k_eq_v"]
+    found = config(tmp_path, "gemma4-a4b")
+    assert (found.args["num_experts"], found.args["top_k_experts"]) == (4, 2)
+    assert found.args["moe_intermediate_size"] == found.sizes["expert_ff"] == 32
+    assert (found.sizes["input"], found.sizes["expert_embd"]) == (0, 64)
+
+
 @pytest.mark.parametrize(
     ("context", "factors"),
     [(None, "long"), (512, "short"), (513, "long"), (8, "short")],
@@ -233,6 +277,37 @@ BAD_KEYS: list[tuple[str, dict[str, object], type[Exception], str]] = [
     ("gemma3", {"attention__sliding_window_pattern": 9}, UnsupportedError, "7 layers"),
     ("gemma3", {"final_logit_softcapping": 30.0}, UnsupportedError, "cap on its logits"),
     ("phi3", {"rope__dimension_count": 8}, GGUFError, "(6,); expected (4,)"),
+    ("gemma4", {"attention__sliding_window_pattern": None}, GGUFError, "list of 4 integers"),
+    ("gemma4", {"attention__sliding_window_pattern": 6}, GGUFError, "list of 4 integers"),
+    ("gemma4", {"attention__sliding_window_pattern": [True]}, GGUFError, "list of 4 integers"),
+    ("gemma4", {"attention__sliding_window": None}, GGUFError, "gemma4.attention.sliding_window"),
+    ("gemma4", {"attention__key_length_swa": None}, GGUFError, "attention.key_length_swa"),
+    ("gemma4", {"attention__value_length_swa": 8}, UnsupportedError, "keys (16) and values (8)"),
+    ("gemma4", {"rope__dimension_count_swa": None}, GGUFError, "rope.dimension_count_swa"),
+    (
+        "gemma4",
+        {"rope__dimension_count_swa": 18},
+        GGUFError,
+        "18 rotary dimensions of a head of 16",
+    ),
+    ("gemma4", {"rope__dimension_count": 16}, UnsupportedError, "16 of 32"),
+    ("gemma4", {"rope__freq_base_swa": -1.0}, GGUFError, "more than 0"),
+    ("gemma4", {"embedding_length_per_layer_input": None}, GGUFError, "per_layer_input"),
+    ("gemma4", {"attention__shared_kv_layers": 4}, GGUFError, "the last 4 of 4"),
+    ("gemma4", {"attention__shared_kv_layers": 2}, GGUFError, "the last 2 of 4"),
+    ("gemma4", {"attention__head_count_kv": [2, 2, 3, 2]}, GGUFError, "cannot share 3"),
+    ("gemma4", {"attention__head_count_kv": [2, 2, 0, 2]}, GGUFError, "cannot share 0"),
+    ("gemma4", {"attention__head_count_kv": [2, 1, 1, 2]}, UnsupportedError, "layers of a kind"),
+    ("gemma4", {"feed_forward_length": [96, 96, 96, 192]}, UnsupportedError, "the last 0 layers"),
+    ("gemma4", {"block_count": 2**31 - 1}, GGUFError, "block_count is 2147483647"),
+    ("gemma4-e4b", {"attention__head_count_kv": [2, 2, 2, 1, 2, 1]}, UnsupportedError, "attn_v"),
+    (
+        "gemma4-e2b",
+        {"feed_forward_length": [64] * 4 + [128]},
+        UnsupportedError,
+        "the last 2 layers",
+    ),
+    ("gemma4-a4b", {"expert_used_count": 5}, GGUFError, "5 of 4 experts"),
 ]
 
 
@@ -254,7 +329,7 @@ def test_an_unknown_architecture_is_named_beside_those_there_are(tmp_path: Path)
         read_config(file)
     assert caught.value.exit_code == 3
     assert "'mamba'" in str(caught.value)
-    for name in ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"):
+    for name in ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "gemma4", "phi3"):
         assert name in str(caught.value)
 
 
@@ -369,6 +444,21 @@ BAD_TENSORS: list[tuple[str, Change, type[Exception], str]] = [
     ("gpt-oss", drop("blk.0.ffn_gate_inp.bias"), GGUFError, "ffn_gate_inp.bias is missing"),
     ("qwen2moe", drop("output.weight"), GGUFError, "output.weight is missing"),
     ("qwen2moe", cut("blk.0.ffn_gate_inp_shexp.weight", 32), GGUFError, "(32,); expected (1, 64)"),
+    ("gemma4", drop("rope_freqs.weight"), GGUFError, "rope_freqs.weight is missing"),
+    ("gemma4", drop("blk.0.attn_v.weight"), UnsupportedError, "blk.0.attn_v.weight is missing"),
+    (
+        "gemma4",
+        drop("blk.2.layer_output_scale.weight"),
+        GGUFError,
+        "blk.2.layer_output_scale.weight",
+    ),
+    ("gemma4", cut("blk.2.attn_q_norm.weight", 16), GGUFError, "(16,); expected (32,)"),
+    ("gemma4", add("blk.1.proj.weight"), UnsupportedError, "blk.1.proj.weight"),
+    ("gemma4-e2b", drop("per_layer_token_embd.weight"), GGUFError, "per_layer_token_embd.weight"),
+    ("gemma4-e2b", cut("per_layer_token_embd.weight", 258), GGUFError, "expected (259, 160)"),
+    ("gemma4-a4b", drop("blk.1.ffn_gate_inp.scale"), GGUFError, "blk.1.ffn_gate_inp.scale is"),
+    ("gemma4-a4b", cut("blk.0.ffn_down_exps.scale", 3), GGUFError, "(3,); expected (4,)"),
+    ("gemma4-a4b", drop("blk.0.ffn_gate_up_exps.weight"), GGUFError, "ffn_gate_exps.weight is"),
     (
         "qwen2moe",
         say("qwen2moe.expert_shared_feed_forward_length", 32),
@@ -421,7 +511,7 @@ def test_the_tables_need_neither_mlx_nor_mlx_lm() -> None:
 def test_each_table_is_complete() -> None:
     assert list(ARCHITECTURES) == [
         *("llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe"),
-        *("gpt-oss", "gemma2", "gemma3", "phi3", "qwen35", "qwen35moe"),
+        *("gpt-oss", "gemma2", "gemma3", "gemma4", "phi3", "qwen35", "qwen35moe"),
     ]
     for arch in ARCHITECTURES.values():
         for names in arch.groups.values():

@@ -48,6 +48,8 @@ def logits(model: nn.Module, prompts: np.ndarray, schedule: list[int]) -> np.nda
 
 def switch_of(layer: nn.Module) -> nn.Module:
     """The layer's SwitchGLU."""
+    if "switch_glu" in layer.get("experts", {}):
+        return layer.experts.switch_glu
     return layer.mlp.experts if "experts" in layer.mlp else layer.mlp.switch_mlp
 
 

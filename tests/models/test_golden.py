@@ -66,6 +66,18 @@ def model_of(name: str, seed: int) -> tuple[tiny.Tiny, np.ndarray]:
     return model, reference["logits"][index]
 
 
+@pytest.mark.parametrize("name", [n for n, case in tiny.CASES.items() if case.arch == "gemma4"])
+def test_a_batch_of_two_matches_llama_cpp(name: str, tmp_path: Path) -> None:
+    model, want = model_of(name, tiny.SEEDS[0])
+    loaded, _ = load(tiny.write(tmp_path / "model.gguf", model), dtype=mx.float32)
+    both, state = mx.array(np.stack([model.prompt[::-1], model.prompt])), make_prompt_cache(loaded)
+    rows = [loaded(both[:, :16], cache=state)]
+    rows += [loaded(both[:, i : i + 1], cache=state) for i in range(16, 24)]
+    other, got = np.array(mx.concatenate(rows, axis=1))
+    assert max(disagreement(got, want)) <= BOUND
+    assert min(disagreement(other, want)) > CONTROL
+
+
 @pytest.mark.parametrize("seed", tiny.SEEDS)
 @pytest.mark.parametrize("name", tiny.CASES)
 def test_logits_match_llama_cpp(name: str, seed: int, tmp_path: Path) -> None:
@@ -117,6 +129,15 @@ def set_key(key: str, value: object) -> Change:
 def wrong_rope_layout(model: tiny.Tiny) -> None:
     """Interleave the halves of every q and k head, rows of packed blocks and biases alike."""
     case = model.case
+    if case.arch == "gemma4":  # whose heads have two sizes
+        for name, (data, kind) in model.tensors.items():
+            short = name.split(".")[-2]
+            if short in ("attn_q", "attn_k"):
+                width = len(model.tensors[name.replace(short, "attn_q_norm")][0])
+                order = np.arange(width).reshape(2, -1).T.ravel()
+                rows = np.arange(0, len(data), width)[:, None] + order
+                model.tensors[name] = data[rows.ravel()], kind
+        return
     width, rotated = case.head_dim, model.metadata[f"{case.arch}.rope.dimension_count"]
     assert isinstance(rotated, int)
     order = np.arange(width)
@@ -136,20 +157,32 @@ def wrong_rope_layout(model: tiny.Tiny) -> None:
             model.tensors[name] = np.concatenate([data[both], data[len(both) :]]), kind
 
 
+def values_are_not_keys(model: tiny.Tiny) -> None:
+    """Values of their own where there were none: the keys' rows, each a row later.
+
+    Those layers' one head is there twice, as all layers with values have equally many.
+    """
+    for name in [n for n in model.tensors if n.endswith(".attn_k.weight")]:
+        values, (data, kind) = name.replace("attn_k", "attn_v"), model.tensors[name]
+        if values not in model.tensors:
+            model.tensors[name] = np.concatenate([data, data]), kind
+            model.tensors[values] = np.roll(model.tensors[name][0], 1, 0), kind
+    model.metadata["gemma4.attention.head_count_kv"] = 2
+
+
 def controls(name: str) -> Iterator[tuple[str, Change]]:
     """What a loader could get wrong in this case, each as a change of the file."""
     model = tiny.build(name, tiny.SEEDS[0])
     case = model.case
     yield "rope-layout", wrong_rope_layout
     unused = "rope_factors_short" if name == "phi3-long" else "rope_factors_long"
-    for tensor in sorted(
-        {full.removesuffix(".weight").split(".", 2)[-1] for full in model.tensors}
-    ):
+    names = sorted({full.removesuffix(".weight").split(".", 2)[-1] for full in model.tensors})
+    for tensor in names:
         if tensor.startswith("nextn"):  # not used
             continue
         if tensor.endswith(".bias"):
             yield f"no-{tensor}", edit(tensor, np.zeros_like)
-        elif "norm" in tensor or (tensor.startswith("rope_") and tensor != unused):
+        elif any(part in tensor for part in ("norm", "scale", "rope_")) and tensor != unused:
             yield f"no-{tensor}", edit(tensor, np.ones_like)
     keys = {key.removeprefix(f"{case.arch}."): value for key, value in model.metadata.items()}
     window = keys.get("attention.sliding_window")
@@ -168,6 +201,15 @@ def controls(name: str) -> Iterator[tuple[str, Change]]:
             yield "no-local-rope-base", set_key("rope.freq_base_swa", None)
         else:
             yield "one-rope-base", set_key("rope.freq_base", 1e4)
+    if case.arch == "gemma4":
+        yield "one-rope-base", set_key("rope.freq_base_swa", keys["rope.freq_base"])
+        per_layer = {"per_layer_token_embd", "per_layer_model_proj", "proj"}
+        for tensor in sorted(per_layer & set(names)):
+            yield f"no-{tensor}", edit(tensor, np.zeros_like)
+        if case.k_is_v:
+            yield "other-values", values_are_not_keys
+        if case.unused_kv:
+            yield "own-keys-and-values", set_key("attention.shared_kv_layers", 0)
     if case.experts:
         if case.fused_gate:
             yield "up-first", edit("ffn_gate_up_exps", lambda x: np.roll(x, case.expert_ffn, 1))

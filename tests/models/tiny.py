@@ -20,7 +20,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from gguf.quants import dequantize, quantize
 
-from tests.models import qwen35_shapes
+from tests.models import gemma4_shapes, qwen35_shapes
 
 SEEDS = (0, 1, 2)
 BOS, EOS, MERGED = 256, 257, 258
@@ -60,6 +60,8 @@ class Case:
     used: int = 0
     expert_ffn: int = 0
     shared_ffn: int = 0
+    k_is_v: bool = False  # gemma4 without attn_v where there is no window
+    unused_kv: bool = False  # gemma4's layers that share keys and values have tensors for own ones
     factors: Mapping[str, int] = field(default_factory=dict)  # rope factor tensor -> length
     keys: Mapping[str, object] = field(default_factory=dict)
     formats: Mapping[str, str] = field(default_factory=lambda: {"": "F32"})
@@ -83,6 +85,20 @@ LONGROPE = {"rope_factors_long": 6, "rope_factors_short": 6}
 EXPERT_BIASES = tuple(f"ffn_{name}" for name in ("gate_inp", "gate_exps", "up_exps", "down_exps"))
 EXPERT_Q4 = {"": "Q4_0", "attn_v": "Q8_0", "ffn_down_exps": "Q5_0", "token_embd": "Q8_0"}
 
+GEMMA4 = {
+    "attention.sliding_window": 6,
+    "attention.shared_kv_layers": 0,
+    "attention.key_length": 32,
+    "attention.value_length": 32,
+    "attention.key_length_swa": 16,
+    "attention.value_length_swa": 16,
+    "embedding_length_per_layer_input": 0,
+    "rope.dimension_count": 32,
+    "rope.dimension_count_swa": 16,
+    "rope.freq_base": 100.0,
+    "rope.freq_base_swa": 30.0,
+    "final_logit_softcapping": 4.0,
+}
 # Heads of 16, of which 8 are rotated; two value heads for each key head.
 QWEN35 = {
     "full_attention_interval": 2,
@@ -272,6 +288,58 @@ CASES: dict[str, Case] = {
             **dict.fromkeys(("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"), "MXFP4"),
         },
     ),
+    # The 31B's form.
+    "gemma4": Case(
+        "gemma4",
+        layers=4,
+        k_is_v=True,
+        keys={
+            **GEMMA4,
+            "attention.sliding_window_pattern": [True, True, False, True],
+            "attention.head_count_kv": [2, 2, 1, 2],
+        },
+        formats=Q4_MIX,
+    ),
+    # The E4B's, with the tensors that nothing reads; the E2B's, with MLPs of two widths.
+    "gemma4-e4b": Case(
+        "gemma4",
+        layers=6,
+        unused_kv=True,
+        keys={
+            **GEMMA4,
+            "attention.shared_kv_layers": 2,
+            "attention.sliding_window_pattern": [True, True, True, False, True, False],
+            "embedding_length_per_layer_input": 32,
+        },
+        formats={"": "Q8_0"},
+    ),
+    "gemma4-e2b": Case(
+        "gemma4",
+        layers=5,
+        kv_heads=1,
+        keys={
+            **GEMMA4,
+            "attention.shared_kv_layers": 2,
+            "attention.sliding_window_pattern": [True, True, False, True, False],
+            "embedding_length_per_layer_input": 32,
+            "feed_forward_length": [64, 64, 64, 128, 128],
+        },
+    ),
+    "gemma4-a4b": Case(
+        "gemma4",
+        layers=3,
+        k_is_v=True,
+        experts=4,
+        used=2,
+        expert_ffn=32,
+        fused_gate=True,
+        keys={
+            **GEMMA4,
+            "attention.sliding_window_pattern": [True, True, False],
+            "attention.head_count_kv": [2, 2, 1],
+        },
+        formats={**EXPERT_Q4, "ffn_gate_up_exps": "Q8_0"},
+    ),
     "qwen35": Case("qwen35", layers=4, keys=QWEN35, formats={**Q4_MIX, "ssm_alpha": "F32"}),
     "qwen35-k-quants": Case(
         "qwen35",
@@ -326,10 +394,13 @@ class Tiny:
 
 
 def _shapes(case: Case) -> Iterator[tuple[str, tuple[int, ...]]]:
+    if case.arch == "gemma4":
+        yield from gemma4_shapes.shapes(case, VOCABULARY)
+        return
     hidden, ffn = case.hidden, case.ffn
     if case.arch.startswith("qwen35"):
         mlp = {"ffn_gate": (ffn, hidden), "ffn_up": (ffn, hidden), "ffn_down": (hidden, ffn)}
-        mlp = _expert_shapes(case) if case.experts else mlp
+        mlp = expert_shapes(case) if case.experts else mlp
         yield from qwen35_shapes.shapes(case, VOCABULARY, mlp)
         return
     q, kv = case.heads * case.head_dim, case.kv_heads * case.head_dim
@@ -345,7 +416,7 @@ def _shapes(case: Case) -> Iterator[tuple[str, tuple[int, ...]]]:
     }
     matrices["attn_output"] = (hidden, q)
     if case.experts:
-        matrices |= _expert_shapes(case)
+        matrices |= expert_shapes(case)
     else:
         if not case.fused_gate:
             matrices["ffn_gate"] = (ffn, hidden)
@@ -369,7 +440,7 @@ def _shapes(case: Case) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"blk.{layer}.attn_sinks.weight", (case.heads,)
 
 
-def _expert_shapes(case: Case) -> dict[str, tuple[int, ...]]:
+def expert_shapes(case: Case) -> dict[str, tuple[int, ...]]:
     hidden, experts, width, shared = case.hidden, case.experts, case.expert_ffn, case.shared_ffn
     shapes: dict[str, tuple[int, ...]] = {"ffn_gate_inp": (experts, hidden)}
     if case.fused_gate:
@@ -387,7 +458,7 @@ def _expert_shapes(case: Case) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _blocks(random: np.random.RandomState, kind: str, shape: tuple[int, ...]) -> np.ndarray:
+def blocks(random: np.random.RandomState, kind: str, shape: tuple[int, ...]) -> np.ndarray:
     """Random valid rows of about unit gain: uint8 [..., rows, packed bytes].
 
     gguf-py cannot quantise to these types, and another quantiser's search may round differently
@@ -420,11 +491,20 @@ def build(name: str, seed: int) -> Tiny:
     for full, shape in _shapes(case):
         short, suffix = full.removesuffix(".weight").removesuffix(".bias").split(".")[-1], full
         if short.startswith("rope_"):
-            tensors[full] = random.uniform(1, 6, shape).astype(np.float32), "F32"
+            factors = random.uniform(1, 6, shape).astype(np.float32)
+            if case.arch == "gemma4":
+                factors[shape[0] // 4 :] = 1e30  # not rotated
+            tensors[full] = factors, "F32"
         elif suffix.endswith(".bias") or (len(shape) == 1 and short != "ffn_gate_inp_shexp"):
             # gpt-oss clips gate and up at 7.
             wide = 9 if short in ("ffn_gate_exps", "ffn_up_exps") else 1.5
             low, high = (-wide, wide) if suffix.endswith(".bias") else (0.2, 2.2)
+            # Gemma 4 has no other factors: it divides the router's by the root of the width, and
+            # not the scores by the root of a head's.
+            if suffix.endswith("ffn_gate_inp.scale"):
+                low, high = 1.6, 17.6
+            elif case.arch == "gemma4" and short == "attn_q_norm":
+                low, high = 0.05, 0.55
             if short == "ssm_a":  # -exp(A_log)
                 low, high = -2.0, -0.2
             tensors[full] = random.uniform(low, high, shape).astype(np.float32), "F32"
@@ -432,7 +512,7 @@ def build(name: str, seed: int) -> Tiny:
             router = short.startswith(("ffn_gate_inp", "ssm_conv1d"))
             kind = "F32" if router else case.formats.get(short, case.formats[""])
             if kind in ("Q4_K", "Q6_K", "MXFP4"):
-                tensors[full] = _blocks(random, kind, shape), kind
+                tensors[full] = blocks(random, kind, shape), kind
                 continue
             # Uniform of standard deviation gain / sqrt(columns); sharper attention than 1.
             gain = 1.4 if short in ("attn_q", "attn_k", "attn_qkv", "token_embd", "output") else 1.0
@@ -470,7 +550,7 @@ def _metadata(case: Case) -> dict[str, object]:
     return {f"{case.arch}.{key}": value for key, value in (keys | dict(case.keys)).items()}
 
 
-def _byte_tokens() -> list[str]:
+def byte_tokens() -> list[str]:
     """GPT-2's printable stand-in for every byte: itself, or the next character after U+0100."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     spare = iter(range(256, 512))
@@ -493,7 +573,7 @@ def write(path: Path, tiny: Tiny, *, twin: bool = False) -> Path:
             raise TypeError(f"{key}: no GGUF type chosen for {type(value).__name__}")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([*_byte_tokens(), "<|bos|>", "<|eos|>", "ab"])
+    writer.add_token_list([*byte_tokens(), "<|bos|>", "<|eos|>", "ab"])
     kinds = [TokenType.NORMAL] * 256 + [TokenType.CONTROL] * 2 + [TokenType.NORMAL]
     writer.add_token_types(kinds)
     writer.add_token_merges(["a b"])

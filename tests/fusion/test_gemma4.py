@@ -1,0 +1,141 @@
+"""Gemma 4's variants: keys that are values too, keys and values of earlier layers, experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlxfuse.fusion import patch_model, unpatch_model
+from mlxfuse.kernels import fallbacks, launches
+from mlxfuse.nn.kv import KVOptions, compressed, plain_caches
+from tests import msl
+from tests.fusion import zoo
+from tests.fusion.test_zoo import BOUND, contents, modules
+
+PERIODS = ["sliding_attention", "sliding_attention", "full_attention"]
+NONE: dict[str, Any] = {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "31b": {
+        **NONE,
+        "attention_k_eq_v": True,
+        "num_key_value_heads": 4,
+        "num_global_key_value_heads": 1,
+        "layer_types": PERIODS,
+        "num_hidden_layers": 3,
+    },
+    "e4b": {
+        "layer_types": [*PERIODS[:1], *PERIODS, *PERIODS[1:]],
+        "num_hidden_layers": 6,
+        "hidden_size_per_layer_input": 64,
+        "final_logit_softcapping": 4.0,
+    },
+    "a4b": {
+        **NONE,
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+        "layer_types": PERIODS,
+        "num_hidden_layers": 3,
+        "enable_moe_block": True,
+        "top_k_experts": 2,
+    },
+}
+EXPECTED = {
+    "31b": {"qkv": 3, "gate_up": 3, "norm_rope": 3},
+    "e4b": {"qkv": 4, "gate_up": 6, "norm_rope": 6},
+    "a4b": {"qkv": 3, "gate_up": 3, "norm_rope": 3},
+}
+
+
+def build(name: str, form: str = "float32", **own: Any) -> Any:
+    return zoo.build("gemma4_text", form, **{**VARIANTS[name], **own})
+
+
+@pytest.fixture
+def reference(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("MLXFUSE_KERNELS", "reference")
+    with zoo.uncompiled():
+        yield
+
+
+@pytest.mark.usefixtures("reference")
+@pytest.mark.parametrize("form", ["float32", "affine4"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_patched_and_back(name: str, form: str) -> None:
+    model = build(name, form)
+    want, as_built, before = zoo.logits(model), modules(model), contents(model)
+    report = patch_model(model, fuse="all")
+    found = {n: len(t.fused) for n, t in report.tallies.items()}
+    quantised = {"embedding": 1 + (name == "e4b")} if form == "affine4" else {}
+    experts = {"experts": 3 * (form == "affine4")} if name == "a4b" else {}
+    assert {n: k for n, k in found.items() if n != "residual"} == {
+        **EXPECTED[name],
+        **experts,
+        **quantised,
+    }
+    skipped = {(n, reason) for n, _, reason in report.skipped}
+    residual = ("residual", "gemma4_text.DecoderLayer.__call__ is not a body that is known")
+    dense = ("experts", "its experts are SwitchLinear") if name == "a4b" and not quantised else ()
+    assert skipped == {residual, *filter(None, [dense])}
+    assert zoo.apart(zoo.logits(model), want) <= BOUND
+    unpatch_model(model)
+    assert modules(model) == as_built
+    assert contents(model) == before
+    assert np.array_equal(zoo.logits(model), want)
+
+
+@pytest.mark.parametrize("name", ["e4b", "a4b"])
+def test_decoded_by_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
+    with zoo.uncompiled():
+        model = build(name, "affine4")
+        want = zoo.logits(model)
+        report = patch_model(model, fuse="all")
+        launches.clear()
+        fallbacks.clear()
+        with msl.installed(build="fast"):
+            got = zoo.logits(model)
+    assert zoo.apart(got, want) <= BOUND
+    joined = sum(len(report.tallies[kind].fused) for kind in ("qkv", "gate_up"))
+    assert launches["quantized_matmul"] >= zoo.DECODED * joined
+    assert launches["norm_rope"] == (1 + zoo.DECODED) * len(model.layers)
+    assert not fallbacks
+
+
+@pytest.mark.usefixtures("reference")
+def test_only_layers_that_are_read_keep_what_they_fetch() -> None:
+    """Compressed keys and values are attended to where they lie, or handed to later layers."""
+    model = build("e4b")
+    patch_model(model, fuse="all")
+    read = [bool(layer.self_attn._fused.read) for layer in model.layers]
+    assert read == [False, False, True, True, False, False]
+    seen = {}
+    caches = compressed(plain_caches(model), KVOptions(16, 16, rotate=False))
+    for i, cache in enumerate(caches):
+        fetch = cache.update_and_fetch
+        cache.update_and_fetch = lambda k, v, i=i, fetch=fetch: seen.setdefault(i, fetch(k, v))
+    ids = mx.array([[3, 1, 4, 1, 5]])
+    got = model(ids, cache=caches)
+    assert set(seen) == {2, 3}
+    want = model(ids, cache=make_prompt_cache(model))
+    assert zoo.apart(np.array(got), np.array(want)) <= BOUND
+    # Control: a layer that needs what another did not keep says so.
+    model.layers[3].self_attn._fused.read = False
+    with pytest.raises(ValueError, match="received no shared_kv"):
+        model(ids, cache=compressed(plain_caches(model), KVOptions()))
+
+
+@pytest.mark.usefixtures("reference")
+def test_an_update_of_a_linear_is_used() -> None:
+    model = build("31b")
+    patch_model(model, fuse="all")
+    before = zoo.logits(model)
+    linear = model.layers[2].self_attn.k_proj
+    linear.weight = 1.5 * linear.weight[::-1]
+    changed = zoo.logits(model)
+    assert zoo.apart(changed, before) > 1e-2
+    unpatch_model(model)
+    assert np.array_equal(zoo.logits(model), changed)
