@@ -190,6 +190,16 @@ METAL_FUNC void batch_dots(
   }
 }
 
+//@ gathered:
+// For a batch_tile of one row of x, and the experts of quantized_matmul.metal, that precede.
+template <
+    typename F, typename G, int slots, int many, typename Y, typename X, typename P, typename Q>
+METAL_FUNC void gathered_tile(
+    P p, Q q, X x, const device Size* size, Y y, uint3 tile, uint group, uint lane) {
+  choose(y, x, tile.y);
+  batch_tile<F, G, slots, many>(p, q, x.x, size, y, tile, group, lane);
+}
+
 //@ tiles: group
 // 32 rows of x by 64 rows of W (gated: 32 of the gate, 32 of up) for 128 threads, two groups at
 // a time. Each thread decodes one group and computes 4 rows by 4 columns: me / 16 and me % 16,

@@ -6,7 +6,8 @@
 // another format. Elsewhere G and q are F and p again, and not used.
 
 // The input `size` holds a Size, then a Part for each part.
-// outputs: of a row of x, before the next one is used; 1 but for experts.
+// outputs: of a row of x, before the next one is used; 1 but for experts. Where results are summed
+// over experts, rows of x of an output.
 struct Size {
   uint columns, rows, outputs;
 };
@@ -39,16 +40,23 @@ METAL_FUNC Output<A, biased, added, T, B, R> output(
   return Output<A, biased, added, T, B, R>{a, b, bias, residual, out};
 }
 
+// Sum v of row n of a part, with its bias.
+template <typename A, bool biased, bool added, typename T, typename B, typename R>
+METAL_FUNC float shifted(Output<A, biased, added, T, B, R> y, Part part, float v, uint n) {
+  return biased ? v + float(y.bias[part.bias + n]) : v;
+}
+
+// Result v for row `to` and column n.
+template <typename A, bool biased, bool added, typename T, typename B, typename R>
+METAL_FUNC void store(Output<A, biased, added, T, B, R> y, float v, uint n, uint to) {
+  const ulong at = ulong(to) * y.a.stride + y.a.column + n;
+  y.out[at] = static_cast<T>(added ? v + float(y.residual[at]) : v);
+}
+
 // Sum v of row n of the part (gated: and the sum of up's) for row `to` of the outputs.
 template <typename A, bool biased, bool added, typename T, typename B, typename R>
 METAL_FUNC void put(Output<A, biased, added, T, B, R> y, float v, float up, uint n, uint to) {
-  if (biased) {
-    v += float(y.bias[y.a.bias + n]);
-    up += float(y.bias[y.b.bias + n]);
-  }
-  v = A::apply(v, up);
-  const ulong at = ulong(to) * y.a.stride + y.a.column + n;
-  y.out[at] = static_cast<T>(added ? v + float(y.residual[at]) : v);
+  store(y, A::apply(shifted(y, y.a, v, n), shifted(y, y.b, up, n)), n, to);
 }
 
 //@ Silu:
@@ -206,6 +214,80 @@ METAL_FUNC void vector_tile(
     for (; n < y.a.rows; n++) {
       vector_rows<F, G, 1>(p, q, x, y, n, columns, tile.y, lane);
     }
+  }
+}
+
+//@ experts:
+// Rows of x with an expert each: `a` and `b` are the rows of an expert's matrix in the streams of
+// either part, `bias` the values of its bias.
+template <typename X, typename I, typename S>
+struct Chosen {
+  X x;
+  I experts;
+  S scores;
+  uint a, b, bias;
+};
+template <typename X, typename I, typename S>
+METAL_FUNC Chosen<X, I, S> chosen(X x, I experts, S scores, uint a, uint b, uint bias) {
+  return Chosen<X, I, S>{x, experts, scores, a, b, bias};
+}
+
+// Lets y be for the results of row i, whose expert has its own rows and bias.
+template <typename Y, typename X>
+METAL_FUNC void choose(thread Y& y, X x, uint i) {
+  const uint expert = uint(x.experts[i]);
+  y.a.first += expert * x.a;
+  y.b.first += expert * x.b;
+  y.a.bias += expert * x.bias;
+  y.b.bias += expert * x.bias;
+}
+
+//@ gathered: experts
+template <typename F, typename G, int slots, typename Y, typename X, typename P, typename Q>
+METAL_FUNC void gathered_tile(
+    P p, Q q, X x, const device Size* size, Y y, uint3 tile, uint group, uint lane) {
+  choose(y, x, tile.y);
+  vector_tile<F, G, slots>(p, q, x.x, size, y, tile, group, lane);
+}
+
+//@ summed: experts
+// The sum of an output's rows, each times its score, of `slots` columns. SIMD-group g takes rows g,
+// g + groups and so on in this order; then the groups' sums are added in theirs.
+template <
+    typename F, typename G, int slots, int groups, typename Y, typename X, typename P, typename Q>
+METAL_FUNC void summed_tile(
+    P p, Q, X x, const device Size* size, Y y, uint3 tile, uint group, uint me,
+    threadgroup float* sums) {
+  const uint columns = size->columns;
+  const uint lane = me % 32;
+  const uint n = tile.x * slots;
+  float sum = 0.0f;
+  for (uint i = tile.y * size->outputs + group; i < (tile.y + 1) * size->outputs; i += groups) {
+    Y own = y;
+    choose(own, x, i);
+    float v = 0.0f;
+    if (n + slots <= y.a.rows) {
+      v = vector_dots<F, slots>(p, x.x + ulong(i) * columns, own.a.first + n, columns, lane);
+    } else {
+      for (uint r = 0; n + r < y.a.rows; r++) {
+        const float dot = simd_sum(vector_dots<F, 1>(
+            p, x.x + ulong(i) * columns, own.a.first + n + r, columns, lane));
+        v = lane == r ? dot : v;
+      }
+    }
+    if (lane < slots && n + lane < y.a.rows) {
+      sum = fma(float(x.scores[i]), shifted(own, own.a, v, n + lane), sum);
+    }
+  }
+  if (lane < slots) {
+    sums[group * slots + lane] = sum;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (me < slots && n + me < y.a.rows) {
+    for (uint g = 1; g < groups; g++) {
+      sum += sums[g * slots + me];
+    }
+    store(y, sum, n + me, tile.y);
   }
 }
 

@@ -111,7 +111,7 @@ Fuse = Annotated[
 ActQuantOption = Annotated[
     ActQuant,
     of_model(
-        "on: round activations to int8 (32 share a scale) wherever all that reads them takes that; "
+        "on: round activations to int8 (32 share a scale) wherever what reads them takes that; "
         "it costs some quality. auto: where it was measured to be faster, so far nowhere. Not "
         "mlx_lm's --quantize-activations, which is for models quantised as mxfp8 or nvfp4.",
         "--act-quant",

@@ -276,6 +276,19 @@ def __call__(self, x, indices):
     return x.squeeze(-2)
 """
 
+# Lines of a method, as patterns of its normalised text: experts are called and their results added
+# up by scores, which the experts are to do themselves.
+_EXPERTS_CALL = r"^(?P<indent> +)(?P<y>\w+) = self\.(?P<experts>\w+)\((?P<x>\w+), (?P<ids>\w+)\)\n"
+WEIGHTED_SUMS = (
+    # mixtral, qwen3_moe and most others
+    _EXPERTS_CALL
+    + r"(?P=indent)(?P<sum>\w+) = \((?P=y) \* (?P<scores>\w+)\[\.\.\., None\]\)\.sum\(axis=-2\)"
+    r"(?P<cast>\.astype\((?P=y)\.dtype\))?\n",
+    # gpt_oss
+    _EXPERTS_CALL + r"(?P=indent)(?P=y) = (?P=y) \* mx\.expand_dims\((?P<scores>\w+), axis=-1\)\n"
+    r"(?P=indent)(?P<sum>\w+) = (?P=y)\.sum\(axis=-2\)(?P<cast>)\n",
+)
+
 BODIES: tuple[Body, ...] = (
     # llama, qwen2, granite, mixtral, nemotron and most others
     _attention(_CALL, _QKV, _HEADS, _VALUES, _ROPE, _ATTEND),

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from types import CodeType
 from typing import Any
 
 import mlx.nn as nn
 
-from .bodies import BODIES, Body
+from .bodies import BODIES, WEIGHTED_SUMS, Body
 from .delta_nets import DELTA_NETS
 
 KNOWN = (*BODIES, *DELTA_NETS)
@@ -34,14 +36,72 @@ def certify(cls: type[nn.Module], kind: str) -> Match | str:
     """The known body of ``kind`` that the class has, or why it has none."""
     call = cls.__call__
     # What names mean may change; text cannot.
-    if getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is not cls:
-        return f"{_name(cls)} is not the class that its module has under this name"
-    match = _alike(cls, call, kind)
+    match = _elsewhere(cls) or _alike(cls, call, kind)
     if isinstance(match, Match):
         wrong = _wrong_global(match.body, call.__globals__)
         if wrong is not None:
             return f"{_name(cls)}.__call__ has another {wrong}"
     return match
+
+
+def summing(cls: type[nn.Module]) -> tuple[str, Callable[..., Any]] | str:
+    """The class's `__call__` with the weighted sum over experts left to them, or why there is none.
+
+    All but the sum is as it was: the method's own text, with the same globals.
+
+    Returns:
+        Name of the experts, which are called with ``(x, ids, scores, cast=)``, and the function.
+    """
+    call = cls.__call__
+    found = _elsewhere(cls) or _summing(cls, call)
+    if not isinstance(found, str) and call.__globals__.get("mx") is not sys.modules["mlx.core"]:
+        return f"{_name(cls)}.__call__ has another mx"
+    return found
+
+
+@cache
+def _summing(
+    cls: type[nn.Module], call: Callable[..., Any]
+) -> tuple[str, Callable[..., Any]] | str:
+    source = _source(cls, call)
+    if not source.startswith("def"):
+        return source
+    text = ast.unparse(ast.parse(source)) + "\n"
+    found = next(filter(None, (re.search(p, text, re.MULTILINE) for p in WEIGHTED_SUMS)), None)
+    if found is None:
+        return f"{_name(cls)}.__call__ has no weighted sum that is known"
+    y, rest = found["y"], text[found.end() :]
+    if y != found["sum"] and re.search(rf"\b{y}\b", rest):
+        return f"{_name(cls)}.__call__ uses {y} after the weighted sum"
+    arguments = f"{found['x']}, {found['ids']}, {found['scores']}, cast={bool(found['cast'])}"
+    whole = f"{found['sum']} = self.{found['experts']}({arguments})\n"
+    # What is run is what runs now: the file may be another since it was imported.
+    module = inspect.getsource(sys.modules[cls.__module__])
+    if not any(_same_code(call.__code__, c) for c in _codes(compile(module, "", "exec"))):
+        return f"{_name(cls)}.__call__ has another source"
+    made: dict[str, Any] = {}
+    lines = text[: found.start("y")] + whole + rest
+    exec(compile(lines, f"<{_name(cls)} without its sum>", "exec"), call.__globals__, made)
+    return found["experts"], made["__call__"]
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """It and all within."""
+    yield code
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _codes(inner)
+
+
+def _same_code(a: CodeType, b: CodeType) -> bool:
+    same = ("co_firstlineno", "co_name", "co_code", "co_consts", "co_names", "co_varnames")
+    return all(getattr(a, name) == getattr(b, name) for name in same)
+
+
+def _elsewhere(cls: type[nn.Module]) -> str | None:
+    if getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is not cls:
+        return f"{_name(cls)} is not the class that its module has under this name"
+    return None
 
 
 def _name(cls: type[nn.Module]) -> str:
@@ -51,6 +111,22 @@ def _name(cls: type[nn.Module]) -> str:
 @cache
 def _alike(cls: type[nn.Module], call: Callable[..., Any], kind: str) -> Match | str:
     """The known body of which the class's has the text, or why there is none."""
+    source = _source(cls, call)
+    if not source.startswith("def"):
+        return source
+    try:
+        found = parse(source)
+    except SyntaxError:
+        return f"{_name(cls)}.__call__ has no source"
+    for body in KNOWN:
+        names = unify(_known(body.source), found) if body.kind == kind else None
+        if names is not None:
+            return Match(body, names)
+    return f"{_name(cls)}.__call__ is not a body that is known"
+
+
+def _source(cls: type[nn.Module], call: Callable[..., Any]) -> str:
+    """The text of the class's own plain method, or why there is none."""
     name = _name(cls)
     if "__call__" not in vars(cls):
         # It may have changed anything that the body relies on.
@@ -59,14 +135,9 @@ def _alike(cls: type[nn.Module], call: Callable[..., Any], kind: str) -> Match |
     if code is None or call.__closure__ or hasattr(call, "__wrapped__"):
         return f"{name}.__call__ is wrapped"
     try:
-        found = parse(inspect.getsource(code))
-    except (OSError, SyntaxError, TypeError):
+        return textwrap.dedent(inspect.getsource(code))
+    except (OSError, TypeError):
         return f"{name}.__call__ has no source"
-    for body in KNOWN:
-        names = unify(_known(body.source), found) if body.kind == kind else None
-        if names is not None:
-            return Match(body, names)
-    return f"{name}.__call__ is not a body that is known"
 
 
 def _wrong_global(body: Body, scope: dict[str, Any]) -> str | None:

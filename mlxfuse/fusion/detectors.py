@@ -27,15 +27,15 @@ from ..nn.joining import (
     single,
 )
 from ..nn.linear import PLAIN
-from ..nn.mlp import ExpertsForm, FusedBlock, FusedExperts, FusedMLP, MLPForm
+from ..nn.mlp import FusedBlock, FusedExperts, FusedMLP, FusedMoE, MLPForm, MoEForm
 from ..nn.norm import FusedNorm
 from ..nn.projection import Projection
 from .candidates import Candidate, Skip, Tree, register_detector
-from .certify import Match, certify
+from .certify import Match, certify, summing
 from .forms import (
-    activation,
     attention_form,
     block_form,
+    experts_form,
     has,
     mlp_form,
     norm_options,
@@ -163,18 +163,63 @@ def _experts(tree: Tree) -> Iterator[Candidate | Skip]:
         match = certify(type(module), "experts")
         if isinstance(match, str):
             continue
-        names = gate, up = match.names["GATE"], match.names["UP"]
-        linears = [module[name] for name in names]
-        kind = activation(module, match)
-        reason = tree.shared(module, names, arrays=False) or experts_refusal(linears)
-        if isinstance(kind, str) or reason is not None:
-            yield Skip("experts", path, kind if isinstance(kind, str) else str(reason))
+        form = experts_form(module, match)
+        if isinstance(form, str):
+            yield Skip("experts", path, form)
             continue
-        form = ExpertsForm(type(module), match.names["DOWN"], kind.body.form["activation"])
-        explain = f"{form.activation} of {gate} and {up} of {path} in one dispatch"
-        piece = (module, FusedExperts, form, "up", partial(join_experts, module, names))
-        formats = tuple(format_of(x) for x in linears)
-        yield _candidate("experts", 70, path, [gate, up], [piece], explain, formats)
+        names = list(form.linears)
+        made = _experts_joined(tree, module, names)
+        if isinstance(made, str):
+            yield Skip("experts", path, made)
+            continue
+        make, formats = made
+        explain = f"{form.activation} of {' and '.join(names)} of {path} in one dispatch"
+        piece = (module, FusedExperts, form, "up", make)
+        yield _candidate("experts", 70, path, names, [piece], explain, formats)
+
+
+def _experts_joined(
+    tree: Tree, module: nn.Module, names: list[str]
+) -> tuple[Callable[[], Projection], tuple[str, ...]] | str:
+    """`_joined` for switch linears."""
+    linears = [module[name] for name in names]
+    reason = tree.shared(module, names, arrays=False) or experts_refusal(linears)
+    if reason is not None:
+        return reason
+    return partial(join_experts, module, names), tuple(format_of(x) for x in linears)
+
+
+@register_detector("experts_sum")
+def _experts_sum(tree: Tree) -> Iterator[Candidate | Skip]:
+    """The sum over a token's experts, by the router's scores, where down is multiplied."""
+    for path, module in tree.modules:
+        held = {n: c for n, c in module.children().items() if isinstance(c, nn.Module)}
+        known = {n: certify(type(c), "experts") for n, c in held.items()}
+        if not any(isinstance(match, Match) for match in known.values()):
+            continue
+        found = summing(type(module))
+        if isinstance(found, str):
+            yield Skip("experts_sum", path, found)
+            continue
+        name, body = found
+        match = known.get(name, f"{name} is no module")
+        form = match if isinstance(match, str) else experts_form(held[name], match)
+        if isinstance(form, str):
+            yield Skip("experts_sum", path, form)
+            continue
+        shared = tree.shared(module, [name], arrays=False)
+        made = shared or _experts_joined(tree, held[name], [form.output])
+        if isinstance(made, str):
+            yield Skip("experts_sum", path, made)
+            continue
+        make, formats = made
+        pieces: list[_Piece] = [
+            (held[name], FusedExperts, form, "down", make),
+            (module, FusedMoE, MoEForm(type(module), name, body), "sums", _same(True)),
+        ]
+        output = f"{name}.{form.output}"
+        explain = f"the sum over experts of {path} in {output}"
+        yield _candidate("experts_sum", 55, path, [output], pieces, explain, formats)
 
 
 @register_detector("activation")

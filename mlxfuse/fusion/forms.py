@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..nn.attention import AttentionForm
-from ..nn.mlp import BlockForm, MLPForm
+from ..nn.mlp import BlockForm, ExpertsForm, MLPForm
 from ..nn.rope import FrequencyRoPE
 from ..nn.rotation import Rotation
 from .certify import Match, certify
@@ -102,6 +102,18 @@ def mlp_form(module: nn.Module, match: Match) -> MLPForm | str:
     if isinstance(found, str):
         return found
     return MLPForm(type(module), linears, names["DOWN"], found.body.form["activation"])
+
+
+def experts_form(module: nn.Module, match: Match) -> ExpertsForm | str:
+    """The variant of gated experts that a module with a known body has, or what is odd about it."""
+    names = [match.names[n] for n in ("GATE", "UP", "DOWN")]
+    if not has(module, *names):
+        return "its children are not modules"
+    found = activation(module, match)
+    if isinstance(found, str):
+        return found
+    gate, up, down = names
+    return ExpertsForm(type(module), (gate, up), down, found.body.form["activation"])
 
 
 def activation(module: nn.Module, match: Match) -> Match | str:

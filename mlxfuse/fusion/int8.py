@@ -8,6 +8,7 @@ import mlx.nn as nn
 
 from ..nn.attention import FusedAttention
 from ..nn.delta_net import FusedDeltaNet
+from ..nn.form import FusedModule
 from ..nn.joining import single
 from ..nn.mlp import BlockForm, FusedBlock, FusedExperts, FusedMLP
 from ..nn.norm import FusedNorm
@@ -45,7 +46,8 @@ def _readers(path: str, module: nn.Module) -> dict[str, FusedMLP | FusedExperts]
     """What is fused of those that read the input of an MLP, or of what is in its place."""
     if isinstance(module, FusedMLP):
         return {path: module}
-    below = {f"{path}.{n}": module.get(n) for n in readers(type(module))}
+    kind = module._fused.original if isinstance(module, FusedModule) else type(module)
+    below = {f"{path}.{n}": module.get(n) for n in readers(kind)}
     return {name: m for name, m in below.items() if isinstance(m, FusedMLP | FusedExperts)}
 
 

@@ -16,6 +16,7 @@ from ..kernels import self_test, tuning, unavailable
 from ..nn.experts import MAX_ROWS_PER_EXPERT, QuantizedSwitchLinear
 from ..nn.form import Form
 from ..nn.kv import KVOptions, check_model, compress_caches
+from ..nn.projection import MAX_IDS
 from ..nn.quantized import QuantizedLinear
 from . import int8
 from .candidates import DETECTORS, Candidate, Detector, Skip, Tree, natural, select, site
@@ -62,7 +63,7 @@ def patch_model(
             leaves it out at the paths that match, for example ``-qkv:model.layers.0.*``. The
             environment variable ``MLXFUSE_DISABLE`` leaves out too.
         act_quant: ``on`` rounds the activations of attention and MLP to int8, in groups of 32,
-            wherever all that reads them takes that; ``auto`` does where it was measured to be
+            wherever what reads them takes that; ``auto`` does where it was measured to be
             faster, which so far is nowhere; ``off`` never does. It costs some quality.
         kv_bits: let mlx-lm make compressed key-value caches for the model: 8 or 4, or keys and
             values apart as in ``k8v4``; None for plain ones, also if they were compressed before.
@@ -199,8 +200,8 @@ def _self_test(model: nn.Module, report: PatchReport) -> None:
     if not kernels or env.get("MLXFUSE_KERNELS") == "emulated" or unavailable() is not None:
         return
     start = time.perf_counter()
-    # So many that every expert is dequantised.
-    many = [MAX_ROWS_PER_EXPERT * max(experts) + 1] if experts else []
+    # So many that ids are sorted and every expert is dequantised.
+    many = [max(MAX_IDS, MAX_ROWS_PER_EXPERT * max(experts) + 1)] if experts else []
 
     def run() -> None:
         for length in (*self_test.LENGTHS, *many):

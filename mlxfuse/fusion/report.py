@@ -10,7 +10,12 @@ from functools import cached_property
 from ..kernels import fallbacks
 from .candidates import Candidate, Skip
 
-LABELS = {"gate_up": "gate/up", "norm_rope": "norm+rope", "add_rms_norm": "add+norm"}
+LABELS = {
+    "gate_up": "gate/up",
+    "experts_sum": "experts sum",
+    "norm_rope": "norm+rope",
+    "add_rms_norm": "add+norm",
+}
 
 
 @dataclass

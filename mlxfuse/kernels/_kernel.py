@@ -185,6 +185,11 @@ def assuming_metal(counted: Counter[str]) -> Iterator[None]:
         _recording.assumed = before
 
 
+def noted() -> bool:
+    """Whether this thread is within `recording`."""
+    return _recording.found is not None
+
+
 def assumed() -> bool:
     """Whether this thread is within `assuming_metal`."""
     return _recording.assumed is not None

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,11 +51,14 @@ class Call(Generic[X]):
     experts: mx.array | None = None
     large: str = "dequantize"
     variant: str = ""  # of `tuning.VARIANTS`, or its first
+    scores: mx.array | None = None  # of the experts, over which results are summed
     floor: bool = False  # the loads without the arithmetic, to be timed; the result is wrong
 
     @property
     def kind(self) -> str:
-        """``vector``, ``batch`` or ``large``, of which `tuning.VARIANTS` names the variants."""
+        """``vector``, ``batch``, ``large`` or, of experts, ``summed``; see `tuning.VARIANTS`."""
+        if self.scores is not None:
+            return "summed"
         if self.rows == 1 or self.experts is not None:
             return "vector"
         return "batch" if self.rows <= MAX_VECTOR_ROWS else "large"
@@ -77,8 +81,7 @@ class Call(Generic[X]):
     @property
     def rows(self) -> int:
         """Rows of each output."""
-        x = self.x
-        return x.size // x.shape[-1] if self.experts is None else self.experts.size
+        return math.prod(self.lead)
 
     @property
     def gated(self) -> bool:
@@ -87,7 +90,9 @@ class Call(Generic[X]):
     @property
     def lead(self) -> tuple[int, ...]:
         """Shape of an output, without its columns."""
-        return self.x.shape[:-1] if self.experts is None else self.experts.shape
+        if self.experts is None:
+            return self.x.shape[:-1]
+        return self.experts.shape if self.scores is None else self.experts.shape[:-1]
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -115,6 +120,12 @@ class Call(Generic[X]):
             given = x.size // x.shape[-1]
             if given == 0 or given not in (self.experts.size, self.experts[..., 0].size):
                 raise ValueError(f"x: {x.shape} does not fit expert ids {self.experts.shape}")
+        if self.scores is not None:
+            ids: tuple[int, ...] = () if self.experts is None else self.experts.shape
+            if not ids or self.scores.shape != ids or (*ids, weight.columns) != x.shape:
+                raise ValueError(f"scores {self.scores.shape} of expert ids {ids}, x {x.shape}")
+            if len(weight.parts) > 1 or self.activation is not None:
+                raise ValueError("scores: expected one part and no activation")
         if self.residual is not None:
             expected = (*self.lead, self.widths[0])
             if self.split or self.residual.shape != expected:
@@ -178,7 +189,10 @@ def launch(call: Call[X], tile: Tile, x: dict[str, mx.array]) -> Launch:
         held += names
         arrays += [segment.arrays[n[: -len(str(i))]] for n in names]
         expressions.append(expression)
-    optional = {"bias": call.bias, "residual": call.residual, "experts": call.experts}
+    optional = {
+        **{"bias": call.bias, "residual": call.residual},
+        **{"experts": call.experts, "scores": call.scores},
+    }
     given: dict[str, mx.array] = {n: a for n, a in optional.items() if a is not None}
     program = _program(
         tile,
@@ -201,7 +215,7 @@ def launch(call: Call[X], tile: Tile, x: dict[str, mx.array]) -> Launch:
 
 
 def _as(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
-    return array if name == "experts" else array.astype(dtype)
+    return array if name in ("experts", "scores") else array.astype(dtype)
 
 
 def _size(
@@ -210,7 +224,7 @@ def _size(
     """The `size` input of the kernel, and the threadgroups along the weight's rows."""
     weight = call.weight
     given = call.x.size // call.x.shape[-1]
-    numbers = [weight.columns, call.rows, call.rows // given]
+    numbers = [weight.columns, call.rows, max(call.rows // given, given // call.rows)]
     tile = column = 0
     for part in weight.parts:
         width = part.rows if call.split else joined
@@ -262,20 +276,17 @@ def _program(
     # The segments of a call: one of them for the parts that it holds, or gate's and up's.
     calls = [of_part] if gated else [(s, s) for s in range(len(traits))]
     for f, g in calls:
-        block = [f"Part a = parts[{'0' if gated else 'j'}], b = {'parts[1]' if gated else 'a'};"]
+        x = tile.x
         if "experts" in inputs:
             # All parts of one segment lie in each expert's matrix.
-            block += [
-                f"{part}.first += uint(experts[tile.y]) * uint(codes{s}_shape[1]);"
-                for part, s in (("a", f), ("b", g))
-            ]
-            if bias == "bias":
-                block += [
-                    f"{part}.bias += uint(experts[tile.y]) * uint(bias_shape[1]);" for part in "ab"
-                ]
-        block += [
+            steps = [f"uint({n}_shape[1])" for n in (f"codes{f}", f"codes{g}")]
+            steps += ["uint(bias_shape[1])" if bias == "bias" else "0"]
+            scores = "scores" if "scores" in inputs else "x"
+            x = f"chosen({x}, experts, {scores}, {', '.join(steps)})"
+        block = [
+            f"Part a = parts[{'0' if gated else 'j'}], b = {'parts[1]' if gated else 'a'};",
             f"{tile.function}<{traits[f]}, {traits[g]}{tile.numbers}>("
-            f"{expressions[f]}, {expressions[g]}, {tile.x}, (const device Size*)size, "
+            f"{expressions[f]}, {expressions[g]}, {x}, (const device Size*)size, "
             f"{epilogue}(a, b, {bias}, {residual}, {out}), {place});",
         ]
         if len(calls) > 1:
@@ -331,6 +342,9 @@ def finish(call: Call[X], columns: list[mx.array]) -> list[mx.array]:
         columns = [_GATED_REFERENCE[call.activation](*columns)]
     elif call.activation is not None:
         columns = [_REFERENCE[call.activation](y) for y in columns]
+    if call.scores is not None:
+        scores = call.scores.astype(mx.float32)[..., None]
+        columns = [(y.reshape(*call.scores.shape, -1) * scores).sum(axis=-2) for y in columns]
     if not call.split and len(columns) > 1:
         columns = [mx.concatenate(columns, axis=-1)]
     if call.residual is not None:

@@ -76,9 +76,12 @@ def _tile(call: Call[Int8Activations]) -> Tile:
         sections = (*own, shared, f"{op}.metal:tiles")
         rows, scratch = 32 if call.gated else 64, "threadgroup Int8Tile scratch;"
         return Tile(op, sections, "int8_tile", "", x, rows, 32, 128, scratch)
-    many = 1 if call.experts is not None else batches(call.rows)
     lanes = f"{shared}:{'floor' if call.floor else 'lanes'}"
     sections = (*own, lanes, f"{op}.metal:{call.part('batch')}", f"{shared}:batch_tile")
+    if call.experts is not None:
+        sections = (*sections, f"{shared}:experts", f"{op}.metal:gathered")
+        return Tile(op, sections, "gathered_tile", ", 2, 1", x, 4, 1, 64, "")
+    many = batches(call.rows)
     return Tile(op, sections, "batch_tile", f", 2, {many}", x, 4, many, 64, "")
 
 

@@ -18,7 +18,11 @@ LARGE = "dequantize"
 the kernel that decodes tile by tile, which stays off until a Mac has measured it faster."""
 
 # Rows of W that a SIMD-group computes in each of `tuning.VARIANTS`.
-_SLOTS = {"vector": {"rows4": 4, "rows8": 8, "rows2": 2}, "batch": {"rows2": 2, "rows4": 4}}
+_SLOTS = {
+    "vector": {"rows4": 4, "rows8": 8, "rows2": 2},
+    "batch": {"rows2": 2, "rows4": 4},
+    "summed": {"rows4": 4, "rows8": 8, "rows2": 2},
+}
 
 
 def quantized_matmul(
@@ -30,6 +34,7 @@ def quantized_matmul(
     activation: str | None = None,
     split: bool = False,
     experts: mx.array | None = None,
+    scores: mx.array | None = None,
     differentiable: bool = False,
 ) -> tuple[mx.array, ...]:
     """``activation(x @ weight.T + bias) + residual``.
@@ -53,17 +58,22 @@ def quantized_matmul(
         split: one result for each part of the weight, each contiguous, instead of one for all.
         experts: integer ids ``[..., k]`` of the expert to use for each result row. ``x`` has
             one row for each id, or one for each group of ``k``.
+        scores: ``[..., k]``, of any floating type: each group's results are multiplied by them
+            and added up, in float32 and rounded once. ``x`` has a row for each id then, and the
+            weight one part. MLX-LM rounds every expert's result, its product with the score and
+            their sum to ``x.dtype``.
         differentiable: by MLX's own operations, which have gradients. The kernel has none: MLX
             raises ``[Primitive::vjp] Not implemented for CustomKernel`` under ``mx.grad``.
 
     Returns:
         ``[..., N]`` in ``x.dtype``, alone in a tuple; with ``split`` one for each part; with
-        ``experts`` of shape ``[*experts.shape, N]``.
+        ``experts`` of shape ``[*experts.shape, N]``; with ``scores`` ``[*experts.shape[:-1], N]``.
 
     Raises:
         ValueError: arguments whose shapes do not fit together.
     """
-    call = tuned(Call(x, weight, bias, residual, activation, split, experts, LARGE))
+    given = x, weight, bias, residual, activation, split, experts
+    call = tuned(Call(*given, large=LARGE, scores=scores))
     call.check()
     if differentiable:
         outputs = _dense(call)
@@ -83,16 +93,18 @@ def prepare(
     activation: str | None = None,
     split: bool = False,
     experts: mx.array | None = None,
+    scores: mx.array | None = None,
 ) -> Prepared | None:
     """`quantized_matmul` of such arguments as one launch, to be called with x and, where there are
-    any, the residual and the experts, of the same shapes and types; None if it is no single launch.
+    any, residual, experts and scores, of the same shapes and types; None if it is no single launch.
     """
-    call = tuned(Call(x, weight, bias, residual, activation, split, experts, LARGE))
+    arguments = x, weight, bias, residual, activation, split, experts
+    call = tuned(Call(*arguments, large=LARGE, scores=scores))
     call.check()
     alike = residual is None or residual.dtype == x.dtype
     if refuse(call) is not None or not alike or call.route == "dequantize":
         return None
-    given = {"residual": residual, "experts": experts}
+    given = {"residual": residual, "experts": experts, "scores": scores}
     free = ("x", *(name for name, array in given.items() if array is not None))
     return Prepared(_launch(call), free, [(*call.lead, n) for n in call.widths])
 
@@ -117,10 +129,19 @@ def _tile(call: Call[mx.array]) -> Tile:
         rows = 32 if call.gated else 64
         scratch = "threadgroup float scratch[96 * tile_pitch * sizeof(T) / 4];"
         return Tile(op, (f"{op}.metal:tiles",), "matrix_tile", "", "x", rows, 32, 128, scratch)
-    slots = _SLOTS[kind][call.variant or tuning.VARIANTS[op][kind][0]]
+    slots = _SLOTS[call.kind][call.variant or tuning.VARIANTS[op][call.kind][0]]
+    if kind == "summed":
+        groups = min(call.x.shape[-2], 8)
+        scratch = f"threadgroup float scratch[{groups * slots}];"
+        numbers = f", {slots}, {groups}"
+        sections = tuple(f"{op}.metal:{s}" for s in (call.part("vector"), kind))
+        return Tile(op, sections, "summed_tile", numbers, "x", slots, 1, 32 * groups, scratch)
     many = batches(call.rows) if kind == "batch" else 1
     numbers = f", {slots}, {many}" if kind == "batch" else f", {slots}"
-    sections = tuple(f"{op}.metal:{s}" for s in (call.part(kind), f"{kind}_tile"))
+    needs = [call.part(kind), f"{kind}_tile"]
+    if kind == "vector" and call.experts is not None:
+        needs, kind = [*needs, "gathered"], "gathered"
+    sections = tuple(f"{op}.metal:{s}" for s in needs)
     return Tile(op, sections, f"{kind}_tile", numbers, "x", 2 * slots, many, 64, "")
 
 

@@ -192,15 +192,18 @@ def _small_matmul(call: Call[Any]) -> tuple[Call[Any]]:
     weight = QuantizedWeight(tuple(parts))
     normal = _normal(call.x.dtype)
     x = normal(call.x.size // weight.columns, weight.columns)
-    small = replace(call, x=x, weight=weight)
+    small = replace(call, x=x.reshape(call.x.shape), weight=weight)
     if isinstance(call.x, Int8Activations):
         codes, scales, sums = QUANTIZE_INT8.reference(x)
         small = replace(small, x=Int8Activations(codes, scales, sums, x.dtype))
     if call.experts is not None:
-        small = replace(small, experts=mx.zeros_like(call.experts))
+        ids = mx.arange(call.experts.size, dtype=call.experts.dtype).reshape(call.experts.shape)
+        small = replace(small, experts=ids * (weight.experts or 1) // ids.size)
     if call.bias is not None:
         shape = (*call.bias.shape[:-1], weight.rows)
         small = replace(small, bias=normal(*shape).astype(call.bias.dtype))
+    if call.scores is not None:
+        small = replace(small, scores=normal(*call.scores.shape).astype(call.scores.dtype))
     if call.residual is not None:
         small = replace(small, residual=normal(call.rows, small.widths[0]))
     return (small,)

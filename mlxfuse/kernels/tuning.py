@@ -28,6 +28,7 @@ VARIANTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "quantized_matmul": {
         "vector": ("rows4", "rows8", "rows2"),
         "batch": ("rows2", "rows4"),
+        "summed": ("rows4", "rows8", "rows2"),
         "large": ("dequantize", "tiles"),
     }
 }

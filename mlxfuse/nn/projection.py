@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..kernels import Prepared, wanted
+from ..kernels import Prepared, noted, wanted
 from ..kernels._product import MAX_BATCH
 from ..kernels.activations import Int8Activations
 from ..kernels.int8_matmul import int8_matmul, unsupported
@@ -109,6 +109,7 @@ class KernelProjection(Projection):
         residual: mx.array | None = None,
         activation: str | None = None,
         experts: mx.array | None = None,
+        scores: mx.array | None = None,
         *,
         split: bool = False,
     ) -> Sequence[mx.array] | None:
@@ -118,10 +119,11 @@ class KernelProjection(Projection):
             "residual": residual,
             "activation": activation,
             "experts": experts,
+            "scores": scores,
             "split": split,
         }
         if mode:
-            free = [a for a in (x, residual, experts) if a is not None]
+            free = [a for a in (x, residual, experts, scores) if a is not None]
             key = (mode, activation, split, *[(a.shape, a.dtype) for a in free])
             prepared = self._prepared.get(key)
             if prepared is None and not self.large(x, experts):
@@ -162,13 +164,22 @@ class KernelProjection(Projection):
         return None if found is None else found[0]
 
     def gathered(
-        self, x: mx.array, experts: mx.array, activation: str, mode: str
+        self,
+        x: mx.array,
+        experts: mx.array,
+        mode: str,
+        *,
+        activation: str | None = None,
+        scores: mx.array | None = None,
     ) -> mx.array | None:
-        """`activated` for some experts of each row: [..., K] and [..., k] -> [..., k, N]."""
+        """`activated` for some experts of each row: [..., K] and [..., k] -> [..., k, N].
+
+        With ``scores`` [..., k] their weighted sums: [..., k, K] -> [..., N].
+        """
         # The file's own experts know how to multiply many rows, and without kernels.
-        if not self._stock and (not mode or self.large(x, experts)):
+        if not self._stock and (not (mode or noted()) or self.large(x, experts)):
             return None
-        found = self._run(x, mode, None, activation, experts)
+        found = self._run(x, mode, None, activation, experts, scores)
         return None if found is None else found[0]
 
     def integers(

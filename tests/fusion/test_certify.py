@@ -1,12 +1,15 @@
 """A class is known by the text of its `__call__` and by what its names mean."""
 
+import inspect
 from collections import Counter
 
+import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx_lm.models import llama
+from mlx_lm.models import gpt_oss, llama, mixtral, phimoe, qwen3_moe
 
-from mlxfuse.fusion.certify import KNOWN, Match, certify, parse, unify
+from mlxfuse.fusion import certify as certify_module
+from mlxfuse.fusion.certify import KNOWN, Match, certify, parse, summing, unify
 from tests.fusion.survey import covered
 
 FIRST_MLP = next(i for i, body in enumerate(KNOWN) if body.kind == "mlp")
@@ -33,6 +36,65 @@ def test_mlx_lm_is_covered() -> None:
     assert "llama.Attention" in found[0]
     assert "deepseek_v3.DeepseekV3MLP" in found[FIRST_MLP]
     assert all(found[i] for i in range(len(KNOWN)))  # no text is there for nothing
+
+
+class Sparse(nn.Module):
+    """Uses an expert's own result after the sum."""
+
+    def __call__(self, x, ids, scores):
+        y = self.experts(x, ids)
+        total = (y * scores[..., None]).sum(axis=-2)
+        return total + y[..., 0, :]
+
+
+class Conditional(nn.Module):
+    def __call__(self, x, ids, scores):
+        if self.shared:
+            y = self.experts(x, ids)
+        y = (y * scores[..., None]).sum(axis=-2)
+        return y
+
+
+def test_sums_over_experts() -> None:
+    """All of a method but the sum is its own text; what else reads the summands keeps it."""
+    seen = []
+
+    class Experts(nn.Module):
+        def __call__(self, x, ids, scores=None, cast=None):
+            seen.append((scores is not None, cast))
+            return x if scores is not None else mx.broadcast_to(x[..., None, :], (*ids.shape, 8))
+
+    for cls, name, cast in (
+        (mixtral.MixtralSparseMoeBlock, "switch_mlp", False),
+        (qwen3_moe.Qwen3MoeSparseMoeBlock, "switch_mlp", True),
+        (gpt_oss.MLPBlock, "experts", False),
+    ):
+        found = summing(cls)
+        assert found[0] == name
+        block = cls.__new__(cls)
+        nn.Module.__init__(block)
+        block.gate = block.router = nn.Linear(8, 4)
+        block.top_k = block.num_experts_per_tok = 2
+        block.sharding_group, block.norm_topk_prob = None, True
+        block[name] = Experts()
+        x = mx.random.normal((3, 8))
+        assert mx.allclose(found[1](block, x), block(x), atol=1e-6)  # scores add up to one
+        assert seen == [(True, cast), (False, None)]
+        seen.clear()
+    assert summing(Sparse).endswith("Sparse.__call__ uses y after the weighted sum")
+    assert summing(Conditional).endswith("has no weighted sum that is known")
+    other = type("Other", (mixtral.MixtralSparseMoeBlock,), {})
+    assert "is not the class" in summing(other)
+
+
+def test_a_sum_whose_source_has_changed_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    cls = phimoe.PhiMoESparseMoeBlock
+    real = inspect.getsource
+    monkeypatch.setattr(
+        certify_module.inspect, "getsource", lambda o: real(o).replace("axis=-2", "axis=-3")
+        if inspect.ismodule(o) else real(o),
+    )  # fmt: skip
+    assert summing(cls).endswith("__call__ has another source")
 
 
 def test_names_may_differ() -> None:

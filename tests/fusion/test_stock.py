@@ -18,6 +18,7 @@ from mlx_lm.tuner.lora import LoRALinear
 import mlxfuse
 from mlxfuse import patch_model, unpatch_model
 from mlxfuse.errors import PatchError
+from mlxfuse.fusion.dispatches import per_token
 from mlxfuse.kernels import fallbacks, launches
 from mlxfuse.nn.form import FusedModule
 from tests import msl
@@ -161,6 +162,7 @@ def moe(name: str, form: str, **more: object) -> nn.Module:
     for path, module in model.named_modules():
         if "experts" in path and "bias" in module:
             module.bias = mx.random.normal(module.bias.shape)
+            mx.eval(module.bias)
     return model
 
 
@@ -188,6 +190,59 @@ def test_experts(name: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
         for layer in model.layers:
             layer.mlp.experts.up_proj.bias = mx.roll(layer.mlp.experts.up_proj.bias, 1, 0)
         assert apart(logits(model, (3, 1, 40)), want) > 100 * BOUND
+
+
+@pytest.mark.parametrize("only", [True, False])
+@pytest.mark.parametrize(
+    ("name", "form"), [("qwen3_moe", "affine4"), ("gpt_oss", "mxfp4"), ("olmoe", "affine8")]
+)
+def test_sums_over_experts(
+    name: str, form: str, only: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone and with gate and up; calls of so many tokens that MLX multiplies are as they were."""
+    monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
+    model = moe(name, form)
+    before, want = parameters(model), logits(model, (3, 1, 40))
+    live, dispatches = held(), per_token(model)[0]
+    with msl.installed(build="fast"):
+        report = patch_model(model, fuse="experts_sum" if only else "experts,experts_sum")
+        assert held() <= live
+        got = logits(model, (3, 1, 40))
+    assert str(report) == ("" if only else "experts 2/2, ") + "experts sum 2/2"
+    assert launches == {"quantized_matmul": 4 if only else 8}
+    assert not fallbacks
+    assert not np.array_equal(got, want)
+    assert apart(got, want) <= BOUND
+    # In each layer down and its indices, products and sum; two linears, their indices and the
+    # activation less one; and for each linear the look-up of its bias and the addition.
+    bias = 1 if name == "gpt_oss" else 0
+    saved = 3 + 2 * bias + (0 if only else 4 + 4 * bias)
+    assert dispatches - per_token(model)[1] == 2 * saved
+    assert parameters(model) == before
+    unpatch_model(model)
+    assert np.array_equal(logits(model, (3, 1, 40)), want)
+
+
+def test_sums_over_experts_in_another_type_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a result that mlx-lm does not cast, float32 scores make float32."""
+    monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
+    model = moe("olmoe", "affine4")
+    model.set_dtype(mx.float16)
+    block = model.layers[0].mlp
+    x, ids = mx.random.normal((3, 128)).astype(mx.float16), mx.array([[0, 1], [2, 3], [1, 3]])
+    scores = mx.softmax(mx.random.normal((3, 2)), axis=-1)
+    want = (block.switch_mlp(x, ids) * scores[..., None]).sum(axis=-2)
+    with msl.installed(build="fast"):
+        patch_model(model, fuse="experts_sum")
+        got = block.switch_mlp(x, ids, scores)
+        assert mx.array_equal(got, want)
+        assert got.dtype == want.dtype == mx.float32
+        assert not launches
+        rounded = block.switch_mlp(x, ids, scores, cast=True)
+        mx.eval(rounded)
+    assert rounded.dtype == mx.float16
+    assert launches == {"quantized_matmul": 1}
+    assert mx.allclose(rounded, want, rtol=2e-3, atol=2e-3)
 
 
 def test_a_clipped_mlp(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -344,6 +344,63 @@ def test_biases_and_clipped_swiglu_of_experts(dtype: mx.Dtype, kernels: str) -> 
     assert mx.all(mx.isnan(y))
 
 
+SUMMED = [
+    ("Q4_K", mx.float16, 3, 37, 2, True),
+    ("MXFP4", mx.bfloat16, 1, 8, 4, False),
+    ("affine4g64", mx.float32, 2, 3, 9, True),
+    ("Q6_K", mx.float32, 9, 70, 1, False),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "m", "n", "k", "more"), SUMMED)
+def test_sums_over_experts(
+    name: str, dtype: mx.Dtype, m: int, n: int, k: int, more: bool, kernels: str
+) -> None:
+    """In float32, rounded once; each expert's product has the bits of its own matrix."""
+    rng = np.random.default_rng(m)
+    held, w = matrix(name, n, 256, dtype, experts=11)
+    weight = QuantizedWeight.whole(held)
+    ids = mx.array(np.stack([rng.permutation(11)[:k] for _ in range(m)]))
+    x = random_x(m * k, 256, dtype).reshape(m, k, 256)
+    scores = mx.array(rng.uniform(0, 1, (m, k)).astype(np.float32))
+    options = {}
+    if more:
+        options["bias"] = random_x(11, n, dtype, seed=3)
+        options["residual"] = random_x(m, n, dtype, seed=5)
+
+    def exact(scores: mx.array) -> tuple[np.ndarray, np.ndarray]:
+        """The sum, and that of the absolute values that are added up."""
+        flat = ids.reshape(-1)
+        (v,), (size,) = sums(x, [w], flat), magnitudes(x, [w], flat)
+        if more:
+            v = v + to_float64(options["bias"])[np.array(flat)]
+        weights = to_float64(scores).reshape(m, k, 1)
+        v, size = ((a.reshape(m, k, n) * weights).sum(1) for a in (v, size))
+        return v + to_float64(options["residual"]) if more else v, size
+
+    before = launched()
+    (got,) = quantized_matmul(x, weight, experts=ids, scores=scores, **options)
+    assert launched() - before == 1
+    assert got.shape == (m, n)
+    want, size = exact(scores)
+    bound = 4 * EPS[mx.float32] * size + EPS[dtype] * np.abs(want)
+    assert np.all(np.abs(to_float64(got) - want) <= bound)
+    (half,) = quantized_matmul(x, weight, experts=ids, scores=scores.astype(mx.float16), **options)
+    want, size = exact(scores.astype(mx.float16))
+    assert np.all(np.abs(to_float64(half) - want) <= bound)
+    for wrong in (mx.roll(scores, 1, -1), mx.roll(scores, 1, 0)):
+        if not mx.array_equal(wrong, scores):  # control
+            (other,) = quantized_matmul(x, weight, experts=ids, scores=wrong, **options)
+            assert not np.all(np.abs(to_float64(other) - exact(scores)[0]) <= bound)
+    if dtype == mx.float32:
+        # With scores of 1 or 2 nothing but the sums is rounded: in order, by every eighth.
+        twos = 2.0 ** mx.array(rng.integers(0, 2, (m, k)), mx.float32)
+        (got,) = quantized_matmul(x, weight, experts=ids, scores=twos)
+        each = quantized_matmul(x, weight, experts=ids)[0] * twos[..., None]
+        partial = [sum(each[:, i] for i in range(g, k, 8)) for g in range(min(k, 8))]
+        assert mx.array_equal(got, sum(partial[1:], partial[0]))
+
+
 @pytest.mark.parametrize("large", ["dequantize", "tiles"])
 def test_no_rows_give_no_rows(large: str, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLXFUSE_KERNELS", "emulated" if kernels != "metal" else "auto")
@@ -418,6 +475,17 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="expert ids"):
         quantized_matmul(x, weight, experts=mx.array([0, 1]))
     three = joined(("Q4_0",), (6,), 64, experts=3).weight
+    ids, scores = mx.zeros((2, 2), mx.uint32), mx.ones((2, 2))
+    with pytest.raises(ValueError, match=r"scores \(2,\) of expert ids \(2, 2\)"):
+        quantized_matmul(mx.zeros((2, 2, 64)), three, experts=ids, scores=scores[0])
+    with pytest.raises(ValueError, match=r"scores \(2, 2\) of expert ids \(\)"):
+        quantized_matmul(x, weight, scores=scores)
+    with pytest.raises(ValueError, match=r"ids \(2, 2\), x \(2, 64\)"):
+        quantized_matmul(x, three, experts=ids, scores=scores)
+    with pytest.raises(ValueError, match="one part and no activation"):
+        quantized_matmul(
+            mx.zeros((2, 2, 64)), three, experts=ids, scores=scores, activation="relu2"
+        )
     with pytest.raises(ValueError, match=r"bias: expected \(3, 6\), found \(6,\)"):
         quantized_matmul(x, three, bias=mx.zeros((6,)), experts=mx.array([0, 1]))
 

@@ -246,13 +246,15 @@ def test_both_ways_to_multiply_by_experts_are_self_tested(
     # So that the lengths of other models' self-tests are not enough.
     made.metadata["gpt-oss.expert_used_count"] = 1
     path = tiny.write(tmp_path / "m.gguf", made)
-    seen = set()
+    seen, tiles = set(), set()
 
     def note(recorded: list[self_test.Recorded]) -> dict[str, str]:
         for kernel, arguments in recorded:
             launch = kernel.launch(*arguments)
             gathered = "experts" in launch.program.inputs or "rows" in launch.program.inputs
             seen.add((kernel.name, "MXFP4" in launch.program.body, gathered))
+            if kernel.name == "quantized_matmul":
+                tiles.add(launch.program.body.partition("_tile<")[0].rpartition("\n")[2])
         return {}
 
     monkeypatch.setattr(self_test, "check", note)
@@ -264,3 +266,4 @@ def test_both_ways_to_multiply_by_experts_are_self_tested(
         ("dequantize", True, False),
     }
     assert ("quantized_matmul", True, False) not in seen
+    assert tiles >= {"gathered", "summed"}

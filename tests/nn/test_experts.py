@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from mlxfuse.formats import BY_NAME
+from mlxfuse.kernels.quantized_matmul import quantized_matmul
 from mlxfuse.kernels.weight import Part, QuantizedWeight, Segment
 from mlxfuse.nn import experts
 from mlxfuse.nn.experts import QuantizedSwitchLinear, SwitchLinear
@@ -58,6 +59,22 @@ def test_only_the_chosen_experts_bytes_are_loaded(monkeypatch: pytest.MonkeyPatc
             b.distinct_read for n, b in counts.buffers.items() if n[:-1] in ("codes", "scales")
         )
         assert moved == total * chosen // EXPERTS
+
+
+def test_a_sum_over_experts_loads_their_bytes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
+    layer, _ = switch()
+    total = sum(a.nbytes for a in layer._streams[0].values())
+    ids = mx.array([[4, 2, 0], [2, 4, 1]], mx.uint32)
+    x = activations(2, 3)[..., 0, :]
+    with msl.installed(), msl.counting() as found:
+        mx.eval(quantized_matmul(x, layer.weight, experts=ids, scores=mx.ones((2, 3))))
+    (counts,) = found
+    streams = [b for n, b in counts.buffers.items() if n[:-1] in ("codes", "scales")]
+    assert sum(b.distinct_read for b in streams) == total * 4 // EXPERTS
+    # Each use reads them once; of the rows of MXFP4, of 64 weights, two lanes have some.
+    assert sum(b.read_bytes for b in streams) == total * 6 // EXPERTS
+    assert counts.buffers["x"].distinct_read == x.nbytes
 
 
 def test_many_rows_dequantise_every_expert_once(monkeypatch: pytest.MonkeyPatch) -> None:

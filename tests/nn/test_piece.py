@@ -49,17 +49,22 @@ class StandIn:
 
 
 def prepare_matmul(
-    x: mx.array, weight: Any, *, residual: Any = None, experts: Any = None, **options: Any
+    x: mx.array,
+    weight: Any,
+    *,
+    residual: Any = None,
+    experts: Any = None,
+    scores: Any = None,
+    **options: Any,
 ):
-    optional = {"residual": residual, "experts": experts}
+    optional = {"residual": residual, "experts": experts, "scores": scores}
     given = [name for name, array in optional.items() if array is not None]
 
     def product(x: mx.array, *arrays: mx.array) -> list[mx.array]:
         free = dict.fromkeys(optional) | dict(zip(given, arrays, strict=True))
         call = Call(x, weight, **{"bias": None, **options}, **free)
         found = matmul._dense(call, dequantized=experts is None)
-        lead = x.shape[:-1] if experts is None else free["experts"].shape
-        return [y.reshape(*lead, y.shape[-1]) for y in found]
+        return [y.reshape(*call.lead, y.shape[-1]) for y in found]
 
     return StandIn("quantized_matmul", product)
 
@@ -139,6 +144,22 @@ def test_kept_graphs_give_the_same(name: str, parts: set[str], own: dict[str, An
     assert {name for f in forms(model) for name in f.kept} == parts
     zoo.logits(model)
     assert [piece._builds for piece in pieces(model)] == builds
+
+
+def test_int8_activations_have_graphs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes go from a layer's graph to the experts' and the shared one's, which are others."""
+    model = stock("qwen2_moe")
+    patch_model(model, fuse="all", act_quant="on")
+    got = zoo.logits(model)
+    names = {name for f in forms(model) for name in f.kept}
+    assert names == {"_enter_int8", "_left_int8", "_whole", "_whole_int8"}
+    monkeypatch.setenv("MLXFUSE_DISABLE", "int8")
+    want = zoo.logits(stock("qwen2_moe"))
+    assert zoo.apart(zoo.logits(model), want) <= BOUND
+    monkeypatch.delenv("MLXFUSE_DISABLE")
+    assert 1e-4 < zoo.apart(got, want) < 0.2
+    monkeypatch.setattr(form.Run, "of", lambda x: form.Run("", False))
+    assert zoo.apart(zoo.logits(model), got) <= BOUND
 
 
 def test_other_shapes_have_their_own() -> None:
