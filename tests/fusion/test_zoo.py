@@ -130,7 +130,7 @@ def test_a_lost_fusion_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_weight_held_twice_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: the originals of a joined matrix are kept."""
-    monkeypatch.setattr(joining, "_hand_back", lambda *arguments: None)
+    monkeypatch.setattr(joining, "_hand_back", lambda *arguments, **options: None)
     with pytest.raises(AssertionError, match="a weight is held twice"):
         examine("llama", "float32")
 
