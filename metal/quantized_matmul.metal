@@ -467,15 +467,13 @@ METAL_FUNC void decode_run(
   }
 }
 
+// Rows `to` to `rows` - 1 of x, 32 at most.
 template <typename F, typename G, typename Y, typename T, typename P, typename Q>
-METAL_FUNC void matrix_tile(
-    P p, Q q, const device T* x, const device Size* size, Y y, uint3 tile, uint group, uint me,
-    threadgroup float* scratch) {
+METAL_FUNC void matrix_rows(
+    P p, Q q, const device T* x, uint columns, Y y, uint across, uint to, uint rows, uint group,
+    uint me, threadgroup float* scratch) {
   constexpr uint count = Y::gated ? 32 : 64;
-  const uint columns = size->columns;
-  const uint rows = size->rows;
-  const uint to = tile.y * 32;
-  const uint row = (tile.x - y.a.tile) * count;
+  const uint row = (across - y.a.tile) * count;
   threadgroup T* xs = (threadgroup T*)scratch;
   threadgroup T* ws = xs + 32 * tile_pitch;
   const uint m = me / 4;
@@ -548,5 +546,33 @@ METAL_FUNC void matrix_tile(
       const threadgroup float* sum = scratch + ym * tile_pitch + yn;
       put(y, sum[0], Y::gated ? sum[32] : 0.0f, row + yn, to + ym);
     }
+  }
+}
+
+//@ matrix: tiles
+template <typename F, typename G, typename Y, typename T, typename P, typename Q>
+METAL_FUNC void matrix_tile(
+    P p, Q q, const device T* x, const device Size* size, Y y, uint3 tile, uint group, uint me,
+    threadgroup float* scratch) {
+  matrix_rows<F, G>(
+      p, q, x, size->columns, y, tile.x, tile.y * 32, size->rows, group, me, scratch);
+}
+
+//@ grouped: tiles experts
+// 32 rows of x, of which those of one expert are neighbours: a product for each expert there is.
+template <typename F, typename G, typename Y, typename X, typename P, typename Q>
+METAL_FUNC void grouped_tile(
+    P p, Q q, X x, const device Size* size, Y y, uint3 tile, uint group, uint me,
+    threadgroup float* scratch) {
+  const uint end = metal::min(tile.y * 32 + 32, size->rows);
+  uint to = tile.y * 32;
+  while (to < end) {
+    const uint from = to;
+    while (to < end && x.experts[to] == x.experts[from]) {
+      to++;
+    }
+    Y own = y;
+    choose(own, x, from);
+    matrix_rows<F, G>(p, q, x.x, size->columns, own, tile.x, from, to, group, me, scratch);
   }
 }

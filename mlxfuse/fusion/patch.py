@@ -13,7 +13,8 @@ import mlx.nn as nn
 from .. import env
 from ..errors import PatchError
 from ..kernels import self_test, tuning, unavailable
-from ..nn.experts import MAX_ROWS_PER_EXPERT, QuantizedSwitchLinear
+from ..kernels._product import MAX_ROWS_PER_EXPERT
+from ..nn.experts import QuantizedSwitchLinear
 from ..nn.form import Form
 from ..nn.kv import KVOptions, check_model, compress_caches
 from ..nn.projection import MAX_IDS
@@ -200,7 +201,7 @@ def _self_test(model: nn.Module, report: PatchReport) -> None:
     if not kernels or env.get("MLXFUSE_KERNELS") == "emulated" or unavailable() is not None:
         return
     start = time.perf_counter()
-    # So many that ids are sorted and every expert is dequantised.
+    # So many that ids are sorted.
     many = [max(MAX_IDS, MAX_ROWS_PER_EXPERT * max(experts) + 1)] if experts else []
 
     def run() -> None:

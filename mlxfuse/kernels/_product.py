@@ -28,6 +28,11 @@ MAX_VECTOR_ROWS = 32
 dequantised once and multiplied by `mx.matmul`: at 4.5 bits a weight that moves 8 times the
 weight's bytes, as much as 8 readings. Not measured on a Mac."""
 
+MAX_ROWS_PER_EXPERT = 4
+"""Rows of x, for each expert that there is, up to which an expert's matrix is read again for
+every row that uses it. Above, rows are sorted by expert and a tile of up to 32 reads it once, but
+takes the time to multiply 32. Not measured on a Mac."""
+
 _GATED = {
     "swiglu": "Gated<Silu>",
     "geglu": "Gated<Gelu>",
@@ -56,10 +61,16 @@ class Call(Generic[X]):
 
     @property
     def kind(self) -> str:
-        """``vector``, ``batch``, ``large`` or, of experts, ``summed``; see `tuning.VARIANTS`."""
+        """``vector``, ``batch`` or ``large``; of experts ``vector``, ``grouped`` or ``summed``.
+
+        `tuning.VARIANTS` names the variants of each.
+        """
         if self.scores is not None:
             return "summed"
-        if self.rows == 1 or self.experts is not None:
+        if self.experts is not None:
+            few = self.rows <= MAX_ROWS_PER_EXPERT * (self.weight.experts or 1)
+            return "vector" if few else "grouped"
+        if self.rows == 1:
             return "vector"
         return "batch" if self.rows <= MAX_VECTOR_ROWS else "large"
 

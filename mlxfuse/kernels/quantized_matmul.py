@@ -35,9 +35,13 @@ def quantized_matmul(
     split: bool = False,
     experts: mx.array | None = None,
     scores: mx.array | None = None,
+    sorted_experts: bool = False,
     differentiable: bool = False,
 ) -> tuple[mx.array, ...]:
     """``activation(x @ weight.T + bias) + residual``.
+
+    More than `MAX_ROWS_PER_EXPERT` rows for each expert are multiplied in tiles of the rows of one
+    expert, for which they are sorted by expert; weights are rounded to ``x.dtype`` there.
 
     Products are summed in float32 and the epilogue is computed in float32 from the unrounded
     sums; the result is rounded once. More than `MAX_VECTOR_ROWS` rows in float16 or bfloat16 are
@@ -62,6 +66,7 @@ def quantized_matmul(
             and added up, in float32 and rounded once. ``x`` has a row for each id then, and the
             weight one part. MLX-LM rounds every expert's result, its product with the score and
             their sum to ``x.dtype``.
+        sorted_experts: the ids are in ascending order.
         differentiable: by MLX's own operations, which have gradients. The kernel has none: MLX
             raises ``[Primitive::vjp] Not implemented for CustomKernel`` under ``mx.grad``.
 
@@ -79,6 +84,8 @@ def quantized_matmul(
         outputs = _dense(call)
     elif call.route == "dequantize":
         outputs = _dense(call, dequantized=True)
+    elif experts is not None and call.kind == "grouped" and not sorted_experts:
+        outputs = _sorted(call, experts.reshape(-1))
     else:
         outputs = KERNEL(call)
     return tuple(y.reshape(*call.lead, y.shape[-1]) for y in outputs)
@@ -102,11 +109,23 @@ def prepare(
     call = tuned(Call(*arguments, large=LARGE, scores=scores))
     call.check()
     alike = residual is None or residual.dtype == x.dtype
-    if refuse(call) is not None or not alike or call.route == "dequantize":
+    if refuse(call) is not None or not alike or call.route in ("dequantize", "grouped"):
         return None
     given = {"residual": residual, "experts": experts, "scores": scores}
     free = ("x", *(name for name, array in given.items() if array is not None))
     return Prepared(_launch(call), free, [(*call.lead, n) for n in call.widths])
+
+
+def _sorted(call: Call[mx.array], ids: mx.array) -> list[mx.array]:
+    """The call with its rows in the order of their experts' ids, and the results back in theirs."""
+    x = call.x.reshape(-1, call.x.shape[-1])
+    order = mx.argsort(ids)
+    residual = call.residual
+    if residual is not None:
+        residual = residual.reshape(ids.size, -1)[order]
+    x = x[order // (ids.size // x.shape[0])]
+    back = mx.argsort(order)
+    return [y[back] for y in KERNEL(replace(call, x=x, experts=ids[order], residual=residual))]
 
 
 def tuned(call: Call[mx.array]) -> Call[mx.array]:
@@ -125,10 +144,11 @@ def run_call(call: Call[mx.array], *, emulated: bool = False) -> list[mx.array]:
 
 def _tile(call: Call[mx.array]) -> Tile:
     kind, op = call.route, "quantized_matmul"
-    if kind == "tiles":
+    if kind in ("tiles", "grouped"):
+        name = "matrix" if kind == "tiles" else kind
         rows = 32 if call.gated else 64
         scratch = "threadgroup float scratch[96 * tile_pitch * sizeof(T) / 4];"
-        return Tile(op, (f"{op}.metal:tiles",), "matrix_tile", "", "x", rows, 32, 128, scratch)
+        return Tile(op, (f"{op}.metal:{name}",), f"{name}_tile", "", "x", rows, 32, 128, scratch)
     slots = _SLOTS[call.kind][call.variant or tuning.VARIANTS[op][call.kind][0]]
     if kind == "summed":
         groups = min(call.x.shape[-2], 8)

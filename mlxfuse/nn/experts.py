@@ -23,11 +23,6 @@ from ..kernels.weight import QuantizedWeight
 from .linear import Rows, matmul
 from .quantized import Place, _Holder
 
-MAX_ROWS_PER_EXPERT = 8
-"""Rows of x, for each expert that there is, up to which an expert's matrix is read again for
-every row that uses it. Above, all are dequantised once and multiplied by `mx.gather_mm`: at 4.5
-bits a weight that moves 8 times the weight's bytes. Not measured on a Mac."""
-
 
 def _grouped(
     x: mx.array, ids: NDArray[np.integer], matrix: Callable[[int], mx.array], rows: int
@@ -115,7 +110,7 @@ class StreamedSwitchLinear(nn.Module):
 class QuantizedSwitchLinear(_Holder):
     """The matrices stay at their file's bytes, of which only the chosen experts' are read.
 
-    In training mode all are dequantised: kernels have no gradient.
+    In training mode they are dequantised: kernels have no gradient.
 
     Args:
         weight: ``[experts, N, K]`` of one part, which may be some rows of each expert.
@@ -141,33 +136,19 @@ class QuantizedSwitchLinear(_Holder):
         ids = _values(indices) if unavailable() is not None else None
         if ids is not None:
             y = _grouped(x.astype(mx.float32), ids, self._matrix, self.weight.rows).astype(x.dtype)
-        elif self.training or indices.size > MAX_ROWS_PER_EXPERT * (self.weight.experts or 1):
-            # MLX's CPU back-end, where kernels are emulated, gathers float32 only.
-            dtype = mx.float32 if mx.default_device() == mx.cpu else x.dtype
-            y = mx.gather_mm(
-                x.astype(dtype),
-                self._matrices(dtype).swapaxes(-1, -2),
-                rhs_indices=indices,
-                sorted_indices=sorted_indices,
-            ).astype(x.dtype)
-        else:
-            bias = self.get("bias")
-            return quantized_matmul(x, self.weight, bias=bias, experts=indices)[0][..., None, :]
-        return _biased(self, y, indices)
+            return _biased(self, y, indices)
+        (y,) = quantized_matmul(
+            x,
+            self.weight,
+            bias=self.get("bias"),
+            experts=indices,
+            sorted_experts=sorted_indices,
+            differentiable=self.training,
+        )
+        return y[..., None, :]
 
     def _matrix(self, expert: int) -> mx.array:
         """One expert's, float32 [N, K]."""
         (streams,) = self._streams
         arrays = {name: array[expert] for name, array in streams.items()}
         return dequantize(replace(self._part.segment, arrays=arrays))
-
-    def _matrices(self, dtype: mx.Dtype) -> mx.array:
-        """All experts', [experts, N, K]."""
-        part, segment = self._part, self._part.segment
-        flat = {n: a.flatten(0, 1) for n, a in segment.arrays.items()}
-        experts = mx.arange(self.weight.experts or 1)[:, None]
-        rows = experts * segment.rows + mx.arange(part.first, part.first + part.rows)
-        if part.rows == segment.rows:
-            every = dequantize(replace(segment, arrays=flat), dtype=dtype)
-            return every.reshape(*rows.shape, segment.columns)
-        return dequantize(replace(segment, arrays=flat), rows, dtype)

@@ -208,6 +208,12 @@ def variants() -> Iterator[Variant]:
     both = QuantizedWeight(tuple(Part(s, 0, ROWS) for s in halves))
     yield _product("experts", both, 1, half, experts=ids)
     yield _product("experts, swiglu", both, 1, half, experts=ids, activation="swiglu")
+    many = mx.array([0] * 19 + [3] * 2, mx.uint32)
+    yield _product("experts in tiles", both, 21, half, experts=many, activation="swiglu_clipped")
+    down = _product("experts summed", both.split()[0], 2, half, experts=ids[0])
+    (call,) = down.arguments
+    added = {"experts": ids, "scores": mx.full((1, 2), 0.5, half), "x": call.x[None]}
+    yield replace(down, arguments=(replace(call, **added),))
     yield from _int8_variants()
     yield from compressed()
     yield from norms()

@@ -87,7 +87,7 @@ def test_quantised_experts_match_llama_cpp(name: str, seed: int, tmp_path: Path)
 def test_the_kernels_match_llama_cpp(
     name: str, fused: str, dispatches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A whole model by the Metal source: all experts dequantised, then only the chosen read."""
+    """A whole model by the Metal source: tiles of experts' rows, then row by row."""
     monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
     made, want = model_of(name, tiny.SEEDS[0])
     with msl.installed(build="fast"):
@@ -260,10 +260,6 @@ def test_both_ways_to_multiply_by_experts_are_self_tested(
     monkeypatch.setattr(self_test, "check", note)
     monkeypatch.setattr(_kernel, "_unavailable", lambda mode: None)
     load(path, dtype=mx.float16)
-    assert seen >= {
-        ("quantized_matmul", True, True),
-        ("dequantize", True, True),  # gate and up share a segment
-        ("dequantize", True, False),
-    }
+    assert ("quantized_matmul", True, True) in seen
     assert ("quantized_matmul", True, False) not in seen
-    assert tiles >= {"gathered", "summed"}
+    assert tiles >= {"gathered", "summed", "grouped"}

@@ -1,16 +1,20 @@
 """Experts' matrices: which kernel multiplies them, bit for bit, and what is read of them."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlxfuse.formats import BY_NAME
-from mlxfuse.kernels.quantized_matmul import quantized_matmul
+from mlxfuse.kernels import launches
+from mlxfuse.kernels._product import Call
+from mlxfuse.kernels.quantized_matmul import KERNEL, quantized_matmul
 from mlxfuse.kernels.weight import Part, QuantizedWeight, Segment
-from mlxfuse.nn import experts
 from mlxfuse.nn.experts import QuantizedSwitchLinear, SwitchLinear
 from mlxfuse.nn.quantized import QuantizedLinear
 from tests import msl
+from tests.kernels.matmul_cases import activated, joined, random_x, sums
 from tests.kernels.weights import expected, random_blocks, segment
 
 EXPERTS, ROWS, COLUMNS = 5, 22, 64
@@ -72,35 +76,96 @@ def test_a_sum_over_experts_loads_their_bytes_once(monkeypatch: pytest.MonkeyPat
     (counts,) = found
     streams = [b for n, b in counts.buffers.items() if n[:-1] in ("codes", "scales")]
     assert sum(b.distinct_read for b in streams) == total * 4 // EXPERTS
-    # Each use reads them once; of the rows of MXFP4, of 64 weights, two lanes have some.
-    assert sum(b.read_bytes for b in streams) == total * 6 // EXPERTS
+    assert sum(b.read_bytes for b in streams) == total * 6 // EXPERTS  # each use reads them once
     assert counts.buffers["x"].distinct_read == x.nbytes
 
 
-def test_many_rows_dequantise_every_expert_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where kernels run, in operations of MLX: rows of a part, and of a whole segment."""
-    monkeypatch.setattr(experts, "unavailable", lambda: None)
-    seen = []
-    real = experts.dequantize
-    monkeypatch.setattr(
-        experts, "dequantize", lambda s, *a, **k: seen.append(1) or real(s, *a, **k)
-    )
+def dense_tiles(x: mx.array, weight: QuantizedWeight, **options: object) -> mx.array:
+    """Rows of x in tiles of the dense kernel."""
+    call = Call(x, weight, None, None, None, False)
+    (y,) = KERNEL(replace(call, variant="tiles", **options))
+    return y
+
+
+IDS = {
+    "one each": np.arange(EXPERTS * 8) % EXPERTS,
+    "ragged": np.repeat([0, 1, 3, 4], [1, 40, 9, 3]),  # none of expert 2's
+    "all of one": np.full(33, 2),
+    "a row": np.repeat([0, 1, 2, 3, 4], [31, 1, 1, 32, 2]),
+}
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+@pytest.mark.parametrize("name", IDS)
+def test_many_rows_have_the_bits_of_dense_tiles(name: str, dtype: mx.Dtype, kernels: str) -> None:
+    """Whatever rows are beside them in a tile, and in whatever order they are given."""
+    ids = np.sort(IDS[name])
     layer, values = switch()
-    whole = QuantizedSwitchLinear(QuantizedWeight.whole(segment(DATA, FORMAT, experts=EXPERTS)))
-    every = expected(DATA, FORMAT).reshape(EXPERTS, ROWS, COLUMNS)
-    for count in (8 * EXPERTS, 8 * EXPERTS + 1):
-        ids = np.sort(np.random.default_rng(0).integers(0, EXPERTS, count))
-        x = activations(count, dtype=mx.float32)
-        for made, weight in ((layer, values), (whole, every)):
-            got = made(x, mx.array(ids, mx.uint32), sorted_indices=True)
-            want = np.array(x, np.float64) @ weight[ids].swapaxes(1, 2)
-            assert np.abs(np.array(got) - want).max() <= 1e-5 * np.abs(want).max()
-        assert len(seen) == (0 if count == 8 * EXPERTS else 2)
-        seen.clear()
-    half = layer(x.astype(mx.float16), mx.array(ids, mx.uint32))
-    wide = np.array(layer(x.astype(mx.float16).astype(mx.float32), mx.array(ids, mx.uint32)))
-    assert half.dtype == mx.float16
-    assert np.array_equal(np.array(half), wide.astype(np.float16))
+    x = activations(len(ids), dtype=dtype)
+    before = launches["quantized_matmul"]
+    got = layer(x, mx.array(ids, mx.uint32), sorted_indices=True)
+    assert launches["quantized_matmul"] - before == 1
+    wide = np.array(x.astype(mx.float32), np.float64)
+    want = wide @ values[ids].swapaxes(1, 2)
+    bound = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}[dtype]
+    assert np.abs(np.array(got.astype(mx.float32)) - want).max() <= bound * np.abs(want).max()
+    for expert in np.unique(ids):
+        rows = np.flatnonzero(ids == expert)
+        own = segment(DATA.reshape(EXPERTS, ROWS, -1)[expert, 12:].copy(), FORMAT)
+        # 33 rows or more are a dense kernel's tiles; the last ones are other rows.
+        some = mx.concatenate([x[mx.array(rows)], activations(33, dtype=dtype)])[:, 0]
+        alone = dense_tiles(some, QuantizedWeight.whole(own))
+        assert mx.array_equal(got[mx.array(rows), 0], alone[: len(rows)]), expert
+    order = np.random.default_rng(0).permutation(len(ids))
+    again = layer(x[mx.array(order)], mx.array(ids[order], mx.uint32))
+    assert mx.array_equal(again, got[mx.array(order)])
+
+
+@pytest.mark.parametrize("format", ["Q4_K", "Q6_K"])
+def test_many_rows_of_gate_and_up(format: str, kernels: str) -> None:
+    """With biases, activation and residual; two formats, and x with a row for every two ids."""
+    found = joined(("Q4_K", format), (37, 37), 256, experts=3)
+    ids = mx.array(np.random.default_rng(2).integers(0, 3, (19, 2)), mx.uint32)
+    x, bias = random_x(19, 256, mx.float32), random_x(3, 74, mx.float32, seed=3)
+    x = 0.02 * x
+    residual = random_x(38, 37, mx.float32, seed=5).reshape(19, 2, 37)
+    options = {"bias": bias, "activation": "swiglu_clipped", "residual": residual}
+    before = launches["quantized_matmul"]
+    (got,) = quantized_matmul(x, found.weight, experts=ids, **options)
+    assert launches["quantized_matmul"] - before == 1
+    of = np.array(bias, np.float64)[np.array(ids).reshape(-1)]
+    v = [y + b for y, b in zip(sums(x, found.parts, ids), np.split(of, 2, -1), strict=True)]
+    (want,) = activated("swiglu_clipped", v)
+    want = want + np.array(residual).reshape(want.shape)
+    assert np.abs(np.array(got).reshape(want.shape) - want).max() <= 2e-5 * np.abs(want).max()
+
+
+def test_tiles_read_the_bytes_of_their_experts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no expert is ever held dequantised."""
+    monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
+    layer, _ = switch()
+    total = sum(a.nbytes for a in layer._streams[0].values())
+    for name, ids in IDS.items():
+        ids = np.sort(ids)
+        uses = sum(len(set(ids[at : at + 32])) for at in range(0, len(ids), 32))
+        x = activations(len(ids))
+        mx.eval(x)
+        with msl.installed(), msl.counting() as found:
+            mx.reset_peak_memory()
+            held = mx.get_active_memory()
+            y = layer(x, mx.array(ids, mx.uint32), sorted_indices=True)
+            mx.eval(y)
+            peak = mx.get_peak_memory() - held
+        (counts,) = found
+        streams = [b for n, b in counts.buffers.items() if n[:-1] in ("codes", "scales")]
+        assert sum(b.read_bytes for b in streams) == total * uses // EXPERTS, name
+        assert sum(b.distinct_read for b in streams) == total * len(set(ids)) // EXPERTS
+        assert peak < EXPERTS * 10 * COLUMNS * 2, name  # of the float16 matrices
+    mx.reset_peak_memory()
+    held = mx.get_active_memory()
+    layer.train()  # control
+    mx.eval(layer(x, mx.array(ids, mx.uint32)))
+    assert mx.get_peak_memory() - held > EXPERTS * 10 * COLUMNS * 2
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.float32])
