@@ -15,10 +15,11 @@ from typing import Any
 
 import mlx.nn as nn
 
+from .attentions import ATTENTIONS
 from .bodies import BODIES, WEIGHTED_SUMS, Body
 from .delta_nets import DELTA_NETS
 
-KNOWN = (*BODIES, *DELTA_NETS)
+KNOWN = (*ATTENTIONS, *BODIES, *DELTA_NETS)
 
 
 @dataclass(frozen=True)
