@@ -87,7 +87,7 @@ def _tile(call: Call[Int8Activations]) -> Tile:
 
 def biased(segment: AnySegment) -> bool:
     """True where the format has biases, so that the sums of x are needed."""
-    return segment.name not in ("Q4_0", "Q5_0", "Q8_0", "Q6_K")
+    return segment.name not in ("Q4_0", "Q5_0", "Q8_0", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4")
 
 
 def _launch(call: Call[Int8Activations]) -> Launch:
