@@ -402,6 +402,14 @@ def test_the_reference_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
             )
 
 
+def test_experts_of_no_rows_give_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
+    weight = joined_cases(("Q4_0", "Q4_0"), (9, 9), 256, mx.float32, 3).weight
+    ids = mx.zeros((2, 0, 2), mx.uint32)
+    (got,) = int8_matmul(random_x(2, 0, 256), weight, activation="swiglu", experts=ids)
+    assert got.shape == (2, 0, 2, 9)
+
+
 def test_only_the_chosen_experts_are_read() -> None:
     """Every byte of the matrices of 3 of 8 experts once, and none of the others'."""
     experts, rows, columns = 8, 64, 512
