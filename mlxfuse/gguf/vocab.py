@@ -44,8 +44,8 @@ class Vocab:
 
     ``tokens[i]`` is the text of id ``i`` and ``types[i]`` its type (int8; the constants above);
     ``scores`` is float32 or None; ``merges`` holds each pair once, best first; ids in ``special``
-    (``bos``, ``eos``, ``eot``, ``eom``, ``unk``, ``pad``), ``eog`` and ``suppressed``, which are never
-    to be generated, are within the vocabulary.
+    (``bos``, ``eos``, ``eot``, ``eom``, ``unk``, ``pad``), ``eog`` and ``suppressed``, which
+    are never to be generated, are within the vocabulary.
     """
 
     model: str
