@@ -114,11 +114,14 @@ _EXPERTS_CALL = r"^(?P<indent> +)(?P<y>\w+) = self\.(?P<experts>\w+)\((?P<x>\w+)
 WEIGHTED_SUMS = (
     # mixtral, qwen3_moe and most others
     _EXPERTS_CALL
-    + r"(?P=indent)(?P<sum>\w+) = \((?P=y) \* (?P<scores>\w+)\[\.\.\., None\]\)\.sum\(axis=-2\)"
+    + r"(?P=indent)(?P<into>\w+ = )\((?P=y) \* (?P<scores>\w+)\[\.\.\., None\]\)\.sum\(axis=-2\)"
     r"(?P<cast>\.astype\((?P=y)\.dtype\))?\n",
     # gpt_oss
     _EXPERTS_CALL + r"(?P=indent)(?P=y) = (?P=y) \* mx\.expand_dims\((?P<scores>\w+), axis=-1\)\n"
-    r"(?P=indent)(?P<sum>\w+) = (?P=y)\.sum\(axis=-2\)(?P<cast>)\n",
+    r"(?P=indent)(?P<into>\w+ = )(?P=y)\.sum\(axis=-2\)(?P<cast>)\n",
+    # gemma4_text
+    r"^ +(?P<w>\w+) = mx\.expand_dims\((?P<scores>\w+), -1\)\n" + _EXPERTS_CALL + r"(?P=indent)"
+    r"(?P<into>return )\((?P=w) \* (?P=y)\)\.sum\(-2\)(?P<cast>)\n",
 )
 
 BODIES: tuple[Body, ...] = (

@@ -72,10 +72,10 @@ def _summing(
     if found is None:
         return f"{_name(cls)}.__call__ has no weighted sum that is known"
     y, rest = found["y"], text[found.end() :]
-    if y != found["sum"] and re.search(rf"\b{y}\b", rest):
+    if found["into"] != f"{y} = " and re.search(rf"\b{y}\b", rest):
         return f"{_name(cls)}.__call__ uses {y} after the weighted sum"
     arguments = f"{found['x']}, {found['ids']}, {found['scores']}, cast={bool(found['cast'])}"
-    whole = f"{found['sum']} = self.{found['experts']}({arguments})\n"
+    whole = f"{found['into']}self.{found['experts']}({arguments})\n"
     # What is run is what runs now: the file may be another since it was imported.
     if not any(_same_code(call.__code__, code) for code in _compiled(_file(call))):
         return f"{_name(cls)}.__call__ has another source"
