@@ -132,7 +132,7 @@ def _caches(file: GGUFFile, layers: int, recurrent: Container[int]) -> tuple[tup
     def each(key: str, default: int, layers: int) -> list[int]:
         """One value a layer; a file gives one number or a list."""
         value: Any = file.metadata.get(f"{arch}.{key}", default)
-        if isinstance(value, np.ndarray):
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biu":
             value = [int(v) for v in value[:layers]]
             return [*value, *[default] * (layers - len(value))]
         return [int(value)] * layers if isinstance(value, int) else [default] * layers

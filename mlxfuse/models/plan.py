@@ -387,7 +387,7 @@ def plan(file: GGUFFile, config: Config) -> Plan:
 
 
 def _check_layers(file: GGUFFile, layers: int) -> None:
-    """The file has exactly the layers it says, so a huge count costs nothing."""
+    """The file has exactly the layers it says."""
     found = {int(m[1]) for m in map(LAYER_NAME.fullmatch, file.tensors) if m}
     if len(found) != layers or max(found) != layers - 1:
         last = max(found, default=-1)
