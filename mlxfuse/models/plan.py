@@ -114,21 +114,19 @@ class WeightPlan:
     weight  its rows, from one or several tensors, one after the other.
     bias    likewise, or empty.
     group   path of the fused group it belongs to, for example ``model.layers.0.qkv``, or empty.
-    bare, float32, log: see `Weight`.
+    of      its row of the architecture's table.
     """
 
     module: str
     weight: tuple[RowSource, ...]
-    bias: tuple[RowSource, ...] = ()
-    group: str = ""
-    bare: bool = False
-    float32: bool = False
-    log: bool = False
+    bias: tuple[RowSource, ...]
+    group: str
+    of: Weight
 
     @property
     def parameter(self) -> str:
         """The name of the weight among the model's parameters."""
-        return self.module if self.bare else f"{self.module}.weight"
+        return self.module if self.of.bare else f"{self.module}.weight"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -334,7 +332,7 @@ class _Finder:
             bias = self.rows(prefix, name, weight, ".bias")
             if weight.bias == "required" and not bias:
                 raise GGUFError(self.file.path, f"{prefix}{name}.bias is missing")
-        return WeightPlan(module, rows, bias, group, weight.bare, weight.float32, weight.log)
+        return WeightPlan(module, rows, bias, group, weight)
 
     def has(self, weight: Weight) -> bool:
         """Whether there is such a tensor, by its sizes."""
