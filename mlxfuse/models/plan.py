@@ -263,35 +263,27 @@ class _Finder:
         """The rows of ``PREFIX NAME SUFFIX``, also out of a tensor of `FUSED`, or put together
         into ``attn_qkv``.
         """
-        shape = tuple(self.sizes[s] for s in weight.shape)
         bias = suffix != weight.suffix
-        if bias:
-            shape = shape[:-1]
-        tensors = self.file.tensors
-        if f"{prefix}{name}{suffix}" in tensors:
-            tensor = self._checked(f"{prefix}{name}{suffix}", shape)
-            return (self._source(tensor, 0, tensor.shape[-2:][0], weight),)
+        shape = tuple(self.sizes[s] for s in (weight.shape[:-1] if bias else weight.shape))
+        height = shape[-2:][0]
+
+        def there(name: str) -> bool:
+            return f"{prefix}{name}{suffix}" in self.file.tensors
+
+        def take(name: str, rows: int, first: int, count: int) -> RowSource:
+            whole = (*shape[:-2], rows, *shape[1:][-1:])
+            tensor = self._checked(f"{prefix}{name}{suffix}", whole)
+            return self._source(tensor, first, first + count, weight)
+
+        if there(name):
+            return (take(name, height, 0, height),)
         for whole, members in FUSED.items():
-            if bias and whole != FUSED_QKV:
-                continue
-            if name in members and f"{prefix}{whole}{suffix}" in tensors:
+            if name in members and there(whole) and (not bias or whole == FUSED_QKV):
                 rows = [self._part_rows(part) for part in members]
-                start = sum(rows[: members.index(name)])
-                tensor = self._checked(
-                    f"{prefix}{whole}{suffix}", (*shape[:-2], sum(rows), *shape[1:][-1:])
-                )
-                return (self._source(tensor, start, start + shape[-2:][0], weight),)
-        parts = [f"{prefix}{part}{suffix}" for part in QKV]
-        if name == FUSED_QKV and not weight.tiled and all(part in tensors for part in parts):
-            return tuple(
-                self._source(
-                    self._checked(full, (self._part_rows(part), *shape[1:])),
-                    0,
-                    self._part_rows(part),
-                    weight,
-                )
-                for part, full in zip(QKV, parts, strict=True)
-            )
+                return (take(whole, sum(rows), sum(rows[: members.index(name)]), height),)
+        if name == FUSED_QKV and not weight.tiled and all(map(there, QKV)):
+            heights = [self._part_rows(part) for part in QKV]
+            return tuple(take(*pair, 0, pair[1]) for pair in zip(QKV, heights, strict=True))
         return ()
 
     def _part_rows(self, part: str) -> int:
