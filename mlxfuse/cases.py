@@ -163,11 +163,12 @@ def _products(format: Format, sizes: Sizes) -> Iterator[Case]:
     tokens, scores = _normal(prompt, k), mx.softmax(_normal(chosen))
     ids = mx.arange(prompt) * number // prompt
     name = f"{format.name} {chosen} of {number} experts {n}x{k}"
-    gather = partial(mx.gather_qmm, **how)
+    gather: Any = partial(mx.gather_qmm, **how)
 
     def summed(ids: mx.array) -> mx.array:
         y = gather(token[:, None], *given, rhs_indices=ids)[:, 0]
-        return (y * scores[:, None]).sum(0, keepdims=True)
+        total: mx.array = (y * scores[:, None]).sum(0, keepdims=True)
+        return total
 
     ours, against = partial(quantized_matmul, weight=weight), f"gather_qmm {affine_type}"
     yield Case(
