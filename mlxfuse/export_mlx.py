@@ -40,6 +40,7 @@ EXACT = {name: bits for name, (bits, _) in AFFINE.items()}
 # Rotary scalings that MLX-LM's classes can be told.
 _SCALINGS = {
     **dict.fromkeys(("gemma3_text", "llama", "qwen2", "qwen3"), ("linear", "yarn", "longrope")),
+    "gemma4_text": ("proportional",),
     "gpt_oss": ("linear", "yarn"),
     "phi3": ("linear", "longrope"),
 }
@@ -98,7 +99,7 @@ def export_mlx(
 
 def _describe(file: GGUFFile, config: Config) -> dict[str, Any]:
     """``config.json`` as mlx-lm's model reads it."""
-    args = {k: v for k, v in config.args.items() if v is not None}
+    args = dict(config.args)
     name = config.architecture.module.rpartition(".")[2]
     args["model_type"] = {"gemma3": "gemma3_text"}.get(name, name)
     if find_spec(f"mlx_lm.models.{args['model_type']}") is None:
@@ -106,7 +107,7 @@ def _describe(file: GGUFFile, config: Config) -> dict[str, Any]:
             f"{file.path}: MLX-LM has no class that runs {config.architecture.name} as this file "
             "has it; `mlxfuse export` without --mlx keeps it"
         )
-    if not config.rope.plain:
+    if not config.rope.plain or args["model_type"] == "gemma4_text":
         args |= _rope_scaling(file, config, args["model_type"])
     if args["model_type"] == "phi3":
         args["partial_rotary_factor"] = config.rope.dims / args["head_dim"]
@@ -130,7 +131,13 @@ def _rope_scaling(file: GGUFFile, config: Config, model_type: str) -> dict[str, 
     rope, context = config.rope, config.args["max_position_embeddings"]
     allowed = _SCALINGS.get(model_type, ())
     scaling: dict[str, Any] = {}
-    if not rope.factors and rope.scale == 1.0 and not rope.yarn:
+    factors = np.full(rope.dims // 2, float(rope.factor))
+    if rope.factors:
+        tensor = file.tensors[rope.factors]
+        factors *= dequantize(file.read(tensor), tensor.format, tensor.shape)
+    if model_type == "gemma4_text":
+        scaling = _proportional(config, factors)
+    elif not rope.factors and rope.scale == 1.0 and not rope.yarn:
         scaling = {"type": "linear", "factor": float(rope.factor), "long_factor": 1.0}
     elif rope.yarn and rope.factor > 1:
         # MLX-LM's magnitude is 1 + mscale / 10 * log(factor).
@@ -138,10 +145,6 @@ def _rope_scaling(file: GGUFFile, config: Config, model_type: str) -> dict[str, 
         scaling = {"type": "yarn", "factor": float(rope.factor), "mscale": mscale}
         scaling["original_max_position_embeddings"] = rope.yarn
     elif rope.scale >= 1 and not rope.yarn:
-        factors = np.full(rope.dims // 2, rope.factor)
-        if rope.factors:
-            tensor = file.tensors[rope.factors]
-            factors *= dequantize(file.read(tensor), tensor.format, tensor.shape)
         # MLX-LM's magnitude is the root of log(context) / log(original), a whole number.
         original = max(2, round(context ** (1 / rope.scale**2)))
         if math.isclose(math.sqrt(math.log(context, original)), rope.scale, rel_tol=1e-5):
@@ -152,8 +155,29 @@ def _rope_scaling(file: GGUFFile, config: Config, model_type: str) -> dict[str, 
             f"{file.path}: MLX-LM's {model_type} cannot be told its rotary scaling (it knows "
             f"{', '.join(allowed) or 'none'}); `mlxfuse export` without --mlx keeps it"
         )
+    if model_type == "gemma4_text":
+        return {"rope_parameters": scaling}
     given = {k: v for k, v in scaling.items() if k.startswith("original")}
     return {"rope_scaling": scaling, **(given if model_type == "phi3" else {})}
+
+
+def _proportional(config: Config, factors: NDArray[np.float64]) -> dict[str, Any]:
+    """Gemma 4's rotations as MLX-LM has them: the first pairs as they are, the others not at all.
+
+    Empty where the file has others, or does not rotate whole heads where there is a window.
+    """
+    rope, swa = config.rope, config.rope_swa
+    rotated = int(np.sum(factors == 1))
+    if swa is None or swa.dims != config.args["head_dim"] or rope.scale != 1.0:
+        return {}
+    if not np.all(factors[:rotated] == 1) or not np.all(factors[rotated:] >= 1e30):
+        return {}
+    whole = {"rope_theta": rope.base, "partial_rotary_factor": 2 * rotated / rope.dims}
+    return {
+        "type": "proportional",
+        "full_attention": {"type": "proportional", **whole},
+        "sliding_attention": {"type": "default", "rope_theta": swa.base},
+    }
 
 
 def _blocks(file: GGUFFile, source: RowSource) -> Bytes:

@@ -14,7 +14,7 @@ from mlx_lm.models.cache import (
     can_trim_prompt_cache,
     make_prompt_cache,
 )
-from mlx_lm.sample_utils import make_sampler
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .errors import MLXFuseError, UnsupportedError
@@ -249,6 +249,7 @@ def run(
         prompt,
         max_tokens=settings.max_tokens,
         sampler=sampler,
+        logits_processors=make_logits_processors(suppressed(tokenizer)),
         prefill_step_size=settings.prefill_step_size,
         **options,
     ):
@@ -275,6 +276,12 @@ def run(
         finish_reason=reason,
         end_token=int(last.token) if reason == "stop" else None,
     )
+
+
+def suppressed(tokenizer: TokenizerWrapper) -> dict[int, float]:
+    """The file's ``suppress_tokens``, each with -inf, which its logit is biased by."""
+    found: dict[int, float] = getattr(tokenizer, "suppressed", {})
+    return found
 
 
 def new_cache(model: Any, settings: Settings) -> list[Any]:

@@ -49,7 +49,7 @@ class LoadReport:
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
         seconds = {name.replace("-", "_"): value for name, value in self.seconds.items()}
-        return {"seconds": seconds, "dequantized": self.dequantized, "fused": str(self.patch)}
+        return {"seconds": seconds, "dequantized": self.dequantized, "patch": self.patch.as_dict()}
 
     def lines(self) -> list[str]:
         """What takes more memory than its file, or is slow."""

@@ -17,7 +17,7 @@ from mlx_lm.server import (
 )
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .generate import Settings
+from .generate import Settings, suppressed
 from .nn.kv import compress_caches
 
 # Bytes of a request's body that are read: a conversation, not an upload.
@@ -51,6 +51,12 @@ class Handler(APIHandler):
         name = self.response_generator.cli_args.model
         entry = {"id": name, "object": "model", "created": self.created, "owned_by": "mlxfuse"}
         self._send(200, {"object": "list", "data": [entry]})
+
+    def validate_model_parameters(self) -> None:
+        """And suppress what the file wants suppressed, whatever bias the request gives it."""
+        super().validate_model_parameters()
+        never = suppressed(self.response_generator.model_provider.tokenizer)
+        self.logit_bias = {**(self.logit_bias or {}), **never}
 
     def do_POST(self) -> None:
         """Refuse a body that is too long before it is read."""

@@ -33,8 +33,8 @@ def scored(path, *args):
 def test_int8_activations_are_compared_with_floats(path, monkeypatch):
     found = scored(path, "--act-quant", "on", "--kld")
     assert found["act_quant"] is True
-    layers = tiny.CASES["llama-q4"].layers
-    assert f"int8 {4 * layers}/{4 * layers}" in found["load"]["fused"]
+    places = 4 * tiny.CASES["llama-q4"].layers
+    assert found["load"]["patch"]["fusions"]["int8"] == {"fused": places, "of": places}
     assert 1e-7 < found["kld"]["value"] < 0.05
     assert found["perplexity"]["value"] != found["base"]["value"]
     # The control: switched off where it runs, both ways are the same.

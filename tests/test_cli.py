@@ -602,6 +602,8 @@ def test_fuse_takes_known_names(model):
     assert bad.exit_code == 2
     assert bad.stdout == ""
     assert "nosuch" in bad.stderr
-    assert answer(model, "--fuse", "off", "-m", "2", *RAW)["load"]["fused"] == "nothing fused"
-    fused = answer(model, "--fuse", "qkv", "-m", "2", *RAW)["load"]["fused"]
-    assert re.fullmatch(r"qkv (\d+)/\1", fused)
+    assert answer(model, "--fuse", "off", "-m", "2", *RAW)["load"]["patch"]["fusions"] == {}
+    found = answer(model, "--fuse", "qkv", "-m", "2", *RAW)["load"]["patch"]
+    layers = len(found["fused"])
+    assert found["fusions"] == {"qkv": {"fused": layers, "of": layers}}
+    assert found["fused"][0]["path"] == "model.layers.0.self_attn"

@@ -381,6 +381,44 @@ def test_rotary_scaling_is_told_to_mlx_lm(tmp_path, name, kind):
         assert error() > 1e-2
 
 
+@pytest.mark.parametrize("name", ["gemma4", "gemma4-e4b", "gemma4-a4b"])
+def test_gemma4_for_stock_mlx_lm(tmp_path, name):
+    """Released files' factors are 1, and 1e30 where a head is not rotated."""
+    gguf = tiny.build(name, 0)
+    gguf.metadata["gemma4.final_logit_softcapping"] = 0.0  # mlx-lm's default is a cap
+    for tensor, (array, of) in gguf.tensors.items():
+        if of == "F32" and tensor != "rope_freqs.weight":
+            gguf.tensors[tensor] = array.astype(np.float16).astype(np.float32), of
+    factors = np.ones(16, np.float32)
+    factors[5:] = 1e30
+    gguf.tensors["rope_freqs.weight"] = factors, "F32"
+    path, target = tiny.write(tmp_path / "m.gguf", gguf), tmp_path / "mlx"
+    export_mlx(path, target)
+    want = np.array(load(path)[0](LONG))
+
+    def error():
+        model, _ = mlx_lm.load(str(target))
+        model.set_dtype(mx.float32)
+        return np.abs(np.array(model(LONG)) - want).max() / np.abs(want).max()
+
+    assert error() <= 1e-5
+    config = json.loads((target / "config.json").read_text())
+    config["rope_parameters"]["full_attention"]["partial_rotary_factor"] = 0.25
+    (target / "config.json").write_text(json.dumps(config))
+    assert error() > 1e-3
+
+
+@pytest.mark.parametrize("at", [0, 1, 15])
+def test_gemma4_with_other_factors_is_refused(tmp_path, at):
+    gguf = tiny.build("gemma4", 0)
+    factors = np.ones(16, np.float32)
+    factors[5:] = 1e30
+    factors[at] = 2.0
+    gguf.tensors["rope_freqs.weight"] = factors, "F32"
+    with pytest.raises(UnsupportedError, match="rotary scaling .it knows proportional"):
+        export_mlx(tiny.write(tmp_path / "m.gguf", gguf), tmp_path / "mlx")
+
+
 def test_what_mlx_lm_cannot_be_told_is_refused(tmp_path):
     for name, arch, keys in (
         ("qwen3moe", "qwen3moe", {"type": "linear", "factor": 4.0}),

@@ -287,9 +287,14 @@ def test_generate_compresses_the_cache(models):
     token = 6 * (16 + 8 + 2 * 2 * 4)
     assert got["kv_cache"] == (
         "KV cache: keys 8 bits in groups of 16, as 32 does not divide 16; values 4 bits in groups "
-        f"of 16, as 32 does not divide 16: {token} bytes a token"
+        f"of 16, as 32 does not divide 16: {token} bytes a token; 3 of 3 layers decompress theirs "
+        "at every step: slower"
     )
+    assert "slower" not in generated(path, "--kv-bits", "8", "--fuse", "all")["kv_cache"]
     assert "rotated" in generated(path, "--kv-bits", "8")["kv_cache"]
+    # Later layers read what two of them keep.
+    shared = generated(models("gemma4-e4b")[0], "--kv-bits", "8", "--fuse", "all")["kv_cache"]
+    assert "; 2 of 4 layers decompress" in shared
     late = generated(path, "--kv-bits", "4", "--quantized-kv-start", "5000")
     assert late["tokens"] == plain["tokens"]
     assert late["kv_cache"] is None

@@ -1,6 +1,7 @@
 """The server, as a real OpenAI client sees it."""
 
 import http.client
+import math
 import re
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import openai
 import pytest
 from mlx_lm.generate import stream_generate
 
+from mlxfuse.chat import Chat
 from mlxfuse.generate import Settings, generate
 from mlxfuse.loader import load
 from mlxfuse.nn.cache import CompressedKVCache
@@ -134,6 +136,40 @@ def test_compressed_caches(path, begins, monkeypatch):
         server.stop()
         thread.join(timeout=30)
     assert bool(batched) == (begins == 0)
+
+
+def test_suppressed_tokens_are_never_generated(path, tmp_path):
+    """By generate, with and without a draft, chat and the server; a request cannot lift it."""
+    settings = Settings(prompt="Hello", max_tokens=12)
+    never = set(generate(*load(path), settings).tokens)
+    made = tiny.build("llama", 0)
+    unknown = [-1, tiny.VOCABULARY]
+    made.metadata |= {
+        "tokenizer.chat_template": TEMPLATE,
+        "tokenizer.ggml.suppress_tokens": [*map(int, never), *unknown],
+    }
+    model, tokenizer = load(tiny.write(tmp_path / "m.gguf", made))
+    assert tokenizer.suppressed == dict.fromkeys(never, -math.inf)
+    found = generate(model, tokenizer, settings)
+    assert len(found.tokens) == 12
+    assert never.isdisjoint(found.tokens)
+    draft = generate(model, tokenizer, settings, draft_model=load(path)[0])
+    assert draft.tokens == found.tokens
+    assert Chat(model, tokenizer, settings).say("Hello").tokens == found.tokens
+    server = Server(model, tokenizer, "tiny", settings, port=0)
+    thread = threading.Thread(target=server.serve)
+    thread.start()
+    client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", timeout=60)
+    lifted = {str(token): 100 for token in never}
+    try:
+        for bias in ({}, lifted):
+            said = client.chat.completions.create(
+                model="", messages=[{"role": "user", "content": "Hello"}], logit_bias=bias
+            )
+            assert said.choices[0].message.content == found.text
+    finally:
+        server.stop()
+        thread.join(timeout=30)
 
 
 def test_only_the_served_model_is_listed(client):

@@ -58,7 +58,9 @@ def server_command(
 
     The sampling options are for requests that do not give their own. Whatever model a request
     names, it gets this one. Requests that come together are answered together, but one by one
-    with --quantized-kv-start: mlx-lm compresses no caches of a batch.
+    with --quantized-kv-start: mlx-lm compresses no caches of a batch. With --kv-bits a conversation
+    that goes on from the beginning of an earlier one reads some of its last tokens compressed that
+    a new one reads as they were, so the text may differ.
     """
     config = opt.json_object(chat_template_config)
     level = logging.getLevelNamesMapping().get(log_level.upper())

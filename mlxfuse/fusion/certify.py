@@ -10,15 +10,16 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 import mlx.nn as nn
 
+from .attentions import ATTENTIONS
 from .bodies import BODIES, WEIGHTED_SUMS, Body
 from .delta_nets import DELTA_NETS
 
-KNOWN = (*BODIES, *DELTA_NETS)
+KNOWN = (*ATTENTIONS, *BODIES, *DELTA_NETS)
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def certify(cls: type[nn.Module], kind: str) -> Match | str:
 def summing(cls: type[nn.Module]) -> tuple[str, Callable[..., Any]] | str:
     """The class's `__call__` with the weighted sum over experts left to them, or why there is none.
 
-    All but the sum is as it was: the method's own text, with the same globals.
+    All but the sum is as it was: the method's own text, with the same globals and defaults.
 
     Returns:
         Name of the experts, which are called with ``(x, ids, scores, cast=)``, and the function.
@@ -64,25 +65,39 @@ def _summing(
     cls: type[nn.Module], call: Callable[..., Any]
 ) -> tuple[str, Callable[..., Any]] | str:
     source = _source(cls, call)
-    if not source.startswith("def"):
+    if not source.startswith("def "):
         return source
     text = ast.unparse(ast.parse(source)) + "\n"
     found = next(filter(None, (re.search(p, text, re.MULTILINE) for p in WEIGHTED_SUMS)), None)
     if found is None:
         return f"{_name(cls)}.__call__ has no weighted sum that is known"
     y, rest = found["y"], text[found.end() :]
-    if y != found["sum"] and re.search(rf"\b{y}\b", rest):
+    if found["into"] != f"{y} = " and re.search(rf"\b{y}\b", rest):
         return f"{_name(cls)}.__call__ uses {y} after the weighted sum"
     arguments = f"{found['x']}, {found['ids']}, {found['scores']}, cast={bool(found['cast'])}"
-    whole = f"{found['sum']} = self.{found['experts']}({arguments})\n"
+    whole = f"{found['into']}self.{found['experts']}({arguments})\n"
     # What is run is what runs now: the file may be another since it was imported.
-    module = inspect.getsource(sys.modules[cls.__module__])
-    if not any(_same_code(call.__code__, c) for c in _codes(compile(module, "", "exec"))):
+    if not any(_same_code(call.__code__, code) for code in _compiled(_file(call))):
         return f"{_name(cls)}.__call__ has another source"
-    made: dict[str, Any] = {}
-    lines = text[: found.start("y")] + whole + rest
-    exec(compile(lines, f"<{_name(cls)} without its sum>", "exec"), call.__globals__, made)
-    return found["experts"], made["__call__"]
+    # Within a class of the same name, for the sake of private names; nothing of it is executed.
+    lines = f"class {cls.__name__}:\n" + textwrap.indent(
+        text[: found.start("y")] + whole + rest, " "
+    )
+    body = next(code for code in _compiled(lines) if code.co_name == "__call__")
+    made = FunctionType(body, call.__globals__, "__call__", call.__defaults__)
+    made.__kwdefaults__ = call.__kwdefaults__
+    return found["experts"], made
+
+
+def _file(call: Callable[..., Any]) -> str:
+    """All of the file, or of the notebook's cell, that a method is from."""
+    return "".join(inspect.findsource(call.__code__)[0])
+
+
+def _compiled(text: str) -> Iterator[CodeType]:
+    # A notebook's cell may await.
+    flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    return _codes(compile(text, "<without its sum>", "exec", flags, dont_inherit=True))
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
@@ -112,7 +127,7 @@ def _name(cls: type[nn.Module]) -> str:
 def _alike(cls: type[nn.Module], call: Callable[..., Any], kind: str) -> Match | str:
     """The known body of which the class's has the text, or why there is none."""
     source = _source(cls, call)
-    if not source.startswith("def"):
+    if not source.startswith("def "):
         return source
     try:
         found = parse(source)
@@ -135,9 +150,10 @@ def _source(cls: type[nn.Module], call: Callable[..., Any]) -> str:
     if code is None or call.__closure__ or hasattr(call, "__wrapped__"):
         return f"{name}.__call__ is wrapped"
     try:
-        return textwrap.dedent(inspect.getsource(code))
+        text = textwrap.dedent(inspect.getsource(code))
     except (OSError, TypeError):
         return f"{name}.__call__ has no source"
+    return text if text.startswith("def ") else f"{name}.__call__ is no plain method"
 
 
 def _wrong_global(body: Body, scope: dict[str, Any]) -> str | None:

@@ -7,6 +7,7 @@ special tokens parsed); a transformers tokenizer holds it and MLX-LM's wrapper g
 from __future__ import annotations
 
 import codecs
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -79,6 +80,8 @@ class GGUFTokenizer(PreTrainedTokenizerFast):
         # Set beforehand: transformers would deep-copy what it is given, by way of JSON.
         self._tokenizer = build_backend(vocab)
         self._ids = vocab.ids
+        # As mlx-lm's logits processors take it. llama.cpp's samplers add the same.
+        self.suppressed = dict.fromkeys(vocab.suppressed, -math.inf)
         templates: dict[str, str] | str | None = vocab.chat_templates or None
         if list(vocab.chat_templates) == ["default"]:
             templates = vocab.chat_templates["default"]

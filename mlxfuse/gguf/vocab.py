@@ -44,7 +44,8 @@ class Vocab:
 
     ``tokens[i]`` is the text of id ``i`` and ``types[i]`` its type (int8; the constants above);
     ``scores`` is float32 or None; ``merges`` holds each pair once, best first; ids in ``special``
-    (``bos``, ``eos``, ``eot``, ``eom``, ``unk``, ``pad``) and ``eog`` are within the vocabulary.
+    (``bos``, ``eos``, ``eot``, ``eom``, ``unk``, ``pad``), ``eog`` and ``suppressed``, which
+    are never to be generated, are within the vocabulary.
     """
 
     model: str
@@ -61,6 +62,7 @@ class Vocab:
     add_space_prefix: bool
     rstrip: frozenset[int]
     chat_templates: dict[str, str] = field(default_factory=dict)
+    suppressed: tuple[int, ...] = ()
 
     @property
     def is_spm(self) -> bool:
@@ -112,7 +114,7 @@ class _Reader:
             self.fail(key, "expected an array of strings")
         return value
 
-    def numbers(self, key: str, size: int, kinds: str) -> np.ndarray | None:
+    def numbers(self, key: str, size: int | None, kinds: str) -> np.ndarray | None:
         value = self.get(key)
         if value is None:
             return None
@@ -122,7 +124,7 @@ class _Reader:
             self.fail(key, "expected a flat array of numbers")
         if array.ndim != 1 or array.dtype.kind not in kinds:
             self.fail(key, f"expected an array of numbers, found {array.dtype} {array.shape}")
-        if array.size < size:
+        if size is not None and array.size < size:
             self.fail(key, f"{array.size} entries for {size} tokens")
         return array[:size]
 
@@ -181,6 +183,7 @@ def read_vocab(metadata: Mapping[str, object], path: str | os.PathLike[str]) -> 
         add_space_prefix=read.flag("add_space_prefix", pre is None),
         rstrip=_rstrip(metadata, ids, types),
         chat_templates=_chat_templates(metadata, path),
+        suppressed=_suppressed(read, len(tokens)),
     )
 
 
@@ -235,6 +238,11 @@ def _special_ids(read: _Reader, model: str, size: int) -> dict[str, int]:
             if found[name] is None and default < size:
                 found[name] = default
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _suppressed(read: _Reader, size: int) -> tuple[int, ...]:
+    found = read.numbers("suppress_tokens", None, "iu")
+    return () if found is None else tuple(i for i in found.tolist() if 0 <= i < size)
 
 
 def _add(read: _Reader, name: str, special: Mapping[str, int], default: bool) -> bool:

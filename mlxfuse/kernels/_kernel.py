@@ -17,8 +17,6 @@ which MLX does not see, have it.
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +29,7 @@ import mlx.core as mx
 
 from .. import env
 from ..errors import KernelError
-from ._source import checkout, header
+from ._source import bench, header
 
 P = ParamSpec("P")
 
@@ -295,7 +293,7 @@ class Prepared:
         self._places = [launch.program.inputs.index(n) for n in free]
         self._emulated = _mode() == "emulated"
         self._kernel = _compiled(
-            launch.program, _bench() if self._emulated else mx.fast.metal_kernel
+            launch.program, bench() if self._emulated else mx.fast.metal_kernel
         )
         self._options: dict[str, Any] = {
             "grid": launch.grid,
@@ -334,7 +332,7 @@ def ready() -> str:
 
 @mx.custom_function
 def _emulate(arrays: list[mx.array], launch: Launch) -> list[mx.array]:
-    return _dispatch(arrays, launch, _bench())
+    return _dispatch(arrays, launch, bench())
 
 
 @_emulate.vjp
@@ -385,29 +383,3 @@ def _unavailable(mode: str) -> str | None:
     if mx.default_device() != mx.gpu:
         return "MLX's default device is the CPU"
     return None
-
-
-@cache
-def _bench() -> Callable[..., Any]:
-    """The test bench's stand-in for `mx.fast.metal_kernel`.
-
-    It is loaded by its path under a private name, so that no other ``tests`` package is ever
-    imported in its place.
-    """
-    folder = checkout() / "tests" / "msl"
-    name = "_mlxfuse_msl"
-    if not (folder / "emulate.py").is_file():
-        raise KernelError(
-            f"MLXFUSE_KERNELS=emulated needs a checkout: expected the test bench at {folder}"
-        )
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    factory: Callable[..., Any] = sys.modules[name].metal_kernel
-    return factory

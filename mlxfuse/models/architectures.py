@@ -201,7 +201,11 @@ _POST_ATTENTION_NORMS = {
 
 
 def _qwen35(name: str, mlp: dict[str, Weight], groups: dict[str, tuple[str, ...]]) -> Architecture:
-    """Its authors trained it in bfloat16 and say nothing of float16's range."""
+    """What the two have alike.
+
+    A delta net's state grows with the context and is read out before its norm: over a long one the
+    product leaves float16's range (github.com/vllm-project/vllm/issues/54308).
+    """
     return Architecture(
         name=name,
         module="mlxfuse.models.qwen35",

@@ -52,6 +52,7 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
     RECENT: ClassVar[int] = 64
     CAPACITY: ClassVar[int] = RECENT + BLOCK + MAX_QUERIES  # of the tail
     STEP: ClassVar[int] = 256  # rows that are allocated at a time; a layer's are copied then
+    decompresses = False  # at each step, as its layer does not `attend` to the rows where they lie
     SCRATCH: ClassVar[int] = 32 << 20  # bytes of decompressed keys and values; not measured
 
     def __init__(
@@ -84,6 +85,7 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
         self._prepare(keys, values)
         fetched = self._with_past(keys, values)
         self._append(keys, values)
+        self.decompresses = True
         return fetched
 
     @property

@@ -26,11 +26,14 @@ class Form:
 
     original  the module's own class.
     kept      parts of its graph that are built once, by name.
+    fusings   `Form.changes` when they were: they may hold what is fused of the modules below.
     """
 
     original: type[nn.Module]
     kept: dict[str, Piece] = field(default_factory=dict, kw_only=True, repr=False, compare=False)
+    fusings: int = field(default=0, kw_only=True, repr=False, compare=False)
     pieces: ClassVar[tuple[str, ...]] = ()
+    changes: ClassVar[int] = 0
 
     def holds(self) -> bool:
         """Whether what is fused is still what the module has."""
@@ -146,7 +149,11 @@ class FusedModule(nn.Module):
             name, function = f"{name}_int8", partial(function, int8=True)
         if not run.kept:
             return function(run.mode, *arrays)
-        kept: dict[str, Piece] = self._fused.kept
+        form: Form = self._fused
+        kept = form.kept
+        if form.fusings != Form.changes:
+            kept.clear()
+            form.fusings = Form.changes
         piece = kept.get(name)
         if piece is None:
             piece = kept[name] = Piece(function, children())
@@ -162,6 +169,7 @@ def fused_class(mixin: type[FusedModule], original: type[nn.Module]) -> type[nn.
 
 def adopt(module: nn.Module, mixin: type[FusedModule], form: Form) -> Any:
     """Give the module its fused class, if it has not got it yet, and return its form."""
+    Form.changes += 1
     held = vars(module).get("_fused")
     if held is None:
         module._fused = held = form
@@ -171,6 +179,7 @@ def adopt(module: nn.Module, mixin: type[FusedModule], form: Form) -> Any:
 
 def release(module: nn.Module) -> None:
     """Give the module its own class back, if no fusion is left."""
+    Form.changes += 1
     form = vars(module).get("_fused")
     if isinstance(form, Form) and form.empty():
         module.__class__ = form.original

@@ -106,9 +106,8 @@ def experts_refusal(linears: Sequence[nn.Module]) -> str | None:
     if len(kinds) > 1 or not kinds <= {switch_layers.QuantizedSwitchLinear, QuantizedSwitchLinear}:
         return "its experts are " + " and ".join(sorted({kind.__name__ for kind in kinds}))
     if kinds == {QuantizedSwitchLinear}:
-        if len(_whole(linears).segments) > 1:
-            return "gate and up have different formats"
-        return None
+        shapes = {(x.weight.rows, x.weight.columns, x.weight.experts) for x in linears}
+        return "gate and up have different shapes" if len(shapes) > 1 else None
     if any(x.bits is None or x.group_size is None for x in linears):
         return "its experts do not tell their bits and group size"
     if len({_columns(x) for x in linears}) > 1 or len({x.scales.dtype for x in linears}) > 1:

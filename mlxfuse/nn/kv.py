@@ -163,7 +163,9 @@ def compress_caches(
 
 
 def describe(caches: Sequence[Any]) -> str | None:
-    """How the used ones of ``caches`` are compressed, and the bytes of a compressed token."""
+    """How the used ones of ``caches`` are compressed, the bytes of a compressed token, and how many
+    of them are slow.
+    """
     ours = [c for c in caches if isinstance(c, CompressedKVCache) and c.scheme is not None]
     if not ours:
         return None
@@ -176,4 +178,7 @@ def describe(caches: Sequence[Any]) -> str | None:
         + (", rotated" if side.rotate else "")
         for name, side in sides.items()
     ]
-    return f"KV cache: {'; '.join(how)}: {sum(c.token_bytes for c in ours):,} bytes a token"
+    slow = sum(c.decompresses for c in ours)
+    return f"KV cache: {'; '.join(how)}: {sum(c.token_bytes for c in ours):,} bytes a token" + (
+        f"; {slow} of {len(ours)} layers decompress theirs at every step: slower" if slow else ""
+    )

@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from ..kernels import disabled, fallbacks, launches
 
+_Key = tuple[str, int, int, tuple[int, ...]]
 _Graph = tuple[Callable[..., Any], Counter[str]]
 
 
@@ -37,14 +38,15 @@ class Piece:
             for module in parent[name].modules():
                 arrays = [(n, a) for n, a in module.items() if isinstance(a, mx.array)]
                 self._held += [(module.get, n, a) for n, a in arrays]
-        self._graphs: dict[tuple[str, int], _Graph] = {}
+        self._graphs: dict[_Key, _Graph] = {}
         self._builds = 0
 
     def __call__(self, mode: str, *arrays: mx.array) -> Any:
         for get, name, value in self._held:
             if get(name) is not value:
                 return self._function(mode, *arrays)
-        key = mode, len(disabled)  # a self-test that fails later is to be heeded
+        # A self-test that fails later is to be heeded; other shapes may have other launches.
+        key = mode, len(disabled), len(arrays), arrays[0].shape
         graph, launched = self._graphs.get(key) or self._keep(key)
         builds = self._builds
         found = graph(*arrays)
@@ -53,7 +55,7 @@ class Piece:
                 launches[op] += count
         return found
 
-    def _keep(self, key: tuple[str, int]) -> _Graph:
+    def _keep(self, key: _Key) -> _Graph:
         launched: Counter[str] = Counter()
 
         def build(*arrays: mx.array) -> Any:

@@ -1,6 +1,8 @@
 """A class is known by the text of its `__call__` and by what its names mean."""
 
-import inspect
+import linecache
+import sys
+import types
 from collections import Counter
 
 import mlx.core as mx
@@ -89,12 +91,59 @@ def test_sums_over_experts() -> None:
 
 def test_a_sum_whose_source_has_changed_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     cls = phimoe.PhiMoESparseMoeBlock
-    real = inspect.getsource
+    real = certify_module._file
+    assert isinstance(summing(cls), tuple)
+    certify_module._summing.cache_clear()
     monkeypatch.setattr(
-        certify_module.inspect, "getsource", lambda o: real(o).replace("axis=-2", "axis=-3")
-        if inspect.ismodule(o) else real(o),
-    )  # fmt: skip
+        certify_module, "_file", lambda call: real(call).replace("axis=-2", "axis=-3")
+    )
     assert summing(cls).endswith("__call__ has another source")
+    certify_module._summing.cache_clear()
+
+
+BLOCKS = """
+import mlx.core as mx
+import mlx.nn as nn
+
+FACTOR = 2
+
+def unchanged(function):
+    return function
+
+class Decorated(nn.Module):
+    @unchanged
+    def __call__(self, x, ids, scores):
+        y = self.experts(x, ids)
+        y = (y * scores[..., None]).sum(axis=-2)
+        return y
+
+class Private(nn.Module):
+    FACTOR = 3
+
+    def __call__(self, x, ids, scores, factor=FACTOR, *, more=FACTOR):
+        y = self.experts(x, ids)
+        y = (y * scores[..., None]).sum(axis=-2)
+        return y * self.__own * factor * more
+"""
+
+
+def test_sums_of_methods_with_defaults_decorators_and_private_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a notebook, whose cells are no module's file."""
+    name = "mlxfuse_notebook"
+    module = types.ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, module)
+    lines = BLOCKS.splitlines(keepends=True)
+    monkeypatch.setitem(linecache.cache, "<cell 1>", (len(BLOCKS), None, lines, "<cell 1>"))
+    exec(compile(BLOCKS, "<cell 1>", "exec"), vars(module))
+    assert summing(module.Decorated) == f"{name}.Decorated.__call__ is no plain method"
+    assert certify(module.Decorated, "mlp") == f"{name}.Decorated.__call__ is no plain method"
+    attribute, body = summing(module.Private)
+    block = module.Private()
+    block._Private__own = 5
+    block[attribute] = lambda x, ids, scores=None, cast=None: x
+    assert body(block, mx.ones(1), None, None).item() == 5 * 3 * 3
 
 
 def test_names_may_differ() -> None:

@@ -24,9 +24,11 @@ from tests.fusion.stock import apart
 from tests.models import tiny
 
 # One quantised case for each architecture, then K-quants, a fused tensor with biases, dense ones.
+# Of the experts gate and up have different formats.
 QUANTIZED = ("llama-q4", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")
 GEMMA4 = ("gemma4", "gemma4-e4b", "gemma4-a4b")
-ALL = (*QUANTIZED, *GEMMA4, "llama-k-quants", "llama-fused-qkv", "llama-biases", "phi3-long")
+OTHERS = ("llama-k-quants", "llama-fused-qkv", "llama-biases", "phi3-long", "qwen3moe-k-quants")
+ALL = (*QUANTIZED, *GEMMA4, *OTHERS)
 # Sums of 96 products in float32, in another order.
 BOUND = 3e-6
 

@@ -105,8 +105,8 @@ def test_the_bench_is_loaded_by_its_path_only(tmp_path: Path) -> None:
         (folder / "__init__.py").write_text("raise SystemExit('the wrong bench')")
     code = (
         "import sys\n"
-        "from mlxfuse.kernels._kernel import _bench\n"
-        "assert _bench().__module__ == '_mlxfuse_msl.emulate'\n"
+        "from mlxfuse.kernels._kernel import bench\n"
+        "assert bench().__module__ == '_mlxfuse_msl.emulate'\n"
         "assert 'tests' not in sys.modules\n"
     )
     root = str(_source.checkout())

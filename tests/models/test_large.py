@@ -248,10 +248,12 @@ with open_gguf(path) as file:
         path,
     )
     assert found["fused 2"] == {
-        **{"gate_up": 1, "experts": 1, "add_rms_norm": 1, "in_proj": 1, "residual": 0},
+        **{"gate_up": 1, "experts": 1, "experts_sum": 1},
+        **{"add_rms_norm": 1, "in_proj": 1, "residual": 0},
     }
     assert found["fused 3"] == {
-        **{"qkv": 1, "gate_up": 1, "experts": 1, "norm_rope": 1, "residual": 1},
+        **{"qkv": 1, "gate_up": 1, "experts": 1, "experts_sum": 1},
+        **{"norm_rope": 1, "residual": 1},
     }
     for i in (2, 3):
         apart, added, peak = found[f"apart {i}"], found[f"added {i}"], found["peak"]

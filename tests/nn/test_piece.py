@@ -225,6 +225,22 @@ def test_launches_are_counted_at_every_call(monkeypatch: pytest.MonkeyPatch) -> 
     assert counted["norm_rope"] >= zoo.DECODED * 2
 
 
+def test_launches_are_those_of_the_shape() -> None:
+    """A product of as many rows as MLX's own is left to take has no launch."""
+    model = nn.Module()
+    model.norm = nn.RMSNorm(4)
+
+    def function(mode: str, x: mx.array) -> mx.array:
+        launches["op"] += len(x)
+        return model.norm(x)
+
+    piece = Piece(function, [(model, "norm")])
+    for rows in (1, 3, 1, 3):
+        launches.clear()
+        piece("metal", mx.ones((rows, 4)))
+        assert launches["op"] == rows
+
+
 def double(module: nn.Module) -> None:
     module.weight = 2 * module.weight
 
@@ -248,6 +264,23 @@ def test_changed_arrays_are_noticed(change: str, monkeypatch: pytest.MonkeyPatch
     want = zoo.logits(plain)
     assert zoo.apart(old, want) > 1e-3
     assert zoo.apart(zoo.logits(model), want) <= BOUND
+
+
+def test_graphs_of_a_fusion_that_is_undone_or_made_again_are_not_used() -> None:
+    """As a check of the logits and tuning do; a layer's graphs hold what its children fused."""
+    model, plain = stock("qwen3"), stock("qwen3")
+    fused = {c.name: c for c in patch_model(model, fuse="all").fused if ".1" in c.path}
+    old = zoo.logits(model)
+    counted = launches["quantized_matmul"]
+    for each in (model, plain):
+        attention = each.layers[1].self_attn
+        attention.q_proj.scales = 2 * attention.q_proj.scales
+    fused["qkv"].undo()
+    launches.clear()
+    want = zoo.logits(plain)
+    assert zoo.apart(old, want) > 1e-3
+    assert zoo.apart(zoo.logits(model), want) <= BOUND
+    assert launches["quantized_matmul"] == counted - zoo.DECODED
 
 
 @pytest.mark.parametrize(
