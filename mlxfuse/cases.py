@@ -13,6 +13,7 @@ import numpy as np
 
 from .formats import BY_NAME, Format
 from .gguf.relayout import allocate, relayout
+from .kernels._product import MAX_ROWS_PER_EXPERT
 from .kernels.compressed_sdpa import compressed_sdpa
 from .kernels.dequantize import dequantize
 from .kernels.dequantize_kv import dequantize_kv
@@ -155,13 +156,38 @@ def _products(format: Format, sizes: Sizes) -> Iterator[Case]:
     flat = sample(format, number * n, k)
     arrays = {name: a.reshape(number, n, -1) for name, a in flat.arrays.items()}
     weight = QuantizedWeight.whole(replace(flat, arrays=arrays))
-    x, given = _normal(1, k), mx.quantize(_normal(number, n, k), **how)
+    given = mx.quantize(_normal(number, n, k), **how)
+    # Of one token: to be summed; and of so many that each expert takes a tile of them.
+    token, prompt = _normal(chosen, k), max(sizes.rows[-1], MAX_ROWS_PER_EXPERT * number + 1)
     groups = [mx.arange(i, i + chosen) for i in range(0, number - chosen + 1, chosen)]
+    tokens, scores = _normal(prompt, k), mx.softmax(_normal(chosen))
+    ids = mx.arange(prompt) * number // prompt
+    name = f"{format.name} {chosen} of {number} experts {n}x{k}"
+    gather: Any = partial(mx.gather_qmm, **how)
+
+    def summed(ids: mx.array) -> mx.array:
+        y = gather(token[:, None], *given, rhs_indices=ids)[:, 0]
+        total: mx.array = (y * scores[:, None]).sum(0, keepdims=True)
+        return total
+
+    ours, against = partial(quantized_matmul, weight=weight), f"gather_qmm {affine_type}"
     yield Case(
-        f"{format.name} {chosen} of {number} experts {n}x{k}",
-        f"gather_qmm {affine_type}",
-        [partial(quantized_matmul, x, weight, experts=ids) for ids in groups],
-        [partial(mx.gather_qmm, x, *given, rhs_indices=ids, **how) for ids in groups],
+        name,
+        against,
+        [partial(ours, token[:1], experts=ids) for ids in groups],
+        [partial(gather, token[:1], *given, rhs_indices=ids) for ids in groups],
+    )
+    yield Case(
+        f"{name}, summed",
+        f"{against}, multiply, sum",
+        [partial(ours, token, experts=ids, scores=scores) for ids in groups],
+        [partial(summed, ids) for ids in groups],
+    )
+    yield Case(
+        f"{format.name} {number} experts {n}x{k}, {_plural(prompt, 'row')}",
+        against,
+        [partial(ours, tokens, experts=ids, sorted_experts=True)],
+        [partial(gather, tokens[:, None], *given, rhs_indices=ids, sorted_indices=True)],
     )
 
 

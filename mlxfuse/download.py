@@ -19,8 +19,8 @@ from .errors import DownloadError
 if TYPE_CHECKING:
     import requests
 
-# Called as (label, bytes done, bytes in all or None).
-Progress = Callable[[str, int, int | None], None]
+# Called as (label, bytes done, bytes in all).
+Progress = Callable[[str, int, int], None]
 
 CHUNK = 1 << 18
 TIMEOUT = (10, 30)  # seconds to connect, seconds between two reads
@@ -51,22 +51,21 @@ def fetch(
     target: Path,
     *,
     size: int,
-    sha256: str | None = None,
+    sha256: str,
     headers: Mapping[str, str] | None = None,
-    label: str | None = None,
+    label: str,
     progress: Progress | None = None,
 ) -> None:
     """Download ``url`` to ``target``; a partial file from an earlier run is continued.
 
     The bytes go to ``target`` + ``.part``, which is renamed only when it has ``size``
-    bytes and the ``sha256`` given (hex). Processes that want the same file take turns.
+    bytes and that ``sha256`` (hex). Processes that want the same file take turns.
 
     Raises:
         DownloadError: the server cannot be reached or refuses, the disk is full, or the
             content is not what was promised (the partial file is then removed).
     """
     part = target.with_name(target.name + ".part")
-    shown = label or target.name
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         while not target.exists():
@@ -79,16 +78,16 @@ def fetch(
                 missing = size - os.fstat(file.fileno()).st_size
                 if free < missing:
                     raise DownloadError(
-                        f"{shown}: {missing:,} bytes are needed in {target.parent}, "
+                        f"{label}: {missing:,} bytes are needed in {target.parent}, "
                         f"{free:,} are free"
                     )
-                _fill(file, url, size, dict(headers or {}), shown, progress)
-                _verify(file, part, size, sha256, shown)
+                _fill(file, url, size, dict(headers or {}), label, progress)
+                _verify(file, part, size, sha256, label)
                 file.flush()
                 os.fsync(file.fileno())
                 part.replace(target)
     except OSError as error:
-        raise DownloadError(f"{shown}: cannot write {part}: {error.strerror or error}") from error
+        raise DownloadError(f"{label}: cannot write {part}: {error.strerror or error}") from error
 
 
 def _same_file(file: BufferedRandom, path: Path) -> bool:
@@ -170,15 +169,13 @@ def _fill_once(
                 progress(label, done, size)
 
 
-def _verify(file: BufferedRandom, part: Path, size: int, sha256: str | None, label: str) -> None:
+def _verify(file: BufferedRandom, part: Path, size: int, sha256: str, label: str) -> None:
     """Refuse and remove a partial file that is complete but not what was promised."""
     file.flush()
     found_size = os.fstat(file.fileno()).st_size
     if found_size != size:
         part.unlink()
         raise DownloadError(f"{label}: expected {size:,} bytes, found {found_size:,}; try again")
-    if sha256 is None:
-        return
     file.seek(0)
     found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256.lower():

@@ -16,7 +16,7 @@ from .terminal import one_line
 
 
 @contextmanager
-def download_bar(shown: bool) -> Iterator[Callable[[str, int, int | None], None] | None]:
+def download_bar(shown: bool) -> Iterator[Callable[[str, int, int], None] | None]:
     """A bar on a terminal, one line a file elsewhere, nothing where ``shown`` is false.
 
     Yields what takes (label, bytes done, bytes in all).
@@ -36,12 +36,12 @@ def download_bar(shown: bool) -> Iterator[Callable[[str, int, int | None], None]
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as bar:
 
-        def update(label: str, done: int, total: int | None) -> None:
+        def update(label: str, done: int, total: int) -> None:
             if label not in tasks:
                 tasks[label] = bar.add_task(escape(one_line(label, 60)), total=total)
                 if not console.is_terminal:
-                    size = f" ({total / 1e6:.0f} MB)" if total else ""
-                    print(f"downloading {one_line(label)}{size}", file=sys.stderr)
+                    size = f"{total / 1e6:.0f} MB"
+                    print(f"downloading {one_line(label)} ({size})", file=sys.stderr)
             bar.update(tasks[label], completed=done)
 
         yield update

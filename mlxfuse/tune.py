@@ -20,7 +20,6 @@ from .fusion.patch import patch_model
 from .kernels import self_test, tuning
 from .kernels.quantized_matmul import KERNEL, run_call
 from .kernels.tuning import FUSED, SEPARATE, VARIANTS, Tuning
-from .kernels.weight import QuantizedWeight
 
 # Rows of x of each kind of call.
 ROWS = {"vector": 1, "batch": 4, "large": 512}
@@ -117,19 +116,20 @@ def cases(model: nn.Module, rows: Mapping[str, int] = ROWS) -> dict[str, list[An
     for kernel, (call, *_) in recorded:
         if kernel is not KERNEL:
             continue
-        for kind, count in rows.items():
-            if call.experts is None or kind == "vector":
-                made = call if call.experts is not None else _with_rows(call, count)
-                found.setdefault(made.case, []).append(made)
+        # Of experts, what a decoded token runs; prompts of theirs have one form.
+        lead = [(n,) for n in rows.values()] if call.experts is None else [call.x.shape[:-1]]
+        for shape in lead:
+            made = _with_rows(call, *shape)
+            found.setdefault(made.case, []).append(made)
     return {case: calls[:_LAYERS] for case, calls in found.items()}
 
 
-def _with_rows(call: Any, rows: int) -> Any:
-    weight: QuantizedWeight = call.weight
-    x = mx.random.normal((rows, weight.columns), key=mx.random.key(rows)).astype(call.x.dtype)
-    made = replace(call, x=x, variant="")
+def _with_rows(call: Any, *lead: int) -> Any:
+    """The call with random x; what is recorded is zeros, of which every variant makes zeros."""
+    x = mx.random.normal((*lead, call.weight.columns), key=mx.random.key(lead[0]))
+    made = replace(call, x=x.astype(call.x.dtype), variant="")
     if call.residual is not None:
-        made = replace(made, residual=mx.zeros((rows, made.widths[0]), call.residual.dtype))
+        made = replace(made, residual=mx.zeros((*made.lead, made.widths[0]), call.residual.dtype))
     return made
 
 

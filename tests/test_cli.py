@@ -456,9 +456,7 @@ def test_ctrl_c_while_generating(model):
 def check_interrupt(process):
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    before = time.monotonic()
-    assert process.wait(timeout=30) == 130
-    assert time.monotonic() - before < 5
+    assert process.wait(timeout=30) == 130  # unasked it would go on for minutes
     assert b"Traceback" not in process.stderr.read()
 
 
@@ -502,7 +500,7 @@ def test_ctrl_c_in_a_native_call(watch, stops):
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     if stops:
-        assert process.wait(timeout=10) == 130
+        assert process.wait(timeout=30) == 130
         return
     # Control: without the watcher the interpreter never gets to see it.
     with pytest.raises(subprocess.TimeoutExpired):
@@ -512,12 +510,12 @@ def test_ctrl_c_in_a_native_call(watch, stops):
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "perplexity", "server", "bench"])
-def test_a_fusion_that_is_none_is_a_usage_error(model, command):
+def test_options_without_a_meaning_are_refused_before_a_model_is_fetched(command):
     more = ["-f", "-"] if command == "perplexity" else []
-    result = invoke(command, model, "--fuse", "nope", *more, text="Hello\n")
-    assert result.exit_code == 2
-    assert "--fuse" in result.output
-    assert "nope" in result.output
+    for option, value, said in (("--fuse", "nope", "nope"), ("--kv-bits", "5", "4 or 8")):
+        result = invoke(command, "no.such/model", option, value, *more, text="Hello\n")
+        assert result.exit_code == 2
+        assert said in result.output
 
 
 # --- inspect ------------------------------------------------------------------------------

@@ -158,12 +158,12 @@ def test_the_default_is_only_for_one_or_q4_k_m():
 
 
 def test_a_hostile_listing_costs_nothing():
-    start = time.monotonic()
+    start = time.thread_time()
     names = [f"m-{i:05}-of-99999.gguf" for i in range(20_000)]
     names += ["Q" * 5_000 + ".gguf", "-" * 5_000 + "Q4_K.gguf", "Q4" + "_A" * 5_000 + "!.gguf"]
     with pytest.raises(ModelRefError):
         pick(None, names)
-    assert time.monotonic() - start < 2
+    assert time.thread_time() - start < 2
 
 
 # --- a hub ------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def test_a_killed_download_is_continued(fake, start, tmp_path):
     url = f"/org/repo/resolve/{COMMIT}/m-Q4_K_M.gguf"
     fake.pages[url].pause = 0.05
     process = start("org/repo")
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not (part := sum(p.stat().st_size for p in tmp_path.rglob("*.part"))) > 40_000:
         assert time.monotonic() < deadline, "nothing was downloaded"
         assert process.poll() is None

@@ -109,6 +109,28 @@ def test_a_wrong_variant_is_not_timed(model, monkeypatch):
     assert set(found.winners.variants["quantized_matmul"].values()) == {"rows4"}
 
 
+def test_products_of_experts_are_measured(tmp_path, monkeypatch):
+    """One row by the chosen experts, and their sum, each in every variant but a wrong one."""
+    path = tiny.write(tmp_path / "experts.gguf", tiny.build("qwen3moe", 0))
+    model, _ = load(path, fuse="off")
+    real = _kernel.run
+
+    def planted(launch, *, emulated=False):
+        wrong = "summed_tile" in launch.program.body and ", 8, " in launch.program.body
+        return [y * (1.01 if wrong else 1) for y in real(launch, emulated=emulated)]
+
+    patch_model(model, fuse="all")
+    monkeypatch.setattr(_kernel, "run", planted)
+    clock = Clock(monkeypatch, lambda call: float(call.variant[4:]))
+    found = tune.tune_kernels(model, 1, rows={}, emulated=True, clock=clock)
+    gathered, summed = "vector Q4_0:32+Q4_0:32 x64 float32", "summed Q5_0:64 x32 float32"
+    assert found.winners.variants["quantized_matmul"] == {gathered: "rows2", summed: "rows2"}
+    assert found.times == {
+        gathered: pytest.approx({"rows4": 4, "rows8": 8, "rows2": 2}),
+        summed: pytest.approx({"rows4": 4, "rows2": 2}),
+    }
+
+
 def is_fused(model, module, piece):
     form = vars(model.layers[0][module]).get("_fused")
     return bool(getattr(form, piece, None))

@@ -82,14 +82,14 @@ def measure(
     if wrong := self_test.compare(kernel, arguments, emulated=emulated):
         raise KernelError(f"{kernel.name}, {case.name} is not timed: {wrong}")
     launches = [k.launch(*a) for k, a in recorded]
-    floors = [floor_of(r) for r in recorded]
+    floors = [f for r in recorded for f in floors_of(r)]
 
     def run(launches: list[Launch]) -> None:
         mx.eval([_kernel.run(launch, emulated=emulated) for launch in launches])
 
     turns: dict[str, Callable[[], object]] = {"kernel": partial(run, launches)}
-    if None not in floors:
-        turns["floor"] = partial(run, [f for f in floors if f is not None])
+    if floors:
+        turns["floor"] = partial(run, floors)
     turns["mlx"] = lambda: mx.eval([operation() for operation in case.mlx])
     for turn in turns.values():
         turn()
@@ -113,24 +113,26 @@ def measure(
     }
 
 
-def floor_of(recorded: Recorded) -> Launch | None:
-    """The kernel's own loads without its arithmetic; where it does little, all bytes moved once;
-    None where it computes more than it reads.
+def floors_of(recorded: Recorded) -> list[Launch]:
+    """The kernel's own loads without its arithmetic; where it does little, all bytes of its
+    dispatches moved once; none where it computes more than it reads.
     """
     kernel, arguments = recorded
     call = arguments[0]
     if not isinstance(call, Call):
-        return floor(kernel.launch(*arguments))
-    return None if call.kind == "large" else kernel.launch(replace(call, floor=True))
+        return [floor(launch) for launch in kernel.launch(*arguments).chain()]
+    return [] if call.kind in ("large", "grouped") else [kernel.launch(replace(call, floor=True))]
 
 
 def nbytes(recorded: Recorded) -> int:
-    """Of all inputs and outputs; of experts, the chosen ones."""
+    """Of all inputs and outputs of its dispatches; of experts, the chosen ones."""
     kernel, arguments = recorded
-    launch, call = kernel.launch(*arguments), arguments[0]
-    outputs = zip(launch.shapes, launch.dtypes, strict=True)
-    total = sum(a.nbytes for a in launch.arrays) + sum(math.prod(s) * d.size for s, d in outputs)
+    call, total = arguments[0], 0
+    for launch in kernel.launch(*arguments).chain():
+        outputs = zip(launch.shapes, launch.dtypes, strict=True)
+        total += sum(a.nbytes for a in launch.arrays)
+        total += sum(math.prod(s) * d.size for s, d in outputs)
     if isinstance(call, Call) and call.experts is not None:
         experts = call.weight.experts or 1
-        total -= call.weight.nbytes // experts * (experts - call.experts.size)
+        total -= call.weight.nbytes // experts * max(0, experts - call.experts.size)
     return total

@@ -28,6 +28,7 @@ from ._options import ActQuant, DType
 
 if TYPE_CHECKING:
     from ..loader import LoadReport
+    from ..nn.kv import KVOptions
 
 PIPE_CLOSED = 141  # 128 + SIGPIPE, what a shell reports for any program
 
@@ -109,21 +110,33 @@ def one_model(argument: str | None, option: str | None) -> str | None:
     return argument if option is None else option
 
 
-def check_fuse(fuse: str) -> None:
-    """Refuse names that are no fusions' before anything is loaded."""
-    from ..fusion import chosen
+def before_model(fuse: str, bits: str | None, group_size: int, rotate: bool) -> KVOptions | None:
+    """`before_imports`, and what ``--kv-bits`` and its companions ask for.
+
+    Options without a meaning are refused before a model is downloaded for them.
+    """
+    before_imports()
+    if fuse not in ("auto", "all", "off"):
+        from ..fusion import chosen
+
+        try:
+            chosen(fuse)
+        except ValueError as error:
+            raise typer.BadParameter(f"--fuse: {error}") from None
+    if bits is None:
+        return None
+    from ..nn.kv import KVOptions
 
     try:
-        chosen(fuse)
+        return KVOptions.parse(bits, group_size, rotate)
     except ValueError as error:
-        raise typer.BadParameter(f"--fuse: {error}") from None
+        raise typer.BadParameter(str(error)) from None
 
 
 def load_model(path: Path, dtype: DType | None, fuse: str, act_quant: ActQuant) -> tuple[Any, Any]:
     """`mlxfuse.load` as the options say."""
     from ..loader import load
 
-    check_fuse(fuse)
     return load(path, dtype=dtype and dtype.value, fuse=fuse, act_quant=act_quant.value)
 
 

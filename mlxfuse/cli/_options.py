@@ -6,14 +6,11 @@ import functools
 import json
 import math
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from ..terminal import one_line
-
-if TYPE_CHECKING:
-    from ..nn.kv import KVOptions
 
 
 class DType(StrEnum):
@@ -51,16 +48,6 @@ def _max_tokens(text: str) -> int:
     return count
 
 
-def kv_options(bits: str | None, group_size: int, rotate: bool) -> KVOptions | None:
-    """What ``--kv-bits`` and its companions ask for."""
-    from ..nn.kv import KVOptions
-
-    try:
-        return None if bits is None else KVOptions.parse(bits, group_size, rotate)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
 def json_object(text: str | None) -> dict[str, Any]:
     try:
         value = json.loads(text or "{}")
@@ -71,7 +58,7 @@ def json_object(text: str | None) -> dict[str, Any]:
     return value
 
 
-MODEL, SAMPLING, OUTPUT = "Model", "Sampling", "Output"
+MODEL, SAMPLING, OUTPUT, TESTS = "Model", "Sampling", "Output", "Tests"
 ModelArgument = Annotated[
     str | None,
     typer.Argument(
@@ -148,6 +135,9 @@ IgnoreChatTemplate = Annotated[
 ]
 ChatTemplateConfig = Annotated[
     str | None, typer.Option(help="A JSON object of values for the chat template.")
+]
+Delay = Annotated[
+    float, option(TESTS, "Seconds to cool down before every run.", min=0, callback=finite)
 ]
 MaxTokens = Annotated[
     int,

@@ -16,14 +16,11 @@ from ..progress import status_line
 from . import _options as opt
 from ._common import (
     app,
-    before_imports,
-    check_fuse,
+    before_model,
     command,
     model_or_checkpoint,
     one_model,
 )
-
-TESTS = "Tests"
 
 
 class Output(StrEnum):
@@ -75,7 +72,7 @@ def bench_command(
     stock: Annotated[
         Stock,
         opt.option(
-            TESTS,
+            opt.TESTS,
             "Stock MLX-LM's weights where MLX cannot hold the file's: exact, which are dense, or "
             "affine, requantised to about the same size.",
         ),
@@ -83,7 +80,7 @@ def bench_command(
     n_prompt: Annotated[
         str | None,
         opt.option(
-            TESTS,
+            opt.TESTS,
             "Tokens of a prompt: 512,1024 or 128-1024*2 or 0-512+256 (default: 512; CPU: 64).",
             "--n-prompt",
             "-p",
@@ -91,15 +88,17 @@ def bench_command(
     ] = None,
     n_gen: Annotated[
         str | None,
-        opt.option(TESTS, "Tokens decoded one by one (default: 128; CPU: 16).", "--n-gen", "-n"),
+        opt.option(
+            opt.TESTS, "Tokens decoded one by one (default: 128; CPU: 16).", "--n-gen", "-n"
+        ),
     ] = None,
     n_depth: Annotated[
-        str, opt.option(TESTS, "Tokens in the cache before that.", "--n-depth", "-d")
+        str, opt.option(opt.TESTS, "Tokens in the cache before that.", "--n-depth", "-d")
     ] = "0",
     repetitions: Annotated[
         int | None,
         opt.option(
-            TESTS,
+            opt.TESTS,
             "Runs of each, in turns; best an even number (default: 6; CPU: 4).",
             "--repetitions",
             "-r",
@@ -107,16 +106,14 @@ def bench_command(
             max=1000,
         ),
     ] = None,
-    delay: Annotated[
-        float,
-        opt.option(TESTS, "Seconds to cool down before every run.", min=0, callback=opt.finite),
-    ] = 0.0,
+    delay: opt.Delay = 0.0,
     compare: Annotated[
         list[Path] | None,
-        opt.option(TESTS, "Add what `llama-bench -o json` has found for the same file."),
+        opt.option(opt.TESTS, "Add what `llama-bench -o json` has found for the same file."),
     ] = None,
     llama_bench: Annotated[
-        bool, opt.option(TESTS, "Let the llama-bench of the PATH take its turn.", "--llama-bench")
+        bool,
+        opt.option(opt.TESTS, "Let the llama-bench of the PATH take its turn.", "--llama-bench"),
     ] = False,
     output: Annotated[Output, opt.of_output("Form of the result.", "--output", "-o")] = Output.md,
     report: Annotated[
@@ -139,10 +136,8 @@ def bench_command(
         if target is not None and not target.absolute().parent.is_dir():
             raise typer.BadParameter(f"there is no folder {target.absolute().parent}")
 
-    before_imports()
+    kv = before_model(fuse, kv_bits, kv_group_size, kv_rotate)
     with redirect_stdout(sys.stderr), status_line(True) as say:
-        check_fuse(fuse)
-        kv = opt.kv_options(kv_bits, kv_group_size, kv_rotate)
         found: dict[str, Any]
         if ref == "kernels":
             from ..bench.kernels import bench_kernels

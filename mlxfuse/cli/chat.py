@@ -20,7 +20,7 @@ from . import _options as opt
 from ._common import (
     answer_writer,
     app,
-    before_imports,
+    before_model,
     clean,
     command,
     load_model,
@@ -80,8 +80,8 @@ def chat_command(
     --json prints one object for each answer.
     """
     config = opt.json_object(chat_template_config)
+    kv = before_model(fuse, kv_bits, kv_group_size, kv_rotate)
     path = resolve_model(one_model(model, model_option), revision, True)
-    before_imports()
     # Python's `input` writes its prompt on stdout.
     stdout, interactive = sys.stdout, sys.stdin.isatty() and sys.stdout.isatty()
     with redirect_stdout(sys.stderr), status_line(True) as say:
@@ -89,7 +89,6 @@ def chat_command(
         from ..chat import Chat
         from ..generate import Settings
 
-        kv = opt.kv_options(kv_bits, kv_group_size, kv_rotate)
         loaded, tokenizer = load_model(path, dtype, fuse, act_quant)
         chat = Chat(
             loaded,

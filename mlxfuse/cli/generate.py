@@ -19,7 +19,7 @@ from . import _options as opt
 from ._common import (
     answer_writer,
     app,
-    before_imports,
+    before_model,
     clean,
     command,
     load_model,
@@ -91,18 +91,16 @@ def generate_command(
         )
     shown = verbose.lower() not in ("false", "f")
     text = _read_prompt(prompt)
+    kv = before_model(fuse, kv_bits, kv_group_size, kv_rotate)
     path = resolve_model(ref, revision, shown)
     draft_path = resolve_model(draft_model, None, shown) if draft_model else None
 
-    before_imports()
     stdout = sys.stdout
     # mlx-lm prints warnings on stdout.
     with redirect_stdout(sys.stderr), status_line(shown and not as_json) as say:
         say(f"loading {path.name}")
         from .. import generate as engine
         from .. import kernels, prompt_cache
-
-        kv = opt.kv_options(kv_bits, kv_group_size, kv_rotate)
 
         if prompt_cache_file:
             prompt_cache.expect_model(prompt_cache_file, ref)

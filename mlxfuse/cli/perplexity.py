@@ -16,7 +16,7 @@ from ..progress import status_line
 from . import _options as opt
 from ._common import (
     app,
-    before_imports,
+    before_model,
     clean,
     command,
     load_model,
@@ -68,14 +68,13 @@ def perplexity_command(
     if rounded and fuse == "auto":
         fuse = "all"  # where no kernel runs "auto" fuses nothing, and nothing would be rounded
     text = _read(file)
+    kv = before_model(fuse, kv_bits, kv_group_size, kv_rotate)
     path = resolve_model(one_model(model, model_option), revision, True)
-    before_imports()
     with redirect_stdout(sys.stderr), status_line(not as_json) as say:
         say(f"loading {path.name}")
         from ..nn.kv import check_model, compressed, plain_caches
         from ..perplexity import Way, perplexity, render
 
-        kv = opt.kv_options(kv_bits, kv_group_size, kv_rotate)
         loaded, tokenizer = load_model(path, dtype, fuse, act_quant)
         way = Way(loaded, lambda: plain_caches(loaded))
         plain = Way(_with_floats(loaded), way.make_caches)

@@ -13,7 +13,7 @@ from ..process import INTERRUPTED
 from ..progress import status_line
 from ..terminal import one_line
 from . import _options as opt
-from ._common import app, before_imports, command, load_model, one_model, resolve_model, show_report
+from ._common import app, before_model, command, load_model, one_model, resolve_model, show_report
 
 SERVER = "Server"
 
@@ -68,15 +68,14 @@ def server_command(
         raise typer.BadParameter(f"--log-level: no level {one_line(log_level)!r}")
     if max_tokens < 0:
         raise typer.BadParameter("--max-tokens: a request needs a limit; give 1 or more")
+    kv = before_model(fuse, kv_bits, kv_group_size, kv_rotate)
     path = resolve_model(one_model(model, model_option), revision, True)
-    before_imports()
     logging.basicConfig(level=level, format="%(asctime)s - %(levelname)s - %(message)s")
     with status_line(True) as say:
         say(f"loading {path.name}")
         from ..generate import Settings
         from ..server import Server
 
-        kv = opt.kv_options(kv_bits, kv_group_size, kv_rotate)
         loaded, tokenizer = load_model(path, dtype, fuse, act_quant)
         server = Server(
             loaded,

@@ -19,8 +19,6 @@ from ._common import (
     one_model,
 )
 
-TESTS = "Tests"
-
 
 @app.command("tune", rich_help_panel="Measure")
 @command
@@ -30,12 +28,10 @@ def tune_command(
     revision: opt.Revision = None,
     dtype: opt.DTypeOption = None,
     repetitions: Annotated[
-        int, opt.option(TESTS, "Runs of each, in turns.", "--repetitions", "-r", min=2, max=1000)
+        int,
+        opt.option(opt.TESTS, "Runs of each, in turns.", "--repetitions", "-r", min=2, max=1000),
     ] = 10,
-    delay: Annotated[
-        float,
-        opt.option(TESTS, "Seconds to cool down before every run.", min=0, callback=opt.finite),
-    ] = 0.0,
+    delay: opt.Delay = 0.0,
     as_json: opt.Json = False,
     debug: opt.Debug = False,
 ) -> None:

@@ -63,7 +63,7 @@ class Call(Generic[X]):
     def kind(self) -> str:
         """``vector``, ``batch`` or ``large``; of experts ``vector``, ``grouped`` or ``summed``.
 
-        `tuning.VARIANTS` names the variants of each.
+        `tuning.VARIANTS` names the variants of each that has several.
         """
         if self.scores is not None:
             return "summed"

@@ -29,7 +29,6 @@ VARIANTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "vector": ("rows4", "rows8", "rows2"),
         "batch": ("rows2", "rows4"),
         "summed": ("rows4", "rows8", "rows2"),
-        "grouped": ("tiles",),
         "large": ("dequantize", "tiles"),
     }
 }
