@@ -81,7 +81,7 @@ def gemma4(key: Keys, config: Config) -> Config:
             }
         )
     base = key.positive("rope.freq_base_swa", 10000.0)
-    dims = key.count("rope.dimension_count_swa")
+    dims = key.count("rope.dimension_count_swa", config.rope.dims)
     if dims % 2 or dims > head[SLIDING]:
         raise GGUFError(
             key.file.path, f"{dims} rotary dimensions of a head of {head[SLIDING]} with a window"

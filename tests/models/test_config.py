@@ -283,7 +283,7 @@ BAD_KEYS: list[tuple[str, dict[str, object], type[Exception], str]] = [
     ("gemma4", {"attention__sliding_window": None}, GGUFError, "gemma4.attention.sliding_window"),
     ("gemma4", {"attention__key_length_swa": None}, GGUFError, "attention.key_length_swa"),
     ("gemma4", {"attention__value_length_swa": 8}, UnsupportedError, "keys (16) and values (8)"),
-    ("gemma4", {"rope__dimension_count_swa": None}, GGUFError, "rope.dimension_count_swa"),
+    ("gemma4", {"rope__dimension_count_swa": None}, GGUFError, "32 rotary dimensions of a head of"),
     (
         "gemma4",
         {"rope__dimension_count_swa": 18},
