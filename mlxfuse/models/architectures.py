@@ -231,11 +231,14 @@ ARCHITECTURES: dict[str, Architecture] = {
             paired_rope=True,
             rope_types=("linear", "yarn", "llama3"),
         ),
+        # Channels of Qwen2.5-72B's residual stream leave float16's range (exllamav2 issue 627), and
+        # its authors name bfloat16 as the type to run the family in.
         Architecture(
             name="qwen2",
             module="mlx_lm.models.qwen2",
             layer=_NORMS | _attention("required") | _mlp(),
             groups=_GROUPS,
+            metal_dtype="bfloat16",
         ),
         Architecture(
             name="qwen3",
@@ -248,6 +251,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             module="mlx_lm.models.qwen2_moe",
             layer=_NORMS | _attention("required") | _experts("gate", "switch_mlp") | _SHARED_EXPERT,
             groups=_EXPERT_GROUPS | _SHARED,
+            metal_dtype="bfloat16",
             may_tie=False,
         ),
         # Both projects normalise the weights of a token's experts in every qwen3moe and in no
