@@ -46,6 +46,8 @@ class Provider(ModelProvider):
 class Handler(APIHandler):
     """mlx-lm's, without what it would do for a model that is not ours."""
 
+    logit_bias: dict[int, float] | None
+
     def handle_models_request(self) -> None:
         """``/v1/models``: the one model, not the folder of the user's downloads."""
         name = self.response_generator.cli_args.model
