@@ -111,6 +111,9 @@ struct Table {
   float code(int i) const {
     return Values::at((index.w[(i >> 2) & 3] >> Nibbles::shift(i)) & 15u);
   }
+  uint word(int q) const {
+    return as_type<uint>(char4(quad(q)));
+  }
   float4 quad(int q) const {
     return float4(code(4 * q), code(4 * q + 1), code(4 * q + 2), code(4 * q + 3));
   }

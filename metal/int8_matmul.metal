@@ -176,7 +176,7 @@ METAL_FUNC void batch_dots(
     }
     UNROLL
     for (int m = 0; m < many; m++) {
-      const ulong at = ulong(metal::min(to + m, size->rows - 1)) * groups + g;
+      const ulong at = ulong(metal::min(to + m, size->rows - 1) / size->outputs) * groups + g;
       const uint4 a = elements<uint4>(x.codes)[2 * at];
       const uint4 b = elements<uint4>(x.codes)[2 * at + 1];
       const uint4 words = a ^ b;

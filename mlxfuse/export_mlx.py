@@ -255,7 +255,7 @@ def _unit(file: GGUFFile, weight: WeightPlan, config: Config, bits: int | None) 
             arrays = {"weight": floats(weight.weight, offset)}
         if weight.bias:
             arrays["bias"] = floats(weight.bias)
-        if weight.bare:
+        if weight.of.bare:
             return {weight.module: arrays["weight"]}
         if len(weight.shape) == 3:
             lead = weight.shape[:2]

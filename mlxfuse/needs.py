@@ -132,7 +132,7 @@ def _caches(file: GGUFFile, layers: int, recurrent: Container[int]) -> tuple[tup
     def each(key: str, default: int, layers: int) -> list[int]:
         """One value a layer; a file gives one number or a list."""
         value: Any = file.metadata.get(f"{arch}.{key}", default)
-        if isinstance(value, np.ndarray):
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biu":
             value = [int(v) for v in value[:layers]]
             return [*value, *[default] * (layers - len(value))]
         return [int(value)] * layers if isinstance(value, int) else [default] * layers
@@ -142,15 +142,15 @@ def _caches(file: GGUFFile, layers: int, recurrent: Container[int]) -> tuple[tup
     head = embd // heads if heads else 0
     keys = file.get(f"{arch}.attention.key_length", int, default=head)
     values = file.get(f"{arch}.attention.value_length", int, default=head)
-    window = file.get(f"{arch}.attention.sliding_window", int, default=0)
-    # mlx-lm bounds the cache of these architectures' sliding layers.
-    periods = {"gemma3": 6, "gpt-oss": 2, "gemma4": 6}
+    window = file.get(f"{arch}.attention.sliding_window", int, 4096 if arch == "gemma2" else 0)
+    # The cache of these architectures' sliding layers is bounded. The numbers are their periods.
+    periods = {"gemma2": 2, "gemma3": 6, "gpt-oss": 2, "gemma4": 6}
     slides = [0] * layers
     if window and arch in periods:
-        regular = [int((i + 1) % periods[arch] != 0) for i in range(layers)]
-        pattern = file.metadata.get(f"{arch}.attention.sliding_window_pattern")
-        given = isinstance(pattern, np.ndarray)
-        slides = each("attention.sliding_window_pattern", 0, layers) if given else regular
+        name = "attention.sliding_window_pattern"
+        slides, period = each(name, 0, layers), file.metadata.get(f"{arch}.{name}", periods[arch])
+        if type(period) is int:
+            slides = [int((i + 1) % max(1, period) != 0) for i in range(layers)]
     kv_heads = each("attention.head_count_kv", heads, layers)
     pairs = [keys + values] * layers
     if arch == "gemma4":

@@ -1,6 +1,7 @@
 """The command line: what it prints where, and its exit codes."""
 
 import json
+import math
 import os
 import pty
 import re
@@ -571,6 +572,10 @@ def test_inspect_tells_what_goes_together(tmp_path, name, qkv, gate):
     [
         (lambda m: m.metadata.pop("llama.block_count"), "the key 'llama.block_count' is missing"),
         (lambda m: m.metadata.update({"llama.expert_count": 4}), "mixture-of-experts models of"),
+        (
+            lambda m: m.metadata.update({"llama.attention.head_count_kv": [2.0, math.nan, 2.0]}),
+            "llama.attention.head_count_kv is not a list of integers",
+        ),
         (lambda m: m.tensors.pop("blk.1.ffn_up.weight"), "blk.1.ffn_up.weight is missing"),
         (lambda m: m.metadata.update({"tokenizer.ggml.add_eos_token": 1}), "tokenizer.ggml.add_e"),
     ],

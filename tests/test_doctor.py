@@ -20,7 +20,18 @@ from .models import tiny
 from .test_cli import invoke
 
 
-@pytest.fixture(params=["llama", "qwen3", "gemma3", "gpt-oss", "gemma4", "gemma4-e4b"])
+@pytest.fixture(
+    params=[
+        "llama",
+        "qwen3",
+        "gemma2",
+        "gemma2-pattern",
+        "gemma3",
+        "gpt-oss",
+        "gemma4",
+        "gemma4-e4b",
+    ]
+)
 def path(request, tmp_path):
     return tiny.write(tmp_path / "tiny.gguf", tiny.build(request.param, 0))
 

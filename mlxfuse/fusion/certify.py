@@ -207,8 +207,9 @@ def readers(cls: type[nn.Module]) -> tuple[str, ...]:
         function = parse(inspect.getsource(cls.__call__))
     except (OSError, SyntaxError, TypeError):
         return ()
-    _, x, *_ = [argument.arg for argument in function.args.args]
-    found: dict[str, None] = {}
+    if len(function.args.args) < 2:
+        return ()
+    x, found = function.args.args[1].arg, dict[str, None]()
     for statement in function.body:
         for node in ast.walk(statement):
             match node:

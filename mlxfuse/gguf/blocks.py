@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import Executor
-from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from mlxfuse.errors import UnsupportedError
 from mlxfuse.formats import Format
@@ -24,10 +23,8 @@ def dequantize(
     format: Format,
     shape: tuple[int, ...],
     *,
-    out: NDArray[Any] | None = None,
-    dtype: DTypeLike = np.float32,
     pool: Executor | None = None,
-) -> NDArray[Any]:
+) -> NDArray[np.float32]:
     """Decode a tensor, or any whole rows of one.
 
     Quantised types, F16, BF16 and the small integers are exact in float32's arithmetic, equal to
@@ -37,16 +34,13 @@ def dequantize(
         data: uint8, C-contiguous, of any shape: the bytes as they lie in the file.
         format: the tensor's type.
         shape: row-major; the last axis is a multiple of ``format.block_size``.
-        out: C-contiguous float32 or float16 array of ``shape`` to write to.
-        dtype: float32 or float16, of the array made when ``out`` is not given. float16 rounds
-            each float32 result once; what leaves its range becomes infinite.
         pool: threads to work with; the calling thread works alone without one.
 
     Returns:
-        ``out``, or a new array of ``shape``.
+        float32 of ``shape``.
 
     Raises:
-        ValueError: sizes, dtypes or contiguity that do not agree.
+        ValueError: a size, dtype or contiguity that does not agree.
         UnsupportedError: a type that holds no weights (Q8_1).
     """
     decode = DECODERS.get(format.name)
@@ -55,15 +49,7 @@ def dequantize(
             f"{format.name} is a type of intermediate activations and holds no weights"
         )
     _check_data(data, format, shape)
-    if out is None:
-        out = np.empty(shape, np.dtype(dtype))
-    if out.dtype not in (np.float32, np.float16):
-        raise ValueError(f"the output must be float32 or float16, not {out.dtype}")
-    if out.shape != shape or not out.flags.c_contiguous or not out.flags.writeable:
-        raise ValueError(
-            f"out must be a writable C-contiguous array of shape {shape}; it has shape "
-            f"{out.shape} and strides {out.strides}"
-        )
+    out = np.empty(shape, np.float32)
     blocks = data.reshape(-1, format.type_size)
     weights = out.reshape(-1, format.block_size)
     step = max(1, _CHUNK // format.block_size)
@@ -106,16 +92,12 @@ def _check_data(data: Bytes, format: Format, shape: tuple[int, ...]) -> None:
         )
 
 
-def _multiply_out(decoded: Decoded, out: NDArray[Any]) -> None:
+def _multiply_out(decoded: Decoded, out: NDArray[np.float32]) -> None:
     codes, scales, offsets = decoded
+    np.copyto(out, codes, casting="unsafe")
     if scales is None:
-        np.copyto(out, codes, casting="unsafe")
         return
-    weights = out if out.dtype == np.float32 else np.empty(out.shape, np.float32)
-    np.copyto(weights, codes)
-    groups = weights.reshape(*scales.shape, -1)
+    groups = out.reshape(*scales.shape, -1)
     np.multiply(groups, scales[..., None], out=groups)
     if offsets is not None:
         np.add(groups, offsets[..., None], out=groups)
-    if weights is not out:
-        np.copyto(out, weights, casting="unsafe")

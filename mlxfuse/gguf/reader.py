@@ -100,29 +100,17 @@ class GGUFFile:
         return self.get("general.architecture", str)
 
     @overload
-    def get(self, key: str, kind: type[T], *, minimum: int = ..., maximum: int = ...) -> T: ...
+    def get(self, key: str, kind: type[T]) -> T: ...
     @overload
-    def get(
-        self, key: str, kind: type[T], default: D, *, minimum: int = ..., maximum: int = ...
-    ) -> T | D: ...
-    def get(
-        self,
-        key: str,
-        kind: type[T],
-        default: D | _Missing = _MISSING,
-        *,
-        minimum: int = 0,
-        maximum: int = 2**31 - 1,
-    ) -> T | D:
+    def get(self, key: str, kind: type[T], default: D) -> T | D: ...
+    def get(self, key: str, kind: type[T], default: D | _Missing = _MISSING) -> T | D:
         """The value of ``key``, which must be of the given type.
 
         Args:
             key: the full name, for example ``llama.block_count``.
-            kind: int, float (an integer will do; it must be finite), bool, str or list (any
-                array; its elements come as Python objects).
+            kind: int (a count or an index, 0 to 2^31 - 1), float (an integer will do; it must be
+                finite), bool, str or list (any array; its elements come as Python objects).
             default: returned as it is if the file lacks the key.
-            minimum, maximum: bounds of an int, both allowed. The default bounds are those of a
-                count or an index.
 
         Raises:
             GGUFError: a value of another type or out of bounds; a missing key without default.
@@ -140,8 +128,8 @@ class GGUFFile:
             what = f"{kind.__name__} expected, found {type(value).__name__}"
         elif isinstance(value, float) and not math.isfinite(value):
             what = f"a finite number expected, found {value}"
-        elif type(value) is int and not minimum <= value <= maximum:
-            what = f"{minimum} to {maximum} expected, found {value}"
+        elif type(value) is int and not 0 <= value < 2**31:
+            what = f"0 to {2**31 - 1} expected, found {value}"
         else:
             return value
         raise GGUFError(self.path, f"{show(key)}: {what}", self._offsets[key])

@@ -196,6 +196,7 @@ _SCALES: dict[str, Callable[[dict[str, mx.array]], Scales]] = {
 
 INTEGERS = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ4_NL", "IQ4_XS", "MXFP4"),
     *(f"affine{bits}g{group}" for bits in (4, 8) for group in (32, 64, 128)),
 )
 """Names of the segments that `integers` takes."""

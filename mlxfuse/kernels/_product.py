@@ -129,7 +129,7 @@ class Call(Generic[X]):
             raise ValueError(f"a weight of {weight.experts} experts, expert ids {self.experts}")
         if self.experts is not None:
             given = x.size // x.shape[-1]
-            if given == 0 or given not in (self.experts.size, self.experts[..., 0].size):
+            if given not in (self.experts.size, self.experts[..., 0].size):
                 raise ValueError(f"x: {x.shape} does not fit expert ids {self.experts.shape}")
         if self.scores is not None:
             ids: tuple[int, ...] = () if self.experts is None else self.experts.shape

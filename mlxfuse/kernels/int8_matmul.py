@@ -87,7 +87,7 @@ def _tile(call: Call[Int8Activations]) -> Tile:
 
 def biased(segment: AnySegment) -> bool:
     """True where the format has biases, so that the sums of x are needed."""
-    return segment.name not in ("Q4_0", "Q5_0", "Q8_0", "Q6_K")
+    return segment.name not in ("Q4_0", "Q5_0", "Q8_0", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4")
 
 
 def _launch(call: Call[Int8Activations]) -> Launch:
@@ -110,6 +110,8 @@ def _part(call: Call[Int8Activations], segment: AnySegment, first: int, rows: in
     if call.experts is None:
         return _product(x, segment.take(some))
     ids = call.experts.reshape(-1)
+    if not ids.size:
+        return mx.zeros((0, rows))
     outputs = ids.size // len(x[0])  # of a row of x
     each = [[a[i // outputs, None] for a in x] for i in range(ids.size)]
     products = [_product(row, segment.take((i, some))) for row, i in zip(each, ids, strict=True)]

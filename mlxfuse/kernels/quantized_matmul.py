@@ -181,7 +181,7 @@ def _dense(call: Call[mx.array], *, dequantized: bool = False) -> list[mx.array]
         rows = slice(part.first, part.first + part.rows)
         if call.experts is not None:
             ids = call.experts.reshape(-1)
-            rows_of_x = mx.repeat(x, ids.size // x.shape[0], axis=0).astype(mx.float32)
+            rows_of_x = mx.repeat(x, ids.size // max(x.shape[0], 1), axis=0).astype(mx.float32)
             # The chosen experts, or all if that is less: a prompt chooses each many times.
             few = ids.size < (segment.experts or 1)
             w = decode(segment.take((ids if few else slice(None), rows)))

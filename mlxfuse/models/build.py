@@ -122,14 +122,14 @@ def make_module(
     rows = FileRows(file, weight.weight, mapped=not dense)
     if len(weight.shape) == 1:
         found = rows(0, weight.shape[0])
-        if weight.log:
+        if weight.of.log:
             # Rounding the logarithm moves exp of it by 4e-7 of it, for 1e-3 to 1e3.
             if not np.all(found < 0):
                 raise GGUFError(file.path, f"{weight.weight[0].tensor.name} must be negative")
             found = np.log(-found.astype(np.float64)).astype(np.float32)
         values = mx.array(found)
         if isinstance(stock, mx.array):
-            return values if weight.float32 else values.astype(dtype)
+            return values if weight.of.float32 else values.astype(dtype)
         values = values - config.architecture.norm_offset
         stock.weight = values.astype(dtype)
         return stock

@@ -138,7 +138,9 @@ def read_config(file: GGUFFile, context_length: int | None = None) -> Config:
 
 def _layers(key: Keys, arch: Architecture) -> tuple[int, int]:
     """How many layers there are, and how many blocks after them that are ignored."""
-    blocks = key.count("block_count")
+    blocks, tensors = key.count("block_count"), len(key.file.tensors)
+    if blocks > tensors:  # before there is a list of so many
+        raise GGUFError(key.file.path, f"block_count is {blocks}, but there are {tensors} tensors")
     ignored = key("nextn_predict_layers", int, 0) if arch.recurrent else 0
     if ignored >= blocks:
         raise GGUFError(

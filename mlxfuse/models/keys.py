@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container
 from typing import TYPE_CHECKING, TypeVar
 
@@ -26,13 +25,7 @@ class Keys:
 
     def __call__(self, key: str, kind: type[T], default: T | None = None) -> T:
         full = f"{self.name}.{key}"
-        value = self.file.get(full, kind) if default is None else self.file.get(full, kind, default)
-        if kind is float and not math.isfinite(value):
-            raise GGUFError(self.file.path, f"{full} is {value}; expected a finite number")
-        return value
-
-    def has(self, key: str) -> bool:
-        return f"{self.name}.{key}" in self.file.metadata
+        return self.file.get(full, kind) if default is None else self.file.get(full, kind, default)
 
     def each(
         self, key: str, layers: int, default: int | None = None, *, listed: bool = False
@@ -44,11 +37,7 @@ class Keys:
             listed: it must give them one by one.
         """
         full = f"{self.name}.{key}"
-        values, tensors = self.file.metadata.get(full), len(self.file.tensors)
-        if layers > tensors:
-            raise GGUFError(
-                self.file.path, f"block_count is {layers}, but there are {tensors} tensors"
-            )
+        values = self.file.metadata.get(full)
         if not isinstance(values, np.ndarray) and not listed:
             return [self(key, int, default)] * layers
         array = np.asarray(values)

@@ -114,21 +114,19 @@ class WeightPlan:
     weight  its rows, from one or several tensors, one after the other.
     bias    likewise, or empty.
     group   path of the fused group it belongs to, for example ``model.layers.0.qkv``, or empty.
-    bare, float32, log: see `Weight`.
+    of      its row of the architecture's table.
     """
 
     module: str
     weight: tuple[RowSource, ...]
-    bias: tuple[RowSource, ...] = ()
-    group: str = ""
-    bare: bool = False
-    float32: bool = False
-    log: bool = False
+    bias: tuple[RowSource, ...]
+    group: str
+    of: Weight
 
     @property
     def parameter(self) -> str:
         """The name of the weight among the model's parameters."""
-        return self.module if self.bare else f"{self.module}.weight"
+        return self.module if self.of.bare else f"{self.module}.weight"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -265,35 +263,27 @@ class _Finder:
         """The rows of ``PREFIX NAME SUFFIX``, also out of a tensor of `FUSED`, or put together
         into ``attn_qkv``.
         """
-        shape = tuple(self.sizes[s] for s in weight.shape)
         bias = suffix != weight.suffix
-        if bias:
-            shape = shape[:-1]
-        tensors = self.file.tensors
-        if f"{prefix}{name}{suffix}" in tensors:
-            tensor = self._checked(f"{prefix}{name}{suffix}", shape)
-            return (self._source(tensor, 0, tensor.shape[-2:][0], weight),)
+        shape = tuple(self.sizes[s] for s in (weight.shape[:-1] if bias else weight.shape))
+        height = shape[-2:][0]
+
+        def there(name: str) -> bool:
+            return f"{prefix}{name}{suffix}" in self.file.tensors
+
+        def take(name: str, rows: int, first: int, count: int) -> RowSource:
+            whole = (*shape[:-2], rows, *shape[1:][-1:])
+            tensor = self._checked(f"{prefix}{name}{suffix}", whole)
+            return self._source(tensor, first, first + count, weight)
+
+        if there(name):
+            return (take(name, height, 0, height),)
         for whole, members in FUSED.items():
-            if bias and whole != FUSED_QKV:
-                continue
-            if name in members and f"{prefix}{whole}{suffix}" in tensors:
+            if name in members and there(whole) and (not bias or whole == FUSED_QKV):
                 rows = [self._part_rows(part) for part in members]
-                start = sum(rows[: members.index(name)])
-                tensor = self._checked(
-                    f"{prefix}{whole}{suffix}", (*shape[:-2], sum(rows), *shape[1:][-1:])
-                )
-                return (self._source(tensor, start, start + shape[-2:][0], weight),)
-        parts = [f"{prefix}{part}{suffix}" for part in QKV]
-        if name == FUSED_QKV and not weight.tiled and all(part in tensors for part in parts):
-            return tuple(
-                self._source(
-                    self._checked(full, (self._part_rows(part), *shape[1:])),
-                    0,
-                    self._part_rows(part),
-                    weight,
-                )
-                for part, full in zip(QKV, parts, strict=True)
-            )
+                return (take(whole, sum(rows), sum(rows[: members.index(name)]), height),)
+        if name == FUSED_QKV and not weight.tiled and all(map(there, QKV)):
+            heights = [self._part_rows(part) for part in QKV]
+            return tuple(take(*pair, 0, pair[1]) for pair in zip(QKV, heights, strict=True))
         return ()
 
     def _part_rows(self, part: str) -> int:
@@ -334,7 +324,7 @@ class _Finder:
             bias = self.rows(prefix, name, weight, ".bias")
             if weight.bias == "required" and not bias:
                 raise GGUFError(self.file.path, f"{prefix}{name}.bias is missing")
-        return WeightPlan(module, rows, bias, group, weight.bare, weight.float32, weight.log)
+        return WeightPlan(module, rows, bias, group, weight)
 
     def has(self, weight: Weight) -> bool:
         """Whether there is such a tensor, by its sizes."""
@@ -387,7 +377,7 @@ def plan(file: GGUFFile, config: Config) -> Plan:
 
 
 def _check_layers(file: GGUFFile, layers: int) -> None:
-    """The file has exactly the layers it says, so a huge count costs nothing."""
+    """The file has exactly the layers it says."""
     found = {int(m[1]) for m in map(LAYER_NAME.fullmatch, file.tensors) if m}
     if len(found) != layers or max(found) != layers - 1:
         last = max(found, default=-1)

@@ -29,7 +29,7 @@ class DeltaNetForm(Form):
         return all(projection.holds() for projection in self.joined)
 
 
-class _Given:
+class _Answering:
     """A module as its own code sees it, but for some linears whose results are there already."""
 
     def __init__(self, module: FusedModule, results: dict[str, Callable[[mx.array], mx.array]]):
@@ -56,7 +56,7 @@ class FusedDeltaNet(FusedModule):
             codes = given(inputs) or ()
             parts = self._part(Run.of(inputs), self._projected, list, inputs, *codes)
             names = [name for group in form.linears for name in group]
-            module = _Given(self, {n: _constant(y) for n, y in zip(names, parts, strict=True)})
+            module = _Answering(self, {n: _constant(y) for n, y in zip(names, parts, strict=True)})
         y: mx.array = form.original.__call__(module, inputs, mask, cache)
         return y
 

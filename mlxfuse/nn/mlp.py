@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.switch_layers import _gather_sort, _scatter_unsort
 
 from ..env import switched_off
 from ..kernels.activations import Int8Activations
@@ -171,7 +172,7 @@ class FusedExperts(FusedModule):
             both = (self[name](wide, indices) for name in form.linears)
             hidden = GATED[form.activation](*both).squeeze(-2)
         if hidden is None:
-            y: mx.array = form.original.__call__(self, x, indices)
+            y = self._sorted(mode, x, indices)
         else:
             if scores is not None and form.down is not None:
                 total = form.down.gathered(hidden, indices, mode, scores=scores)
@@ -179,6 +180,20 @@ class FusedExperts(FusedModule):
                     return total
             y = self[form.output](mx.expand_dims(hidden, -2), indices).squeeze(-2)
         return _weighted(y, scores).astype(y.dtype)
+
+    def _sorted(self, mode: str, x: mx.array, indices: mx.array) -> mx.array:
+        """All of it as mlx-lm has it, which sorts many ids; gate and up together if that can be."""
+        form, up = self._fused, self._fused.up
+        y: mx.array
+        if up is None or indices.size < MAX_IDS or not up.takes_many(mode):
+            y = form.original.__call__(self, x, indices)
+            return y
+        rows, ids, order = _gather_sort(mx.expand_dims(x, (-2, -3)), indices)
+        hidden = up.gathered(rows, ids, mode, activation=form.activation, sorted_experts=True)
+        assert hidden is not None
+        y = self[form.output](mx.expand_dims(hidden, -2), ids, sorted_indices=True)
+        y = _scatter_unsort(y, order, indices.shape).squeeze(-2)
+        return y
 
 
 def _weighted(y: mx.array, scores: mx.array | None) -> mx.array:

@@ -112,6 +112,7 @@ class KernelProjection(Projection):
         scores: mx.array | None = None,
         *,
         split: bool = False,
+        sorted_experts: bool = False,
     ) -> Sequence[mx.array] | None:
         """`quantized_matmul`; None if MLX's own linears are to be called instead."""
         reason = None
@@ -140,6 +141,7 @@ class KernelProjection(Projection):
             reason = reason or self._refusal(x, residual)
             if self.large(x, experts) or not wanted("quantized_matmul", reason):
                 return None
+        given["sorted_experts"] = sorted_experts
         return quantized_matmul(x, self.weight, bias=self.bias, **given)
 
     def large(self, x: mx.array, experts: mx.array | None) -> bool:
@@ -171,16 +173,25 @@ class KernelProjection(Projection):
         *,
         activation: str | None = None,
         scores: mx.array | None = None,
+        sorted_experts: bool = False,
     ) -> mx.array | None:
         """`activated` for some experts of each row: [..., K] and [..., k] -> [..., k, N].
 
         With ``scores`` [..., k] their weighted sums: [..., k, K] -> [..., N].
+
+        Args:
+            sorted_experts: the ids are in ascending order, which many have to be.
         """
-        # The file's own experts know how to multiply many rows, and without kernels.
-        if not self._stock and (not (mode or noted()) or self.large(x, experts)):
+        # The file's own experts know how to multiply without kernels.
+        unsorted = self.large(x, experts) and not sorted_experts
+        if not self._stock and (unsorted or not self.takes_many(mode)):
             return None
-        found = self._run(x, mode, None, activation, experts, scores)
+        found = self._run(x, mode, None, activation, experts, scores, sorted_experts=sorted_experts)
         return None if found is None else found[0]
+
+    def takes_many(self, mode: str) -> bool:
+        """Whether `gathered` takes many ids, if they are sorted."""
+        return not self._stock and (bool(mode) or noted())
 
     def integers(
         self,

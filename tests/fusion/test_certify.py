@@ -12,7 +12,7 @@ import pytest
 from mlx_lm.models import gpt_oss, llama, mixtral, phimoe, qwen3_moe
 
 from mlxfuse.fusion import certify as certify_module
-from mlxfuse.fusion.certify import KNOWN, Match, certify, parse, summing, unify
+from mlxfuse.fusion.certify import KNOWN, Match, certify, parse, readers, summing, unify
 from tests.fusion.survey import covered
 from tests.readme import README
 
@@ -149,6 +149,16 @@ def test_sums_of_methods_with_defaults_decorators_and_private_names(
     block._Private__own = 5
     block[attribute] = lambda x, ids, scores=None, cast=None: x
     assert body(block, mx.ones(1), None, None).item() == 5 * 3 * 3
+
+
+class Any(nn.Module):
+    def __call__(self, *args):
+        return self.linear(*args)
+
+
+def test_readers_of_the_input() -> None:
+    assert readers(llama.MLP) == ("gate_proj", "up_proj")
+    assert readers(Any) == ()
 
 
 def test_names_may_differ() -> None:

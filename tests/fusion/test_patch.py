@@ -86,6 +86,19 @@ def test_patched_logits_are_the_unpatched(name: str, mode: str, tmp_path: Path) 
         )
 
 
+@pytest.mark.parametrize("name", ["qwen3moe", "qwen3moe-k-quants"])
+def test_experts_of_a_prompt_take_two_products(name: str, tmp_path: Path) -> None:
+    """Gate and up with the activation, and down; all else of so many rows is dequantised."""
+    with pytest.MonkeyPatch.context() as patch, msl.installed(build="fast"):
+        patch.setenv("MLXFUSE_KERNELS", "emulated")
+        model, _ = load(write(tmp_path, name), fuse="all")
+        for products in (2, 3):
+            launches.clear()
+            logits(model, 34)
+            assert launches["quantized_matmul"] == products * len(model.layers)
+            unpatch_model(model)
+
+
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_the_decode_is_bit_identical_but_for_the_activation(name: str, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch, msl.installed(build="fast"):

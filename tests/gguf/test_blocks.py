@@ -235,36 +235,19 @@ def test_the_comparison_tells_zeros_and_one_ulp_apart() -> None:
         assert_same_bits(one, np.full(4, np.nan, np.float32))
 
 
-def test_shapes_and_out() -> None:
+def test_shapes() -> None:
     format = BY_NAME["Q5_K"]
     data = random_rows(format, 6, 2)
     data.flags.writeable = False
     (expected, _) = oracles(data, format)
-    out = np.empty((2, 3, 512), np.float32)
-    assert dequantize(data, format, (2, 3, 512), out=out) is out
-    assert_same_bits(out.reshape(6, 512), expected)
-    rows = np.empty((6, 512), np.float32)
-    for i in range(6):  # rows are independent, and out may be a part of an array
-        dequantize(data[i], format, (512,), out=rows[i])
-    assert_same_bits(rows, expected)
+    assert_same_bits(dequantize(data, format, (2, 3, 512)).reshape(6, 512), expected)
+    rows = [dequantize(row, format, (512,)) for row in data]  # they are independent
+    assert_same_bits(np.stack(rows), expected)
     # Data at an odd address, as views into a file are.
     odd = np.concatenate([np.zeros(1, np.uint8), data.ravel()])[1:]
     assert_same_bits(dequantize(odd, format, (6, 512)), expected)
     for shape in ((0, 512), (3, 0)):
         assert dequantize(np.empty(0, np.uint8), format, shape).shape == shape
-
-
-@pytest.mark.parametrize("name", ["Q4_K", "F64", "BF16"])
-def test_float16_output_is_rounded_once(name: str) -> None:
-    format = BY_NAME[name]
-    data = random_rows(format, 16, 512 // format.block_size)
-    shape = (16, 512)
-    exact = data.view("<f8") if name == "F64" else dequantize(data, format, shape)
-    actual = dequantize(data, format, shape, dtype=np.float16)
-    with np.errstate(all="ignore"):
-        expected = exact.astype(np.float16)
-    assert actual.dtype == np.float16
-    assert np.array_equal(actual, expected, equal_nan=True)
 
 
 @pytest.mark.parametrize(
@@ -288,14 +271,6 @@ def test_arrays_that_do_not_agree() -> None:
     for bad in (data.view(np.int8), data[:, ::-1]):
         with pytest.raises(ValueError, match="must be a C-contiguous uint8 array"):
             dequantize(bad, format, (4, 32))
-    for dtype in (np.float64, np.int32):
-        with pytest.raises(ValueError, match="must be float32 or float16"):
-            dequantize(data, format, (4, 32), dtype=dtype)
-    read_only = np.empty((4, 32), np.float32)
-    read_only.flags.writeable = False
-    for out in (read_only, np.empty((32, 4), np.float32), np.empty((32, 4), np.float32).T):
-        with pytest.raises(ValueError, match="out must be a writable C-contiguous array"):
-            dequantize(data, format, (4, 32), out=out)
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "IQ2_XXS", "F16"])
@@ -303,22 +278,20 @@ def test_scratch_does_not_grow_with_the_tensor(name: str) -> None:
     format = BY_NAME[name]
     rows, columns = 1024, 4096
     data = np.zeros((rows, format.row_bytes(columns)), np.uint8)
-    out = np.empty((rows, columns), np.float32)
     dequantize(data[:1], format, (1, columns))  # tables that are made once
     tracemalloc.start()
-    dequantize(data, format, out.shape, out=out)
+    out = dequantize(data, format, (rows, columns))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < out.nbytes / 8
+    assert peak < out.nbytes * 9 / 8
 
 
 def test_threads_decode_what_the_oracles_do() -> None:
     # 2,662,400 weights: two full jobs and a partial one, each of several chunks.
     format = BY_NAME["Q4_0"]
     data = random_rows(format, 1300, 64)
-    out = np.full((1300, 2048), np.nan, np.float32)
     with ThreadPoolExecutor(4) as pool:
-        dequantize(data, format, out.shape, out=out, pool=pool)
+        out = dequantize(data, format, (1300, 2048), pool=pool)
     for expected in oracles(data, format):
         assert_same_bits(out, expected)
 

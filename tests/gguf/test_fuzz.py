@@ -85,7 +85,8 @@ def use(path: Path) -> None:
     with open_gguf(path) as f:
         for key, value in f.metadata.items():
             kind = list if isinstance(value, np.ndarray) else type(value)
-            f.get(key, kind, minimum=-(2**63), maximum=2**64)
+            if kind is not int or 0 <= value < 2**31:
+                f.get(key, kind)
         for tensor in f.tensors.values():
             assert f.view(tensor).tobytes() == f.read(tensor).tobytes()
             assert tensor.rows * tensor.row_bytes == tensor.nbytes

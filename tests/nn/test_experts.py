@@ -181,7 +181,9 @@ def test_the_reference_sums_in_float32_and_rounds_once(dtype: mx.Dtype) -> None:
     assert (error <= 1.01 * ulp * np.abs(want) + 1e-6 * np.abs(want).max()).all()
 
 
-def test_no_rows_give_none() -> None:
+@pytest.mark.parametrize("mode", ["reference", "emulated"])
+def test_no_rows_give_none(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLXFUSE_KERNELS", mode)
     layer, values = switch()
     dense = SwitchLinear(mx.array(values))
     x, ids = mx.zeros((1, 0, 1, 1, COLUMNS)), mx.zeros((1, 0, 2), mx.uint32)
