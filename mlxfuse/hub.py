@@ -68,9 +68,9 @@ def resolve(
     *,
     revision: str | None = None,
     progress: Progress | None = None,
-    offline: bool | None = None,
 ) -> Path:
-    """The path of the GGUF file (its first shard) that ``ref`` names, downloaded if need be.
+    """The path of the GGUF file (its first shard) that ``ref`` names, downloaded if need be and
+    ``HF_HUB_OFFLINE`` does not forbid it.
 
     Args:
         ref: a path; ``org/repo[@revision][:choice]``, also with ``hf.co/``, ``hf:`` or the
@@ -79,16 +79,13 @@ def resolve(
             demo model. A path that exists wins.
         revision: branch, tag or commit of the repository.
         progress: called as (label, bytes done, bytes in all).
-        offline: True never touches the network; None follows HF_HUB_OFFLINE.
 
     Raises:
         ModelRefError: nothing has that name, or several things have.
         DownloadError: the file is not here and cannot be downloaded.
     """
     if ref is None:
-        return ensure_demo(
-            progress=progress, offline=_hub_offline() if offline is None else offline
-        )
+        return ensure_demo(progress=progress, offline=_hub_offline())
     path = Path(ref).expanduser()
     try:
         mode = path.stat().st_mode if ref else None
@@ -108,7 +105,7 @@ def resolve(
     if revision and parsed.revision and revision != parsed.revision:
         raise ModelRefError(f"two revisions are given: {parsed.revision} and {revision}")
     wanted = Ref(parsed.repo, revision or parsed.revision, parsed.choice)
-    if _hub_offline() if offline is None else offline:
+    if _hub_offline():
         return _from_cache(wanted)
     return _from_hub(wanted, progress)
 

@@ -484,6 +484,13 @@ def test_what_cannot_be_done_is_said(model, args, code, message, monkeypatch):
     assert message in " ".join(result.stderr.replace("│", " ").split())
 
 
+@pytest.mark.parametrize("args", [("-p", "4"), ("--kv-bits", "8"), ("--llama-bench",)])
+def test_options_of_a_model_are_not_ignored_for_kernels(args):
+    result = invoke("bench", "kernels", *args)
+    assert result.exit_code == 2
+    assert "need a model" in " ".join(result.stderr.replace("│", " ").split())
+
+
 def test_a_checkpoint_of_mlx_lm(model, tmp_path):
     """`mlx_lm.load` beside the same after `patch_model`, with one copy of the weights."""
     folder = tmp_path / "checkpoint"

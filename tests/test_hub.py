@@ -53,7 +53,7 @@ def test_parse(text, ref):
 )  # fmt: skip
 def test_neither_a_file_nor_a_repository(text):
     with pytest.raises(ModelRefError, match="no such file") as caught:
-        hub.resolve(text, offline=True)
+        hub.resolve(text)
     assert caught.value.exit_code == 1
     assert "\x1b" not in str(caught.value)
     assert len(str(caught.value)) < 400
@@ -63,7 +63,7 @@ def test_a_path_that_exists_wins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("org").mkdir()
     Path("org/repo").write_bytes(BODY)
-    assert hub.resolve("org/repo", offline=True) == Path("org/repo")
+    assert hub.resolve("org/repo") == Path("org/repo")
 
 
 def test_only_regular_files(tmp_path):
@@ -82,7 +82,7 @@ def test_a_revision_needs_a_repository(tmp_path):
     with pytest.raises(ModelRefError, match="revision"):
         hub.resolve(str(path), revision="main")
     with pytest.raises(ModelRefError, match="two revisions"):
-        hub.resolve("org/repo@v1", revision="v2", offline=True)
+        hub.resolve("org/repo@v1", revision="v2")
 
 
 # --- which of a repository's files ------------------------------------------------------
@@ -334,5 +334,6 @@ def test_offline_without_any_cache(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "none"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DownloadError, match="offline"):
-        hub.resolve("org/repo", offline=True)
+        hub.resolve("org/repo")

@@ -140,6 +140,10 @@ def bench_command(
     with redirect_stdout(sys.stderr), status_line(True) as say:
         found: dict[str, Any]
         if ref == "kernels":
+            if given.keys() - {"-d"} or compare or llama_bench or kv:
+                raise typer.BadParameter(
+                    "-p, -n, --compare, --llama-bench and --kv-bits need a model"
+                )
             from ..bench.kernels import bench_kernels
 
             found = bench_kernels(repetitions=repetitions or 20, pause=delay, say=say)
