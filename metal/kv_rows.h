@@ -1,4 +1,4 @@
-// Rows of compressed keys and values; `mlxfuse/kernels/kv_scheme.py` documents them.
+// Rows of compressed keys and values; `mlxfuse/kernels/kv/scheme.py` documents them.
 //
 // A unit is 8 consecutive elements. A side, K or V, is Side<C, N, first, scales, group>: codes C
 // from word `first` of a row on and, if group > 0, numbers N from word `scales` on. Element e of a

@@ -14,8 +14,7 @@ import mlx.nn as nn
 from .errors import UnsupportedError
 from .fusion import PatchReport, chosen, patch_model
 from .gguf.exported import ExportedFile, open_model
-from .gguf.tokenizer import load_tokenizer
-from .hub import resolve
+from .hub.resolve import resolve
 from .kernels import unavailable
 from .kernels.weight import type_name
 from .models import Architecture
@@ -23,7 +22,8 @@ from .models.build import build
 from .models.config import read_config
 from .models.plan import plan, stored_rows
 from .models.streams import Account
-from .nn.kv import KVOptions
+from .nn.kv.options import KVOptions
+from .tokenizer.load import load_tokenizer
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlxfuse.demo import demo_path
+from mlxfuse.hub.demo import demo_path
 from tests import msl
 
 METAL = mx.metal.is_available()

@@ -9,8 +9,8 @@ from mlx_lm import generate
 
 from mlxfuse.loader import load
 
+from .cli.test_cli import REPOSITORY, TEMPLATE
 from .models import tiny
-from .test_cli import REPOSITORY, TEMPLATE
 
 
 def model(folder, name):

@@ -12,22 +12,17 @@ import mlxfuse
 
 PACKAGE = Path(mlxfuse.__file__).parent
 
-# The layers, lowest first; a module imports from lower layers or from its own package.
+# The layers, lowest first; a module imports from lower layers or from its own room.
 LAYERS = (
-    ("errors", "env", "files", "formats", "terminal"),
-    ("template_budget", "download", "process", "progress", "blas", "memory"),
-    ("template_sandbox",),
-    ("chat_template",),
+    ("errors", "env", "files", "formats", "terminal", "blas", "memory"),
     ("gguf", "kernels"),
-    ("demo",),
-    ("hub", "nn", "needs"),
+    ("tokenizer", "hub", "nn"),
     ("models", "fusion"),
-    ("loader", "export", "inspect", "prompt_cache", "generate", "perplexity"),
-    ("chat", "server", "export_mlx"),
-    ("cases",),
-    ("doctor",),
+    ("inspect",),
+    ("loader", "export"),
+    ("text",),
+    ("server",),
     ("bench",),
-    ("tune",),
     ("cli",),
     ("__main__",),
 )
@@ -35,36 +30,16 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # Third-party packages that only some modules may import at all.
 ONLY = {
     "typer": {"cli"},
-    "rich": {"progress"},
-    "requests": {"download", "demo"},
+    "rich": {"cli"},
+    "requests": {"hub"},
     "huggingface_hub": {"hub"},
 }
 NO_MLX = {
-    *(
-        "errors",
-        "env",
-        "files",
-        "formats",
-        "terminal",
-        "process",
-        "progress",
-        "download",
-        "demo",
-        "hub",
-    ),
-    *(
-        "gguf",
-        "inspect",
-        "needs",
-        "chat_template",
-        "template_budget",
-        "template_sandbox",
-        "blas",
-        "memory",
-    ),
+    *("errors", "env", "files", "formats", "terminal", "blas", "memory"),
+    *("gguf", "tokenizer", "hub", "inspect"),
 }
 # Imported by a loaded model only.
-TOKENIZER = {"gguf.tokenizer", "gguf.spm"}
+TOKENIZER = {"tokenizer.load", "tokenizer.spm"}
 HEAVY = ("mlx", "mlx_lm", "transformers", "tokenizers", "torch")
 
 

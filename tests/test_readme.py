@@ -20,8 +20,8 @@ from packaging.requirements import Requirement
 
 from mlxfuse import env
 from mlxfuse.cli import app
-from mlxfuse.export_mlx import export_mlx
-from mlxfuse.process import INTERRUPTED
+from mlxfuse.cli.process import INTERRUPTED
+from mlxfuse.export.mlx_checkpoint import export_mlx
 
 from .models import tiny
 from .picture import PICTURE, counts, draw

@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 import yaml
 
-from .test_cli import REPOSITORY
+from .cli.test_cli import REPOSITORY
 
 WORKFLOW = yaml.safe_load((REPOSITORY / ".github/workflows/ci.yml").read_text())
 JOBS = WORKFLOW["jobs"]

@@ -14,16 +14,16 @@ from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models import switch_layers
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
-from ..cases import nearest_bits
 from ..errors import MLXFuseError
 from ..formats import AFFINE
 from ..fusion.checks import BOUNDS, Reference, logits
 from ..fusion.report import Check
-from ..kernels._decode import decode
+from ..kernels.matmul.decode import decode
 from ..kernels.weight import AnySegment, Part, QuantizedWeight, type_name
 from ..nn.experts import QuantizedSwitchLinear, StreamedSwitchLinear, SwitchLinear
 from ..nn.linear import Embedding, Linear, StreamedEmbedding, StreamedLinear
 from ..nn.quantized import QuantizedEmbedding, QuantizedLinear
+from .cases import nearest_bits
 from .measure import Test, seconds
 
 HELD = (QuantizedLinear, QuantizedEmbedding, QuantizedSwitchLinear)

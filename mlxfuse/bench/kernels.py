@@ -13,12 +13,14 @@ from typing import Any
 import mlx.core as mx
 
 from .. import env
-from ..cases import Case, Sizes, cases
 from ..errors import KernelError
-from ..kernels import _kernel, self_test, unavailable
-from ..kernels._kernel import Launch, Recorded
-from ..kernels._product import Call
-from ..kernels.floor import floor
+from ..kernels import unavailable
+from ..kernels.matmul.product import Call
+from ..kernels.runtime import kernel as _kernel
+from ..kernels.runtime import self_test
+from ..kernels.runtime.kernel import Launch, Recorded
+from .cases import Case, Sizes, cases
+from .floor import floor
 from .machine import environment
 from .measure import alternate, seconds
 

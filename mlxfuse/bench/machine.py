@@ -11,9 +11,9 @@ from typing import Any
 import mlx.core as mx
 
 from .. import __version__, env
-from ..doctor import device, version_of
 from ..kernels import unavailable
-from ..kernels.tuning import source_hash
+from ..kernels.runtime.tuning import source_hash
+from .doctor import device, version_of
 from .measure import seconds
 
 _BYTES = {"cpu": 64 << 20, "metal": 256 << 20}

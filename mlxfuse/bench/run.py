@@ -14,15 +14,15 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import env
-from ..doctor import device
 from ..errors import KernelError, UnsupportedError
 from ..fusion import PatchReport, patch_model
 from ..fusion.checks import Reference, logits
 from ..fusion.dispatches import per_token
 from ..gguf.exported import is_export, open_model
 from ..loader import load
-from ..nn.kv import KVOptions, compress_caches
+from ..nn.kv.options import KVOptions, compress_caches
 from .arms import Arm, Runner, compare, decoded, nbytes, stock_of
+from .doctor import device
 from .machine import environment
 from .measure import Test, alternate, speeds
 

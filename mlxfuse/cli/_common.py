@@ -21,14 +21,14 @@ import typer
 
 from .. import __version__
 from ..errors import MLXFuseError
-from ..process import INTERRUPTED, fail, unexpected, watch_interrupts
-from ..progress import download_bar, print_table
 from ..terminal import neutralize, one_line
 from ._options import ActQuant, DType
+from .process import INTERRUPTED, fail, unexpected, watch_interrupts
+from .progress import download_bar, print_table
 
 if TYPE_CHECKING:
     from ..loader import LoadReport
-    from ..nn.kv import KVOptions
+    from ..nn.kv.options import KVOptions
 
 PIPE_CLOSED = 141  # 128 + SIGPIPE, what a shell reports for any program
 
@@ -96,7 +96,7 @@ def _options(
 
 
 def resolve_model(ref: str | None, revision: str | None, shown: bool) -> Path:
-    from ..hub import resolve
+    from ..hub.resolve import resolve
 
     with download_bar(shown) as progress:
         return resolve(ref, revision=revision, progress=progress)
@@ -125,7 +125,7 @@ def before_model(fuse: str, bits: str | None, group_size: int, rotate: bool) -> 
             raise typer.BadParameter(f"--fuse: {error}") from None
     if bits is None:
         return None
-    from ..nn.kv import KVOptions
+    from ..nn.kv.options import KVOptions
 
     try:
         return KVOptions.parse(bits, group_size, rotate)

@@ -12,7 +12,6 @@ import typer
 
 from ..errors import MLXFuseError
 from ..files import write_text
-from ..progress import status_line
 from . import _options as opt
 from ._common import (
     app,
@@ -21,6 +20,7 @@ from ._common import (
     model_or_checkpoint,
     one_model,
 )
+from .progress import status_line
 
 
 class Output(StrEnum):

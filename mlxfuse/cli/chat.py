@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
-from ..process import INTERRUPTED, fail
-from ..progress import status_line
 from ..terminal import neutralize
 from . import _options as opt
 from ._common import (
@@ -28,11 +26,13 @@ from ._common import (
     resolve_model,
     show_report,
 )
+from .process import INTERRUPTED, fail
+from .progress import status_line
 
 if TYPE_CHECKING:
-    from ..chat import Chat
-    from ..generate import Result
     from ..loader import LoadReport
+    from ..text.chat import Chat
+    from ..text.generate import Result
 
 FENCE = '"""'
 HELP = f"""\
@@ -86,8 +86,8 @@ def chat_command(
     stdout, interactive = sys.stdout, sys.stdin.isatty() and sys.stdout.isatty()
     with redirect_stdout(sys.stderr), status_line(True) as say:
         say(f"loading {path.name}")
-        from ..chat import Chat
-        from ..generate import Settings
+        from ..text.chat import Chat
+        from ..text.generate import Settings
 
         loaded, tokenizer = load_model(path, dtype, fuse, act_quant)
         chat = Chat(

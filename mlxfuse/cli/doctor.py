@@ -32,7 +32,7 @@ def doctor_command(
     ref = one_model(model, model_option)
     path = None if ref is None else resolve_model(ref, revision, True)
     before_imports()
-    from ..doctor import diagnose, render
+    from ..bench.doctor import diagnose, render
 
     found = diagnose(path, context)
     print(json.dumps(found) if as_json else render(found))

@@ -9,9 +9,9 @@ from typing import Annotated
 
 import typer
 
-from ..progress import status_line
 from . import _options as opt
 from ._common import app, before_imports, command, resolve_model
+from .progress import status_line
 
 
 @app.command("export", rich_help_panel="Convert")
@@ -48,11 +48,11 @@ def export_command(
             say(f"writing {folder.name}: {done / 1e9:.2f} of {total / 1e9:.2f} GB")
 
         if mlx:
-            from ..export_mlx import export_mlx
+            from ..export.mlx_checkpoint import export_mlx
 
             summary = export_mlx(path, folder, force=force, progress=progress)
         else:
-            from ..export import export
+            from ..export.streams import export
 
             export(path, folder, force=force, progress=progress)
             summary = {}

@@ -13,8 +13,6 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import MLXFuseError
-from ..process import fail
-from ..progress import status_line
 from . import _options as opt
 from ._common import (
     answer_writer,
@@ -27,6 +25,8 @@ from ._common import (
     resolve_model,
     show_report,
 )
+from .process import fail
+from .progress import status_line
 
 
 def _read_prompt(prompt: str) -> str:
@@ -99,8 +99,9 @@ def generate_command(
     # mlx-lm prints warnings on stdout.
     with redirect_stdout(sys.stderr), status_line(shown and not as_json) as say:
         say(f"loading {path.name}")
-        from .. import generate as engine
-        from .. import kernels, prompt_cache
+        from .. import kernels
+        from ..text import generate as engine
+        from ..text import prompt_cache
 
         if prompt_cache_file:
             prompt_cache.expect_model(prompt_cache_file, ref)

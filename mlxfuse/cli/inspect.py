@@ -18,7 +18,7 @@ def inspect_command(
     debug: opt.Debug = False,
 ) -> None:
     """Show what a model's header tells; no weight is read."""
-    from ..inspect import inspect, render
+    from ..inspect.header import inspect, render
 
     summary = inspect(resolve_model(one_model(model, model_option), revision, True))
     print(json.dumps(summary) if as_json else render(summary))

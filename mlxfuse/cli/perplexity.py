@@ -12,7 +12,6 @@ import typer
 
 from .. import env
 from ..errors import MLXFuseError
-from ..progress import status_line
 from . import _options as opt
 from ._common import (
     app,
@@ -24,6 +23,7 @@ from ._common import (
     resolve_model,
     show_report,
 )
+from .progress import status_line
 
 
 @app.command("perplexity", rich_help_panel="Look")
@@ -72,8 +72,8 @@ def perplexity_command(
     path = resolve_model(one_model(model, model_option), revision, True)
     with redirect_stdout(sys.stderr), status_line(not as_json) as say:
         say(f"loading {path.name}")
-        from ..nn.kv import check_model, compressed, plain_caches
-        from ..perplexity import Way, perplexity, render
+        from ..nn.kv.options import check_model, compressed, plain_caches
+        from ..text.perplexity import Way, perplexity, render
 
         loaded, tokenizer = load_model(path, dtype, fuse, act_quant)
         way = Way(loaded, lambda: plain_caches(loaded))

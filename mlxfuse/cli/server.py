@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from ..process import INTERRUPTED
-from ..progress import status_line
 from ..terminal import one_line
 from . import _options as opt
 from ._common import app, before_model, command, load_model, one_model, resolve_model, show_report
+from .process import INTERRUPTED
+from .progress import status_line
 
 SERVER = "Server"
 
@@ -73,8 +73,8 @@ def server_command(
     logging.basicConfig(level=level, format="%(asctime)s - %(levelname)s - %(message)s")
     with status_line(True) as say:
         say(f"loading {path.name}")
-        from ..generate import Settings
-        from ..server import Server
+        from ..server.app import Server
+        from ..text.generate import Settings
 
         loaded, tokenizer = load_model(path, dtype, fuse, act_quant)
         server = Server(

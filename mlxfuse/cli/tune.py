@@ -8,7 +8,6 @@ from contextlib import redirect_stdout
 from dataclasses import asdict
 from typing import Annotated
 
-from ..progress import status_line
 from ..terminal import one_line
 from . import _options as opt
 from ._common import (
@@ -18,6 +17,7 @@ from ._common import (
     model_or_checkpoint,
     one_model,
 )
+from .progress import status_line
 
 
 @app.command("tune", rich_help_panel="Measure")
@@ -42,10 +42,10 @@ def tune_command(
     ref = one_model(model, model_option)
     before_imports()
     with redirect_stdout(sys.stderr), status_line(True) as say:
-        from .. import tune as engine
+        from ..bench import tune as engine
         from ..bench.kernels import on_device
         from ..bench.run import load_model
-        from ..kernels import tuning
+        from ..kernels.runtime import tuning
 
         on_device("tune measures")  # before anything is fetched
         path, _ = model_or_checkpoint(ref, revision)

@@ -15,9 +15,9 @@ from typing import Any
 
 import mlx.nn as nn
 
-from .attentions import ATTENTIONS
-from .bodies import BODIES, WEIGHTED_SUMS, Body
-from .delta_nets import DELTA_NETS
+from .bodies.attentions import ATTENTIONS
+from .bodies.delta_nets import DELTA_NETS
+from .bodies.mlps import BODIES, WEIGHTED_SUMS, Body
 
 KNOWN = (*ATTENTIONS, *BODIES, *DELTA_NETS)
 

@@ -13,8 +13,8 @@ import mlx.nn as nn
 from ..nn.attention import AttentionForm, FusedAttention, FusedSharedAttention
 from ..nn.delta_net import DeltaNetForm, FusedDeltaNet
 from ..nn.embedding import EmbeddingForm, FusedEmbedding
-from ..nn.form import Form, FusedModule, adopt, release
-from ..nn.joining import (
+from ..nn.fused import Form, FusedModule, adopt, release
+from ..nn.join_linears import (
     copies,
     cut,
     describe,

@@ -19,7 +19,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..kernels import assuming_metal, opaque
-from ..nn.form import unfused
+from ..nn.fused import unfused
 
 # Primitives that make another view of the same memory. (A reshape of a transposed array copies,
 # but not where the moved axis has one element, as in the decoding of one token.)

@@ -8,8 +8,8 @@ import mlx.nn as nn
 
 from ..nn.attention import FusedAttention
 from ..nn.delta_net import FusedDeltaNet
-from ..nn.form import FusedModule
-from ..nn.joining import single
+from ..nn.fused import FusedModule
+from ..nn.join_linears import single
 from ..nn.mlp import BlockForm, FusedBlock, FusedExperts, FusedMLP
 from ..nn.norm import FusedNorm
 from ..nn.projection import Projection, no_integers

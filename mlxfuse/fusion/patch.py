@@ -12,11 +12,12 @@ import mlx.nn as nn
 
 from .. import env
 from ..errors import PatchError
-from ..kernels import self_test, tuning, unavailable
-from ..kernels._product import MAX_ROWS_PER_EXPERT
+from ..kernels import unavailable
+from ..kernels.matmul.product import MAX_ROWS_PER_EXPERT
+from ..kernels.runtime import self_test, tuning
 from ..nn.experts import QuantizedSwitchLinear
-from ..nn.form import Form
-from ..nn.kv import KVOptions, check_model, compress_caches
+from ..nn.fused import Form
+from ..nn.kv.options import KVOptions, check_model, compress_caches
 from ..nn.projection import MAX_IDS
 from ..nn.quantized import QuantizedLinear
 from . import int8

@@ -1,4 +1,4 @@
-from ._kernel import (
+from .runtime.kernel import (
     Prepared,
     assumed,
     assuming_metal,

@@ -208,7 +208,7 @@ def _qwen35(name: str, mlp: dict[str, Weight], groups: dict[str, tuple[str, ...]
     """
     return Architecture(
         name=name,
-        module="mlxfuse.models.qwen35",
+        module="mlxfuse.models.families.qwen35",
         layer={**_POST_ATTENTION_NORMS, **_attention(), **_QK_NORMS, **mlp},
         recurrent={**_POST_ATTENTION_NORMS, **_DELTA_NET, **mlp},
         groups=groups | {"in_proj": ("attn_qkv", "attn_gate", "ssm_beta", "ssm_alpha")},
@@ -281,7 +281,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         # (gemma3_text.clip_residual) and its authors trained and publish it in bfloat16.
         Architecture(
             name="gemma2",
-            module="mlxfuse.models.gemma2",
+            module="mlxfuse.models.families.gemma2",
             layer=_GEMMA_NORMS | _attention() | _mlp(),
             groups=_GROUPS,
             norm_offset=1.0,
@@ -290,7 +290,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         Architecture(
             name="gemma3",
-            module="mlxfuse.models.gemma3",
+            module="mlxfuse.models.families.gemma3",
             layer=_GEMMA_NORMS | _attention() | _QK_NORMS | _mlp(),
             groups=_GROUPS,
             norm_offset=1.0,

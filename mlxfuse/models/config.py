@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import GGUFError, UnsupportedError
 from .architectures import ARCHITECTURES, Architecture
-from .families import FAMILIES
+from .families.small import FAMILIES
 from .keys import Keys
 from .rope import Rope, read_rope
 

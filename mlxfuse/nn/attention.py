@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx_lm.models.base import scaled_dot_product_attention
 
 from ..kernels.activations import Int8Activations
-from .form import Form, FusedModule, Run, plus, project
+from .fused import Form, FusedModule, Run, plus, project
 from .projection import KernelProjection, Projection
 from .rotation import Rotation, position
 from .sdpa import sdpa

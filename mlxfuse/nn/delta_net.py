@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..kernels.activations import Int8Activations
-from .form import Form, FusedModule, Run, given
+from .fused import Form, FusedModule, Run, given
 from .projection import KernelProjection, Projection, no_integers
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..kernels import wanted
-from ..kernels.dequantize import dequantize
-from .form import Form, FusedModule
+from ..kernels.matmul.dequantize import dequantize
+from .fused import Form, FusedModule
 from .projection import KernelProjection
 
 

@@ -17,8 +17,8 @@ from mlx_lm.models import switch_layers
 from numpy.typing import NDArray
 
 from ..kernels import unavailable
-from ..kernels.dequantize import dequantize
-from ..kernels.quantized_matmul import quantized_matmul
+from ..kernels.matmul.dequantize import dequantize
+from ..kernels.matmul.quantized_matmul import quantized_matmul
 from ..kernels.weight import QuantizedWeight
 from .linear import Rows, matmul
 from .quantized import Place, _Holder

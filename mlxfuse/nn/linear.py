@@ -82,7 +82,7 @@ class Linear(nn.Linear):
         return y + self.bias if "bias" in self else y
 
 
-# The activations of `mlxfuse.kernels.quantized_matmul`, with MLX-LM's own operations.
+# The activations of `mlxfuse.kernels.matmul.quantized_matmul`, with MLX-LM's own operations.
 GATED: dict[str, Callable[[mx.array, mx.array], mx.array]] = {
     "swiglu": swiglu,
     "geglu": lambda gate, up: nn.gelu(gate) * up,

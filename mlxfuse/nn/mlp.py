@@ -13,9 +13,9 @@ from mlx_lm.models.switch_layers import _gather_sort, _scatter_unsort
 
 from ..env import switched_off
 from ..kernels.activations import Int8Activations
-from ..kernels.rms_norm import NormResult
+from ..kernels.norm.rms_norm import NormResult
 from .attention import FusedAttention
-from .form import Form, FusedModule, Run, given, giving, plus, project
+from .fused import Form, FusedModule, Run, given, giving, plus, project
 from .linear import GATED, PLAIN
 from .norm import FusedNorm
 from .projection import MAX_IDS, KernelProjection, Projection, no_integers
@@ -27,7 +27,7 @@ class MLPForm(Form):
 
     linears     names of gate and up, or of the one that is both, or of the only one.
     output      name of down.
-    activation  of `mlxfuse.kernels.quantized_matmul`.
+    activation  of `mlxfuse.kernels.matmul.quantized_matmul`.
     up, down    the fused projections.
     int8        whether down takes int8 activations.
     """
@@ -103,7 +103,7 @@ class ExpertsForm(Form):
 
     linears     names of gate and up.
     output      name of down.
-    activation  of `mlxfuse.kernels.quantized_matmul`.
+    activation  of `mlxfuse.kernels.matmul.quantized_matmul`.
     up          gate and up, fused.
     down        for the sum over experts.
     """

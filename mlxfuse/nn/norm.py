@@ -7,7 +7,7 @@ from collections.abc import Collection
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..kernels.rms_norm import NormResult, rms_norm
+from ..kernels.norm.rms_norm import NormResult, rms_norm
 
 
 class FusedNorm:

@@ -11,11 +11,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..kernels import Prepared, noted, wanted
-from ..kernels._product import MAX_BATCH
 from ..kernels.activations import Int8Activations
-from ..kernels.int8_matmul import int8_matmul, unsupported
-from ..kernels.quantize_int8 import quantize_int8
-from ..kernels.quantized_matmul import prepare, quantized_matmul
+from ..kernels.matmul.int8_matmul import int8_matmul, unsupported
+from ..kernels.matmul.product import MAX_BATCH
+from ..kernels.matmul.quantized_matmul import prepare, quantized_matmul
+from ..kernels.norm.quantize_int8 import quantize_int8
 from ..kernels.weight import AffineSegment, QuantizedWeight, type_name
 from .experts import QuantizedSwitchLinear
 from .linear import GATED, PLAIN, Linear

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..kernels.dequantize import dequantize
-from ..kernels.quantized_matmul import quantized_matmul
+from ..kernels.matmul.dequantize import dequantize
+from ..kernels.matmul.quantized_matmul import quantized_matmul
 from ..kernels.weight import QuantizedWeight
 
 

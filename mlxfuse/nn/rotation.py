@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..kernels import Prepared, wanted
-from ..kernels.norm_rope import norm_rope, prepare
+from ..kernels.norm.norm_rope import norm_rope, prepare
 
 # Tokens of a call up to which its launch is kept: prompts have lengths of every kind.
 _KEPT = 32

@@ -126,7 +126,7 @@ def main() -> None:
     if arguments.work:
         work(arguments.work, arguments.model)
         return
-    from mlxfuse.hub import resolve
+    from mlxfuse.hub.resolve import resolve
 
     path = str(resolve(arguments.model))
     compare(path, arguments.pairs, None)

@@ -30,8 +30,8 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlxfuse.fusion import patch_model
-from mlxfuse.kernels import _kernel
-from mlxfuse.kernels._source import header
+from mlxfuse.kernels.runtime import kernel as _kernel
+from mlxfuse.kernels.runtime.source import header
 from tests.fusion import zoo
 
 CLASSES = ("llama", "qwen3")

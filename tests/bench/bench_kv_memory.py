@@ -37,8 +37,8 @@ from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from mlxfuse.fusion import patch_model
-from mlxfuse.nn import cache as module
-from mlxfuse.nn.cache import CompressedKVCache
+from mlxfuse.nn.kv import cache as module
+from mlxfuse.nn.kv.cache import CompressedKVCache
 
 LAYERS, HIDDEN, HEADS, HEAD = 24, 64, 1, 64
 TILE = 64

@@ -29,7 +29,7 @@ class Once:
         self._next = 0
 
     def caches(self) -> list[Any]:
-        from mlxfuse.nn.kv import plain_caches
+        from mlxfuse.nn.kv.options import plain_caches
 
         self._next = 0
         return [] if self._logits else plain_caches(self._model)
@@ -50,8 +50,8 @@ def main() -> None:
     arguments = parser.parse_args()
     blas.preload()  # before MLX is imported
     from mlxfuse import load
-    from mlxfuse.nn.kv import KVOptions, compressed, plain_caches
-    from mlxfuse.perplexity import Way, perplexity
+    from mlxfuse.nn.kv.options import KVOptions, compressed, plain_caches
+    from mlxfuse.text.perplexity import Way, perplexity
 
     model, tokenizer = load(arguments.model)
     ids = tokenizer.encode("\n".join(topics[name] for name in TOPICS))

@@ -11,8 +11,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlxfuse.fusion import patch_model, unpatch_model
 from mlxfuse.kernels import fallbacks, launches
-from mlxfuse.nn.form import Run
-from mlxfuse.nn.kv import KVOptions, compressed, plain_caches
+from mlxfuse.nn.fused import Run
+from mlxfuse.nn.kv.options import KVOptions, compressed, plain_caches
 from tests import msl
 from tests.fusion import zoo
 from tests.fusion.test_zoo import BOUND, contents, modules

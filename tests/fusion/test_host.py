@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlxfuse.nn.form import Run
+from mlxfuse.nn.fused import Run
 from tests.bench import bench_host
 
 LAYERS, PAIRS = 12, 30

@@ -20,7 +20,7 @@ from mlxfuse import patch_model, unpatch_model
 from mlxfuse.errors import PatchError
 from mlxfuse.fusion.dispatches import per_token
 from mlxfuse.kernels import fallbacks, launches
-from mlxfuse.nn.form import FusedModule
+from mlxfuse.nn.fused import FusedModule
 from tests import msl
 from tests.fusion.stock import FORMATS, SIZES, apart, logits, make, parameters
 
@@ -483,7 +483,7 @@ def test_a_check_that_fails_names_the_layer(monkeypatch: pytest.MonkeyPatch) -> 
             return 1.1 * self._fused.original.__call__(self, x)
 
     def detector(tree: mlxfuse.fusion.Tree) -> Iterator[mlxfuse.fusion.Candidate]:
-        from mlxfuse.nn.form import adopt, release
+        from mlxfuse.nn.fused import adopt, release
         from mlxfuse.nn.mlp import MLPForm
 
         mlp = tree.model.layers[1].mlp

@@ -14,7 +14,7 @@ from mlx_lm.models import qwen3
 
 from mlxfuse.fusion import detectors, patch_model, unpatch_model
 from mlxfuse.kernels import fallbacks, launches
-from mlxfuse.nn import joining
+from mlxfuse.nn import join_linears as joining
 from mlxfuse.nn.linear import GATED
 from tests import msl
 from tests.fusion import zoo

@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from mlxfuse.formats import BY_NAME
-from mlxfuse.kernels import _kernel
+from mlxfuse.kernels.runtime import kernel as _kernel
 from tests import msl
 from tests.kernels import traffic
 from tests.kernels.variants import MLX, NAMES

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlxfuse.kernels import _kernel
+from mlxfuse.kernels.runtime import kernel as _kernel
 from tests import msl
 from tests.kernels.variants import Variant, capture, product, segment
 from tests.msl.instructions import largest_loop

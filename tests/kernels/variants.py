@@ -11,23 +11,16 @@ import numpy as np
 
 from mlxfuse.formats import BY_NAME
 from mlxfuse.gguf.relayout import stream_shapes
-from mlxfuse.kernels import (
-    _kernel,
-    dequantize,
-    dequantize_kv,
-    int8_matmul,
-    norm_rope,
-    quantize_int8,
-    quantize_kv,
-    quantized_matmul,
-    rms_norm,
-)
-from mlxfuse.kernels._product import _GATED, ACTIVATIONS, Call
-from mlxfuse.kernels._source import header
 from mlxfuse.kernels.activations import Int8Activations
-from mlxfuse.kernels.compressed_sdpa import compressed_sdpa
-from mlxfuse.kernels.kv_scheme import KVScheme, KVSide, pack
-from mlxfuse.kernels.self_test import calls
+from mlxfuse.kernels.kv import dequantize_kv, quantize_kv
+from mlxfuse.kernels.kv.compressed_sdpa import compressed_sdpa
+from mlxfuse.kernels.kv.scheme import KVScheme, KVSide, pack
+from mlxfuse.kernels.matmul import dequantize, int8_matmul, quantized_matmul
+from mlxfuse.kernels.matmul.product import _GATED, ACTIVATIONS, Call
+from mlxfuse.kernels.norm import norm_rope, quantize_int8, rms_norm
+from mlxfuse.kernels.runtime import kernel as _kernel
+from mlxfuse.kernels.runtime.self_test import calls
+from mlxfuse.kernels.runtime.source import header
 from mlxfuse.kernels.weight import AffineSegment, AnySegment, Part, QuantizedWeight, Segment
 from tests import msl
 

@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlxfuse.export import export
+from mlxfuse.export.streams import export
 from mlxfuse.gguf.exported import open_model
 from mlxfuse.gguf.reader import open_gguf
-from mlxfuse.inspect import inspect
-from mlxfuse.kernels import _kernel, self_test
+from mlxfuse.inspect.header import inspect
+from mlxfuse.inspect.needs import needs
+from mlxfuse.kernels.runtime import kernel as _kernel
+from mlxfuse.kernels.runtime import self_test
 from mlxfuse.loader import load
 from mlxfuse.models.build import build
 from mlxfuse.models.config import read_config
 from mlxfuse.models.plan import plan, stored_rows
-from mlxfuse.needs import needs
 from mlxfuse.nn import experts
 from mlxfuse.nn.experts import QuantizedSwitchLinear, StreamedSwitchLinear, SwitchLinear
 from tests import msl

@@ -15,20 +15,20 @@ from mlx_lm.models.cache import (
     save_prompt_cache,
 )
 
-from mlxfuse import prompt_cache
 from mlxfuse.errors import GGUFError, PromptCacheError, UnsupportedError
 from mlxfuse.fusion import unpatch_model
-from mlxfuse.generate import Settings, generate
 from mlxfuse.gguf.reader import open_gguf
-from mlxfuse.inspect import inspect, render
+from mlxfuse.inspect.header import inspect, render
+from mlxfuse.inspect.needs import needs
 from mlxfuse.kernels import fallbacks, launches, ready
 from mlxfuse.loader import load
 from mlxfuse.models.config import read_config
 from mlxfuse.models.plan import plan
-from mlxfuse.needs import needs
-from mlxfuse.nn.cache import CompressedKVCache
 from mlxfuse.nn.delta_net import FusedDeltaNet
-from mlxfuse.nn.kv import KVOptions, compressed, plain_caches
+from mlxfuse.nn.kv.cache import CompressedKVCache
+from mlxfuse.nn.kv.options import KVOptions, compressed, plain_caches
+from mlxfuse.text import prompt_cache
+from mlxfuse.text.generate import Settings, generate
 from tests import msl
 from tests.models import tiny
 from tests.models.test_golden import BOUND, disagreement, model_of

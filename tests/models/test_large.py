@@ -193,7 +193,7 @@ assert "mlx" not in sys.modules
         }
     ]
     assert [k["layers"] for k in summary["fusion"]["q|k|v"]] == [list(range(3, 40, 4))]
-    judged = run("from mlxfuse.doctor import diagnose; found = diagnose(path, 4096)", path)
+    judged = run("from mlxfuse.bench.doctor import diagnose; found = diagnose(path, 4096)", path)
     model = judged["model"]
     assert isinstance(model, dict)
     assert model["active"] == active

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten, tree_map, tree_reduce
 from mlxfuse.errors import GGUFError
 from mlxfuse.gguf.reader import open_gguf
 from mlxfuse.gguf.relayout import restore
-from mlxfuse.kernels.dequantize import dequantize
+from mlxfuse.kernels.matmul.dequantize import dequantize
 from mlxfuse.loader import load
 from mlxfuse.models import streams
 from mlxfuse.nn.experts import QuantizedSwitchLinear

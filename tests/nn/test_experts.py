@@ -8,8 +8,8 @@ import pytest
 
 from mlxfuse.formats import BY_NAME
 from mlxfuse.kernels import launches
-from mlxfuse.kernels._product import Call
-from mlxfuse.kernels.quantized_matmul import KERNEL, quantized_matmul
+from mlxfuse.kernels.matmul.product import Call
+from mlxfuse.kernels.matmul.quantized_matmul import KERNEL, quantized_matmul
 from mlxfuse.kernels.weight import Part, QuantizedWeight, Segment
 from mlxfuse.nn.experts import QuantizedSwitchLinear, SwitchLinear
 from mlxfuse.nn.quantized import QuantizedLinear

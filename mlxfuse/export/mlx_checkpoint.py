@@ -1,0 +1,266 @@
+"""A plain MLX-LM checkpoint out of a GGUF file, for stock ``mlx_lm``.
+
+MLX's affine layers hold ``scale * code + bias`` with unsigned codes. GGUF types whose blocks say
+the same with float16 scales of 32 weights are held exactly; matrices of other types become
+float16, and the result says which.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from importlib.util import find_spec
+from pathlib import Path
+from sys import stderr
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import UnsupportedError
+from ..formats import AFFINE
+from ..gguf.blocks import dequantize
+from ..gguf.exported import open_model
+from ..models.config import read_config
+from ..models.plan import plan
+from ..tokenizer.load import load_tokenizer
+from .streams import Progress, Unit, new_folder, write_shards
+
+if TYPE_CHECKING:
+    from ..formats import Format
+    from ..gguf.reader import GGUFFile
+    from ..models.config import Config
+    from ..models.plan import RowSource, WeightPlan
+
+GROUP = 32
+EXACT = {name: bits for name, (bits, _) in AFFINE.items()}
+# Rotary scalings that MLX-LM's classes can be told.
+_SCALINGS = {
+    **dict.fromkeys(("gemma3_text", "llama", "qwen2", "qwen3"), ("linear", "yarn", "longrope")),
+    "gemma4_text": ("proportional",),
+    "gpt_oss": ("linear", "yarn"),
+    "phi3": ("linear", "longrope"),
+}
+_LARGEST = float(np.finfo(np.float16).max)
+
+Arrays = dict[str, np.ndarray]
+Bytes = NDArray[np.uint8]
+
+
+def export_mlx(
+    path: Path, target: Path, *, force: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Write the folder ``target``, which ``mlx_lm.load`` reads.
+
+    Args:
+        force, progress: as for `mlxfuse.export.streams.export`.
+
+    Returns:
+        ``exact`` and ``float16``: GGUF type -> matrices that were kept as they are, or not.
+
+    Raises:
+        UnsupportedError: MLX-LM's configuration cannot say what the file does.
+        MLXFuseError, OSError: as for `mlxfuse.export.streams.export`.
+    """
+    with open_model(path) as file:
+        config = read_config(file)
+        weights = plan(file, config)
+        every = [w for part in (weights.outer, *weights.layers) for w in part]
+        described = _describe(file, config)
+        exact, rounded = Counter[str](), Counter[str]()
+        units = []
+        for weight in every:
+            kinds = {s.format.name for s in weight.weight}
+            (kind,) = kinds if len(kinds) == 1 else ("",)
+            bits = EXACT.get(kind) if len(weight.shape) > 1 else None
+            if bits and _overflows(file, weight, kind):
+                bits = None
+            if bits:
+                described["quantization"][weight.module] = {"group_size": GROUP, "bits": bits}
+                exact[kind] += 1
+            elif any(s.format.quantized for s in weight.weight):
+                rounded[" and ".join(sorted(kinds))] += 1
+            units.append(_unit(file, weight, config, bits))
+        if not exact:
+            del described["quantization"]
+        else:
+            # mlx-lm's names; it quantises what has scales in the files, by the entry of its path.
+            described["quantization_config"] = described["quantization"]
+        with new_folder(target, force=force, nbytes=sum(u.nbytes for u in units)) as folder:
+            write_shards(folder, units, {"format": "mlx"}, progress)
+            with redirect_stdout(stderr):
+                load_tokenizer(file).save_pretrained(folder)
+            (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", "utf-8")
+    return {"exact": dict(exact), "float16": dict(rounded)}
+
+
+def _describe(file: GGUFFile, config: Config) -> dict[str, Any]:
+    """``config.json`` as mlx-lm's model reads it."""
+    args = dict(config.args)
+    name = config.architecture.module.rpartition(".")[2]
+    args["model_type"] = {"gemma3": "gemma3_text"}.get(name, name)
+    if find_spec(f"mlx_lm.models.{args['model_type']}") is None:
+        raise UnsupportedError(
+            f"{file.path}: MLX-LM has no class that runs {config.architecture.name} as this file "
+            "has it; `mlxfuse export` without --mlx keeps it"
+        )
+    if not config.rope.plain or args["model_type"] == "gemma4_text":
+        args |= _rope_scaling(file, config, args["model_type"])
+    if args["model_type"] == "phi3":
+        args["partial_rotary_factor"] = config.rope.dims / args["head_dim"]
+    biased = any(name.endswith("attn_q.bias") for name in file.tensors)
+    end = file.get("tokenizer.ggml.eos_token_id", int, default=None)
+    return {
+        **args,
+        "attention_bias": biased,
+        "torch_dtype": "float16",
+        **({} if end is None else {"eos_token_id": end}),
+        "quantization": {"group_size": GROUP, "bits": 4},
+    }
+
+
+def _rope_scaling(file: GGUFFile, config: Config, model_type: str) -> dict[str, Any]:
+    """What MLX-LM's class of that type makes the same rotation of.
+
+    Its ``longrope`` is any factors of the periods, and a magnitude that follows from how many
+    times longer the context is than the original one.
+    """
+    rope, context = config.rope, config.args["max_position_embeddings"]
+    allowed = _SCALINGS.get(model_type, ())
+    scaling: dict[str, Any] = {}
+    factors = np.full(rope.dims // 2, float(rope.factor))
+    if rope.factors:
+        tensor = file.tensors[rope.factors]
+        factors *= dequantize(file.read(tensor), tensor.format, tensor.shape)
+    if model_type == "gemma4_text":
+        scaling = _proportional(config, factors)
+    elif not rope.factors and rope.scale == 1.0 and not rope.yarn:
+        scaling = {"type": "linear", "factor": float(rope.factor), "long_factor": 1.0}
+    elif rope.yarn and rope.factor > 1:
+        # MLX-LM's magnitude is 1 + mscale / 10 * log(factor).
+        mscale = (rope.scale - 1) / (0.1 * math.log(rope.factor))
+        scaling = {"type": "yarn", "factor": float(rope.factor), "mscale": mscale}
+        scaling["original_max_position_embeddings"] = rope.yarn
+    elif rope.scale >= 1 and not rope.yarn:
+        # MLX-LM's magnitude is the root of log(context) / log(original), a whole number.
+        original = max(2, round(context ** (1 / rope.scale**2)))
+        if math.isclose(math.sqrt(math.log(context, original)), rope.scale, rel_tol=1e-5):
+            named = {"short_factor": factors.tolist(), "long_factor": factors.tolist()}
+            scaling = {"type": "longrope", **named, "original_max_position_embeddings": original}
+    if scaling.get("type") not in allowed:
+        raise UnsupportedError(
+            f"{file.path}: MLX-LM's {model_type} cannot be told its rotary scaling (it knows "
+            f"{', '.join(allowed) or 'none'}); `mlxfuse export` without --mlx keeps it"
+        )
+    if model_type == "gemma4_text":
+        return {"rope_parameters": scaling}
+    given = {k: v for k, v in scaling.items() if k.startswith("original")}
+    return {"rope_scaling": scaling, **(given if model_type == "phi3" else {})}
+
+
+def _proportional(config: Config, factors: NDArray[np.float64]) -> dict[str, Any]:
+    """Gemma 4's rotations as MLX-LM has them: the first pairs as they are, the others not at all.
+
+    Empty where the file has others, or does not rotate whole heads where there is a window.
+    """
+    rope, swa = config.rope, config.rope_swa
+    rotated = int(np.sum(factors == 1))
+    if swa is None or swa.dims != config.args["head_dim"] or rope.scale != 1.0:
+        return {}
+    if not np.all(factors[:rotated] == 1) or not np.all(factors[rotated:] >= 1e30):
+        return {}
+    whole = {"rope_theta": rope.base, "partial_rotary_factor": 2 * rotated / rope.dims}
+    return {
+        "type": "proportional",
+        "full_attention": {"type": "proportional", **whole},
+        "sliding_attention": {"type": "default", "rope_theta": swa.base},
+    }
+
+
+def _blocks(file: GGUFFile, source: RowSource) -> Bytes:
+    """uint8 ``[rows, row_bytes]``, the rows in the model's order."""
+    data, order = source.bytes(file, mapped=True), source.order()
+    return data if order is None else data[order]
+
+
+def _overflows(file: GGUFFile, weight: WeightPlan, kind: str) -> bool:
+    """Whether a zero point times a scale leaves float16's range: 8, 16 or 128 times the scale."""
+    _, zero = AFFINE[kind]
+    return not all(
+        np.all(np.abs(_halves(_blocks(file, source), source.format, 0)) * zero <= _LARGEST)
+        for source in weight.weight
+    )
+
+
+def _halves(data: Bytes, format: Format, at: int) -> NDArray[np.float32]:
+    """The float16 at byte ``at`` of every block, ``[rows, blocks]``."""
+    blocks = data.reshape(len(data), -1, format.type_size)[..., at : at + 2]
+    return np.ascontiguousarray(blocks).view(np.float16)[..., 0].astype(np.float32)
+
+
+def affine(data: Bytes, format: Format) -> Arrays:
+    """Blocks of a type of `EXACT` as ``mx.dequantize`` takes them, groups of 32.
+
+    Args:
+        data: uint8 ``[rows, row_bytes]``.
+
+    Returns:
+        ``weight`` uint32, ``scales`` and ``biases`` float16.
+    """
+    bits, zero = AFFINE[format.name]
+    scales = _halves(data, format, 0)
+    if zero:
+        at, biases = 2, -zero * scales
+    else:
+        at, biases = 4, _halves(data, format, 2)
+    fields = data.reshape(len(data), -1, format.type_size)[..., at:]
+    codes: Bytes
+    if bits == 8:
+        codes = np.bitwise_xor(fields, np.uint8(0x80))  # int8 + 128
+    else:
+        nibbles = fields[..., -16:]
+        codes = np.concatenate([nibbles & 15, nibbles >> 4], axis=-1)
+        if bits == 5:
+            codes |= np.unpackbits(fields[..., :4], axis=-1, bitorder="little") << 4
+    # The codes of a row one after the other, lowest bits first.
+    planes = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
+    packed = np.packbits(planes.reshape(len(data), -1), axis=-1, bitorder="little")
+    return {
+        "weight": packed.view(np.uint32),
+        "scales": scales.astype(np.float16),
+        "biases": biases.astype(np.float16),
+    }
+
+
+def _unit(file: GGUFFile, weight: WeightPlan, config: Config, bits: int | None) -> Unit:
+    size = math.prod(weight.shape)
+    offset = config.architecture.norm_offset if len(weight.shape) == 1 else 0.0
+
+    def floats(sources: Sequence[RowSource], offset: float = 0.0) -> np.ndarray:
+        parts = []
+        for source in sources:
+            data = _blocks(file, source)
+            shape = (len(data), *source.shape[1:][-1:])
+            parts.append(dequantize(data, source.format, shape) - offset)
+        return np.concatenate(parts).astype(np.float16)
+
+    def make() -> Arrays:
+        if bits:
+            parts = [affine(_blocks(file, s), s.format) for s in weight.weight]
+            arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        else:
+            arrays = {"weight": floats(weight.weight, offset)}
+        if weight.bias:
+            arrays["bias"] = floats(weight.bias)
+        if weight.of.bare:
+            return {weight.module: arrays["weight"]}
+        if len(weight.shape) == 3:
+            lead = weight.shape[:2]
+            bias = {"bias": arrays.pop("bias").reshape(lead)} if weight.bias else {}
+            arrays = {n: array.reshape(*lead, -1) for n, array in arrays.items()} | bias
+        return {f"{weight.module}.{name}": array for name, array in arrays.items()}
+
+    return Unit(size * (bits + 1) // 8 if bits else 2 * size, make)

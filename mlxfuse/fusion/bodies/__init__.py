@@ -1,0 +1,1 @@
+"""The texts of mlx-lm's methods that fusions know."""

@@ -1,0 +1,1 @@
+"""Compressed keys and values: packing, unpacking and attention over them."""

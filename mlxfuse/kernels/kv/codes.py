@@ -1,0 +1,152 @@
+"""Attention over keys and values that others have quantised, in the forms of oneDNN's graph API.
+
+There, x = (code - zero point) * scale, with codes signed or unsigned, and scales and zero points
+for the tensor, or along any axes. Here all of it becomes packed rows, exactly, or is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+
+from .compressed_sdpa import compressed_sdpa
+from .scheme import KVScheme, KVSide, code_words, value_words
+
+
+@dataclass(frozen=True, slots=True)
+class KVCodes:
+    """Quantised keys or values.
+
+    codes        int8 or uint8 ``[B, Hkv, S, dim]``, one code in each element.
+    scales       floating point, of four axes, each as long as that of the codes or 1; the last
+                 may also have an entry for each group of elements. A scale for each element
+                 must be the same for all tokens (per channel).
+    zero_points  integers of the shape of ``scales``, in the range of the codes; None for 0.
+    bits         4 or 8.
+    """
+
+    codes: mx.array
+    scales: mx.array
+    zero_points: mx.array | None = None
+    bits: int = 8
+
+    def __post_init__(self) -> None:
+        codes, scales = self.codes, self.scales
+        if codes.ndim != 4 or codes.dtype not in (mx.int8, mx.uint8):
+            raise ValueError(
+                f"codes: expected int8 or uint8 [B, Hkv, S, dim], found {codes.dtype} {codes.shape}"
+            )
+        pairs = zip(scales.shape[:3], codes.shape[:3], strict=False)
+        if scales.ndim != 4 or any(n not in (1, m) for n, m in pairs):
+            raise ValueError(f"scales {scales.shape} do not broadcast to codes {codes.shape}")
+        if self.dim % scales.shape[3]:
+            raise ValueError(f"{scales.shape[3]} scales for heads of {self.dim}")
+        if self.channels and scales.shape[2] != 1:
+            raise ValueError(
+                "a scale for each element of each token is not supported; the nearest valid group "
+                "is 32 elements"
+            )
+        points = self.zero_points
+        if points is None:
+            return
+        if points.shape != scales.shape:
+            raise ValueError(
+                f"zero points {points.shape} of other shape than scales {scales.shape}"
+            )
+        if self.channels and self.bits == 8:
+            raise ValueError(
+                "zero points of channels are not supported for 8-bit codes; the nearest valid "
+                "form has none, or one for each group"
+            )
+
+    @property
+    def dim(self) -> int:
+        return self.codes.shape[3]
+
+    @property
+    def channels(self) -> bool:
+        """Whether each element has a scale of its own."""
+        return self.scales.shape[3] == self.dim
+
+    @property
+    def offset(self) -> int:
+        """What makes the codes unsigned."""
+        return 1 << (self.bits - 1) if self.codes.dtype == mx.int8 else 0
+
+
+def attend_codes(
+    q: mx.array, k: KVCodes | mx.array, v: KVCodes | mx.array, **options: Any
+) -> mx.array:
+    """`compressed_sdpa` over all of ``k`` and ``v``, which are packed first, at every call.
+
+    Scales of channels multiply the queries, or the result, in float32. Any number of keys is
+    accepted; rows are added up to a multiple of 4.
+
+    Args:
+        q: ``[B, Hq, L, dim]``.
+        k: codes, or plain keys ``[B, Hkv, S, dim]``.
+        v: likewise.
+        options: of `compressed_sdpa`, but for those of the tail and the sink.
+
+    Returns:
+        ``[B, Hq, L, v.dim]`` in ``q.dtype``.
+
+    Raises:
+        ValueError: also where codes have no exact form here; the nearest that has is named.
+    """
+    scheme, rows, q_scale, out_scale = _packed(k, v)
+    if short := -rows.shape[2] % 4:
+        rows = mx.pad(rows, [(0, 0), (0, 0), (0, short), (0, 0)])
+    length = rows.shape[2] - short
+    query = q if q_scale is None else q.astype(mx.float32) * _for_queries(q_scale, q)
+    (out,) = compressed_sdpa(query, scheme, rows, length, **options)
+    if out_scale is not None:
+        out = out.astype(mx.float32) * _for_queries(out_scale, q)
+    return out.astype(q.dtype)
+
+
+def _for_queries(scale: mx.array, q: mx.array) -> mx.array:
+    """Scales ``[B or 1, Hkv or 1, 1, dim]`` for each head of queries."""
+    scale = scale.astype(mx.float32)
+    return scale if scale.shape[1] == 1 else mx.repeat(scale, q.shape[1] // scale.shape[1], axis=1)
+
+
+def _packed(
+    k: KVCodes | mx.array, v: KVCodes | mx.array
+) -> tuple[KVScheme, mx.array, mx.array | None, mx.array | None]:
+    """Scheme, rows, and the scales of the channels of K and V."""
+    types = {x.scales.dtype if isinstance(x, KVCodes) else x.dtype for x in (k, v)}
+    dtype = types.pop() if len(types) == 1 else mx.float32
+    (k_side, k_words, k_scales, k_channels), (v_side, v_words, v_scales, v_channels) = (
+        _side(x, dtype) for x in (k, v)
+    )
+    rows = mx.concatenate([k_words, v_words, *k_scales, *v_scales], axis=-1)
+    return KVScheme(k_side, v_side, dtype), rows, k_channels, v_channels
+
+
+def _side(
+    x: KVCodes | mx.array, dtype: mx.Dtype
+) -> tuple[KVSide, mx.array, list[mx.array], mx.array | None]:
+    """The side, its words, the words of its scales, and the scales of its channels."""
+    if isinstance(x, mx.array):
+        return KVSide(x.shape[-1], 16), value_words(x.astype(dtype)), [], None
+    channels = x.scales if x.channels else None
+    if channels is not None:
+        if x.zero_points is not None:  # of 4 bits: the differences are codes of 8
+            codes = x.codes.astype(mx.int8) - x.zero_points.astype(mx.int8)
+            x = replace(x, codes=codes, bits=8, zero_points=None)
+        x = replace(x, scales=mx.ones((1, 1, 1, 1), dtype))
+    lead = x.codes.shape[:3]
+    groups = x.scales.shape[3]
+    kind = "symmetric" if x.zero_points is None and x.offset else "zero_point"
+    side = KVSide(x.dim, x.bits, x.dim // groups, kind)
+    numbers = [x.scales.astype(dtype)]
+    if kind == "zero_point":
+        points = mx.zeros_like(x.scales) if x.zero_points is None else x.zero_points
+        numbers.append((points.astype(mx.int32) + x.offset).astype(dtype))
+    shape = (*lead, groups)
+    stacked = mx.stack([mx.broadcast_to(n, shape) for n in numbers], axis=-1)
+    codes = (x.codes.astype(mx.int32) + x.offset).astype(mx.uint32)
+    return side, code_words(side, codes), [value_words(stacked.reshape(*lead, -1))], channels

@@ -1,0 +1,200 @@
+"""The programs of `compressed_sdpa`: what goes into their text, and who does what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from ..runtime.kernel import Program
+from .scheme import KVScheme
+from .source import NAMES, plain_sides, sections, sides
+
+MAX_ROWS = 32
+"""Queries of all heads that share a KV head which one reading of the cache serves."""
+
+_RUN = 8  # tokens that a SIMD-group scores at once, as in the Metal source
+_TILE_BYTES = 8192  # of threadgroup memory for packed rows, where a run of them fits
+_TILE = 32  # most tokens in it
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """How a threadgroup's SIMD-groups share its rows and tokens. Not measured on a Mac.
+
+    rows    of each SIMD-group; a row is a query of one head.
+    groups  SIMD-groups along the rows.
+    slices  SIMD-groups along the tokens.
+    """
+
+    rows: int
+    groups: int
+    slices: int
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.groups * self.slices
+
+
+def geometry(rows: int, scheme: KVScheme) -> Geometry:
+    each = next(n for n in (1, 2, 4) if n >= min(rows, 4))
+    if max(scheme.k.dim, scheme.v.dim) > 256 and rows <= MAX_ROWS // 2:
+        each = min(each, 2)  # a row takes twice the registers
+    groups = next(n for n in (1, 2, 4, 8) if n * each >= min(rows, MAX_ROWS))
+    return Geometry(each, groups, max(1, 4 // groups))
+
+
+def _units(dim: int) -> int:
+    """Units of 8 elements that the lanes of a SIMD-group have of a token, unused ones too."""
+    lanes = next(n for n in (4, 8, 16, 32) if n >= min(dim // 8, 32))
+    return -(-dim // 8 // lanes) * lanes
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Tokens of one kind: how they are decoded and, in Metal, what they are and which they are.
+
+    ``name`` is the section of the Metal source.
+    """
+
+    name: str
+    types: tuple[str, str]
+    words: int
+    tokens: str
+    span: str
+    blocks: tuple[int, int]
+
+    @property
+    def tile(self) -> int:
+        """Tokens that are copied to threadgroup memory at once."""
+        fit = _TILE_BYTES // (4 * self.words) // _RUN * _RUN
+        return max(_RUN, min(_TILE, fit))
+
+    @property
+    def scratch(self) -> int:
+        """Elements of 16 bytes."""
+        return self.tile * self.words // 4
+
+
+def _packed(scheme: KVScheme) -> _Source:
+    words = scheme.row_words
+    return _Source(
+        name="packed",
+        types=sides(scheme),
+        words=words,
+        tokens=f"Packed<{words}>{{rows + ulong(at.z) * uint(size[6]) * {words}, uint(h.sinks)}}",
+        span="span_of(size, h, at.x)",
+        blocks=(scheme.k_block, scheme.v_block),
+    )
+
+
+def _plain(scheme: KVScheme, given: tuple[str, ...]) -> _Source:
+    dk, dv = scheme.k.dim, scheme.v.dim
+    fresh = "k" in given
+
+    def pointer(name: str, tokens: str, width: int) -> str:
+        if name not in given:
+            return "(const device uint4*)q"
+        return f"(const device uint4*)({name} + ulong(at.z) * uint({tokens}) * {width})"
+
+    to = f"fresh + ulong(at.z) * uint(size[0]) * {dk + dv}" if fresh else "sums"
+    members = (
+        pointer("sink", "size[8]", dk + dv),
+        pointer("tail", "size[7]", dk + dv),
+        pointer("k", "size[0]", dk),
+        pointer("v", "size[0]", dv),
+        f"(device uint4*)({to})",
+        "at.y == 0",
+        "uint(h.sinks)",
+        "uint(h.tails)",
+        "uint(h.packed)",
+    )
+    kind = f"Plain<{NAMES[scheme.dtype]}, {dk}, {dv}, {str(fresh).lower()}>"
+    return _Source(
+        name="plain",
+        types=plain_sides(scheme),
+        words=(dk + dv) * scheme.dtype.size // 4,
+        tokens=f"{kind}{{{', '.join(members)}}}",
+        span="uint2(0, uint(h.keys - h.packed))",
+        blocks=(1, 1),
+    )
+
+
+@cache
+def parts_program(scheme: KVScheme, given: tuple[str, ...], shape: Geometry) -> Program:
+    """Softmax and sums of each part of the keys.
+
+    Args:
+        given: which of ``rows tail sink k v mask`` there are, in this order.
+    """
+    dk, dv = scheme.k.dim, scheme.v.dim
+    sources = [_packed(scheme)] if "rows" in given else []
+    if {"tail", "sink", "k"} & set(given):
+        sources.append(_plain(scheme, given))
+    more = int(len(sources) == 2 or "rows" not in given)
+    fresh, mask = ("k" in given, "mask" in given)
+    # `join` needs for the rows of a SIMD-group the sums of all lanes, a largest score and a total.
+    room = shape.rows * (8 * _units(dv) + 2)
+    joined = room * shape.groups // 4 + 1 if shape.slices > 1 else 0
+    lines = [
+        "const uint3 at = threadgroup_position_in_grid;",
+        "const uint me = thread_index_in_threadgroup;",
+        "const uint lane = thread_index_in_simdgroup;",
+        f"const uint group = simdgroup_index_in_threadgroup % {shape.groups};",
+        f"const uint slice = simdgroup_index_in_threadgroup / {shape.groups};",
+        f"threadgroup uint4 scratch[{max(joined, *(s.scratch for s in sources))}];",
+        f"typedef Softmax<{dk}, {dv}, {shape.rows}> State;",
+        f"const Head h = head_of(size, at.z, {str(fresh).lower()}, length, tail_length, "
+        "sink_length, left);",
+        f"const uint first = (at.y * {shape.groups} + group) * {shape.rows};",
+        "const Row row = row_of(size, h, first + State::row(lane));",
+        f"const ulong part = ulong(at.z * (uint(size[3]) + {more}) + at.x) * h.rows;",
+        "State state;",
+        "state.start();",
+        f"state.load(q + ulong(at.z) * h.rows * {dk}, first, h.rows, numbers[0], lane);",
+    ]
+    for i, s in enumerate(sources):
+        if len(sources) == 2:
+            lines.append("} else {" if i else "if (at.x < uint(size[3])) {")
+        lines += [
+            f"state.template prepare<{s.blocks[0]}>(lane);",
+            f"const uint2 span = {s.span};",
+            f"attend<{s.types[0]}, {s.types[1]}, {str(mask).lower()}, {s.words}, {s.tile}, "
+            f"{shape.slices}>(state, {s.tokens}, span.x, span.y, row, {'mask' if mask else 'q'}, "
+            f"numbers[1], scratch, me, {shape.threads}, slice, lane);",
+            f"state.template join<{shape.slices}>((threadgroup float*)scratch + group * {room}, "
+            "slice, lane);",
+            "if (slice == 0) {",
+            f"state.template finish<{s.blocks[1]}>(sums + part * {dv}, stats + part * 2, first, "
+            "h.rows, lane);",
+            "}",
+        ]
+    lines += ["}"] * (len(sources) == 2)
+    lengths = ("length", "tail_length", "sink_length", "left")
+    return Program(
+        op="compressed_sdpa",
+        inputs=("q", *given, *lengths, "size", "numbers"),
+        outputs=("sums", "stats", *(["fresh"] if fresh else [])),
+        body="\n".join(lines) + "\n",
+        parts=(
+            *sections(scheme),
+            "online_softmax.h",
+            "compressed_sdpa.metal:parts",
+            *(f"compressed_sdpa.metal:{s.name}" for s in sources),
+        ),
+    )
+
+
+@cache
+def merge_program(dim: int, sinks: bool, threads: int) -> Program:
+    """One softmax out of those of the parts; ``threads`` for each row."""
+    return Program(
+        op="compressed_sdpa",
+        inputs=("sums", "stats", *(["sinks"] if sinks else []), "size"),
+        outputs=("out",),
+        body=(
+            f"for (uint i = thread_position_in_grid.x; i < {dim}; i += {threads}) {{\n"
+            f"merge_row<{dim}, {str(sinks).lower()}>(sums, stats, {'sinks' if sinks else 'size'}, "
+            "size, thread_position_in_grid.y, i, out);\n}\n"
+        ),
+        parts=("compressed_sdpa.metal:merge",),
+    )

@@ -1,0 +1,82 @@
+"""Small cases of the kernels for compressed keys and values, for their self-tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from .compressed_sdpa import KERNEL as COMPRESSED_SDPA
+from .compressed_sdpa import _Call as Attention
+from .dequantize_kv import KERNEL as DEQUANTIZE_KV
+from .quantize_kv import KERNEL as QUANTIZE_KV
+from .scheme import KVScheme, pack
+
+# Packed, plain and first tokens: more than one run, and no multiple of that.
+_PACKED, _PLAIN, _FIRST = 12, 8, 4
+_SEED = 20
+
+
+def _attention(call: Attention) -> tuple[Attention]:
+    """The same heads and queries over a few random tokens."""
+    random = np.random.default_rng(_SEED)
+    lead = call.q.shape[0], call.kv_heads
+
+    def normal(dtype: mx.Dtype, *shape: int) -> mx.array:
+        return mx.array(random.standard_normal(shape, np.float32)).astype(dtype)
+
+    queries, scheme = call.q.shape[2], call.scheme
+    dims = scheme.k.dim, scheme.v.dim
+    small = replace(
+        call,
+        q=normal(call.q.dtype, *call.q.shape),
+        length=mx.full(call.length.shape, _PACKED - 1, mx.int32),
+        tail_length=mx.full(call.tail_length.shape, _PLAIN - 1, mx.int32),
+        sink_length=mx.full(call.sink_length.shape, _FIRST - 1, mx.int32),
+        left=mx.zeros_like(call.left),
+    )
+    if call.rows is not None:
+        k, v = (normal(scheme.dtype, *lead, _PACKED, dim) for dim in dims)
+        small = replace(small, rows=pack(scheme, k, v))
+    if call.tail is not None:
+        small = replace(small, tail=normal(scheme.dtype, *lead, _PLAIN, sum(dims)))
+    if call.sink is not None:
+        small = replace(small, sink=normal(scheme.dtype, *lead, _FIRST, sum(dims)))
+    if call.fresh is not None:
+        k, v = (normal(scheme.dtype, *lead, queries, dim) for dim in dims)
+        small = replace(small, fresh=(k, v))
+    if call.sinks is not None:
+        small = replace(small, sinks=mx.zeros_like(call.sinks))
+    if call.mask is not None:
+        keys = _PACKED + _PLAIN + _FIRST + queries
+        small = replace(small, mask=mx.ones((*call.mask.shape[:-1], keys), call.mask.dtype))
+    return (small,)
+
+
+def _tokens(scheme: KVScheme, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    random = np.random.default_rng(_SEED)
+    k, v = (
+        mx.array(random.standard_normal((1, 1, _PACKED, side.dim), np.float32)).astype(dtype)
+        for side in (scheme.k, scheme.v)
+    )
+    return k, v
+
+
+def _quantize(k: mx.array, v: mx.array, scheme: KVScheme) -> tuple[mx.array, mx.array, KVScheme]:
+    return (*_tokens(scheme, k.dtype), scheme)
+
+
+def _dequantize(
+    rows: mx.array, scheme: KVScheme, dtype: mx.Dtype
+) -> tuple[mx.array, KVScheme, mx.Dtype]:
+    return pack(scheme, *_tokens(scheme, mx.float32)), scheme, dtype
+
+
+SMALL_KV: dict[str, Callable[..., tuple[Any, ...]]] = {
+    COMPRESSED_SDPA.name: _attention,
+    DEQUANTIZE_KV.name: _dequantize,
+    QUANTIZE_KV.name: _quantize,
+}

@@ -1,0 +1,1 @@
+"""Products with quantised matrices, and dequantising them."""

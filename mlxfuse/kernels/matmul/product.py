@@ -1,0 +1,363 @@
+"""A product of activations and quantised weights, cut into tiles: what `quantized_matmul` and
+`int8_matmul` have in common.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import Generic, TypeVar
+
+import mlx.core as mx
+
+from ..activations import Int8Activations
+from ..runtime.kernel import Launch, Program
+from ..weight import FLOATS, Part, QuantizedWeight, type_name
+from .dequantize import bindings, section
+
+X = TypeVar("X", mx.array, Int8Activations)
+
+MAX_BATCH = 8
+"""Rows of x that one decoded unit of the weight is used for."""
+
+MAX_VECTOR_ROWS = 32
+"""Rows of x up to which the weight is read again for every `MAX_BATCH` of them. Above, it is
+dequantised once and multiplied by `mx.matmul`: at 4.5 bits a weight that moves 8 times the
+weight's bytes, as much as 8 readings. Not measured on a Mac."""
+
+MAX_ROWS_PER_EXPERT = 4
+"""Rows of x, for each expert that there is, up to which an expert's matrix is read again for
+every row that uses it. Above, rows are sorted by expert and a tile of up to 32 reads it once, but
+takes the time to multiply 32. Not measured on a Mac."""
+
+_GATED = {
+    "swiglu": "Gated<Silu>",
+    "geglu": "Gated<Gelu>",
+    "geglu_tanh": "Gated<GeluTanh>",
+    "swiglu_clipped": "ClippedSwiglu",
+}
+_PLAIN = {"silu": "Silu", "gelu": "Gelu", "gelu_tanh": "GeluTanh", "relu2": "Relu2"}
+ACTIVATIONS = (*_PLAIN, *_GATED)
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[X]):
+    """The arguments of one `quantized_matmul` or `int8_matmul`."""
+
+    x: X
+    weight: QuantizedWeight
+    bias: mx.array | None
+    residual: mx.array | None
+    activation: str | None
+    split: bool
+    experts: mx.array | None = None
+    large: str = "dequantize"
+    variant: str = ""  # of `tuning.VARIANTS`, or its first
+    scores: mx.array | None = None  # of the experts, over which results are summed
+    floor: bool = False  # the loads without the arithmetic, to be timed; the result is wrong
+
+    @property
+    def kind(self) -> str:
+        """``vector``, ``batch`` or ``large``; of experts ``vector``, ``grouped`` or ``summed``.
+
+        `tuning.VARIANTS` names the variants of each that has several.
+        """
+        if self.scores is not None:
+            return "summed"
+        if self.experts is not None:
+            few = self.rows <= MAX_ROWS_PER_EXPERT * (self.weight.experts or 1)
+            return "vector" if few else "grouped"
+        if self.rows == 1:
+            return "vector"
+        return "batch" if self.rows <= MAX_VECTOR_ROWS else "large"
+
+    def part(self, name: str) -> str:
+        """The section of the Metal source: ``name``'s, or that of its floor."""
+        return f"{name}_floor" if self.floor else name
+
+    @property
+    def route(self) -> str:
+        """``vector``, ``batch``, ``dequantize`` or ``tiles``."""
+        return (self.variant or self.large) if self.kind == "large" else self.kind
+
+    @property
+    def case(self) -> str:
+        """What a variant is chosen by."""
+        parts = "+".join(f"{p.segment.name}:{p.rows}" for p in self.weight.parts)
+        return f"{self.kind} {parts} x{self.weight.columns} {type_name(self.x.dtype)}"
+
+    @property
+    def rows(self) -> int:
+        """Rows of each output."""
+        return math.prod(self.lead)
+
+    @property
+    def gated(self) -> bool:
+        return self.activation in _GATED
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Shape of an output, without its columns."""
+        if self.experts is None:
+            return self.x.shape[:-1]
+        return self.experts.shape if self.scores is None else self.experts.shape[:-1]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Columns of each output."""
+        parts = self.weight.parts[:1] if self.gated else self.weight.parts
+        rows = tuple(p.rows for p in parts)
+        return rows if self.split else (sum(rows),)
+
+    def check(self) -> None:
+        x, weight = self.x, self.weight
+        if x.ndim < 1 or x.shape[-1] != weight.columns:
+            raise ValueError(f"x: expected [..., {weight.columns}], found {x.shape}")
+        if self.activation not in (None, *ACTIVATIONS):
+            raise ValueError(f"activation: expected {ACTIVATIONS}, found {self.activation!r}")
+        if self.gated and [p.rows for p in weight.parts] != [weight.rows // 2] * 2:
+            found = [p.rows for p in weight.parts]
+            raise ValueError(f"{self.activation} needs gate and up of equal rows, found {found}")
+        count = weight.experts
+        biases = (weight.rows,) if count is None else (count, weight.rows)
+        if self.bias is not None and self.bias.shape != biases:
+            raise ValueError(f"bias: expected {biases}, found {self.bias.shape}")
+        if (weight.experts is None) != (self.experts is None):
+            raise ValueError(f"a weight of {weight.experts} experts, expert ids {self.experts}")
+        if self.experts is not None:
+            given = x.size // x.shape[-1]
+            if given not in (self.experts.size, self.experts[..., 0].size):
+                raise ValueError(f"x: {x.shape} does not fit expert ids {self.experts.shape}")
+        if self.scores is not None:
+            ids: tuple[int, ...] = () if self.experts is None else self.experts.shape
+            if not ids or self.scores.shape != ids or (*ids, weight.columns) != x.shape:
+                raise ValueError(f"scores {self.scores.shape} of expert ids {ids}, x {x.shape}")
+            if len(weight.parts) > 1 or self.activation is not None:
+                raise ValueError("scores: expected one part and no activation")
+        if self.residual is not None:
+            expected = (*self.lead, self.widths[0])
+            if self.split or self.residual.shape != expected:
+                raise ValueError(f"residual: expected {expected}, found {self.residual.shape}")
+
+
+def refuse(call: Call[X]) -> str | None:
+    """Why the call cannot be launched, whatever x is made of."""
+    if call.x.dtype not in FLOATS:
+        return f"x is float16, bfloat16 or float32, not {call.x.dtype}"
+    if call.rows == 0:
+        return "x has no rows"
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What a threadgroup computes, and the Metal function that does it.
+
+    op        stem of the function's source.
+    sections  what it needs of ``metal/``.
+    function  its name.
+    numbers   its template arguments after the formats of the weight.
+    x         the expression for x.
+    rows      rows of a part.
+    many      rows of x.
+    threads   threads of the threadgroup.
+    scratch   declares the threadgroup memory ``scratch``, if there is any.
+    """
+
+    op: str
+    sections: tuple[str, ...]
+    function: str
+    numbers: str
+    x: str
+    rows: int
+    many: int
+    threads: int
+    scratch: str
+
+
+def batches(rows: int) -> int:
+    """Rows of x at a time, at most `MAX_BATCH`, such that the batches are few and alike."""
+    return -(-rows // -(-rows // MAX_BATCH))
+
+
+def launch(call: Call[X], tile: Tile, x: dict[str, mx.array]) -> Launch:
+    """The dispatch of such tiles; ``x`` names the arrays that make up x."""
+    weight = call.weight
+    dtype: mx.Dtype = call.x.dtype
+    segments = weight.segments
+    places = {id(segment): i for i, segment in enumerate(segments)}
+    parts = weight.parts[:1] if call.gated else weight.parts
+    widths = call.widths
+    size, tiles = _size(call, parts, widths[0], tile.rows)
+    held: list[str] = []
+    arrays: list[mx.array] = []
+    expressions = []
+    for i, segment in enumerate(segments):
+        names, expression = bindings(segment, str(i))
+        held += names
+        arrays += [segment.arrays[n[: -len(str(i))]] for n in names]
+        expressions.append(expression)
+    optional = {
+        **{"bias": call.bias, "residual": call.residual},
+        **{"experts": call.experts, "scores": call.scores},
+    }
+    given: dict[str, mx.array] = {n: a for n, a in optional.items() if a is not None}
+    program = _program(
+        tile,
+        tuple(s.trait for s in segments),
+        tuple(expressions),
+        tuple(places[id(p.segment)] for p in weight.parts),
+        call.activation,
+        (*held, *given, *x, "size"),
+        len(widths),
+    )
+    return Launch(
+        program=program,
+        arrays=(*arrays, *(_as(n, a, dtype) for n, a in given.items()), *x.values(), size),
+        grid=(tiles * tile.threads, -(-call.rows // tile.many), 1),
+        threadgroup=(tile.threads, 1, 1),
+        template=(("T", dtype),),
+        shapes=tuple((call.rows, n) for n in widths),
+        dtypes=(dtype,) * len(widths),
+    )
+
+
+def _as(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
+    return array if name in ("experts", "scores") else array.astype(dtype)
+
+
+def _size(
+    call: Call[X], parts: tuple[Part, ...], joined: int, per_group: int
+) -> tuple[mx.array, int]:
+    """The `size` input of the kernel, and the threadgroups along the weight's rows."""
+    weight = call.weight
+    given = call.x.size // call.x.shape[-1]
+    numbers = [weight.columns, call.rows, max(call.rows // given, given // call.rows)]
+    tile = column = 0
+    for part in weight.parts:
+        width = part.rows if call.split else joined
+        at = 0 if call.split else column
+        numbers += [part.first, part.rows, tile, at, width, column]
+        column += part.rows
+        tile += -(-part.rows // per_group)
+    tiles = sum(-(-p.rows // per_group) for p in parts)
+    return _numbers(tuple(numbers)), tiles
+
+
+@lru_cache(maxsize=1024)
+def _numbers(values: tuple[int, ...]) -> mx.array:
+    array = mx.array(values, mx.uint32)
+    mx.eval(array)
+    return array
+
+
+@cache
+def _program(
+    tile: Tile,
+    traits: tuple[str, ...],
+    expressions: tuple[str, ...],
+    of_part: tuple[int, ...],
+    activation: str | None,
+    inputs: tuple[str, ...],
+    outputs: int,
+) -> Program:
+    gated = activation in _GATED
+    act = {**_PLAIN, **_GATED}.get(activation or "", "None")
+    bias = "bias" if "bias" in inputs else "x"
+    residual = "residual" if "residual" in inputs else "x"
+    flags = f"{str(bias == 'bias').lower()}, {str(residual == 'residual').lower()}"
+    epilogue = f"output<{act}, {flags}>"
+    lines = [
+        "const uint3 tile = threadgroup_position_in_grid;",
+        "const device Part* parts = (const device Part*)(size + 3);",
+    ]
+    place = "tile, simdgroup_index_in_threadgroup, thread_index_in_simdgroup"
+    if tile.scratch:
+        lines += [tile.scratch]
+        place = "tile, simdgroup_index_in_threadgroup, thread_index_in_threadgroup, scratch"
+    if not gated:
+        later = (f" + uint(tile.x >= parts[{j}].tile)" for j in range(1, len(of_part)))
+        lines += [f"const uint j = 0{''.join(later)};"]
+    out = "out0"
+    for j in range(1, outputs):
+        out = f"j == {j} ? out{j} : {out}" if j == 1 else f"j == {j} ? out{j} : ({out})"
+    # The segments of a call: one of them for the parts that it holds, or gate's and up's.
+    calls = [of_part] if gated else [(s, s) for s in range(len(traits))]
+    for f, g in calls:
+        x = tile.x
+        if "experts" in inputs:
+            # All parts of one segment lie in each expert's matrix.
+            steps = [f"uint({n}_shape[1])" for n in (f"codes{f}", f"codes{g}")]
+            steps += ["uint(bias_shape[1])" if bias == "bias" else "0"]
+            scores = "scores" if "scores" in inputs else "x"
+            x = f"chosen({x}, experts, {scores}, {', '.join(steps)})"
+        block = [
+            f"Part a = parts[{'0' if gated else 'j'}], b = {'parts[1]' if gated else 'a'};",
+            f"{tile.function}<{traits[f]}, {traits[g]}{tile.numbers}>("
+            f"{expressions[f]}, {expressions[g]}, {x}, (const device Size*)size, "
+            f"{epilogue}(a, b, {bias}, {residual}, {out}), {place});",
+        ]
+        if len(calls) > 1:
+            here = " || ".join(f"j == {j}" for j, of in enumerate(of_part) if of == f)
+            block = [f"if ({here}) {{", *block, "}"]
+        lines += block
+    sections = [] if act == "None" else re.findall(r"\w+", act)
+    return Program(
+        op=tile.op,
+        inputs=inputs,
+        outputs=tuple(f"out{i}" for i in range(outputs)),
+        body="\n".join(lines) + "\n",
+        parts=(
+            *dict.fromkeys(section(t) for t in traits),
+            *tile.sections,
+            *(f"quantized_matmul.metal:{s}" for s in sections),
+        ),
+    )
+
+
+def _sigmoid_gelu_tanh(v: mx.array) -> mx.array:
+    return v * mx.sigmoid(2 * 0.7978845608028654 * (v + 0.044715 * v * v * v))
+
+
+def _clipped_swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    gate = mx.minimum(gate, 7.0)
+    return (mx.clip(up, -7.0, 7.0) + 1) * gate * mx.sigmoid(1.702 * gate)
+
+
+_REFERENCE: dict[str, Callable[[mx.array], mx.array]] = {
+    "silu": lambda v: v * mx.sigmoid(v),
+    "gelu": lambda v: 0.5 * v * (1 + mx.erf(v * 0.7071067811865476)),
+    "gelu_tanh": _sigmoid_gelu_tanh,
+    "relu2": lambda v: mx.square(mx.maximum(v, 0)),
+}
+_GATED_REFERENCE: dict[str, Callable[[mx.array, mx.array], mx.array]] = {
+    "swiglu": lambda gate, up: _REFERENCE["silu"](gate) * up,
+    "geglu": lambda gate, up: _REFERENCE["gelu"](gate) * up,
+    "geglu_tanh": lambda gate, up: _REFERENCE["gelu_tanh"](gate) * up,
+    "swiglu_clipped": _clipped_swiglu,
+}
+
+
+def finish(call: Call[X], columns: list[mx.array]) -> list[mx.array]:
+    """The outputs, from the unrounded float32 products of each part."""
+    if call.bias is not None:
+        at = 0
+        bias = call.bias if call.experts is None else call.bias[call.experts.reshape(-1)]
+        for i, part in enumerate(call.weight.parts):
+            columns[i] = columns[i] + bias[..., at : at + part.rows].astype(mx.float32)
+            at += part.rows
+    if call.activation in _GATED_REFERENCE:
+        columns = [_GATED_REFERENCE[call.activation](*columns)]
+    elif call.activation is not None:
+        columns = [_REFERENCE[call.activation](y) for y in columns]
+    if call.scores is not None:
+        scores = call.scores.astype(mx.float32)[..., None]
+        columns = [(y.reshape(*call.scores.shape, -1) * scores).sum(axis=-2) for y in columns]
+    if not call.split and len(columns) > 1:
+        columns = [mx.concatenate(columns, axis=-1)]
+    if call.residual is not None:
+        columns[0] = columns[0] + call.residual.reshape(columns[0].shape).astype(mx.float32)
+    return [y.astype(call.x.dtype) for y in columns]

@@ -1,0 +1,216 @@
+"""Multiplication by quantised weights where they lie: ``metal/quantized_matmul.metal``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mlx.core as mx
+
+from ..runtime import kernel as _kernel
+from ..runtime import tuning
+from ..runtime.kernel import Kernel, Launch, Prepared
+from ..weight import AffineSegment, AnySegment, QuantizedWeight
+from .decode import decode
+from .dequantize import dequantize
+from .product import Call, Tile, batches, finish, launch, refuse
+
+LARGE = "dequantize"
+"""What runs above `MAX_VECTOR_ROWS` unless `mlxfuse tune` has chosen: ``dequantize``, or ``tiles``,
+the kernel that decodes tile by tile, which stays off until a Mac has measured it faster."""
+
+# Rows of W that a SIMD-group computes in each of `tuning.VARIANTS`.
+_SLOTS = {
+    "vector": {"rows4": 4, "rows8": 8, "rows2": 2},
+    "batch": {"rows2": 2, "rows4": 4},
+    "summed": {"rows4": 4, "rows8": 8, "rows2": 2},
+}
+
+
+def quantized_matmul(
+    x: mx.array,
+    weight: QuantizedWeight,
+    *,
+    bias: mx.array | None = None,
+    residual: mx.array | None = None,
+    activation: str | None = None,
+    split: bool = False,
+    experts: mx.array | None = None,
+    scores: mx.array | None = None,
+    sorted_experts: bool = False,
+    differentiable: bool = False,
+) -> tuple[mx.array, ...]:
+    """``activation(x @ weight.T + bias) + residual``.
+
+    More than `MAX_ROWS_PER_EXPERT` rows for each expert are multiplied in tiles of the rows of one
+    expert, for which they are sorted by expert; weights are rounded to ``x.dtype`` there.
+
+    Products are summed in float32 and the epilogue is computed in float32 from the unrounded
+    sums; the result is rounded once. More than `MAX_VECTOR_ROWS` rows in float16 or bfloat16 are
+    multiplied by MLX, which rounds weights and sums to that type too, by up to half a unit in the
+    last place each. Before an activation, which makes more of an error, bfloat16 products are
+    float32 there; not those of MLX's own weights, which are as MLX-LM has them.
+
+    Args:
+        x: ``[..., K]``, float16, bfloat16 or float32.
+        weight: ``[N, K]``, or ``[experts, N, K]``.
+        bias: ``[N]``, or ``[experts, N]``, in the order of the weight's parts.
+        residual: of the result's shape; not with ``split``.
+        activation: one of `ACTIVATIONS`. The gated ones, ``swiglu``, ``geglu``, ``geglu_tanh``
+            and ``swiglu_clipped``, need a weight of two parts of equal rows, gate and up, and
+            give ``act(gate) * up`` with half of the columns. ``swiglu_clipped`` is gpt-oss's:
+            ``(u + 1) * g * sigmoid(1.702 * g)`` with ``g = min(gate, 7)`` and ``u`` the value of
+            up between -7 and 7.
+        split: one result for each part of the weight, each contiguous, instead of one for all.
+        experts: integer ids ``[..., k]`` of the expert to use for each result row. ``x`` has
+            one row for each id, or one for each group of ``k``.
+        scores: ``[..., k]``, of any floating type: each group's results are multiplied by them
+            and added up, in float32 and rounded once. ``x`` has a row for each id then, and the
+            weight one part. MLX-LM rounds every expert's result, its product with the score and
+            their sum to ``x.dtype``.
+        sorted_experts: the ids are in ascending order.
+        differentiable: by MLX's own operations, which have gradients. The kernel has none: MLX
+            raises ``[Primitive::vjp] Not implemented for CustomKernel`` under ``mx.grad``.
+
+    Returns:
+        ``[..., N]`` in ``x.dtype``, alone in a tuple; with ``split`` one for each part; with
+        ``experts`` of shape ``[*experts.shape, N]``; with ``scores`` ``[*experts.shape[:-1], N]``.
+
+    Raises:
+        ValueError: arguments whose shapes do not fit together.
+    """
+    given = x, weight, bias, residual, activation, split, experts
+    call = tuned(Call(*given, large=LARGE, scores=scores))
+    call.check()
+    if differentiable:
+        outputs = _dense(call)
+    elif call.route == "dequantize":
+        outputs = _dense(call, dequantized=True)
+    elif experts is not None and call.kind == "grouped" and not sorted_experts:
+        outputs = _sorted(call, experts.reshape(-1))
+    else:
+        outputs = KERNEL(call)
+    return tuple(y.reshape(*call.lead, y.shape[-1]) for y in outputs)
+
+
+def prepare(
+    x: mx.array,
+    weight: QuantizedWeight,
+    *,
+    bias: mx.array | None = None,
+    residual: mx.array | None = None,
+    activation: str | None = None,
+    split: bool = False,
+    experts: mx.array | None = None,
+    scores: mx.array | None = None,
+) -> Prepared | None:
+    """`quantized_matmul` of such arguments as one launch, to be called with x and, where there are
+    any, residual, experts and scores, of the same shapes and types; None if it is no single launch.
+    """
+    arguments = x, weight, bias, residual, activation, split, experts
+    call = tuned(Call(*arguments, large=LARGE, scores=scores))
+    call.check()
+    alike = residual is None or residual.dtype == x.dtype
+    if refuse(call) is not None or not alike or call.route in ("dequantize", "grouped"):
+        return None
+    given = {"residual": residual, "experts": experts, "scores": scores}
+    free = ("x", *(name for name, array in given.items() if array is not None))
+    return Prepared(_launch(call), free, [(*call.lead, n) for n in call.widths])
+
+
+def _sorted(call: Call[mx.array], ids: mx.array) -> list[mx.array]:
+    """The call with its rows in the order of their experts' ids, and the results back in theirs."""
+    x = call.x.reshape(-1, call.x.shape[-1])
+    order = mx.argsort(ids)
+    residual = call.residual
+    if residual is not None:
+        residual = residual.reshape(ids.size, -1)[order]
+    x = x[order // (ids.size // x.shape[0])]
+    back = mx.argsort(order)
+    return [y[back] for y in KERNEL(replace(call, x=x, experts=ids[order], residual=residual))]
+
+
+def tuned(call: Call[mx.array]) -> Call[mx.array]:
+    """The call in the variant that `mlxfuse tune` has found to be the fastest, if it has run."""
+    if not tuning.active():
+        return call
+    return replace(call, variant=tuning.winner("quantized_matmul", call.case))
+
+
+def run_call(call: Call[mx.array], *, emulated: bool = False) -> list[mx.array]:
+    """Its outputs on Metal, in its variant and unconditionally; to be timed."""
+    if call.route == "dequantize":
+        return _dense(call, dequantized=True)
+    return _kernel.run(_launch(call), emulated=emulated)
+
+
+def _tile(call: Call[mx.array]) -> Tile:
+    kind, op = call.route, "quantized_matmul"
+    if kind in ("tiles", "grouped"):
+        name = "matrix" if kind == "tiles" else kind
+        rows = 32 if call.gated else 64
+        scratch = "threadgroup float scratch[96 * tile_pitch * sizeof(T) / 4];"
+        return Tile(op, (f"{op}.metal:{name}",), f"{name}_tile", "", "x", rows, 32, 128, scratch)
+    slots = _SLOTS[call.kind][call.variant or tuning.VARIANTS[op][call.kind][0]]
+    if kind == "summed":
+        groups = min(call.x.shape[-2], 8)
+        scratch = f"threadgroup float scratch[{groups * slots}];"
+        numbers = f", {slots}, {groups}"
+        sections = tuple(f"{op}.metal:{s}" for s in (call.part("vector"), kind))
+        return Tile(op, sections, "summed_tile", numbers, "x", slots, 1, 32 * groups, scratch)
+    many = batches(call.rows) if kind == "batch" else 1
+    numbers = f", {slots}, {many}" if kind == "batch" else f", {slots}"
+    needs = [call.part(kind), f"{kind}_tile"]
+    if kind == "vector" and call.experts is not None:
+        needs, kind = [*needs, "gathered"], "gathered"
+    sections = tuple(f"{op}.metal:{s}" for s in needs)
+    return Tile(op, sections, f"{kind}_tile", numbers, "x", 2 * slots, many, 64, "")
+
+
+def _launch(call: Call[mx.array]) -> Launch:
+    return launch(call, _tile(call), {"x": call.x})
+
+
+def _dense(call: Call[mx.array], *, dequantized: bool = False) -> list[mx.array]:
+    """The meaning of the kernel: decode, multiply, epilogue.
+
+    ``dequantized`` is how large M runs, see `_product`; the reference multiplies in float32.
+    """
+    x = call.x.reshape(-1, call.x.shape[-1])
+    columns = []
+    for part in call.weight.parts:
+        segment = part.segment
+        rows = slice(part.first, part.first + part.rows)
+        if call.experts is not None:
+            ids = call.experts.reshape(-1)
+            rows_of_x = mx.repeat(x, ids.size // max(x.shape[0], 1), axis=0).astype(mx.float32)
+            # The chosen experts, or all if that is less: a prompt chooses each many times.
+            few = ids.size < (segment.experts or 1)
+            w = decode(segment.take((ids if few else slice(None), rows)))
+            of = mx.arange(ids.size) if few else ids
+            y = mx.gather_mm(rows_of_x[:, None], w.swapaxes(-1, -2), rhs_indices=of)[:, 0]
+        elif dequantized:
+            y = _product(x, segment.take(rows), call.activation is not None).astype(mx.float32)
+        else:
+            y = x.astype(mx.float32) @ decode(segment.take(rows)).T
+        columns.append(y)
+    return finish(call, columns)
+
+
+def _product(x: mx.array, segment: AnySegment, activated: bool) -> mx.array:
+    if isinstance(segment, AffineSegment):
+        return mx.quantized_matmul(
+            x,
+            segment.arrays["codes"],
+            segment.arrays["scales"],
+            segment.arrays.get("supers"),
+            transpose=True,
+            group_size=segment.group_size,
+            bits=segment.bits,
+            mode=segment.mode,
+        )
+    if activated and x.dtype == mx.bfloat16:
+        x = x.astype(mx.float32)
+    return x @ dequantize(segment, dtype=x.dtype).T
+
+
+KERNEL = Kernel("quantized_matmul", _launch, refuse, _dense)

@@ -1,0 +1,233 @@
+"""RMSNorm, with the residual before it and int8 codes behind it: ``metal/rms_norm.metal``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import mlx.core as mx
+
+from ..activations import GROUP, Int8Activations
+from ..runtime.kernel import Kernel, Launch, Program
+from ..weight import FLOATS
+from . import quantize_int8
+
+MAX_COLUMNS = 16384
+"""Longest row the kernel keeps in registers: 64 values for each thread of a threadgroup."""
+
+_THREADS = 256  # of a threadgroup at most; not measured on a Mac
+
+OUTPUTS = ("y", "int8", "sums")
+CASTS = ("llama", "gemma")
+
+
+@dataclass(frozen=True, slots=True)
+class NormResult:
+    """What `rms_norm` gives; None where it was not asked for.
+
+    h           ``x + residual``, where there is a residual.
+    y           the normalised rows.
+    int8        y as int8 codes.
+    group_sums  float32 ``[..., K / 32]``: sums of 32 consecutive values of y.
+    """
+
+    h: mx.array | None = None
+    y: mx.array | None = None
+    int8: Int8Activations | None = None
+    group_sums: mx.array | None = None
+
+
+def rms_norm(
+    x: mx.array,
+    weight: mx.array | None,
+    eps: float,
+    *,
+    residual: mx.array | None = None,
+    offset: float = 0.0,
+    cast: str = "llama",
+    outputs: Collection[str] = ("y",),
+) -> NormResult:
+    """``y = h / sqrt(mean(h^2) + eps) * (offset + weight)`` with ``h = x + residual``.
+
+    h is rounded to its type T, and all else follows from the rounded h; mean and root are
+    float32. ``int8`` and ``sums`` are those of y rounded to T, whether or not y is asked for.
+    Arguments of different types promote, as in MLX, and run without the kernel.
+
+    Args:
+        x: ``[..., K]``, float16, bfloat16 or float32.
+        weight: ``[K]``, or None for no product.
+        eps: added to the mean of the squares.
+        residual: of the shape of x.
+        offset: 1 for the weights of gemma.
+        cast: where values are rounded to T. ``llama``, as `mx.fast.rms_norm`: the normalised
+            value, ``offset + weight`` and their product; mlx-lm's classes for gemma do the same.
+            ``gemma``, as the published gemma: the product only.
+        outputs: any of `OUTPUTS`; ``int8`` and ``sums`` need K to be a multiple of 32.
+
+    Raises:
+        ValueError: arguments that do not fit together.
+    """
+    call = _Call(x, weight, eps, residual, offset, cast, tuple(o for o in OUTPUTS if o in outputs))
+    call.check(outputs)
+    got = dict(zip(call.names, KERNEL(call), strict=True))
+    int8 = None
+    if "int8" in outputs:
+        int8 = Int8Activations(got["codes"], got["scales"], got["sums"], call.dtype)
+    return NormResult(got.get("h"), got.get("y"), int8, got.get("group_sums"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """The arguments of one `rms_norm`."""
+
+    x: mx.array
+    weight: mx.array | None
+    eps: float
+    residual: mx.array | None
+    offset: float
+    cast: str
+    outputs: tuple[str, ...]
+
+    @property
+    def columns(self) -> int:
+        return self.x.shape[-1]
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Of y."""
+        given = (a for a in (self.x, self.residual, self.weight) if a is not None)
+        return mx.result_type(*given)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The kernel's outputs."""
+        of = {"y": ("y",), "int8": quantize_int8.OUTPUTS, "sums": ("group_sums",)}
+        found = ("h",) if self.residual is not None else ()
+        return found + tuple(n for o in self.outputs for n in of[o])
+
+    def check(self, outputs: Collection[str]) -> None:
+        x = self.x
+        if x.ndim < 1 or x.shape[-1] == 0:
+            raise ValueError(f"x: expected [..., K] with K > 0, found {x.shape}")
+        if self.weight is not None and self.weight.shape != (self.columns,):
+            raise ValueError(f"weight: expected ({self.columns},), found {self.weight.shape}")
+        if self.residual is not None and self.residual.shape != x.shape:
+            raise ValueError(f"residual: expected {x.shape}, found {self.residual.shape}")
+        if self.cast not in CASTS:
+            raise ValueError(f"cast: expected one of {CASTS}, found {self.cast!r}")
+        if not self.outputs or set(outputs) - set(OUTPUTS):
+            raise ValueError(f"outputs: expected some of {OUTPUTS}, found {tuple(outputs)}")
+        if self.columns % GROUP and self.outputs != ("y",):
+            raise ValueError(
+                f"outputs int8 and sums need rows of a multiple of {GROUP} values, "
+                f"found {self.columns}"
+            )
+
+
+def _refuse(call: _Call) -> str | None:
+    x = call.x
+    if x.dtype not in FLOATS:
+        return f"x is float16, bfloat16 or float32, not {x.dtype}"
+    if x.size == 0:
+        return "x has no rows"
+    if call.columns > MAX_COLUMNS:
+        return f"rows of more than {MAX_COLUMNS} values"
+    for name, other in (("weight", call.weight), ("residual", call.residual)):
+        if other is not None and other.dtype != x.dtype:
+            return f"x is {x.dtype}, its {name} {other.dtype}"
+    return None
+
+
+def _launch(call: _Call) -> Launch:
+    x = call.x
+    quads = -(-call.columns // 4)
+    pieces = -(-quads // _THREADS)
+    threads = 32 * -(-quads // (32 * pieces))
+    optional = {"residual": call.residual, "weight": call.weight}
+    given = {n: a for n, a in optional.items() if a is not None}
+    shapes = {"h": x.shape, "y": x.shape}
+    shapes |= zip(quantize_int8.OUTPUTS, quantize_int8.output_shapes(x.shape), strict=True)
+    shapes["group_sums"] = shapes["sums"]
+    dtypes = {"h": x.dtype, "y": x.dtype, "codes": mx.int8}
+    whole = call.columns % 4 == 0
+    return Launch(
+        program=_program(pieces, whole, call.cast, ("x", *given), call.names),
+        arrays=(x, *given.values(), *_numbers(call.columns, call.eps, call.offset)),
+        grid=(x.size // call.columns * threads, 1, 1),
+        threadgroup=(threads, 1, 1),
+        template=(("T", x.dtype),),
+        shapes=tuple(shapes[n] for n in call.names),
+        dtypes=tuple(dtypes.get(n, mx.float32) for n in call.names),
+    )
+
+
+@lru_cache(maxsize=1024)
+def _numbers(columns: int, eps: float, offset: float) -> tuple[mx.array, mx.array]:
+    arrays = mx.array(columns, mx.int32), mx.array([eps, offset], mx.float32)
+    mx.eval(arrays)
+    return arrays
+
+
+@cache
+def _program(
+    pieces: int, whole: bool, cast: str, inputs: tuple[str, ...], outputs: tuple[str, ...]
+) -> Program:
+    held = f"T, {pieces}"
+    moved = f"{held}, {str(whole).lower()}"
+    sections = ["store"] if {"h", "y"} & set(outputs) else []
+    lines = [
+        "threadgroup float partial[8];",
+        "const ulong first = ulong(threadgroup_position_in_grid.x) * uint(columns);",
+        "const Row row = {uint(columns), simdgroups_per_threadgroup, "
+        "simdgroup_index_in_threadgroup, thread_index_in_simdgroup, first};",
+        f"vec<T, 4> v[{pieces}];",
+        f"load_row<{moved}>(x, row, v);",
+    ]
+    if "residual" in inputs:
+        sections += ["add"]
+        lines += [f"add_row<{moved}>(residual, row, v);", f"store_row<{moved}>(v, row, h);"]
+    lines += [f"const float inverse = inverse_rms<{held}>(v, row, numbers[0], partial);"]
+    if "weight" in inputs:
+        sections += ["weighted", cast.capitalize()]
+        scale = f"weight_row<{cast.capitalize()}, {moved}>(weight, numbers[1], row, inverse, v);"
+    else:
+        sections += ["plain"]
+        scale = f"scale_row<{held}>(inverse, v);"
+    lines += [scale]
+    if "y" in outputs:
+        lines += [f"store_row<{moved}>(v, row, y);"]
+    groups = []
+    if "codes" in outputs:
+        groups, sections = ["quantize_int8.metal:codes"], [*sections, "codes"]
+        lines += [f"quantize_row<{held}>(v, row, codes, scales, sums);"]
+    if "group_sums" in outputs:
+        groups, sections = groups or ["quantize_int8.metal"], [*sections, "sums"]
+        lines += [f"sum_row<{held}>(v, row, group_sums);"]
+    return Program(
+        op="rms_norm",
+        inputs=(*inputs, "columns", "numbers"),
+        outputs=outputs,
+        body="\n".join(lines) + "\n",
+        parts=(*groups, *(f"rms_norm.metal:{s}" for s in sections)),
+    )
+
+
+def _reference(call: _Call) -> list[mx.array]:
+    h = call.x if call.residual is None else call.x + call.residual
+    inner = mx.float32 if call.cast == "gemma" else call.dtype
+    weight = call.weight
+    if weight is not None:
+        weight = weight.astype(inner)
+        weight = call.offset + weight if call.offset else weight
+    y = mx.fast.rms_norm(h.astype(inner), weight, call.eps).astype(call.dtype)
+    found = {"h": h, "y": y}
+    if "int8" in call.outputs:
+        found |= zip(quantize_int8.OUTPUTS, quantize_int8.reference(y), strict=True)
+    if "sums" in call.outputs:
+        groups = y.astype(mx.float32).reshape(*y.shape[:-1], call.columns // GROUP, GROUP)
+        found["group_sums"] = groups.sum(-1)
+    return [found[n] for n in call.names]
+
+
+KERNEL = Kernel("rms_norm", _launch, _refuse, _reference)

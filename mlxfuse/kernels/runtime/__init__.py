@@ -1,0 +1,1 @@
+"""How a kernel's Metal source is found, launched, tested and tuned."""

@@ -1,0 +1,1 @@
+"""What some architectures need beyond a row of the table."""

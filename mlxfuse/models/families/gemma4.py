@@ -1,0 +1,158 @@
+"""Gemma 4's metadata; numpy only.
+
+Layers with a window and layers without have heads of different sizes. The last layers may read
+the keys and values of an earlier layer of their kind, values may be the keys' projection, and
+there may be experts and inputs of each layer's own. mlx-lm has one number for all layers of a kind
+where llama.cpp has one for each layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ...errors import GGUFError, UnsupportedError
+from ..keys import Keys
+from ..rope import Rope
+
+if TYPE_CHECKING:
+    from ..config import Config
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def gemma4(key: Keys, config: Config) -> Config:
+    """The configuration, of which ``config`` has what all architectures have alike."""
+    layers, embd, heads = config.layers, config.sizes["embd"], config.sizes["heads"]
+    slides = key.each("attention.sliding_window_pattern", layers, listed=True)
+    kinds = [SLIDING if n else FULL for n in slides]
+    own = _own_layers(key, kinds)
+    head = {FULL: config.sizes["head"], SLIDING: key.count("attention.key_length_swa")}
+    value = key.count("attention.value_length_swa")
+    if value != head[SLIDING]:
+        raise UnsupportedError(
+            f"heads of keys ({head[SLIDING]}) and values ({value}) differ in size"
+        )
+    if FULL in kinds and not config.rope.factors:
+        raise GGUFError(key.file.path, "rope_freqs.weight is missing")
+    k_is_v = _k_is_v(key, kinds[:own])
+    kv_heads = _kv_heads(key, kinds, heads, k_is_v)
+    ff = _widths(key, layers, own)
+    inputs = key("embedding_length_per_layer_input", int)
+    experts = config.sizes.get("experts", 0)
+    args = {
+        "head_dim": head[SLIDING],
+        "global_head_dim": head[FULL],
+        "num_key_value_heads": kv_heads[SLIDING],
+        "num_global_key_value_heads": kv_heads[FULL],
+        "num_kv_shared_layers": layers - own,
+        "attention_k_eq_v": k_is_v,
+        "intermediate_size": ff[0],
+        "use_double_wide_mlp": ff[-1] != ff[0],
+        "hidden_size_per_layer_input": inputs,
+        "vocab_size_per_layer_input": config.sizes["vocab"],
+        "enable_moe_block": bool(experts),
+        "top_k_experts": config.args.get("num_experts_per_tok"),
+        "layer_types": kinds,
+        "sliding_window": key.count("attention.sliding_window"),
+        "final_logit_softcapping": key("final_logit_softcapping", float, 30.0) or None,
+    }
+    sizes = {
+        "one": 1,
+        "input": inputs,
+        "inputs": inputs * layers,
+        "input_embd": embd if inputs else 0,
+        "experts": experts,
+        "expert_ff": config.sizes.get("expert_ff", 0),
+        "expert_embd": embd if experts else 0,
+    }
+    by_layer = []
+    for i, kind in enumerate(kinds):
+        kv = kv_heads[kind] * head[kind] if i < own else 0
+        by_layer.append(
+            {
+                "head": head[kind],
+                "q": heads * head[kind],
+                "o": heads * head[kind],
+                "kv": kv,
+                "v": 0 if k_is_v and kind == FULL else kv,
+                "k_head": head[kind] if kv else 0,
+                "ff": ff[i],
+            }
+        )
+    base = key.positive("rope.freq_base_swa", 10000.0)
+    dims = key.count("rope.dimension_count_swa", config.rope.dims)
+    if dims % 2 or dims > head[SLIDING]:
+        raise GGUFError(
+            key.file.path, f"{dims} rotary dimensions of a head of {head[SLIDING]} with a window"
+        )
+    return replace(
+        config,
+        args=config.args | args,
+        sizes=config.sizes | sizes,
+        rope_swa=Rope(dims, base),
+        by_layer=tuple(by_layer),
+        # Released files have what the layers' own keys and values would be made of.
+        unread=frozenset(
+            f"blk.{i}.{name}.weight"
+            for i in range(own, layers)
+            for name in ("attn_k", "attn_v", "attn_k_norm")
+        ),
+    )
+
+
+def _own_layers(key: Keys, kinds: list[str]) -> int:
+    """How many layers have keys and values of their own: the first ones."""
+    shared = key("attention.shared_kv_layers", int, 0)
+    own = len(kinds) - shared
+    if own < 1 or not set(kinds[own:]) <= set(kinds[:own]):
+        raise GGUFError(
+            key.file.path,
+            f"{key.name}.attention.shared_kv_layers is {shared}; expected an earlier layer with "
+            f"keys and values for each of the last {shared} of {len(kinds)}, with or without a "
+            "window like it",
+        )
+    return own
+
+
+def _k_is_v(key: Keys, kinds: list[str]) -> bool:
+    """Whether layers without a window have no attn_v, by the layers with keys of their own."""
+    tensors = key.file.tensors
+    lacking = [i for i in range(len(kinds)) if f"blk.{i}.attn_v.weight" not in tensors]
+    if lacking and lacking != [i for i, kind in enumerate(kinds) if kind == FULL]:
+        raise UnsupportedError(
+            f"blk.{lacking[0]}.attn_v.weight is missing; it may be in the layers without a sliding "
+            "window, and then in all of them"
+        )
+    return bool(lacking)
+
+
+def _kv_heads(key: Keys, kinds: list[str], heads: int, k_is_v: bool) -> dict[str, int]:
+    name = "attention.head_count_kv"
+    counts = key.each(name, len(kinds), heads)
+    found = {}
+    for kind in (FULL, SLIDING):
+        of_kind = {n for n, k in zip(counts, kinds, strict=True) if k == kind} or set(counts)
+        if len(of_kind) > 1:
+            raise UnsupportedError(f"{name} differs between layers of a kind: {counts[:8]}")
+        (found[kind],) = of_kind
+        if found[kind] < 1 or heads % found[kind]:
+            raise GGUFError(
+                key.file.path,
+                f"{heads} attention heads cannot share {found[kind]} key/value heads",
+            )
+    if found[FULL] != found[SLIDING] and not k_is_v:
+        raise UnsupportedError(f"{name} differs between layers that all have attn_v: {counts[:8]}")
+    return found
+
+
+def _widths(key: Keys, layers: int, own: int) -> list[int]:
+    """The MLPs': one, or twice as much where keys and values are another layer's."""
+    ff = key.each("feed_forward_length", layers)
+    double = 2 if ff[-1] != ff[0] else 1
+    if ff[0] < 1 or ff != [ff[0]] * own + [double * ff[0]] * (layers - own):
+        raise UnsupportedError(
+            f"feed_forward_length is {ff[:8]}; expected one, or twice as much in the last "
+            f"{layers - own} layers"
+        )
+    return ff

@@ -1,0 +1,1 @@
+"""Tokens and text: generating, chatting, measuring perplexity, files of prompt caches."""

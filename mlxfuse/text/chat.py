@@ -1,0 +1,131 @@
+"""A conversation with a model: every answer goes on from the prompt cache of the one before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import takewhile
+from typing import Any
+
+from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..nn.kv.options import check_model
+from .generate import Result, Settings, add_eos_tokens, new_cache, run, seed
+
+
+class Interrupted(Exception):
+    """``stop`` said so while the prompt was read."""
+
+
+class Chat:
+    """A conversation that keeps what the model has read.
+
+    The whole conversation is rendered for each answer; only what differs from the tokens in the
+    cache is read. A cache that cannot take tokens back is begun anew where it would have to.
+
+    Args:
+        model, tokenizer: a pair from ``mlxfuse.load`` or ``mlx_lm.load``.
+        settings: as for ``generate``; ``prompt`` is not used.
+    """
+
+    def __init__(self, model: Any, tokenizer: TokenizerWrapper, settings: Settings) -> None:
+        if settings.kv is not None:
+            check_model(model, settings.kv, force=settings.kv_force)
+        self._model, self._tokenizer, self._settings = model, tokenizer, settings
+        add_eos_tokens(tokenizer, settings.extra_eos_token)
+        seed(settings)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the conversation, but not the system prompt."""
+        system = self._settings.system_prompt
+        self.messages = [] if system is None else [{"role": "system", "content": system}]
+        self._begin()
+
+    def _begin(self) -> None:
+        self._cache: list[Any] = new_cache(self._model, self._settings)
+        self._ids: list[int] = []
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens that the prompt cache has seen; 0 where it does not tell."""
+        offsets = (getattr(cache, "offset", None) for cache in self._cache)
+        return int(next((n for n in offsets if n is not None), 0))
+
+    def say(
+        self,
+        text: str,
+        *,
+        write: Callable[[str], None] | None = None,
+        on_prompt: Callable[[int, int], None] | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> Result | None:
+        """Add the user's ``text`` and the answer to the conversation.
+
+        Args:
+            write: called with each piece of text as it is there.
+            on_prompt: called as (prompt tokens processed, prompt tokens to process).
+            stop: asked after each token, and each step of a long prompt, whether to stop there.
+
+        Returns:
+            The answer, whole or up to where it was stopped; its ``prompt_tokens`` are those that
+            were read. None if it was stopped before its first token: then nothing was added.
+
+        Raises:
+            MLXFuseError: as for ``generate``.
+        """
+        messages = [*self.messages, {"role": "user", "content": text}]
+        ids = self._encode(messages)
+        rest = self._reuse(ids)
+        self._ids = ids
+
+        def progress(done: int, total: int) -> None:
+            if on_prompt is not None:
+                on_prompt(done, total)
+            if stop is not None and stop():
+                raise Interrupted
+
+        try:
+            result = run(
+                self._model,
+                self._tokenizer,
+                rest,
+                self._settings,
+                write=write,
+                stop=stop,
+                prompt_cache=self._cache,
+                prompt_progress_callback=progress,
+            )
+        except Interrupted:
+            return None
+        end = [] if result.end_token is None else [result.end_token]
+        self._ids = [*ids, *result.tokens, *end]
+        self.messages = [*messages, {"role": "assistant", "content": result.text}]
+        return replace(result, prompt_tokens=len(rest))
+
+    def _encode(self, messages: list[dict[str, str]]) -> list[int]:
+        tokenizer, settings = self._tokenizer, self._settings
+        if tokenizer.has_chat_template and not settings.ignore_chat_template:
+            values = dict(settings.chat_template_config)
+            values |= {"tokenize": False, "add_generation_prompt": True}
+            text = tokenizer.apply_chat_template(messages, **values)
+            ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+            return ids
+        ids = tokenizer.encode("".join(m["content"] for m in messages), add_special_tokens=True)
+        return ids
+
+    def _reuse(self, ids: list[int]) -> list[int]:
+        """Bring the cache to a beginning of ``ids``, and give the rest, of one token at least."""
+        held = self.cached_tokens
+        pairs = zip(self._ids[:held], ids[:-1], strict=False)
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        surplus = held - common
+        if held and not surplus:
+            return ids[common:]
+        if common and can_trim_prompt_cache(self._cache):
+            trim_prompt_cache(self._cache, surplus)
+            if self.cached_tokens == common:
+                return ids[common:]
+        self._begin()
+        return ids

@@ -1,0 +1,314 @@
+"""One prompt to one answer: what ``mlx_lm.generate`` does, for the command line and scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import stream_generate
+from mlx_lm.models.cache import (
+    KVCache,
+    RotatingKVCache,
+    can_trim_prompt_cache,
+    make_prompt_cache,
+)
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..errors import MLXFuseError, UnsupportedError
+from ..nn.kv.cache import CompressedKVCache
+from ..nn.kv.options import KVOptions, check_model, compressed, describe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The flags of ``mlx_lm.generate``, with its names and defaults.
+
+    kv                  how to compress the key-value cache; None for mlx-lm's plain one.
+    quantized_kv_start  tokens up to which it stays plain.
+    kv_force            compress keys of models that are known to suffer from it.
+    """
+
+    prompt: str = "hello"
+    system_prompt: str | None = None
+    prefill_response: str | None = None
+    ignore_chat_template: bool = False
+    chat_template_config: Mapping[str, Any] = field(default_factory=dict)
+    extra_eos_token: tuple[str, ...] = ()
+    max_tokens: int = 100
+    temp: float = 0.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    top_k: int = 0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    min_tokens_to_keep: int = 1
+    seed: int | None = None
+    max_kv_size: int | None = None
+    prefill_step_size: int = 2048
+    num_draft_tokens: int = 3
+    kv: KVOptions | None = None
+    quantized_kv_start: int = 0
+    kv_force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What was generated, and how fast.
+
+    tokens              ids in the order generated, without the one that ended the text.
+    prompt_tps          prompt tokens a second, until the first token was there.
+    generation_tokens   tokens generated, with the one that ended the text.
+    generation_tps      generated tokens a second, after the prompt.
+    peak_memory         GB (1e9 bytes) that MLX held at most.
+    finish_reason       ``stop`` (an end token), ``length`` (``max_tokens``) or ``interrupted``.
+    end_token           id of the token that ended the text, if one did.
+    kv_cache            how the key-value cache was compressed, if it was.
+    """
+
+    text: str
+    tokens: list[int]
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory: float
+    finish_reason: str
+    end_token: int | None = None
+    kv_cache: str | None = None
+
+    def footer(self) -> str:
+        """The three lines that ``mlx_lm.generate`` ends with."""
+        return (
+            f"Prompt: {self.prompt_tokens} tokens, {self.prompt_tps:.3f} tokens-per-sec\n"
+            f"Generation: {self.generation_tokens} tokens, "
+            f"{self.generation_tps:.3f} tokens-per-sec\n"
+            f"Peak memory: {self.peak_memory:.3f} GB"
+        )
+
+
+def encode_prompt(
+    tokenizer: TokenizerWrapper, settings: Settings, *, after_cache: bool = False
+) -> list[int]:
+    """Token ids of the prompt, in the model's chat template where it has one.
+
+    Args:
+        after_cache: the prompt follows a stored prompt cache, which already holds what the
+            template puts before the user's text.
+
+    Raises:
+        MLXFuseError: nothing is left to generate from.
+    """
+    text = settings.prompt
+    templated = tokenizer.has_chat_template and not settings.ignore_chat_template
+    if templated:
+        text = _render(tokenizer, settings, text)
+        if after_cache:
+            marker = "<query>"
+            text = text[_render(tokenizer, settings, marker).index(marker) :]
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=not templated)
+    if not ids:
+        raise MLXFuseError("the prompt is empty: it has no tokens; give some text with --prompt")
+    return ids
+
+
+def _render(tokenizer: TokenizerWrapper, settings: Settings, text: str) -> str:
+    messages = [{"role": "user", "content": text}]
+    if settings.system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": settings.system_prompt})
+    prefill = settings.prefill_response is not None
+    if prefill:
+        messages.append({"role": "assistant", "content": settings.prefill_response or ""})
+    # What the template may be told never overrides what is rendered.
+    values = dict(settings.chat_template_config) | {
+        "tokenize": False,
+        "continue_final_message": prefill,
+        "add_generation_prompt": not prefill,
+    }
+    rendered: str = tokenizer.apply_chat_template(messages, **values)
+    return rendered
+
+
+def add_eos_tokens(tokenizer: TokenizerWrapper, tokens: tuple[str, ...]) -> None:
+    """Let each of ``tokens`` (a token's text, or its id) end the text too.
+
+    Raises:
+        MLXFuseError: the vocabulary has no such token.
+    """
+    vocabulary = tokenizer.get_vocab() if tokens else {}
+    for token in tokens:
+        known = token in vocabulary or (token.isdecimal() and int(token) < len(vocabulary))
+        if not known:
+            raise MLXFuseError(f"--extra-eos-token {token!r} is not a token of this model")
+        tokenizer.add_eos_token(token if token not in vocabulary else str(vocabulary[token]))
+
+
+def seed(settings: Settings) -> None:
+    """Begin MLX's random numbers where the settings say."""
+    if settings.seed is not None:
+        mx.random.seed(settings.seed)
+
+
+def generate(
+    model: Any,
+    tokenizer: TokenizerWrapper,
+    settings: Settings,
+    *,
+    draft_model: Any = None,
+    prompt_cache: list[Any] | None = None,
+    write: Callable[[str], None] | None = None,
+    on_prompt: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
+) -> Result:
+    """Generate one answer.
+
+    Args:
+        model, tokenizer: a pair from ``mlxfuse.load`` or ``mlx_lm.load``.
+        draft_model: a smaller model with the same vocabulary, for speculative decoding.
+        prompt_cache: what ``mlxfuse.text.prompt_cache.read`` returned; the prompt follows it.
+        write: called with each piece of text as it is there.
+        on_prompt: called as (prompt tokens processed, prompt tokens).
+        note: called with what the user should know about the answer to come.
+
+    Raises:
+        UnsupportedError: the model's cache cannot do what was asked.
+        MLXFuseError: the prompt is empty.
+    """
+    seed(settings)
+    add_eos_tokens(tokenizer, settings.extra_eos_token)
+    prompt = encode_prompt(tokenizer, settings, after_cache=prompt_cache is not None)
+    context = getattr(getattr(model, "args", None), "max_position_embeddings", None)
+    if note and context and len(prompt) > context:
+        note(
+            f"the prompt has {len(prompt):,} tokens, the model was made for {context:,}; "
+            "expect a poor answer, or shorten the prompt"
+        )
+    models = [model] if draft_model is None else [model, draft_model]
+    if settings.kv is not None:
+        for each in models:
+            check_model(each, settings.kv, force=settings.kv_force)
+    if prompt_cache is None:
+        caches = [cache for each in models for cache in new_cache(each, settings)]
+    else:
+        caches = _compressed(prompt_cache, settings)
+    options: dict[str, Any] = {"prompt_cache": caches}
+    if draft_model is not None:
+        _expect_trimmable(model, prompt_cache)
+        options |= {"draft_model": draft_model, "num_draft_tokens": settings.num_draft_tokens}
+    else:
+        options["prompt_progress_callback"] = on_prompt
+    result = run(model, tokenizer, prompt, settings, write=write, **options)
+    return replace(result, kv_cache=describe(caches))
+
+
+def run(
+    model: Any,
+    tokenizer: TokenizerWrapper,
+    prompt: list[int],
+    settings: Settings,
+    *,
+    write: Callable[[str], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+    **options: Any,
+) -> Result:
+    """``stream_generate`` to its end.
+
+    Args:
+        prompt: token ids.
+        write: called with each piece of text as it is there.
+        stop: asked after each token whether to end the answer there.
+        options: more arguments of ``stream_generate``.
+
+    Raises:
+        MLXFuseError: no token was generated.
+    """
+    newline = tokenizer.encode("\n", add_special_tokens=False)
+    sampler = make_sampler(
+        settings.temp,
+        settings.top_p,
+        settings.min_p,
+        settings.min_tokens_to_keep,
+        top_k=settings.top_k,
+        xtc_probability=settings.xtc_probability,
+        xtc_threshold=settings.xtc_threshold,
+        xtc_special_tokens=newline + sorted(tokenizer.eos_token_ids),
+    )
+    pieces: list[str] = []
+    tokens: list[int] = []
+    last, reason = None, "length"
+    if settings.kv is not None and settings.quantized_kv_start:
+        options |= {
+            "kv_bits": settings.kv.v_bits,
+            "quantized_kv_start": settings.quantized_kv_start,
+        }
+    for last in stream_generate(
+        model,
+        tokenizer,
+        prompt,
+        max_tokens=settings.max_tokens,
+        sampler=sampler,
+        logits_processors=make_logits_processors(suppressed(tokenizer)),
+        prefill_step_size=settings.prefill_step_size,
+        **options,
+    ):
+        if last.finish_reason != "stop":
+            tokens.append(int(last.token))
+        if last.text:
+            pieces.append(last.text)
+            if write:
+                write(last.text)
+        reason = last.finish_reason or reason
+        if stop is not None and stop():
+            reason = last.finish_reason or "interrupted"
+            break
+    if last is None:
+        raise MLXFuseError("the model generated nothing")
+    return Result(
+        text="".join(pieces),
+        tokens=tokens,
+        prompt_tokens=last.prompt_tokens,
+        prompt_tps=last.prompt_tps,
+        generation_tokens=last.generation_tokens,
+        generation_tps=last.generation_tps,
+        peak_memory=last.peak_memory,
+        finish_reason=reason,
+        end_token=int(last.token) if reason == "stop" else None,
+    )
+
+
+def suppressed(tokenizer: TokenizerWrapper) -> dict[int, float]:
+    """The file's ``suppress_tokens``, each with -inf, which its logit is biased by."""
+    found: dict[int, float] = getattr(tokenizer, "suppressed", {})
+    return found
+
+
+def new_cache(model: Any, settings: Settings) -> list[Any]:
+    """The model's empty caches, bounded and compressed as the settings say.
+
+    mlx-lm's own ``max_kv_size`` does nothing for the models that make their own caches.
+    """
+    made, size = make_prompt_cache(model), settings.max_kv_size
+    return _compressed([_bounded(cache, size) for cache in made] if size else made, settings)
+
+
+def _compressed(caches: list[Any], settings: Settings) -> list[Any]:
+    if settings.kv is None:
+        return caches
+    return compressed(caches, settings.kv, settings.quantized_kv_start)
+
+
+def _bounded(cache: Any, size: int) -> Any:
+    if isinstance(cache, CompressedKVCache):
+        cache.window = min(cache.window or size, size - cache.keep)
+    elif type(cache) is KVCache or getattr(cache, "max_size", 0) > size:
+        return RotatingKVCache(max_size=size, keep=4)
+    return cache
+
+
+def _expect_trimmable(model: Any, prompt_cache: list[Any] | None) -> None:
+    if not can_trim_prompt_cache(prompt_cache or make_prompt_cache(model)):
+        raise UnsupportedError(
+            "this model cannot be used with --draft-model: its cache cannot take tokens back"
+        )

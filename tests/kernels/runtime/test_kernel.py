@@ -1,0 +1,115 @@
+"""What decides between Metal, the emulated Metal source and the reference."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlxfuse import KernelError
+from mlxfuse.formats import BY_NAME
+from mlxfuse.kernels.matmul.dequantize import KERNEL, dequantize
+from mlxfuse.kernels.runtime import kernel as _kernel
+from mlxfuse.kernels.runtime import source as _source
+
+from ..weights import random_blocks, segment
+
+WEIGHT = segment(random_blocks(BY_NAME["Q4_1"], 4, 64), BY_NAME["Q4_1"])
+
+
+def test_auto_falls_back_and_counts_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLXFUSE_KERNELS", "auto")
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    key = ("dequantize", "this MLX has no Metal device")
+    before = _kernel.fallbacks[key], _kernel.launches["dequantize"]
+    got = dequantize(WEIGHT)
+    assert (_kernel.fallbacks[key], _kernel.launches["dequantize"]) == (before[0] + 1, before[1])
+    assert mx.array_equal(got, KERNEL.reference(WEIGHT, None, mx.float32)[0])
+
+
+def test_metal_raises_instead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLXFUSE_KERNELS", "metal")
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    with pytest.raises(KernelError, match="dequantize cannot run on Metal: this MLX has no Metal"):
+        dequantize(WEIGHT)
+
+
+def test_reference_counts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLXFUSE_KERNELS", "reference")
+    before = _kernel.fallbacks.copy(), _kernel.launches.copy()
+    dequantize(WEIGHT)
+    assert (_kernel.fallbacks, _kernel.launches) == before
+
+
+def test_an_unknown_mode_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLXFUSE_KERNELS", "fast")
+    with pytest.raises(KernelError, match="auto, metal, reference, emulated; found 'fast'"):
+        dequantize(WEIGHT)
+
+
+def test_a_disabled_program_is_not_run(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLXFUSE_KERNELS", "metal" if kernels == "metal" else "emulated")
+    program = KERNEL.launch(WEIGHT, None, mx.float32).program
+    before = _kernel.launches["dequantize"]
+    dequantize(WEIGHT)
+    assert _kernel.launches["dequantize"] == before + 1
+    monkeypatch.setitem(_kernel.disabled, program, "its self-test failed")
+    if kernels != "metal":
+        dequantize(WEIGHT)
+        assert _kernel.launches["dequantize"] == before + 1
+        assert _kernel.fallbacks["dequantize", "its self-test failed"] > 0
+
+
+def test_a_header_holds_only_what_a_variant_uses() -> None:
+    text = _source.header(("formats.h:Q4_1", "dequantize.metal"))
+    assert "struct Q4_1:" in text
+    assert text.index("struct Nibbles") < text.index("struct Q4_1:")
+    assert "Q4_K" not in text
+    assert "//" not in text
+    assert len(text) < 2000
+    whole = "".join(p.read_text(encoding="ascii") for p in _source.metal_dir().iterdir())
+    assert len(text) < len(whole) / 5
+    with pytest.raises(KernelError, match="has no section 'Q9_0'"):
+        _source.header(("formats.h:Q9_0",))
+
+
+def test_what_is_left_of_a_text_means_the_same() -> None:
+    """Spaces go only where nothing grows together."""
+    squeezed = _source._squeeze(
+        "#define TWICE (2)\n"
+        "  const uint a = b + +c - -d;  // two signs are not one operator\n\n"
+        "Vec<Vec<T> > f(unsigned int x, thread float* y) const { return *y / *x; }\n"
+    )
+    assert squeezed == (
+        "#define TWICE (2)\n"
+        "const uint a=b+ +c- -d;\n"
+        "Vec<Vec<T> >f(unsigned int x,thread float*y)const{return*y/ *x;}\n"
+    )
+
+
+def test_missing_sources_say_where_they_were_expected(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(_source, "_PACKAGE", tmp_path / "mlxfuse")
+    with pytest.raises(KernelError, match=r"Metal sources are missing: expected .*; reinstall"):
+        _source.metal_dir()
+
+
+def test_the_bench_is_loaded_by_its_path_only(tmp_path: Path) -> None:
+    """A package named ``tests`` that comes first on the path is not what `emulated` runs."""
+    decoy = tmp_path / "tests" / "msl"
+    decoy.mkdir(parents=True)
+    for folder in (decoy, decoy.parent):
+        (folder / "__init__.py").write_text("raise SystemExit('the wrong bench')")
+    code = (
+        "import sys\n"
+        "from mlxfuse.kernels.runtime.kernel import bench\n"
+        "assert bench().__module__ == '_mlxfuse_msl.emulate'\n"
+        "assert 'tests' not in sys.modules\n"
+    )
+    root = str(_source.checkout())
+    paths = f"import sys\nsys.path[:0] = {[str(tmp_path), root]!r}\n"
+    subprocess.run([sys.executable, "-c", paths + code], check=True, cwd=tmp_path)

@@ -1,0 +1,196 @@
+"""Self-tests: which variants a model uses, that a wrong one is found, what is remembered."""
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlxfuse.fusion import patch_model
+from mlxfuse.fusion.patch import unpatch_model
+from mlxfuse.kernels import fallbacks
+from mlxfuse.kernels.runtime import kernel as _kernel
+from mlxfuse.kernels.runtime import self_test
+from mlxfuse.loader import load
+from mlxfuse.nn.quantized import QuantizedLinear
+from tests import msl
+from tests.kernels import variants
+from tests.models import tiny
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("MLXFUSE_CACHE", str(tmp_path / "cache"))
+    with msl.installed(build="fast"):
+        yield tmp_path / "cache" / "self-tests.json"
+    _kernel.disabled.clear()
+
+
+def recorded(path: Path, name: str, lengths: tuple[int, ...]) -> list[self_test.Recorded]:
+    model, _ = load(tiny.write(path / "m.gguf", tiny.build(name, 0)), fuse="all")
+
+    def run() -> None:
+        for length in lengths:
+            model(mx.zeros((1, length), mx.int32))
+
+    return self_test.calls(run)
+
+
+def test_a_models_variants(tmp_path: Path) -> None:
+    found = recorded(tmp_path, "llama-q4", (1, 5, 33))
+    programs = {kernel.launch(*arguments).program for kernel, arguments in found}
+    matmuls = [p for p in programs if p.op == "quantized_matmul"]
+    # For 1 and 5 rows: qkv, gate and up, o and down (two formats) with residual, the head.
+    assert len(matmuls) == 2 * 5
+    assert sum("residual" in p.inputs for p in matmuls) == 2 * 2
+    assert sum(len(p.outputs) == 3 for p in matmuls) == 2
+    assert sum("Gated<Silu>" in p.body for p in matmuls) == 2
+    # Whole weights of three formats for 33 rows, and the looked up rows.
+    assert sum(p.op == "dequantize" for p in programs) == 4
+
+
+@pytest.mark.parametrize("name", ["llama-q4", "llama-fused-qkv", "gemma3", "llama-k-quants"])
+def test_the_kernels_pass(name: str, tmp_path: Path, own_cache: Path) -> None:
+    found = recorded(tmp_path, name, (1, 3, 33))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert self_test.check(found, emulated=True) == {}
+    assert set(json.loads(own_cache.read_text()).values()) == {""}
+    assert own_cache.parent.stat().st_mode & 0o777 == 0o700
+
+
+def wrong(kernel: _kernel.Kernel, factor: float) -> _kernel.Kernel:
+    """Whose reference gives other values, so that the kernel's look wrong."""
+    reference = kernel.reference
+    return dataclasses.replace(kernel, reference=lambda *a: [factor * y for y in reference(*a)])
+
+
+@pytest.mark.parametrize("factor", [1.001, float("nan")])
+def test_a_wrong_kernel_is_disabled(factor: float, tmp_path: Path, own_cache: Path) -> None:
+    found = recorded(tmp_path, "llama", (1,))
+    matmul, arguments = next(c for c in found if c[0].name == "quantized_matmul")
+    program = matmul.launch(*arguments).program
+    with pytest.warns(RuntimeWarning, match="quantized_matmul failed its self-test") as caught:
+        disabled = self_test.check([(wrong(matmul, factor), arguments)] * 2, emulated=True)
+    assert len(caught) == 1
+    assert list(disabled) == [program]
+    assert "largest error" in disabled[program]
+    # It is remembered, without a second warning, and such calls run as reference.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert self_test.check([(matmul, arguments)], emulated=True) == disabled
+    fallbacks.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLXFUSE_KERNELS", "emulated")
+        matmul(*self_test._small_matmul(*arguments))
+    assert fallbacks["quantized_matmul", disabled[program]] == 1
+    # A new process knows it from the file, and warns.
+    _kernel.disabled.clear()
+    with pytest.warns(RuntimeWarning, match="failed its self-test"):
+        assert self_test.check([(matmul, arguments)], emulated=True) == disabled
+    # Another MLX is tried anew.
+    _kernel.disabled.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(self_test, "version", lambda name: "0.99")
+        assert self_test.check([(matmul, arguments)], emulated=True) == {}
+    assert len(json.loads(own_cache.read_text())) == 2
+
+
+NORMS = list(variants.norms())
+
+
+@pytest.mark.parametrize("variant", NORMS, ids=str)
+def test_the_norm_kernels_pass(variant: variants.Variant) -> None:
+    """On small cases, whose arguments differ from the ones that were recorded."""
+    found = [(variant.kernel, variant.arguments)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert self_test.check(found, emulated=True) == {}
+    # Control: every output is looked at.
+    for i in range(len(variant.launch.shapes)):
+
+        def reference(*arguments: Any, i: int = i) -> list[mx.array]:
+            outputs = variant.kernel.reference(*arguments)
+            outputs[i] = (outputs[i].astype(mx.float32) * 1.05).astype(outputs[i].dtype)
+            return outputs
+
+        off = dataclasses.replace(variant.kernel, reference=reference)
+        assert self_test.compare(off, variant.arguments, emulated=True).startswith("largest error")
+
+
+def test_a_kernel_that_does_not_compile_is_disabled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(launch: _kernel.Launch, *, emulated: bool = False) -> list[mx.array]:
+        raise RuntimeError("[metal::Device] Unable to build metal library\nprogram_source:3: no")
+
+    found = recorded(tmp_path, "llama", (1,))[:1]
+    monkeypatch.setattr(_kernel, "run", broken)
+    with pytest.warns(RuntimeWarning):
+        (reason,) = self_test.check(found).values()
+    assert reason == "[metal::Device] Unable to build metal library"
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"a": 1}', "\xff", "[" * 100000])
+def test_a_bad_file_of_results_is_as_none(text: str, tmp_path: Path, own_cache: Path) -> None:
+    own_cache.parent.mkdir(parents=True)
+    own_cache.write_bytes(text.encode("latin-1"))
+    assert self_test.check(recorded(tmp_path, "llama", (1,)), emulated=True) == {}
+    assert set(json.loads(own_cache.read_text()).values()) == {""}
+
+
+def test_patching_runs_them_where_there_is_metal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own_cache: Path
+) -> None:
+    model, _ = load(tiny.write(tmp_path / "m.gguf", tiny.build("llama", 0)), fuse="all")
+    assert "self-test" not in model.load_report.seconds
+    unpatch_model(model)
+    seen = []
+    monkeypatch.setattr(_kernel, "_unavailable", lambda mode: None)
+    monkeypatch.setattr(self_test, "check", lambda found: seen.extend(found) or {})
+    report = patch_model(model)
+    assert str(report) == "qkv 3/3, gate/up 3/3, residual 3/3, norm+rope 3/3"
+    assert report.self_test_seconds > 0
+    assert {k.name for k, _ in seen} == {"dequantize", "norm_rope", "quantized_matmul"}
+    assert len({k.launch(*a).program for k, a in seen}) == 3 + 8 * 4
+    assert isinstance(model.layers[0].self_attn.o_proj, QuantizedLinear)
+    monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
+    unpatch_model(model)
+    seen.clear()
+    patch_model(model)
+    assert not seen
+
+
+def test_compressed_keys_and_values(own_cache: Path) -> None:
+    found = [(v.kernel, v.arguments) for v in variants.compressed()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert self_test.check(found, emulated=True) == {}
+    results = json.loads(own_cache.read_text())
+    assert len(results) == len(found) == 7
+    # A wrong code in one group of 25, and a wrong merging dispatch, are seen and remembered.
+    own_cache.unlink()
+    quantize, attention = (
+        next(c for c in found if c[0].name == name) for name in ("quantize_kv", "compressed_sdpa")
+    )
+
+    def flipped(*arguments: Any) -> list[mx.array]:
+        (rows,) = quantize[0].reference(*arguments)
+        return [rows ^ (mx.arange(rows.shape[-1], dtype=mx.uint32) % 25 == 3)]
+
+    wrong_rows = dataclasses.replace(quantize[0], reference=flipped), quantize[1]
+    with pytest.warns(RuntimeWarning, match="failed its self-test"):
+        disabled = self_test.check(
+            [wrong_rows, (wrong(attention[0], 1.01), attention[1])], emulated=True
+        )
+    assert [p.op for p in disabled] == ["quantize_kv", "compressed_sdpa"]
+    assert "packed words differ" in next(iter(disabled.values()))
+    first, second = attention[0].launch(*attention[1]).chain()
+    changed = dataclasses.replace(first, then=lambda outputs: dataclasses.replace(
+        second, program=dataclasses.replace(second.program, body=second.program.body + "//")
+    ))  # fmt: skip
+    assert self_test._key(changed) != self_test._key(first)
