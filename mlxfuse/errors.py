@@ -58,6 +58,12 @@ class ExportError(MLXFuseError, ValueError):
     exit_code = 4
 
 
+class GrammarError(MLXFuseError, ValueError):
+    """A JSON schema or grammar that is malformed, or that no answer can follow."""
+
+    exit_code = 4
+
+
 class DownloadError(MLXFuseError):
     """A download that could not start, finish or be verified."""
 
@@ -68,6 +74,10 @@ class PatchError(MLXFuseError):
     """A fusion that was demanded and is not possible, or that changes what the model computes."""
 
     exit_code = 3
+
+
+class NotFusible(Exception):
+    """Why a place of a model is not fused; `patch_model` catches it and reports the reason."""
 
 
 class KernelError(MLXFuseError, RuntimeError):
