@@ -45,8 +45,8 @@ def period(key: Keys, slides: Sequence[bool], name: str) -> int:
     found = slides.index(False) + 1 if False in slides else len(slides) + 1
     if found > len(slides) or list(slides) != [i % found < found - 1 for i in range(len(slides))]:
         raise UnsupportedError(
-            f"an irregular {key.name}.{name}: expected the last of every so many layers to be the "
-            f"other kind, found {[int(slide) for slide in slides[:12]]}"
+            f"an irregular {key.name}.{name}: expected a number p such that of the {len(slides)} "
+            f"layers each p-th is 0 and the others 1, found {[int(flag) for flag in slides[:12]]}"
         )
     return found
 

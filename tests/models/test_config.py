@@ -46,7 +46,10 @@ def test_every_value_of_a_llama(tmp_path: Path) -> None:
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
         "head_dim": 32,
+        "attention_bias": False,
+        "mlp_bias": False,
         "rms_norm_eps": pytest.approx(1e-5),
+        "layer_norm_eps": pytest.approx(1e-5),
         "vocab_size": tiny.VOCABULARY,
         "max_position_embeddings": 256,
         "rope_theta": 10000.0,
@@ -64,6 +67,10 @@ def test_every_value_of_a_llama(tmp_path: Path) -> None:
         "o": 256,
         "kv": 64,
         "qkv": 384,
+        "one": 1,
+        "cache": 128,
+        "window": 0,
+        "state": 0,
     }
 
 
@@ -146,6 +153,8 @@ def test_gemma4(tmp_path: Path) -> None:
     assert found.ropes[0] == Rope(dims=16, base=30.0)
     sizes = {"head": 16, "q": 64, "o": 64, "kv": 32, "v": 32, "k_head": 16, "ff": 96}
     full = {"head": 32, "q": 128, "o": 128, "kv": 32, "v": 0, "k_head": 32, "ff": 96}
+    sizes |= {"cache": 64, "window": 6}
+    full |= {"cache": 64, "window": 0}
     assert found.by_layer == (sizes, sizes, full, sizes)
     assert not found.unread
     defaults = dict.fromkeys(

@@ -93,7 +93,7 @@ def test_sizes_and_kinds_of_layers(tmp_path: Path) -> None:
         (
             {"attention__recurrent_layers": [True, True, False, False]},
             UnsupportedError,
-            "recurrent_layers has no period",
+            "an irregular qwen35.attention.recurrent_layers",
         ),
         ({"nextn_predict_layers": 4}, GGUFError, "4 of 4 blocks"),
         # The last layer is taken for one that predicts ahead.

@@ -19,10 +19,10 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from gguf.quants import dequantize, quantize
 
-from tests.models.case import Case, shapes
+from tests.models.case import VOCABULARY, Case, shapes
 from tests.models.cases import CASES
 
-__all__ = ["CASES", "Case"]
+__all__ = ["CASES", "VOCABULARY", "Case"]
 SEEDS = (0, 1, 2)
 BOS, EOS, MERGED = 256, 257, 258
 

@@ -15,7 +15,9 @@ def _gpt_oss(key: Keys, config: Config) -> Config:
     """Windows, of which mlx-lm needs a layer with and one without, and mlx-lm's own names."""
     slides = windows(key, config.layers, 2)
     if len(set(slides)) < 2:
-        raise UnsupportedError("gpt-oss needs layers with a sliding window and layers without")
+        raise UnsupportedError(
+            f"gpt-oss whose {config.layers} layers all have a sliding window, or all have none"
+        )
     window = key.count("attention.sliding_window")
     args = {"sliding_window": window, "layer_types": layer_types(slides)}
     config = with_windows(config, slides, window, config.rope, config.rope)
