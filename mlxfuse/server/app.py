@@ -18,7 +18,8 @@ from mlx_lm.server import (
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..nn.kv.options import compress_caches
-from ..text.generate import Settings, suppressed
+from ..text.generate import Settings
+from ..text.sampling import suppressed
 
 # Bytes of a request's body that are read: a conversation, not an upload.
 BODY_LIMIT = 64 << 20
