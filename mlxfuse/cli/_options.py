@@ -65,7 +65,8 @@ def model_argument(help: str) -> Any:
 
 
 Revision = Annotated[
-    str | None, of_model("Branch, tag or commit of the hub repository.", metavar="NAME")
+    str | None,
+    of_model("Branch, tag or commit of the hub repository.", metavar="NAME", rare=True),
 ]
 Delay = Annotated[float, of_tests("Seconds to cool down before every run.", min=0, callback=finite)]
 
@@ -104,7 +105,7 @@ class Model:
 
 Type = Annotated[
     DType | None,
-    of_model("Type of the activations (default: by architecture and device).", metavar="TYPE"),
+    of_model("Type of the activations, such as float16.", metavar="TYPE"),
 ]
 
 
@@ -257,7 +258,8 @@ class Verbosity:
 
 def _help_all(context: typer.Context, wanted: bool) -> None:
     if wanted:
-        for parameter in context.command.params:
+        parameters: list[Any] = list(context.command.params)
+        for parameter in parameters:
             parameter.hidden = False
         typer.echo(context.get_help())
         raise typer.Exit

@@ -34,15 +34,22 @@ def server_command(
     cache: opt.Cache,
     sampling: Defaults,
     out: opt.Debug,
-    host: Annotated[str, opt.option(SERVER, "Address to listen on.")] = "127.0.0.1",
+    host: Annotated[
+        str, opt.option(SERVER, "Address to listen on.", metavar="ADDRESS")
+    ] = "127.0.0.1",
     port: Annotated[
-        int, opt.option(SERVER, "Port to listen on; 0: any free one.", min=0, max=65535)
+        int,
+        opt.option(SERVER, "Port to listen on; 0: any free one.", min=0, max=65535, metavar="PORT"),
     ] = 8080,
     allowed_origins: Annotated[
-        str, opt.option(SERVER, "Web pages that may call it (CORS), with commas; * for all.")
+        str,
+        opt.option(
+            SERVER, "Web pages that may call it (CORS), with commas; * for all.", metavar="URLS"
+        ),
     ] = "",
     prompt_cache_size: Annotated[
-        int, opt.option(SERVER, "Conversations whose prompt caches are kept.", min=1)
+        int,
+        opt.option(SERVER, "Conversations whose prompt caches are kept.", min=1, metavar="INTEGER"),
     ] = 10,
     log_level: Annotated[
         str, opt.option(SERVER, "DEBUG, INFO, WARNING or ERROR.", metavar="LEVEL")
@@ -52,10 +59,7 @@ def server_command(
     """Serve a model to OpenAI clients at http://127.0.0.1:8080/v1.
 
     The sampling options are for requests that do not give their own. Whatever model a request
-    names, it gets this one. Requests that come together are answered together, but one by one
-    with --quantized-kv-start: mlx-lm compresses no caches of a batch. With --kv-bits a conversation
-    that goes on from the beginning of an earlier one reads some of its last tokens compressed that
-    a new one reads as they were, so the text may differ.
+    names, it gets this one.
     """
     config = text_opt.json_object(chat_template_config)
     level = logging.getLevelNamesMapping().get(log_level.upper())
