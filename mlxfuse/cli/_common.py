@@ -54,8 +54,6 @@ def main() -> NoReturn:
 
 # [0<=x<=1] and [default: 1; x>=0]: an error tells the range too.
 _RANGE = re.compile(r"\s+\[[\d.]*<?=?x[<>=\d.]*\]|; [\d.]*<?=?x[<>=\d.]*(?=\])")
-    r"(?:\s+\[|; )[\d.]*<?=?x[<>=\d.]*(?=\])\]?"
-)  # [0<=x<=1], which errors tell too
 
 
 class _Command(typer.core.TyperCommand):
