@@ -19,7 +19,9 @@ from .progress import status_line
 @dataclass(frozen=True, kw_only=True)
 class Written(opt.Output):
     mlx: Annotated[bool, opt.of_output("Write a plain MLX-LM checkpoint.", "--mlx")] = False
-    force: Annotated[bool, opt.of_output("Replace FOLDER if it is not empty.", "--force")] = False
+    force: Annotated[
+        bool, opt.of_output("Replace FOLDER if an earlier export wrote all of it.", "--force")
+    ] = False
 
 
 @command("Convert", "mlxfuse export model-Q4_K_M.gguf folder --mlx")
