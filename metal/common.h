@@ -20,3 +20,8 @@ METAL_FUNC const constant U* elements(const constant T* p) {
 METAL_FUNC float4 bytes(uint word) {
   return float4(as_type<uchar4>(word));
 }
+
+// 2^-n, exactly.
+METAL_FUNC constexpr float unshifted(int n) {
+  return n < 0 ? float(1u << -n) : 1.0f / float(1u << n);
+}

@@ -161,7 +161,7 @@ METAL_FUNC float vector_dots(P p, const device T* x, uint n, uint columns, uint 
       UNROLL
       for (int e = 0; e < 4; e++) {
         total[4 * q / each] += quad[e];
-        v[4 * q + e] = quad[e] * (1.0f / float(1u << F::shift(4 * q + e)));
+        v[4 * q + e] = quad[e] * unshifted(F::shift(4 * q + e));
       }
     }
     UNROLL

@@ -73,50 +73,29 @@ _BITS = (*_PAIRS, Swap(1, 1, 0x55555555))
 # Bit i of a 32-weight block -> the 1-bit plane's order: index bits 4 and 1, then 3 and 0.
 _ROTATE = (Swap(0, 14, 0x0000CCCC), Swap(0, 7, 0x00AA00AA))
 
-_STREAMS: dict[str, tuple[Stream, ...]] = {
-    "Q4_0": (Stream("codes", "uint32", 2, 18), Stream("scales", "float16", 0, 2)),
-    "Q4_1": (Stream("codes", "uint32", 4, 20), Stream("scales", "float16", 0, 4)),
-    "Q5_0": (
-        Stream("codes", "uint32", 6, 22),
-        Stream("high", "uint32", 2, 6, _ROTATE),
-        Stream("scales", "float16", 0, 2),
-    ),
-    "Q5_1": (
-        Stream("codes", "uint32", 8, 24),
-        Stream("high", "uint32", 4, 8, _ROTATE),
-        Stream("scales", "float16", 0, 4),
-    ),
-    "Q8_0": (Stream("codes", "uint32", 2, 34), Stream("scales", "float16", 0, 2)),
-    "Q2_K": (
-        Stream("codes", "uint32", 16, 80, _PAIRS),
-        Stream("scales", "uint32", 0, 16),
-        Stream("supers", "float16", 80, 84),
-    ),
-    "Q3_K": (
-        Stream("codes", "uint32", 32, 96, _PAIRS),
-        Stream("high", "uint32", 0, 32, _BITS),
-        Stream("scales", "uint32", 96, 108),
-        Stream("supers", "float16", 108, 110),
-    ),
-    "Q4_K": (
-        Stream("codes", "uint32", 16, 144, _NIBBLES),
-        Stream("scales", "uint32", 0, 16),
-    ),
-    "Q5_K": (
-        Stream("codes", "uint32", 48, 176, _NIBBLES),
-        Stream("high", "uint32", 16, 48, _BITS),
-        Stream("scales", "uint32", 0, 16),
-    ),
-    "Q6_K": (
-        Stream("codes", "uint32", 0, 128, _FAR_NIBBLES),
-        Stream("high", "uint32", 128, 192, _PAIRS),
-        Stream("scales", "uint32", 192, 208),
-        Stream("supers", "float16", 208, 210),
-    ),
-    "IQ4_NL": (Stream("codes", "uint32", 2, 18), Stream("scales", "float16", 0, 2)),
-    "IQ4_XS": (Stream("codes", "uint32", 8, 136), Stream("scales", "uint32", 0, 8)),
-    "MXFP4": (Stream("codes", "uint32", 1, 17), Stream("scales", "uint8", 0, 1)),
-}
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """How the kernels read a type: what the trait of its name in ``metal/formats.h`` is made of.
+
+    streams   the fields of a block.
+    unit      consecutive weights that one lane decodes.
+    halves    whether each 16 weights have a scale of their own.
+    biased    whether weights have a bias.
+    offset    what is subtracted from every code.
+    integers  whether the type is multiplied by int8 activations: 32 weights are then signed
+              8-bit integers times one scale or, with ``halves``, times an integer for each 16.
+    """
+
+    streams: tuple[Stream, ...]
+    unit: int = 32
+    halves: bool = False
+    biased: bool = False
+    offset: int = 0
+    integers: bool = True
+
+
+_FOURS = Stream("codes", "uint32", 2, 18), Stream("scales", "float16", 0, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +106,18 @@ class Format:
     id          ggml's type id as stored in the file.
     block_size  weights in one block.
     type_size   bytes of one block.
+    traits      how kernels read it; None where there is no kernel for it.
+    float16     where in a block its float16 scales are.
+    exponents   where in a block a byte is the exponent of a scale, 127 for 1.
     """
 
     name: str
     id: int
     block_size: int
     type_size: int
+    traits: Traits | None = None
+    float16: tuple[int, ...] = ()
+    exponents: tuple[int, ...] = ()
 
     @property
     def bits_per_weight(self) -> float:
@@ -141,12 +126,12 @@ class Format:
     @property
     def streams(self) -> tuple[Stream, ...]:
         """How the kernels store this type; empty where there is no kernel for it."""
-        return _STREAMS.get(self.name, ())
+        return self.traits.streams if self.traits else ()
 
     @property
     def kernel(self) -> bool:
         """True where a fused Metal kernel multiplies this type where it lies."""
-        return self.name in _STREAMS
+        return self.traits is not None
 
     @property
     def quantized(self) -> bool:
@@ -157,46 +142,143 @@ class Format:
         return columns // self.block_size * self.type_size
 
 
-FORMATS: dict[int, Format] = {
-    f.id: f
-    for f in (
-        Format("F32", 0, 1, 4),
-        Format("F16", 1, 1, 2),
-        Format("Q4_0", 2, 32, 18),
-        Format("Q4_1", 3, 32, 20),
-        Format("Q5_0", 6, 32, 22),
-        Format("Q5_1", 7, 32, 24),
-        Format("Q8_0", 8, 32, 34),
-        Format("Q8_1", 9, 32, 36),
-        Format("Q2_K", 10, 256, 84),
-        Format("Q3_K", 11, 256, 110),
-        Format("Q4_K", 12, 256, 144),
-        Format("Q5_K", 13, 256, 176),
-        Format("Q6_K", 14, 256, 210),
-        Format("Q8_K", 15, 256, 292),
-        Format("IQ2_XXS", 16, 256, 66),
-        Format("IQ2_XS", 17, 256, 74),
-        Format("IQ3_XXS", 18, 256, 98),
-        Format("IQ1_S", 19, 256, 50),
-        Format("IQ4_NL", 20, 32, 18),
-        Format("IQ3_S", 21, 256, 110),
-        Format("IQ2_S", 22, 256, 82),
-        Format("IQ4_XS", 23, 256, 136),
-        Format("I8", 24, 1, 1),
-        Format("I16", 25, 1, 2),
-        Format("I32", 26, 1, 4),
-        Format("I64", 27, 1, 8),
-        Format("F64", 28, 1, 8),
-        Format("IQ1_M", 29, 256, 56),
-        Format("BF16", 30, 1, 2),
-        Format("TQ1_0", 34, 256, 54),
-        Format("TQ2_0", 35, 256, 66),
-        Format("MXFP4", 39, 32, 17),
-        Format("NVFP4", 40, 64, 36),
-        Format("Q1_0", 41, 128, 18),
-        Format("Q2_0", 42, 64, 18),
-    )
-}
+_TYPES = (
+    Format("F32", 0, 1, 4),
+    Format("F16", 1, 1, 2),
+    Format("Q4_0", 2, 32, 18, Traits(_FOURS, offset=8), (0,)),
+    Format(
+        *("Q4_1", 3, 32, 20),
+        Traits(
+            (Stream("codes", "uint32", 4, 20), Stream("scales", "float16", 0, 4)),
+            biased=True,
+        ),
+        (0, 2),
+    ),
+    Format(
+        *("Q5_0", 6, 32, 22),
+        Traits(
+            (
+                Stream("codes", "uint32", 6, 22),
+                Stream("high", "uint32", 2, 6, _ROTATE),
+                Stream("scales", "float16", 0, 2),
+            ),
+            offset=16,
+        ),
+        (0,),
+    ),
+    Format(
+        *("Q5_1", 7, 32, 24),
+        Traits(
+            (
+                Stream("codes", "uint32", 8, 24),
+                Stream("high", "uint32", 4, 8, _ROTATE),
+                Stream("scales", "float16", 0, 4),
+            ),
+            biased=True,
+        ),
+        (0, 2),
+    ),
+    Format(
+        *("Q8_0", 8, 32, 34),
+        Traits((Stream("codes", "uint32", 2, 34), Stream("scales", "float16", 0, 2)), unit=16),
+        (0,),
+    ),
+    Format("Q8_1", 9, 32, 36),
+    Format(
+        *("Q2_K", 10, 256, 84),
+        Traits(
+            (
+                Stream("codes", "uint32", 16, 80, _PAIRS),
+                Stream("scales", "uint32", 0, 16),
+                Stream("supers", "float16", 80, 84),
+            ),
+            halves=True,
+            biased=True,
+            integers=False,
+        ),
+        (80, 82),
+    ),
+    Format(
+        *("Q3_K", 11, 256, 110),
+        Traits(
+            (
+                Stream("codes", "uint32", 32, 96, _PAIRS),
+                Stream("high", "uint32", 0, 32, _BITS),
+                Stream("scales", "uint32", 96, 108),
+                Stream("supers", "float16", 108, 110),
+            ),
+            halves=True,
+            offset=4,
+        ),
+        (108,),
+    ),
+    Format(
+        *("Q4_K", 12, 256, 144),
+        Traits(
+            (Stream("codes", "uint32", 16, 144, _NIBBLES), Stream("scales", "uint32", 0, 16)),
+            biased=True,
+        ),
+        (0, 2),
+    ),
+    Format(
+        *("Q5_K", 13, 256, 176),
+        Traits(
+            (
+                Stream("codes", "uint32", 48, 176, _NIBBLES),
+                Stream("high", "uint32", 16, 48, _BITS),
+                Stream("scales", "uint32", 0, 16),
+            ),
+            biased=True,
+        ),
+        (0, 2),
+    ),
+    Format(
+        *("Q6_K", 14, 256, 210),
+        Traits(
+            (
+                Stream("codes", "uint32", 0, 128, _FAR_NIBBLES),
+                Stream("high", "uint32", 128, 192, _PAIRS),
+                Stream("scales", "uint32", 192, 208),
+                Stream("supers", "float16", 208, 210),
+            ),
+            halves=True,
+            offset=32,
+        ),
+        (208,),
+    ),
+    Format("Q8_K", 15, 256, 292),
+    Format("IQ2_XXS", 16, 256, 66),
+    Format("IQ2_XS", 17, 256, 74),
+    Format("IQ3_XXS", 18, 256, 98),
+    Format("IQ1_S", 19, 256, 50),
+    Format("IQ4_NL", 20, 32, 18, Traits(_FOURS), (0,)),
+    Format("IQ3_S", 21, 256, 110),
+    Format("IQ2_S", 22, 256, 82),
+    Format(
+        *("IQ4_XS", 23, 256, 136),
+        Traits((Stream("codes", "uint32", 8, 136), Stream("scales", "uint32", 0, 8))),
+        (0,),
+    ),
+    Format("I8", 24, 1, 1),
+    Format("I16", 25, 1, 2),
+    Format("I32", 26, 1, 4),
+    Format("I64", 27, 1, 8),
+    Format("F64", 28, 1, 8),
+    Format("IQ1_M", 29, 256, 56),
+    Format("BF16", 30, 1, 2),
+    Format("TQ1_0", 34, 256, 54),
+    Format("TQ2_0", 35, 256, 66),
+    Format(
+        *("MXFP4", 39, 32, 17),
+        Traits((Stream("codes", "uint32", 1, 17), Stream("scales", "uint8", 0, 1))),
+        exponents=(0,),
+    ),
+    Format("NVFP4", 40, 64, 36),
+    Format("Q1_0", 41, 128, 18),
+    Format("Q2_0", 42, 64, 18),
+)
+
+FORMATS: dict[int, Format] = {f.id: f for f in _TYPES}
 
 BY_NAME: dict[str, Format] = {f.name: f for f in FORMATS.values()}
 

@@ -35,7 +35,7 @@ def decode(segment: AnySegment) -> mx.array:
     name = segment.format.name
     arrays = {s: a.flatten(0, -2) for s, a in segment.arrays.items()}
     codes = _CODES[name](arrays)
-    scale, bias = _SCALES[name](arrays)
+    scale, bias = _scales(name, arrays)
     # [rows, groups of one scale, weights of a group]
     weights = scale[..., None] * codes.reshape(*scale.shape, segment.columns // scale.shape[1])
     if bias is not None:
@@ -128,15 +128,30 @@ def _q2_k(a: dict[str, mx.array]) -> Scales:
     return scale, -(mx.repeat(d[:, 1::2], 16, axis=1) * (packed >> 4))
 
 
-def _q3_k(a: dict[str, mx.array]) -> Scales:
+def _q3_k_times(a: dict[str, mx.array]) -> mx.array:
     packed = a["scales"].view(mx.uint8)
     packed = packed.reshape(packed.shape[0], packed.shape[1] // 12, 12)
     low, high = packed[..., :8], packed[..., 8:]
     four = mx.concatenate([low & 15, low >> 4], axis=-1)
     two = mx.concatenate([(high >> s) & 3 for s in (0, 2, 4, 6)], axis=-1)
-    six = (four | two << 4).astype(mx.float32) - 32
-    d = a["supers"].astype(mx.float32)
-    return (d[..., None] * six).reshape(packed.shape[0], -1), None
+    return ((four | two << 4).astype(mx.float32) - 32).reshape(packed.shape[0], -1)
+
+
+_TIMES: dict[str, Callable[[dict[str, mx.array]], mx.array]] = {
+    "Q3_K": _q3_k_times,
+    "Q6_K": lambda a: a["scales"].view(mx.int8).astype(mx.float32),
+}
+
+
+def _scales(name: str, a: dict[str, mx.array]) -> Scales:
+    """The scale of every group of weights, and the bias where there is one."""
+    if name in _TIMES:
+        return mx.repeat(_supers(a), 16, axis=1) * _TIMES[name](a), None
+    return _SCALES[name](a)
+
+
+def _supers(a: dict[str, mx.array]) -> mx.array:
+    return a["supers"].astype(mx.float32)
 
 
 def _six_bits(a: dict[str, mx.array]) -> Scales:
@@ -151,16 +166,6 @@ def _six_bits(a: dict[str, mx.array]) -> Scales:
         (d[..., :1] * scale).reshape(rows, -1),
         (-(d[..., 1:] * minimum)).reshape(rows, -1),
     )
-
-
-def _q6_k(a: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
-    """A block's scale, and the integers it is multiplied by for each 16 weights."""
-    return a["supers"].astype(mx.float32), a["scales"].view(mx.int8).astype(mx.float32)
-
-
-def _q6_k_products(a: dict[str, mx.array]) -> Scales:
-    d, times = _q6_k(a)
-    return mx.repeat(d, 16, axis=1) * times, None
 
 
 def _iq4_xs(a: dict[str, mx.array]) -> Scales:
@@ -185,21 +190,12 @@ _SCALES: dict[str, Callable[[dict[str, mx.array]], Scales]] = {
     "Q5_1": _with_bias,
     "Q8_0": _single,
     "Q2_K": _q2_k,
-    "Q3_K": _q3_k,
     "Q4_K": _six_bits,
     "Q5_K": _six_bits,
-    "Q6_K": _q6_k_products,
     "IQ4_NL": _single,
     "IQ4_XS": _iq4_xs,
     "MXFP4": _mxfp4,
 }
-
-INTEGERS = (
-    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"),
-    *("IQ4_NL", "IQ4_XS", "MXFP4"),
-    *(f"affine{bits}g{group}" for bits in (4, 8) for group in (32, 64, 128)),
-)
-"""Names of the segments that `integers` takes."""
 
 
 class Integers(NamedTuple):
@@ -230,7 +226,6 @@ def integers(segment: AnySegment) -> Integers:
         return Integers(codes, None, scales, biases)
     name, arrays = segment.format.name, dict(segment.arrays)
     codes = _CODES[name](arrays).astype(mx.float32).reshape(segment.rows, segment.columns)
-    if name == "Q6_K":
-        d, times = _q6_k(arrays)
-        return Integers(codes, times, mx.repeat(d, 8, axis=1), None)
+    if name in _TIMES:
+        return Integers(codes, _TIMES[name](arrays), mx.repeat(_supers(arrays), 8, axis=1), None)
     return Integers(codes, None, *_SCALES[name](arrays))
