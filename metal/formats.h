@@ -23,16 +23,25 @@
 // so that weight i is scale(i / 16) * (code(i) / 2^shift(i) - offset) + bias(i / 16).
 // All products of a scale and a code are exact in float32.
 
-template <typename C, typename H, typename S, typename D>
+template <typename C, typename H, typename B, typename S, typename D, typename G>
 struct Streams {
   C codes;
   H high;
+  B signs;
   S scales;
   D supers;
+  G grid;
 };
-template <typename C, typename H, typename S, typename D>
-METAL_FUNC Streams<C, H, S, D> streams(C codes, H high, S scales, D supers) {
-  return Streams<C, H, S, D>{codes, high, scales, supers};
+template <typename C, typename H, typename B, typename S, typename D, typename G>
+METAL_FUNC Streams<C, H, B, S, D, G> streams(
+    C codes, H high, B signs, S scales, D supers, G grid) {
+  return Streams<C, H, B, S, D, G>{codes, high, signs, scales, supers, grid};
+}
+
+// The float16 that all scales of a block of 256 weights are multiplied by.
+template <typename P>
+METAL_FUNC float super(P p, uint first, uint i) {
+  return float(p.supers[(first + i) >> 3]);
 }
 
 template <typename C, typename S, int subtracted = 0>
@@ -176,34 +185,26 @@ struct Bytes {
   }
 };
 
-//@ Table: Nibbles
-// Nibbles that index a table of 16 values.
-template <typename Values>
-struct Table {
+//@ IQ4: Nibbles
+// Nibbles that index 16 values: one load of 4 bytes a weight, of lanes that never meet in a bank
+// of threadgroup memory but at the same word.
+struct IQ4 {
   static constexpr constant int width = 32;
   Nibbles index;
+  const threadgroup uint* values;
   template <typename P>
-  METAL_FUNC Table(P p, uint first, uint i) : index(p, first, i) {}
+  METAL_FUNC IQ4(P p, uint first, uint i) : index(p, first, i), values(p.grid) {}
   METAL_FUNC static constexpr int shift(int) {
     return 0;
   }
   METAL_FUNC float code(int i) const {
-    return Values::at((index.w[(i >> 2) & 3] >> Nibbles::shift(i)) & 15u);
+    return as_type<float>(values[(index.w[(i >> 2) & 3] >> Nibbles::shift(i)) & 15u]);
   }
   METAL_FUNC uint word(int q) const {
     return as_type<uint>(char4(quad(q)));
   }
   METAL_FUNC float4 quad(int q) const {
     return float4(code(4 * q), code(4 * q + 1), code(4 * q + 2), code(4 * q + 3));
-  }
-};
-
-//@ IQ4Values:
-constant float iq4_values[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
-                                 1,    13,   25,  38,  53,  69,  89,  113};
-struct IQ4Values {
-  METAL_FUNC static float at(uint i) {
-    return iq4_values[i];
   }
 };
 
@@ -335,8 +336,8 @@ struct Q2KScales {
 };
 
 //@ Halves:
-// A scale for each 16 weights: a float16 of the block times an integer, which Times reads.
-template <typename Times>
+// A scale for each 16 weights: that of the block times an integer; From reads both.
+template <typename From>
 struct Halves {
   static constexpr constant bool halves = true;
   static constexpr constant bool biased = false;
@@ -344,7 +345,7 @@ struct Halves {
   int2 times;
   template <typename P>
   METAL_FUNC Halves(P p, uint first, uint i)
-      : d(float(p.supers[(first + i) >> 3])), times(Times::of(p, first, i)) {}
+      : d(From::d(p, first, i)), times(From::times(p, first, i)) {}
   METAL_FUNC float scale(int h) const {
     return d * float(times[h]);
   }
@@ -353,10 +354,14 @@ struct Halves {
   }
 };
 
-//@ Q3KTimes:
-struct Q3KTimes {
+//@ Q3KScales:
+struct Q3KScales {
   template <typename P>
-  METAL_FUNC static int2 of(P p, uint first, uint i) {
+  METAL_FUNC static float d(P p, uint first, uint i) {
+    return super(p, first, i);
+  }
+  template <typename P>
+  METAL_FUNC static int2 times(P p, uint first, uint i) {
     const auto packed = elements<ushort>(p.scales) + 6 * ((first + i) >> 3);
     const uint g = i & 7;
     const uint four = (packed[g & 3] >> (g & 4)) & 0x0f0f;
@@ -366,10 +371,14 @@ struct Q3KTimes {
   }
 };
 
-//@ Q6KTimes:
-struct Q6KTimes {
+//@ Q6KScales:
+struct Q6KScales {
   template <typename P>
-  METAL_FUNC static int2 of(P p, uint first, uint i) {
+  METAL_FUNC static float d(P p, uint first, uint i) {
+    return super(p, first, i);
+  }
+  template <typename P>
+  METAL_FUNC static int2 times(P p, uint first, uint i) {
     return int2(elements<char2>(p.scales)[first + i]);
   }
 };
@@ -432,8 +441,8 @@ using Q8_0 = Unit<Bytes, Single<2>>;
 //@ Q2_K: Pairs Q2KScales
 using Q2_K = Unit<Pairs, Q2KScales>;
 
-//@ Q3_K: Pairs HighBits Merged Halves Q3KTimes
-using Q3_K = Unit<Merged<Pairs, HighBits<false>, 2>, Halves<Q3KTimes>, 4>;
+//@ Q3_K: Pairs HighBits Merged Halves Q3KScales
+using Q3_K = Unit<Merged<Pairs, HighBits<false>, 2>, Halves<Q3KScales>, 4>;
 
 //@ Q4_K: Nibbles SixBits
 using Q4_K = Unit<Nibbles, SixBits>;
@@ -441,17 +450,316 @@ using Q4_K = Unit<Nibbles, SixBits>;
 //@ Q5_K: Nibbles HighBits Merged SixBits
 using Q5_K = Unit<Merged<Nibbles, HighBits<false>, 4>, SixBits>;
 
-//@ Q6_K: Nibbles HighPairs Merged Halves Q6KTimes
-using Q6_K = Unit<Merged<Nibbles, HighPairs, 4>, Halves<Q6KTimes>, 32>;
+//@ Q6_K: Nibbles HighPairs Merged Halves Q6KScales
+using Q6_K = Unit<Merged<Nibbles, HighPairs, 4>, Halves<Q6KScales>, 32>;
 
-//@ IQ4_NL: Table IQ4Values Single
-using IQ4_NL = Unit<Table<IQ4Values>, Single<1>>;
+//@ IQ4_NL: IQ4 Single
+using IQ4_NL = Unit<IQ4, Single<1>>;
 
-//@ IQ4_XS: Table IQ4Values IQ4XSScales
-using IQ4_XS = Unit<Table<IQ4Values>, IQ4XSScales>;
+//@ IQ4_XS: IQ4 IQ4XSScales
+using IQ4_XS = Unit<IQ4, IQ4XSScales>;
 
 //@ MXFP4: E2M1 E8M0
 using MXFP4 = Unit<E2M1<false>, E8M0>;
+
+//@ E4M3:
+// For each 16 weights an unsigned float of 8 bits, 4 of the exponent and 3 of the mantissa: half
+// of it, which goes with twice the value. 127 is 0, as in ggml.
+struct E4M3 {
+  static constexpr constant bool halves = true;
+  static constexpr constant bool biased = false;
+  float2 s;
+  template <typename P>
+  METAL_FUNC E4M3(P p, uint first, uint i) {
+    const ushort2 e = ushort2(elements<uchar2>(p.scales)[first + i]) & ushort2(127);
+    const half2 places = half2(as_type<half>(ushort(e.x << 7)), as_type<half>(ushort(e.y << 7)));
+    s = float2(e.x == 127 ? 0.0f : float(places.x), e.y == 127 ? 0.0f : float(places.y)) * 128.0f;
+  }
+  METAL_FUNC float scale(int h) const {
+    return s[h];
+  }
+  METAL_FUNC float bias(int) const {
+    return 0.0f;
+  }
+};
+
+//@ Signs:
+// Twice a bit, of a rotated plane as in HighBits: with an offset of 1, plus or minus 1.
+struct Signs {
+  static constexpr constant int width = 32;
+  uint w;
+  template <typename P>
+  METAL_FUNC Signs(P p, uint first, uint i) : w(p.codes[first + i]) {}
+  METAL_FUNC static constexpr int place(int q) {
+    return 4 * (q & 1) + (q >> 1);
+  }
+  METAL_FUNC static constexpr int shift(int i) {
+    return 8 * (i & 3) + place(i >> 2) - 1;
+  }
+  METAL_FUNC float code(int i) const {
+    return float(w & (1u << (shift(i) + 1)));
+  }
+  METAL_FUNC uint word(int q) const {
+    return ((w >> place(q)) & 0x01010101u) << 1;
+  }
+  METAL_FUNC float4 quad(int q) const {
+    return bytes(word(q));
+  }
+};
+
+//@ NVFP4: E2M1 E4M3
+using NVFP4 = Unit<E2M1<false>, E4M3>;
+
+//@ TQ2_0: Pairs Single
+using TQ2_0 = Unit<Pairs, Single<8>, 1>;
+
+//@ Q2_0: Pairs Single
+using Q2_0 = Unit<Pairs, Single<2>, 1>;
+
+//@ Q1_0: Signs Single
+using Q1_0 = Unit<Signs, Single<4>, 1>;
+
+//@ Words:
+// 32 bytes in the order of the weights, which From makes out of entries of a codebook.
+template <typename From, bool signs>
+struct Words {
+  static constexpr constant int width = 32;
+  uint w[8];
+  template <typename P>
+  METAL_FUNC Words(P p, uint first, uint i) {
+    uint made[8];
+    From::fill(p, first, i, made);
+    UNROLL
+    for (int q = 0; q < 8; q++) {
+      w[q] = made[q];
+    }
+  }
+  METAL_FUNC static constexpr int shift(int i) {
+    return signs ? 0 : 8 * (i & 3);
+  }
+  METAL_FUNC float code(int i) const {
+    const uint word = w[i >> 2];
+    return signs ? float(as_type<char4>(word)[i & 3]) : float(word & (255u << (8 * (i & 3))));
+  }
+  METAL_FUNC uint word(int q) const {
+    return w[q];
+  }
+  METAL_FUNC float4 quad(int q) const {
+    return signs ? float4(as_type<char4>(w[q])) : bytes(w[q]);
+  }
+};
+
+// Positive bytes, negative where the byte of `minus` is 1 and not 0.
+METAL_FUNC uint negated(uint word, uint minus) {
+  return (word ^ ((minus << 8) - minus)) + minus;
+}
+
+// A nibble's bits as bytes of 0 or 1.
+METAL_FUNC uint spread(uint bits) {
+  return ((bits & 15u) * 0x00204081u) & 0x01010101u;
+}
+
+// 7 signs and the eighth, with which an even number of them are minus.
+METAL_FUNC uint even_signs(uint seven) {
+  return (seven & 127u) | ((metal::popcount(seven & 127u) & 1u) << 7);
+}
+
+// Bits of weights 4 q to 4 q + 3 of a rotated plane as in HighBits.
+METAL_FUNC uint plane_signs(uint plane, int q) {
+  return (plane >> (4 * (q & 1) + (q >> 1))) & 0x01010101u;
+}
+
+//@ Scaled:
+// One scale for 32 weights: that of the block times what From reads.
+template <typename From>
+struct Scaled {
+  static constexpr constant bool halves = false;
+  static constexpr constant bool biased = false;
+  float s;
+  template <typename P>
+  METAL_FUNC Scaled(P p, uint first, uint i) : s(super(p, first, i) * From::times(p, first, i)) {}
+  METAL_FUNC float scale(int) const {
+    return s;
+  }
+  METAL_FUNC float bias(int) const {
+    return 0.0f;
+  }
+};
+
+//@ IQ2: Words
+// 8 weights from the grid with signs in `minus`, a bit each.
+template <typename G>
+METAL_FUNC void eight(G grid, uint index, uint minus, thread uint* w) {
+  const uint2 entry = elements<uint2>(grid)[index];
+  w[0] = negated(entry.x, spread(minus));
+  w[1] = negated(entry.y, spread(minus >> 4));
+}
+
+//@ IQ2_XXS: IQ2 Scaled
+// A word of 4 indices, then one of 4 times 7 signs and the scale.
+struct FromIQ2XXS {
+  template <typename P>
+  METAL_FUNC static void fill(P p, uint first, uint i, thread uint* w) {
+    const uint2 v = elements<uint2>(p.codes)[first + i];
+    UNROLL
+    for (int k = 0; k < 4; k++) {
+      eight(p.grid, (v.x >> (8 * k)) & 255u, even_signs(v.y >> (7 * k)), w + 2 * k);
+    }
+  }
+  template <typename P>
+  METAL_FUNC static float times(P p, uint first, uint i) {
+    return 0.125f * float(2 * (elements<uint2>(p.codes)[first + i].y >> 28) + 1);
+  }
+};
+using IQ2_XXS = Unit<Words<FromIQ2XXS, true>, Scaled<FromIQ2XXS>>;
+
+//@ IQ2Scales: Halves
+struct IQ2Scales {
+  template <typename P>
+  METAL_FUNC static float d(P p, uint first, uint i) {
+    return 0.125f * super(p, first, i);
+  }
+  template <typename P>
+  METAL_FUNC static int2 times(P p, uint first, uint i) {
+    const uint both = elements<uchar>(p.scales)[first + i];
+    return 2 * int2(both & 15u, both >> 4) + 1;
+  }
+};
+
+//@ IQ2_XS: IQ2 IQ2Scales
+// Four times 9 bits of an index and 7 signs.
+struct FromIQ2XS {
+  template <typename P>
+  METAL_FUNC static void fill(P p, uint first, uint i, thread uint* w) {
+    const uint2 v = elements<uint2>(p.codes)[first + i];
+    UNROLL
+    for (int k = 0; k < 4; k++) {
+      const uint both = v[k >> 1] >> (16 * (k & 1));
+      eight(p.grid, both & 511u, even_signs(both >> 9), w + 2 * k);
+    }
+  }
+};
+using IQ2_XS = Unit<Words<FromIQ2XS, true>, Halves<IQ2Scales>>;
+
+//@ IQ2_S: Words IQ2Scales
+// 8 bits of 4 indices, 2 high bits of each, 32 signs.
+struct FromIQ2S {
+  template <typename P>
+  METAL_FUNC static void fill(P p, uint first, uint i, thread uint* w) {
+    const uint low = p.codes[first + i];
+    const uint high = elements<uchar>(p.high)[first + i];
+    const uint minus = p.signs[first + i];
+    UNROLL
+    for (int k = 0; k < 4; k++) {
+      const uint index = ((low >> (8 * k)) & 255u) | (((high >> (2 * k)) & 3u) << 8);
+      const uint2 entry = elements<uint2>(p.grid)[index];
+      w[2 * k] = negated(entry.x, plane_signs(minus, 2 * k));
+      w[2 * k + 1] = negated(entry.y, plane_signs(minus, 2 * k + 1));
+    }
+  }
+};
+using IQ2_S = Unit<Words<FromIQ2S, true>, Halves<IQ2Scales>>;
+
+//@ IQ3_XXS: Words Scaled
+// 8 indices of 4 weights each, a byte each; 4 times 7 signs and the scale.
+struct FromIQ3XXS {
+  template <typename P>
+  METAL_FUNC static void fill(P p, uint first, uint i, thread uint* w) {
+    const uint2 v = elements<uint2>(p.codes)[first + i];
+    const uint signs = p.signs[first + i];
+    UNROLL
+    for (int q = 0; q < 8; q++) {
+      const uint minus = even_signs(signs >> (7 * (q >> 1))) >> (4 * (q & 1));
+      w[q] = negated(p.grid[(v[q >> 2] >> (8 * (q & 3))) & 255u], spread(minus));
+    }
+  }
+  template <typename P>
+  METAL_FUNC static float times(P p, uint first, uint i) {
+    return 0.25f * float(2 * (p.signs[first + i] >> 28) + 1);
+  }
+};
+using IQ3_XXS = Unit<Words<FromIQ3XXS, true>, Scaled<FromIQ3XXS>>;
+
+//@ IQ3_S: Words Scaled
+// 8 bits of 8 indices, the high bit of each, 32 signs.
+struct FromIQ3S {
+  template <typename P>
+  METAL_FUNC static void fill(P p, uint first, uint i, thread uint* w) {
+    const uint2 v = elements<uint2>(p.codes)[first + i];
+    const uint high = elements<uchar>(p.high)[first + i];
+    const uint minus = p.signs[first + i];
+    UNROLL
+    for (int q = 0; q < 8; q++) {
+      const uint index = ((v[q >> 2] >> (8 * (q & 3))) & 255u) | (((high >> q) & 1u) << 8);
+      w[q] = negated(p.grid[index], plane_signs(minus, q));
+    }
+  }
+  template <typename P>
+  METAL_FUNC static float times(P p, uint first, uint i) {
+    return float(2 * ((p.scales[(first + i) >> 3] >> (4 * (i & 7))) & 15u) + 1);
+  }
+};
+using IQ3_S = Unit<Words<FromIQ3S, true>, Scaled<FromIQ3S>>;
+
+//@ IQ1: Words
+// Codes are 8 times a value of the grid plus or minus 1, plus 9. 8 weights of an entry.
+METAL_FUNC void ternary(uint entry, bool minus, thread uint* w) {
+  const uint added = minus ? 0u : 0x02020202u;
+  w[0] = ((entry & 0x03030303u) << 3) | added;
+  w[1] = ((entry & 0x30303030u) >> 1) | added;
+}
+
+//@ IQ1_S: IQ1 Scaled
+// 8 bits of 4 indices; 3 high bits of each, 3 bits of the scale and the sign of what is added.
+struct FromIQ1S {
+  template <typename P>
+  METAL_FUNC static void fill(P p, uint first, uint i, thread uint* w) {
+    const uint low = p.codes[first + i];
+    const uint high = elements<ushort>(p.high)[first + i];
+    UNROLL
+    for (int k = 0; k < 4; k++) {
+      const uint index = ((low >> (8 * k)) & 255u) | (((high >> (3 * k)) & 7u) << 8);
+      ternary(p.grid[index], (high & 0x8000u) != 0, w + 2 * k);
+    }
+  }
+  template <typename P>
+  METAL_FUNC static float times(P p, uint first, uint i) {
+    const uint high = elements<ushort>(p.high)[first + i];
+    return 0.125f * float(2 * ((high >> 12) & 7u) + 1);
+  }
+};
+using IQ1_S = Unit<Words<FromIQ1S, false>, Scaled<FromIQ1S>, 9>;
+
+//@ IQ1_M: IQ1 Halves
+// 8 bits of 4 indices; 3 high bits of each and the sign of what is added to its weights. A block
+// has a word of scales for each 64 weights, and 4 bits of the float16 above them.
+struct FromIQ1M {
+  template <typename P>
+  METAL_FUNC static void fill(P p, uint first, uint i, thread uint* w) {
+    const uint low = p.codes[first + i];
+    const uint high = elements<ushort>(p.high)[first + i];
+    UNROLL
+    for (int k = 0; k < 4; k++) {
+      const uint four = high >> (4 * k);
+      ternary(
+          p.grid[((low >> (8 * k)) & 255u) | ((four & 7u) << 8)], (four & 8u) != 0, w + 2 * k);
+    }
+  }
+  template <typename P>
+  METAL_FUNC static float d(P p, uint first, uint i) {
+    const uint2 v = elements<uint2>(p.scales)[(first + i) >> 3];
+    const uint low = ((v.x >> 12) & 0xfu) | ((v.x >> 24) & 0xf0u);
+    const uint bits = low | ((v.y >> 4) & 0xf00u) | ((v.y >> 16) & 0xf000u);
+    return 0.125f * float(as_type<half>(ushort(bits)));
+  }
+  template <typename P>
+  METAL_FUNC static int2 times(P p, uint first, uint i) {
+    const uint2 v = elements<uint2>(p.scales)[(first + i) >> 3];
+    const uint six = ((i & 4) ? v.y : v.x) >> (16 * ((i >> 1) & 1) + 6 * (i & 1));
+    return 2 * int2(six & 7u, (six >> 3) & 7u) + 1;
+  }
+};
+using IQ1_M = Unit<Words<FromIQ1M, false>, Halves<FromIQ1M>, 9>;
 
 //@ Packed:
 // Codes of so many bits in the order of the weights, as MLX packs its own: that of weight i from
@@ -491,7 +799,7 @@ struct Packed {
   METAL_FUNC uint field(int i) const {
     const int k = bits * i / 32;
     const uint low = w[k] >> place(i);
-    return (parted(i) ? low | (w[k + 1] << ((32 - place(i)) & 31)) : low) & mask;
+    return (parted(i) ? low | (w[k + 1] << (32 - place(i))) : low) & mask;
   }
   METAL_FUNC float code(int i) const {
     return float(parted(i) ? field(i) : w[bits * i / 32] & (mask << place(i)));

@@ -194,11 +194,12 @@ METAL_FUNC void batch_dots(
 //@ gathered:
 // For a batch_tile of one row of x, and the experts of quantized_matmul.metal, that precede.
 template <
-    typename F, typename G, int slots, int many, typename Y, typename X, typename P, typename Q>
+    typename F, typename G, int slots, int groups, int many, typename Y, typename X, typename P,
+    typename Q>
 METAL_FUNC void gathered_tile(
     P p, Q q, X x, const device Size* size, Y y, uint3 tile, uint group, uint lane) {
   choose(y, x, tile.y);
-  batch_tile<F, G, slots, many>(p, q, x.x, size, y, tile, group, lane);
+  batch_tile<F, G, slots, groups, many>(p, q, x.x, size, y, tile, group, lane);
 }
 
 //@ tiles: group

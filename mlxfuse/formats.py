@@ -41,7 +41,8 @@ class Swap:
 class Stream:
     """One field of a format's blocks, stored for all blocks of a row side by side.
 
-    name    ``codes`` (the main bit plane), ``high`` (the bits above it), ``scales``, ``supers``.
+    name    ``codes`` (the main bit plane), ``high`` (the bits above it), ``signs``, ``scales``,
+            ``supers``.
     dtype   element type the kernels bind, by numpy's name; never narrower than it must be,
             because MLX counts elements, not bytes, when it cuts command buffers.
     start   where the field begins in the file's block, in bytes.
@@ -72,6 +73,17 @@ _PAIRS = (*_NIBBLES, Swap(2, 2, 0x33333333))
 _BITS = (*_PAIRS, Swap(1, 1, 0x55555555))
 # Bit i of a 32-weight block -> the 1-bit plane's order: index bits 4 and 1, then 3 and 0.
 _ROTATE = (Swap(0, 14, 0x0000CCCC), Swap(0, 7, 0x00AA00AA))
+# NVFP4 pairs weight j of 16 with weight j + 8; see `_NIBBLES`.
+_EIGHTS = (Swap(2, 4, 0x0F0F0F0F),)
+# Word h, byte j, bits 2 b and 2 b + 1 -> the 2-bit plane's place of weight 16 h + 4 j + b. Address
+# bits, from the word's down to the lower one of the pair's, are h, j1, j0, b1, b0. Of word and
+# lowest byte bit; higher byte and higher pair bit; lower ones; both pair bits change places.
+_SPREAD = (
+    Swap(1, 8, 0x00FF00FF),
+    Swap(0, 12, 0x0000F0F0),
+    Swap(0, 6, 0x00CC00CC),
+    Swap(0, 2, 0x0C0C0C0C),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +95,7 @@ class Traits:
     halves    whether each 16 weights have a scale of their own.
     biased    whether weights have a bias.
     offset    what is subtracted from every code.
+    grid      of codes that index a codebook, its name in `mlxfuse.codebooks.staged`; else empty.
     integers  whether the type is multiplied by int8 activations: 32 weights are then signed
               8-bit integers times one scale or, with ``halves``, times an integer for each 16.
     """
@@ -92,6 +105,7 @@ class Traits:
     halves: bool = False
     biased: bool = False
     offset: int = 0
+    grid: str = ""
     integers: bool = True
 
 
@@ -109,6 +123,8 @@ class Format:
     traits      how kernels read it; None where there is no kernel for it.
     float16     where in a block its float16 scales are.
     exponents   where in a block a byte is the exponent of a scale, 127 for 1.
+    small       where else in a block the upper bits of a scale are, such that it is small where
+                bits 6 and 5 of the byte are clear.
     """
 
     name: str
@@ -118,6 +134,7 @@ class Format:
     traits: Traits | None = None
     float16: tuple[int, ...] = ()
     exponents: tuple[int, ...] = ()
+    small: tuple[int, ...] = ()
 
     @property
     def bits_per_weight(self) -> float:
@@ -247,16 +264,85 @@ _TYPES = (
         (208,),
     ),
     Format("Q8_K", 15, 256, 292),
-    Format("IQ2_XXS", 16, 256, 66),
-    Format("IQ2_XS", 17, 256, 74),
-    Format("IQ3_XXS", 18, 256, 98),
-    Format("IQ1_S", 19, 256, 50),
-    Format("IQ4_NL", 20, 32, 18, Traits(_FOURS), (0,)),
-    Format("IQ3_S", 21, 256, 110),
-    Format("IQ2_S", 22, 256, 82),
+    Format(
+        *("IQ2_XXS", 16, 256, 66),
+        Traits(
+            (Stream("codes", "uint32", 2, 66), Stream("supers", "float16", 0, 2)),
+            grid="IQ2_XXS",
+        ),
+        (0,),
+    ),
+    Format(
+        *("IQ2_XS", 17, 256, 74),
+        Traits(
+            (
+                Stream("codes", "uint32", 2, 66),
+                Stream("scales", "uint32", 66, 74),
+                Stream("supers", "float16", 0, 2),
+            ),
+            halves=True,
+            grid="IQ2_XS",
+        ),
+        (0,),
+    ),
+    Format(
+        *("IQ3_XXS", 18, 256, 98),
+        Traits(
+            (
+                Stream("codes", "uint32", 2, 66),
+                Stream("signs", "uint32", 66, 98),
+                Stream("supers", "float16", 0, 2),
+            ),
+            grid="IQ3_XXS",
+        ),
+        (0,),
+    ),
+    Format(
+        *("IQ1_S", 19, 256, 50),
+        Traits(
+            (
+                Stream("codes", "uint32", 2, 34),
+                Stream("high", "uint32", 34, 50),
+                Stream("supers", "float16", 0, 2),
+            ),
+            offset=9,
+            grid="IQ1_S",
+        ),
+        (0,),
+    ),
+    Format("IQ4_NL", 20, 32, 18, Traits(_FOURS, grid="IQ4"), (0,)),
+    Format(
+        *("IQ3_S", 21, 256, 110),
+        Traits(
+            (
+                Stream("codes", "uint32", 2, 66),
+                Stream("high", "uint32", 66, 74),
+                Stream("signs", "uint32", 74, 106, _ROTATE),
+                Stream("scales", "uint32", 106, 110),
+                Stream("supers", "float16", 0, 2),
+            ),
+            grid="IQ3_S",
+        ),
+        (0,),
+    ),
+    Format(
+        *("IQ2_S", 22, 256, 82),
+        Traits(
+            (
+                Stream("codes", "uint32", 2, 34),
+                Stream("high", "uint32", 66, 74),
+                Stream("signs", "uint32", 34, 66, _ROTATE),
+                Stream("scales", "uint32", 74, 82),
+                Stream("supers", "float16", 0, 2),
+            ),
+            halves=True,
+            grid="IQ2_S",
+        ),
+        (0,),
+    ),
     Format(
         *("IQ4_XS", 23, 256, 136),
-        Traits((Stream("codes", "uint32", 8, 136), Stream("scales", "uint32", 0, 8))),
+        Traits((Stream("codes", "uint32", 8, 136), Stream("scales", "uint32", 0, 8)), grid="IQ4"),
         (0,),
     ),
     Format("I8", 24, 1, 1),
@@ -264,18 +350,60 @@ _TYPES = (
     Format("I32", 26, 1, 4),
     Format("I64", 27, 1, 8),
     Format("F64", 28, 1, 8),
-    Format("IQ1_M", 29, 256, 56),
+    Format(
+        *("IQ1_M", 29, 256, 56),
+        Traits(
+            (
+                Stream("codes", "uint32", 0, 32),
+                Stream("high", "uint32", 32, 48),
+                Stream("scales", "uint32", 48, 56),
+            ),
+            halves=True,
+            offset=9,
+            grid="IQ1_S",
+        ),
+        small=(55,),
+    ),
     Format("BF16", 30, 1, 2),
     Format("TQ1_0", 34, 256, 54),
-    Format("TQ2_0", 35, 256, 66),
+    Format(
+        *("TQ2_0", 35, 256, 66),
+        Traits(
+            (Stream("codes", "uint32", 0, 64, _PAIRS), Stream("scales", "float16", 64, 66)),
+            offset=1,
+        ),
+        (64,),
+    ),
     Format(
         *("MXFP4", 39, 32, 17),
         Traits((Stream("codes", "uint32", 1, 17), Stream("scales", "uint8", 0, 1))),
         exponents=(0,),
     ),
-    Format("NVFP4", 40, 64, 36),
-    Format("Q1_0", 41, 128, 18),
-    Format("Q2_0", 42, 64, 18),
+    Format(
+        *("NVFP4", 40, 64, 36),
+        Traits(
+            (Stream("codes", "uint32", 4, 36, _EIGHTS), Stream("scales", "uint32", 0, 4)),
+            halves=True,
+            integers=False,
+        ),
+        small=(0, 1, 2, 3),
+    ),
+    Format(
+        *("Q1_0", 41, 128, 18),
+        Traits(
+            (Stream("codes", "uint32", 2, 18, _ROTATE), Stream("scales", "float16", 0, 2)),
+            offset=1,
+        ),
+        (0,),
+    ),
+    Format(
+        *("Q2_0", 42, 64, 18),
+        Traits(
+            (Stream("codes", "uint32", 2, 18, _SPREAD), Stream("scales", "float16", 0, 2)),
+            offset=1,
+        ),
+        (0,),
+    ),
 )
 
 FORMATS: dict[int, Format] = {f.id: f for f in _TYPES}

@@ -104,6 +104,8 @@ def sample(format: Format, rows: int = 16, columns: int = 0) -> Segment:
         blocks[:, at + 1] = blocks[:, at + 1] & 0x8F | 0x10  # 2^-11 to 2^-8, of either sign
     for at in format.exponents:
         blocks[:, at] = blocks[:, at] % 28 + 100
+    for at in format.small:
+        blocks[:, at] = blocks[:, at] & 0x8F | 0x10
     streams = allocate(format, len(data), columns)
     relayout(data, format, streams)
     return Segment(format, columns, {name: mx.array(a) for name, a in streams.items()})

@@ -11,7 +11,7 @@ from ..formats import Format
 
 Index = mx.array | slice
 
-STREAMS = ("codes", "high", "scales", "supers")
+STREAMS = ("codes", "high", "signs", "scales", "supers")
 FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 
 _DTYPES: dict[str, mx.Dtype] = {
@@ -91,6 +91,11 @@ class Segment(_Rows):
         return self.format.traits.unit
 
     @property
+    def grid(self) -> str:
+        """The codebook that codes index, of `mlxfuse.codebooks.staged`; empty if they do not."""
+        return self.format.traits.grid if self.format.traits else ""
+
+    @property
     def biased(self) -> bool:
         """Whether weights have a bias beside their scale."""
         return self.format.traits is not None and self.format.traits.biased
@@ -152,6 +157,10 @@ class AffineSegment(_Rows):
     @property
     def unit(self) -> int:
         return 16 if self.bits == 8 else 32
+
+    @property
+    def grid(self) -> str:
+        return ""
 
     @property
     def biased(self) -> bool:

@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxfuse.formats import FORMATS, Format
+from mlxfuse.gguf import blocks
 from mlxfuse.gguf.relayout import allocate, relayout
 from mlxfuse.kernels.weight import Segment
 
@@ -30,11 +31,16 @@ def random_blocks(
     for at in format.exponents:
         low, high = (0, 252) if edges else (120, 130)
         blocks[:, at] = rng.integers(low, high, len(blocks))
+    for at in format.small:
+        blocks[:, at] = blocks[:, at] & 0x8F | 0x20
     return data
 
 
 def expected(data: np.ndarray, format: Format) -> np.ndarray:
-    """float32 ``[rows, columns]`` by gguf-py."""
+    """float32 ``[rows, columns]`` by gguf-py; of what it does not have, by our own reader."""
+    if format.name in ("Q1_0", "Q2_0"):
+        columns = data.shape[1] // format.type_size * format.block_size
+        return blocks.dequantize(data, format, (len(data), columns))
     return gguf.quants.dequantize(data, gguf.GGMLQuantizationType[format.name])
 
 

@@ -11,7 +11,7 @@ from ..activations import GROUP, Int8Activations
 from ..runtime.kernel import Kernel, Launch
 from ..weight import AnySegment, QuantizedWeight
 from .decode import integers
-from .product import MAX_VECTOR_ROWS, Call, Tile, batches, finish, launch, refuse
+from .product import MAX_VECTOR_ROWS, Call, Tile, batches, finish, launch, refuse, simd_groups
 
 _CHUNK = 1 << 24
 """Sums of groups that the reference holds at once."""
@@ -77,11 +77,14 @@ def _tile(call: Call[Int8Activations]) -> Tile:
         return Tile(op, sections, "int8_tile", "", x, rows, 32, 128, scratch)
     lanes = f"{shared}:{'floor' if call.floor else 'lanes'}"
     sections = (*own, lanes, f"{op}.metal:{call.part('batch')}", f"{shared}:batch_tile")
+    many, groups = batches(call.rows), simd_groups(call.weight)
+    function = "batch_tile"
     if call.experts is not None:
         sections = (*sections, f"{shared}:experts", f"{op}.metal:gathered")
-        return Tile(op, sections, "gathered_tile", ", 2, 1", x, 4, 1, 64, "")
-    many = batches(call.rows)
-    return Tile(op, sections, "batch_tile", f", 2, {many}", x, 4, many, 64, "")
+        many, function = 1, "gathered_tile"
+    return Tile(
+        op, sections, function, f", 2, {groups}, {many}", x, 2 * groups, many, 32 * groups, ""
+    )
 
 
 def _launch(call: Call[Int8Activations]) -> Launch:
