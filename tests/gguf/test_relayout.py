@@ -116,8 +116,8 @@ def test_wrong_shapes_are_refused() -> None:
     format = BY_NAME["Q4_K"]
     with pytest.raises(ValueError, match="multiple of 256 weights, found 288"):
         stream_shapes(format, 1, 288)
-    with pytest.raises(ValueError, match="IQ1_S has no stream layout"):
-        stream_shapes(BY_NAME["IQ1_S"], 1, 256)
+    with pytest.raises(ValueError, match="TQ1_0 has no stream layout"):
+        stream_shapes(BY_NAME["TQ1_0"], 1, 256)
     with pytest.raises(ValueError, match="blocks of 144 bytes, found rows of 143 bytes"):
         relayout(np.zeros((2, 143), np.uint8), format, {})
     streams = allocate(format, 2, 256)
