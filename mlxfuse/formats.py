@@ -96,6 +96,8 @@ class Traits:
     biased    whether weights have a bias.
     offset    what is subtracted from every code.
     grid      of codes that index a codebook, its name in `mlxfuse.codebooks.staged`; else empty.
+    stored    the type whose blocks have the same weights, which are made of this type's when it is
+              read, and whose streams and trait are used; else empty.
     integers  whether the type is multiplied by int8 activations: 32 weights are then signed
               8-bit integers times one scale or, with ``halves``, times an integer for each 16.
     """
@@ -106,9 +108,11 @@ class Traits:
     biased: bool = False
     offset: int = 0
     grid: str = ""
+    stored: str = ""
     integers: bool = True
 
 
+_TERNARY = Stream("codes", "uint32", 0, 64, _PAIRS), Stream("scales", "float16", 64, 66)
 _FOURS = Stream("codes", "uint32", 2, 18), Stream("scales", "float16", 0, 2)
 
 
@@ -365,15 +369,9 @@ _TYPES = (
         small=(55,),
     ),
     Format("BF16", 30, 1, 2),
-    Format("TQ1_0", 34, 256, 54),
-    Format(
-        *("TQ2_0", 35, 256, 66),
-        Traits(
-            (Stream("codes", "uint32", 0, 64, _PAIRS), Stream("scales", "float16", 64, 66)),
-            offset=1,
-        ),
-        (64,),
-    ),
+    # Five weights in a byte have no order in which lanes could read them side by side.
+    Format("TQ1_0", 34, 256, 54, Traits(_TERNARY, offset=1, stored="TQ2_0"), (52,)),
+    Format("TQ2_0", 35, 256, 66, Traits(_TERNARY, offset=1), (64,)),
     Format(
         *("MXFP4", 39, 32, 17),
         Traits((Stream("codes", "uint32", 1, 17), Stream("scales", "uint8", 0, 1))),

@@ -82,7 +82,8 @@ class Segment(_Rows):
     @property
     def trait(self) -> str:
         """The decode trait of ``metal/formats.h``, in the section of its name."""
-        return self.format.name
+        assert self.format.traits is not None
+        return self.format.traits.stored or self.format.name
 
     @property
     def unit(self) -> int:

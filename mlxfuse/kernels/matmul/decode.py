@@ -32,7 +32,7 @@ def decode(segment: AnySegment) -> mx.array:
     lead = segment.arrays["codes"].shape[:-1]
     if 0 in lead:
         return mx.zeros((*lead, segment.columns))  # below, sizes are inferred
-    name = segment.format.name
+    name = segment.trait
     arrays = {s: a.flatten(0, -2) for s, a in segment.arrays.items()}
     codes = _CODES[name](arrays)
     scale, bias = _scales(name, arrays)
@@ -363,7 +363,7 @@ def integers(segment: AnySegment) -> Integers:
         )
         scales, biases = (mx.repeat(a, group // 32, -1) for a in (scales, biases + offset * scales))
         return Integers(codes, None, scales, biases)
-    name, arrays = segment.format.name, dict(segment.arrays)
+    name, arrays = segment.trait, dict(segment.arrays)
     codes = _CODES[name](arrays).astype(mx.float32).reshape(segment.rows, segment.columns)
     if name in _TIMES:
         supers = mx.repeat(_blocks(name, arrays), 8, axis=1)
