@@ -96,35 +96,31 @@ struct Nibbles {
 };
 
 //@ Pairs:
-// Weight 16 h + 4 j + b: word j % 2, byte b, bits 4 h + 2 (j / 2) and the next.
+// Weight 16 h + 4 j + b: word j % 2, byte b, bits 4 h + 2 (j / 2) and the next; of the codes or,
+// if `high`, of the plane above.
+template <bool high>
 struct Pairs {
   static constexpr constant int width = 32;
-  uint2 w;
-  METAL_FUNC explicit Pairs(uint2 words) : w(words) {}
+  ulong w;  // as one, so that no compiler takes the load apart
   template <typename P>
-  METAL_FUNC Pairs(P p, uint first, uint i) : w(elements<uint2>(p.codes)[first + i]) {}
+  METAL_FUNC Pairs(P p, uint first, uint i) {
+    if constexpr (high) {
+      w = elements<ulong>(p.high)[first + i];
+    } else {
+      w = elements<ulong>(p.codes)[first + i];
+    }
+  }
   METAL_FUNC static constexpr int shift(int i) {
     return 8 * (i & 3) + 4 * (i >> 4) + 2 * ((i >> 3) & 1);
   }
   METAL_FUNC float code(int i) const {
-    return float(w[(i >> 2) & 1] & (3u << shift(i)));
+    return float(uint(w >> (32 * ((i >> 2) & 1))) & (3u << shift(i)));
   }
   METAL_FUNC uint word(int q) const {
-    return (w[q & 1] >> ((q & 4) + (q & 2))) & 0x03030303u;
+    return (uint(w >> (32 * (q & 1))) >> ((q & 4) + (q & 2))) & 0x03030303u;
   }
   METAL_FUNC float4 quad(int q) const {
     return bytes(word(q));
-  }
-};
-
-//@ HighPairs: Pairs
-// Pairs in the plane above.
-struct HighPairs {
-  Pairs pairs;
-  template <typename P>
-  METAL_FUNC HighPairs(P p, uint first, uint i) : pairs(elements<uint2>(p.high)[first + i]) {}
-  METAL_FUNC uint word(int q) const {
-    return pairs.word(q);
   }
 };
 
@@ -439,10 +435,10 @@ using Q5_1 = Unit<Merged<Nibbles, HighBits<true>, 4>, Biased>;
 using Q8_0 = Unit<Bytes, Single<2>>;
 
 //@ Q2_K: Pairs Q2KScales
-using Q2_K = Unit<Pairs, Q2KScales>;
+using Q2_K = Unit<Pairs<false>, Q2KScales>;
 
 //@ Q3_K: Pairs HighBits Merged Halves Q3KScales
-using Q3_K = Unit<Merged<Pairs, HighBits<false>, 2>, Halves<Q3KScales>, 4>;
+using Q3_K = Unit<Merged<Pairs<false>, HighBits<false>, 2>, Halves<Q3KScales>, 4>;
 
 //@ Q4_K: Nibbles SixBits
 using Q4_K = Unit<Nibbles, SixBits>;
@@ -450,8 +446,8 @@ using Q4_K = Unit<Nibbles, SixBits>;
 //@ Q5_K: Nibbles HighBits Merged SixBits
 using Q5_K = Unit<Merged<Nibbles, HighBits<false>, 4>, SixBits>;
 
-//@ Q6_K: Nibbles HighPairs Merged Halves Q6KScales
-using Q6_K = Unit<Merged<Nibbles, HighPairs, 4>, Halves<Q6KScales>, 32>;
+//@ Q6_K: Nibbles Pairs Merged Halves Q6KScales
+using Q6_K = Unit<Merged<Nibbles, Pairs<true>, 4>, Halves<Q6KScales>, 32>;
 
 //@ IQ4_NL: IQ4 Single
 using IQ4_NL = Unit<IQ4, Single<1>>;
@@ -511,10 +507,10 @@ struct Signs {
 using NVFP4 = Unit<E2M1<false>, E4M3>;
 
 //@ TQ2_0: Pairs Single
-using TQ2_0 = Unit<Pairs, Single<8>, 1>;
+using TQ2_0 = Unit<Pairs<false>, Single<8>, 1>;
 
 //@ Q2_0: Pairs Single
-using Q2_0 = Unit<Pairs, Single<2>, 1>;
+using Q2_0 = Unit<Pairs<false>, Single<2>, 1>;
 
 //@ Q1_0: Signs Single
 using Q1_0 = Unit<Signs, Single<4>, 1>;
@@ -600,7 +596,7 @@ METAL_FUNC void eight(G grid, uint index, uint minus, thread uint* w) {
 struct FromIQ2XXS {
   template <typename P>
   METAL_FUNC static void fill(P p, uint first, uint i, thread uint* w) {
-    const uint2 v = elements<uint2>(p.codes)[first + i];
+    const uint2 v = as_type<uint2>(elements<ulong>(p.codes)[first + i]);
     UNROLL
     for (int k = 0; k < 4; k++) {
       eight(p.grid, (v.x >> (8 * k)) & 255u, even_signs(v.y >> (7 * k)), w + 2 * k);
@@ -608,7 +604,7 @@ struct FromIQ2XXS {
   }
   template <typename P>
   METAL_FUNC static float times(P p, uint first, uint i) {
-    return 0.125f * float(2 * (elements<uint2>(p.codes)[first + i].y >> 28) + 1);
+    return 0.125f * float(2 * (uint(elements<ulong>(p.codes)[first + i] >> 60)) + 1);
   }
 };
 using IQ2_XXS = Unit<Words<FromIQ2XXS, true>, Scaled<FromIQ2XXS>>;

@@ -25,10 +25,9 @@ class Traffic:
         short_segments, long_segments: aligned pieces of 32 and 128 bytes that the loads of
             SIMD-groups touch, each counted anew for every load.
         short_ideal, long_ideal: the fewest pieces that hold as many distinct bytes.
-
-        bank_turns: of threadgroup memory, in which 32 banks of 4 bytes answer at once: what each load
-            of a SIMD-group takes of them, 1 or more, added up. How many banks Apple's GPUs have is
-            not documented; other makers' have 32.
+        bank_turns: of threadgroup memory, where 32 banks of 4 bytes answer at once: what each load
+            of a SIMD-group takes of them, 1 or more, added up. How many banks Apple's GPUs have
+            is not documented; other makers' have 32.
 
     Threadgroup memory and constant tables have the first four; the former ``group_loads`` and
     ``bank_turns`` too.
