@@ -53,7 +53,7 @@ def test_the_table_is_what_the_metal_text_says() -> None:
         # What the trait's sections have beside what every trait needs.
         text = header((section(name),)).replace(header(("formats.h",)), "")
         text = text.replace("super(p,", "p.supers(")
-        assert {s for s in STREAMS if f"p.{s}" in text} == {s.name for s in trait.streams}, name
+        assert {s.name for s in trait.streams} <= {s for s in STREAMS if f"p.{s}" in text}, name
         assert bool(trait.grid) == ("p.grid" in text), name
 
 
