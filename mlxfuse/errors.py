@@ -70,5 +70,9 @@ class PatchError(MLXFuseError):
     exit_code = 3
 
 
+class NotFusible(Exception):
+    """Why a place of a model is not fused; `patch_model` catches it and reports the reason."""
+
+
 class KernelError(MLXFuseError, RuntimeError):
     """A Metal kernel that was demanded and cannot run, with the reason."""

@@ -14,7 +14,8 @@ PACKAGE = Path(mlxfuse.__file__).parent
 
 # The layers, lowest first; a module imports from lower layers or from its own room.
 LAYERS = (
-    ("errors", "env", "files", "formats", "terminal", "blas", "memory"),
+    ("errors", "env", "files", "formats", "terminal", "memory"),
+    ("blas",),
     ("gguf", "kernels"),
     ("tokenizer", "hub", "nn"),
     ("models", "fusion"),

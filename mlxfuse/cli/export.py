@@ -29,7 +29,9 @@ def export_command(
     force: Annotated[
         bool,
         typer.Option(
-            "--force", help="Replace FOLDER if it is not empty.", rich_help_panel=opt.OUTPUT
+            "--force",
+            help="Replace FOLDER if an earlier export wrote all of it.",
+            rich_help_panel=opt.OUTPUT,
         ),
     ] = False,
     as_json: opt.Json = False,
@@ -56,7 +58,7 @@ def export_command(
 
             export(path, folder, force=force, progress=progress)
             summary = {}
-    size = sum(p.stat().st_size for p in folder.iterdir())
+    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     if as_json:
         print(json.dumps({"folder": str(folder), "size": size, **summary}))
         return
