@@ -28,7 +28,7 @@ MAX_PLACES = 16
 # and Ultra chips have some 10, 20, 40 and 80 cores. Not measured on a Mac.
 _THREADGROUPS = {"p": 128, "g": 256, "s": 512, "c": 512, "d": 1024}
 
-Length = mx.array | int | Sequence[int]
+Length = mx.array | int | list[int]
 Rows = mx.array | Sequence[mx.array | None] | None
 
 
@@ -323,13 +323,14 @@ def _threadgroups() -> int:
 def _inputs(call: _Call) -> dict[str, mx.array]:
     """What is given of the program's inputs that change from token to token."""
     k, v = call.fresh or (None, None)
-    rows = {"rows" if len(call.rows) == 1 else f"rows{i}": a for i, a in enumerate(call.rows)}
-    given = {"q": call.q, **rows, "tail": call.tail, "sink": call.sink, "k": k, "v": v}
-    given |= {"mask": call.mask}
-    held = {n: a for n, a in given.items() if a is not None and (a.size or n in rows)}
-    if call.rows and not any(a.size for a in call.rows):
-        held = {n: a for n, a in held.items() if n not in rows}
-    return {**held, "counts": call.counts}
+    held = [a for a in call.rows if a.size]
+    given = {"q": call.q}
+    for i, rows in enumerate(call.rows if held else ()):
+        # A sequence without rows has some other's, as Metal binds small arrays elsewhere.
+        given["rows" if len(call.rows) == 1 else f"rows{i}"] = rows if rows.size else held[0]
+    optional = {"tail": call.tail, "sink": call.sink, "k": k, "v": v, "mask": call.mask}
+    given |= {n: a for n, a in optional.items() if a is not None and a.size}
+    return {**given, "counts": call.counts}
 
 
 def _launch(call: _Call) -> Launch:
@@ -338,7 +339,7 @@ def _launch(call: _Call) -> Launch:
     rows = heads // call.kv_heads * queries
     shape = geometry(rows, scheme)
     inputs = _inputs(call)
-    capacities = [a.shape[2] for a in call.rows] if "rows0" in inputs or "rows" in inputs else [0]
+    capacities = [a.shape[2] for a in call.rows] or [0]
     splits = [_splits(n, call.kv_heads) if any(capacities) else 0 for n in capacities]
     parts = max(splits) + any(n in inputs for n in ("tail", "sink", "k"))
     sizes = (

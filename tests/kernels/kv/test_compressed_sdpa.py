@@ -23,7 +23,7 @@ from tests import msl
 
 from ..pairwise import Case, covering, pairs, possible
 from ..weights import to_float64
-from . import Problem, normal, oracle, packed
+from .problems import Problem, normal, oracle, packed
 
 AXES: dict[str, tuple[Any, ...]] = {
     "dims": ((64, 64), (80, 80), (96, 64), (112, 112), (128, 128), (192, 128), (256, 256),
@@ -340,8 +340,10 @@ def test_a_step_is_three_dispatches() -> None:
     mx.eval(problem.arguments, fresh)
 
     def step(q: mx.array, k: mx.array, v: mx.array, tail: mx.array, n: mx.array) -> Any:
-        given = problem.arguments[1:4]
-        out, packed = compressed_sdpa(q, *given, tail, n, fresh=(k, v), **problem.options)
+        scheme, rows, _ = problem.arguments[1:4]
+        out, packed = compressed_sdpa(
+            q, scheme, rows, 385, tail, 11, fresh=(k, v), **problem.options
+        )
         return out, mx.slice_update(tail, packed, n, axes=[2])
 
     at = mx.array([11])
