@@ -23,11 +23,6 @@ struct Spread {
   }
 };
 
-template <typename U, typename T>
-METAL_FUNC const threadgroup U* elements(const threadgroup T* p) {
-  return (const threadgroup U*)p;
-}
-
 // Words from a multiple of `align` words on, in loads as wide as that allows.
 template <int count, int align, typename P>
 METAL_FUNC void read_words(P from, thread uint* to) {
