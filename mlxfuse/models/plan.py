@@ -161,7 +161,7 @@ class Group:
     @property
     def readable(self) -> bool:
         """Whether all rows are of formats that kernels read."""
-        matrices = all(len(weight.shape) > 1 for weight in self.weights)
+        matrices = all(len(w.shape) > 1 and not w.of.bare for w in self.weights)
         return matrices and all(source.format.traits for source in self.sources)
 
     @property
@@ -332,7 +332,7 @@ class _Finder:
                 continue
             rows = self.rows(prefix, name, weight, weight.suffix)
             if not rows:
-                if weight.optional:
+                if weight.optional or weight.zero:
                     continue
                 raise GGUFError(self.file.path, f"{prefix}{name}{weight.suffix} is missing")
             bias: tuple[RowSource, ...] = ()
