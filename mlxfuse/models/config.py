@@ -46,6 +46,11 @@ def read_config(file: GGUFFile, context_length: int | None = None) -> Config:
     experts = bool(key("expert_count", int, 0))
     if experts and not arch.experts:
         raise UnsupportedError(f"mixture-of-experts models of {arch.name} are not supported")
+    if not key.flag("attention.causal", True):
+        raise UnsupportedError(
+            f"{arch.name}.attention.causal is false: a model that sees later tokens too, such as "
+            "those for embeddings; only models that generate text are supported"
+        )
     sizes = _sizes(key, arch)
     embd, heads, head = sizes["embd"], sizes["heads"], sizes["head"]
     layers, ignored = _layers(key)

@@ -70,6 +70,7 @@ def test_every_value_of_a_llama(tmp_path: Path) -> None:
         "one": 1,
         "cache": 128,
         "window": 0,
+        "rotary": 32,
         "state": 0,
     }
 
@@ -283,6 +284,7 @@ BAD_KEYS: list[tuple[str, dict[str, object], type[Exception], str]] = [
     ),
     ("qwen2", {"attention__key_length": 32, "attention__value_length": 32}, UnsupportedError, "32"),
     ("gemma2", {"rope__scaling__type": "yarn"}, UnsupportedError, "'yarn'"),
+    ("llama", {"attention__causal": False}, UnsupportedError, "attention.causal is false"),
     ("gemma3", {"attention__sliding_window": None}, GGUFError, "attention.sliding_window"),
     ("gemma3", {"attention__sliding_window_pattern": 9}, UnsupportedError, "7 layers"),
     ("gemma3", {"final_logit_softcapping": 30.0}, UnsupportedError, "cap on its logits"),

@@ -28,7 +28,6 @@ KEYS: dict[str, object] = {
 CONTROLS = {
     "no-bias": edit("exp_probs_b.bias", np.zeros_like),
     "no-scale": set_key("expert_weights_scale", 1.0),
-    "no-shared-experts": edit("ffn_down_shexp", np.zeros_like),
 }
 
 
@@ -94,7 +93,7 @@ CASES = {
         "ernie4_5-moe",
         ranges={"exp_probs_b.bias": (-0.2, 0.2)},
         keys={"expert_shared_feed_forward_length": 64, "interleave_moe_layer_step": 1},
-        controls={"no-bias": CONTROLS["no-bias"], "no-shared": CONTROLS["no-shared-experts"]},
+        controls={"no-bias": CONTROLS["no-bias"]},
     ),
     "exaone-moe": biased("exaone-moe", layers=5, untied=True, head_norms=True, keys=WINDOWS),
     "glm4moe": biased(
