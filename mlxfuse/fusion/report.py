@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from ..kernels import fallbacks
-from .candidates import Candidate, Skip
+from .candidates import Candidate, Skip, natural
 
 LABELS = {
     "gate_up": "gate/up",
@@ -79,6 +79,25 @@ class PatchReport:
     bytes_after: int = 0
     check: Check | None = None
     count: Callable[[], tuple[int, int] | None] = field(default=lambda: None, repr=False)
+
+    def add(
+        self,
+        places: Iterable[Candidate | Skip],
+        fused: Sequence[Candidate],
+        skipped: Sequence[Skip],
+    ) -> None:
+        """What some detectors have found, and what became of it."""
+        for place in places:
+            self.tallies.setdefault(place.name, Tally()).total += 1
+        for candidate in fused:
+            self.tallies[candidate.name].fused.append(candidate.formats)
+        order = {name: i for i, name in enumerate(self.tallies)}
+
+        def place_of(each: Candidate | Skip) -> tuple[object, ...]:
+            return order[each.name], natural(each.path)
+
+        self.fused = sorted([*self.fused, *fused], key=place_of)
+        self.skipped = sorted([*self.skipped, *skipped], key=place_of)
 
     @cached_property
     def dispatches(self) -> tuple[int, int] | None:

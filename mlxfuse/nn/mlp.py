@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import _gather_sort, _scatter_unsort
 
 from ..env import switched_off
 from ..kernels.activations import Int8Activations
@@ -18,7 +17,7 @@ from .attention import FusedAttention
 from .fused import Form, FusedModule, Run, given, giving, plus, project
 from .linear import GATED, PLAIN
 from .norm import FusedNorm
-from .projection import MAX_IDS, KernelProjection, Projection, no_integers
+from .projection import KernelProjection, Projection, no_integers
 
 
 @dataclass
@@ -95,136 +94,6 @@ class FusedMLP(FusedModule):
             return PLAIN[form.activation](parts[0])
         gate, up = parts if len(parts) == 2 else mx.split(parts[0], 2, axis=-1)
         return GATED[form.activation](gate, up)
-
-
-@dataclass
-class ExpertsForm(Form):
-    """The variant of mlx-lm's gated experts that a module has.
-
-    linears     names of gate and up.
-    output      name of down.
-    activation  of `mlxfuse.kernels.matmul.quantized_matmul`.
-    up          gate and up, fused.
-    down        for the sum over experts.
-    """
-
-    linears: tuple[str, str]
-    output: str
-    activation: str
-    up: KernelProjection | None = None
-    down: KernelProjection | None = None
-    pieces = ("up", "down")
-
-
-class FusedExperts(FusedModule):
-    """Mixed with the class of mlx-lm's ``SwitchGLU``; see `ExpertsForm`."""
-
-    _fused: ExpertsForm
-
-    def __call__(
-        self,
-        x: mx.array,
-        indices: mx.array,
-        scores: mx.array | None = None,
-        *,
-        cast: bool = False,
-    ) -> mx.array:
-        """x [..., hidden_size], ids of experts [..., k] -> [..., k, hidden_size].
-
-        With ``scores`` [..., k] their sum by these, [..., hidden_size], for `FusedMoE`.
-
-        Args:
-            cast: the sum is of the experts' type, if the scores are of a wider one.
-        """
-        form = self._fused
-        alike = scores is None or cast or scores.dtype == x.dtype
-        if not (alike and self.fusible(form.up, form.down)):
-            y: mx.array = form.original.__call__(self, x, indices)
-            total = _weighted(y, scores)
-            return total.astype(y.dtype) if cast else total
-        codes = given(x) or ()
-        arrays = (x, indices) if scores is None and not codes else (x, indices, scores, *codes)
-        return self._part(Run.of(x), self._whole, self._children, *arrays)
-
-    def _children(self) -> list[tuple[nn.Module, str]]:
-        form = self._fused
-        own = () if form.up is not None else form.linears
-        return [(self, name) for name in (*own, form.output)]
-
-    def _whole(
-        self,
-        mode: str,
-        x: mx.array,
-        indices: mx.array,
-        scores: mx.array | None = None,
-        *codes: mx.array,
-    ) -> mx.array:
-        """All of it; by the codes of x, if there are any and gate and up take them."""
-        form, up = self._fused, self._fused.up
-        hidden = None
-        if up is not None and codes and not up.large(x, indices) and no_integers(up) is None:
-            int8 = Int8Activations(codes[0], codes[1], codes[2], x.dtype)
-            (hidden,) = up.integers(int8, None, form.activation, indices)
-        elif up is not None:
-            hidden = up.gathered(x, indices, mode, activation=form.activation)
-        elif scores is not None and indices.size < MAX_IDS:
-            wide = mx.expand_dims(x, (-2, -3))
-            both = (self[name](wide, indices) for name in form.linears)
-            hidden = GATED[form.activation](*both).squeeze(-2)
-        if hidden is None:
-            y = self._sorted(mode, x, indices)
-        else:
-            if scores is not None and form.down is not None:
-                total = form.down.gathered(hidden, indices, mode, scores=scores)
-                if total is not None:
-                    return total
-            y = self[form.output](mx.expand_dims(hidden, -2), indices).squeeze(-2)
-        return _weighted(y, scores).astype(y.dtype)
-
-    def _sorted(self, mode: str, x: mx.array, indices: mx.array) -> mx.array:
-        """All of it as mlx-lm has it, which sorts many ids; gate and up together if that can be."""
-        form, up = self._fused, self._fused.up
-        y: mx.array
-        if up is None or indices.size < MAX_IDS or not up.takes_many(mode):
-            y = form.original.__call__(self, x, indices)
-            return y
-        rows, ids, order = _gather_sort(mx.expand_dims(x, (-2, -3)), indices)
-        hidden = up.gathered(rows, ids, mode, activation=form.activation, sorted_experts=True)
-        assert hidden is not None
-        y = self[form.output](mx.expand_dims(hidden, -2), ids, sorted_indices=True)
-        y = _scatter_unsort(y, order, indices.shape).squeeze(-2)
-        return y
-
-
-def _weighted(y: mx.array, scores: mx.array | None) -> mx.array:
-    return y if scores is None else (y * scores[..., None]).sum(axis=-2)
-
-
-@dataclass
-class MoEForm(Form):
-    """A block of mlx-lm that sums its experts' results by their scores.
-
-    experts  name of the experts.
-    body     its `__call__`, with the sum left to a `FusedExperts`.
-    sums     whether it is.
-    """
-
-    experts: str
-    body: Callable[..., mx.array]
-    sums: bool = False
-    pieces = ("sums",)
-
-
-class FusedMoE(FusedModule):
-    """Mixed with the class of an mlx-lm block of experts; see `MoEForm`."""
-
-    _fused: MoEForm
-
-    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
-        form = self._fused
-        whole = self.fusible() and isinstance(self[form.experts], FusedExperts)
-        body: Callable[..., mx.array] = form.body if whole else form.original.__call__
-        return body(self, *args, **kwargs)
 
 
 @dataclass

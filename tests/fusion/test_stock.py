@@ -497,7 +497,6 @@ def test_a_check_that_fails_names_the_layer(monkeypatch: pytest.MonkeyPatch) -> 
             100,
             "model.layers.1.mlp",
             frozenset({"model.layers.1.mlp"}),
-            frozenset(),
             lambda: adopt(mlp, Broken, MLPForm(type(mlp), (), "down_proj", "swiglu", up=True)),
             undo,
             "wrong",
