@@ -27,8 +27,8 @@ from ..nn.join_linears import (
     single,
 )
 from ..nn.linear import PLAIN
-from ..nn.mlp import FusedBlock, FusedMLP
-from ..nn.moe import FusedExperts, FusedMoE, FusedWeightedExperts, MoEForm
+from ..nn.mlp import BlockForm, FusedBlock, FusedMLP, MLPForm
+from ..nn.moe import ExpertsForm, FusedExperts, FusedMoE, FusedWeightedExperts, MoEForm
 from ..nn.norm import FusedNorm
 from ..nn.projection import Projection
 from .candidates import Candidate, Skip, Tree, register_detector
@@ -47,16 +47,22 @@ from .forms import (
 
 # What makes a projection, and the formats of its weights.
 _Made = tuple[Callable[[], Projection], tuple[str, ...]]
-_Find = Callable[[Tree, str, nn.Module, Match], Candidate | None]
+_Find = Callable[[Tree, str, nn.Module, Any], Candidate | None]
 
 
 def _places(
-    name: str, kind: str, looks: Callable[[nn.Module], bool] = lambda _: False
+    name: str,
+    kind: str,
+    form: Callable[[nn.Module, Match], Any],
+    looks: Callable[[nn.Module], bool] | None = None,
 ) -> Callable[[_Find], _Find]:
-    """Decorator: register what finds the place in one module, which has a known body of ``kind``.
+    """Decorator: register what finds the place in one module that has a known body.
 
     Args:
-        looks: whether a module without one looks as if it should have it, and is to be reported.
+        kind: of the body.
+        form: what the place is found from.
+        looks: whether a module without such a body is reported all the same. None: neither it nor
+            one that is odd in its form, of which another detector tells.
     """
 
     def register(find: _Find) -> _Find:
@@ -64,12 +70,16 @@ def _places(
         def detector(tree: Tree) -> Iterator[Candidate | Skip]:
             for path, module in tree.modules:
                 known = is_known(type(module), kind)
-                if not known and not looks(module):
+                if not (known or (looks is not None and looks(module))):
                     continue
+                told = looks is not None
                 try:
-                    found = find(tree, path, module, certify(type(module), kind))
+                    held = form(module, certify(type(module), kind))
+                    told = True
+                    found = find(tree, path, module, held)
                 except NotFusible as reason:
-                    yield Skip(name, path, str(reason))
+                    if told:
+                        yield Skip(name, path, str(reason))
                     continue
                 if found is not None:
                     yield found
@@ -77,6 +87,10 @@ def _places(
         return find
 
     return register
+
+
+def _match(_: nn.Module, match: Match) -> Match:
+    return match
 
 
 def _same(value: Any) -> Callable[[], Any]:
@@ -116,11 +130,11 @@ def _single(tree: Tree, module: nn.Module, name: str) -> Projection:
 @_places(
     "qkv",
     "attention",
+    attention_form,
     lambda m: has(m, "q_proj", "k_proj", "v_proj") or has(m, "qkv_proj"),
 )
-def _qkv(tree: Tree, path: str, module: nn.Module, match: Match) -> Candidate | None:
+def _qkv(tree: Tree, path: str, module: nn.Module, form: AttentionForm) -> Candidate | None:
     """Q, k and v in one dispatch, or their one matrix with three results."""
-    form = attention_form(module, match)
     if len(form.rows) == 1:
         return None
     make, formats = _joined(tree, module, form.linears, form.rows)
@@ -134,10 +148,9 @@ def _looks_gated(module: nn.Module) -> bool:
     return gated and not is_known(type(module), "experts")
 
 
-@_places("gate_up", "mlp", _looks_gated)
-def _gate_up(tree: Tree, path: str, module: nn.Module, match: Match) -> Candidate | None:
+@_places("gate_up", "mlp", mlp_form, _looks_gated)
+def _gate_up(tree: Tree, path: str, module: nn.Module, form: MLPForm) -> Candidate | None:
     """``act(gate) * up`` in one dispatch."""
-    form = mlp_form(module, match)
     if form.activation in PLAIN:
         return None
     rows = [row_count(module[name]) for name in form.linears]
@@ -151,10 +164,9 @@ def _gate_up(tree: Tree, path: str, module: nn.Module, match: Match) -> Candidat
     return candidate("gate_up", 70, path, form.linears, [piece], explain, formats)
 
 
-@_places("experts", "experts")
-def _experts(tree: Tree, path: str, module: nn.Module, match: Match) -> Candidate:
+@_places("experts", "experts", experts_form, lambda _: False)
+def _experts(tree: Tree, path: str, module: nn.Module, form: ExpertsForm) -> Candidate:
     """``act(gate) * up`` of the chosen experts in one dispatch."""
-    form = experts_form(module, match)
     make, formats = _joined_experts(tree, module, form.linears)
     explain = f"{form.activation} of {' and '.join(form.linears)} of {path} in one dispatch"
     piece = Piece(module, FusedExperts, form, "up", make)
@@ -166,7 +178,7 @@ def _has_experts(module: nn.Module) -> bool:
     return any(is_known(type(child), "experts") for child in children)
 
 
-@_places("experts_sum", "experts_sum", _has_experts)
+@_places("experts_sum", "experts_sum", _match, _has_experts)
 def _experts_sum(tree: Tree, path: str, module: nn.Module, match: Match) -> Candidate | None:
     """The sum over a token's experts, by the router's scores, where down is multiplied."""
     name = match.names["EXPERTS"]
@@ -186,10 +198,9 @@ def _experts_sum(tree: Tree, path: str, module: nn.Module, match: Match) -> Cand
     return candidate("experts_sum", 55, path, [output], pieces, explain, formats)
 
 
-@_places("activation", "mlp")
-def _activation(tree: Tree, path: str, module: nn.Module, match: Match) -> Candidate | None:
+@_places("activation", "mlp", mlp_form)
+def _activation(tree: Tree, path: str, module: nn.Module, form: MLPForm) -> Candidate | None:
     """The activation of an MLP without a gate, where its linear is multiplied."""
-    form = mlp_form(module, match)
     if form.activation not in PLAIN:
         return None
     (name,) = form.linears
@@ -214,10 +225,9 @@ def _adder(tree: Tree, module: nn.Module, name: str) -> tuple[str, Piece]:
     return mlp.output, Piece(child, FusedMLP, mlp, "down", _same(made))
 
 
-@_places("residual", "block", lambda m: has(m, "self_attn", "mlp"))
-def _residual(tree: Tree, path: str, module: nn.Module, match: Match) -> Candidate:
+@_places("residual", "block", block_form, lambda m: has(m, "self_attn", "mlp"))
+def _residual(tree: Tree, path: str, module: nn.Module, form: BlockForm) -> Candidate:
     """The additions of a decoder layer, where o and down are multiplied."""
-    form = block_form(module, match)
     tree.check_alone(module)
     pieces: list[Piece] = []
     absorbed, reasons = [], []
@@ -235,10 +245,9 @@ def _residual(tree: Tree, path: str, module: nn.Module, match: Match) -> Candida
     return candidate("residual", 50, path, absorbed, pieces, explain)
 
 
-@_places("norm_rope", "attention")
-def _norm_rope(tree: Tree, path: str, module: nn.Module, match: Match) -> Candidate | None:
+@_places("norm_rope", "attention", attention_form)
+def _norm_rope(tree: Tree, path: str, module: nn.Module, form: AttentionForm) -> Candidate | None:
     """The norms of q and k and the rotary embedding of both in one dispatch."""
-    form = attention_form(module, match)
     if not form.rope:
         return None
     tree.check_alone(module)
@@ -257,10 +266,9 @@ def _can_add(tree: Tree, module: nn.Module, name: str) -> bool:
     return True
 
 
-@_places("add_rms_norm", "block")
-def _add_rms_norm(tree: Tree, path: str, module: nn.Module, match: Match) -> Candidate | None:
+@_places("add_rms_norm", "block", block_form)
+def _add_rms_norm(tree: Tree, path: str, module: nn.Module, form: BlockForm) -> Candidate | None:
     """The first addition of a decoder layer with the norm behind it, where attention cannot add."""
-    form = block_form(module, match)
     if _can_add(tree, module, form.mixer):
         return None
     name = form.norms[1]
@@ -275,7 +283,7 @@ def _looks_linear(module: nn.Module) -> bool:
     return has(module, "in_proj_ba") or has(module, "in_proj_qkv", "in_proj_z")
 
 
-@_places("in_proj", "delta_net", _looks_linear)
+@_places("in_proj", "delta_net", _match, _looks_linear)
 def _in_proj(tree: Tree, path: str, module: nn.Module, match: Match) -> Candidate:
     """The linears of a gated delta net's input in one dispatch; dense ones are in another."""
     linears = [match.names[slot] for slot in match.form["linears"]]

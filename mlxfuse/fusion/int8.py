@@ -17,16 +17,18 @@ from ..nn.moe import FusedExperts
 from ..nn.norm import FusedNorm
 from ..nn.projection import Projection, no_integers
 from .candidates import Candidate, Skip, Tree
-from .certify import readers
-from .forms import norm_options
+from .certify import is_known, readers
+from .forms import has, norm_options
 
 NAME = "int8"
 
 
 def places(tree: Tree) -> Iterator[Candidate | Skip]:
-    """The norms of each decoder layer, and the inputs of its o and down."""
+    """The norms of each decoder layer, and the inputs of its o and down; or the layer as one."""
     for path, module in tree.modules:
         if not isinstance(module, FusedBlock):
+            if is_known(type(module), "block") or has(module, "self_attn", "mlp"):
+                yield Skip(NAME, path, "no addition of the layer is fused")
             continue
         form: BlockForm = module._fused
         mixer, mlp = module[form.mixer], module[form.mlp]

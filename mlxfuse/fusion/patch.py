@@ -64,10 +64,12 @@ def patch_model(
 
     Args:
         model: the model; only this instance is changed.
-        fuse: ``auto`` (all where kernels run, else nothing), ``all``, ``off``, or names of fusions,
-            as a string with commas or one by one. ``-name`` leaves one out and ``-name:pattern``
+        fuse: ``auto`` (all where kernels run, else nothing, with the reason), ``all``, ``off``, or
+            names of fusions, as a string with commas or one by one. ``-name`` leaves one out and
+            ``-name:pattern``
             leaves it out at the paths that match, for example ``-qkv:model.layers.0.*``. The
-            environment variable ``MLXFUSE_DISABLE`` leaves out too.
+            environment variable ``MLXFUSE_DISABLE``, which is read when a model is patched,
+            leaves out too. Only ``int8`` in it is heeded at any later time as well.
         act_quant: ``on`` rounds the activations of attention and MLP to int8, in groups of 32,
             wherever what reads them takes that; ``auto`` does where it was measured to be
             faster, which so far is nowhere; ``off`` never does. It costs some quality.
@@ -76,15 +78,18 @@ def patch_model(
         kv_group_size: values of a head that share a scale: 32, 64 or 128.
         check: compare the patched model's logits with the unpatched one's on a random prompt, with
             float activations.
-        strict: raise where a fusion would be skipped.
+        strict: raise where a fusion would be skipped, or activations not rounded.
         detectors: more detectors, for this call; see `register_detector`.
 
     Raises:
-        ValueError: no such fusion, or ``act_quant`` is none of the three.
+        FusionNameError: no such fusion.
+        TypeError: the model is none, or ``fuse`` is no text.
+        ValueError: ``act_quant`` is none of the three.
         UnsupportedError: the model cannot do with compressed caches.
         PatchError: ``strict`` and something cannot be fused, or ``check`` and the logits differ;
             the model is then as it was.
     """
+    _check_is_model(model)
     if act_quant not in ("auto", "on", "off"):
         raise ValueError(f"act_quant is auto, on or off; found {act_quant!r}")
     kv = None if kv_bits is None else KVOptions.parse(kv_bits, kv_group_size)
@@ -98,7 +103,9 @@ def patch_model(
         unpatch_model(model)
     if kv is not None:
         check_model(model, kv)
-    report = PatchReport()
+    report = PatchReport(nothing=choice.nothing)
+    if strict and choice.nothing:
+        raise PatchError(f'nothing can be fused: {choice.nothing}; fuse="all" does without')
     if choice or more or kv is not None:
         before = check_logits(model) if check else None
         mx.eval(model.parameters())
@@ -115,6 +122,12 @@ def patch_model(
     if kv is not None:
         compress_caches(model, kv)
     return report
+
+
+def _check_is_model(given: object) -> None:
+    if not isinstance(given, nn.Module):
+        hint = "; take it apart first: model, tokenizer = load(...)" * isinstance(given, tuple)
+        raise TypeError(f"patch_model takes a model, found a {type(given).__name__}{hint}")
 
 
 def unpatch_model(model: nn.Module) -> None:

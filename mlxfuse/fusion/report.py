@@ -72,6 +72,7 @@ class PatchReport:
     self_test_seconds  time that the self-tests of kernel variants took.
     bytes_before, bytes_after  memory that MLX's arrays of the process took.
     check              what ``check=True`` found.
+    nothing            why ``auto`` fuses nothing on this machine; empty where it does.
     """
 
     tallies: dict[str, Tally] = field(default_factory=dict)
@@ -82,6 +83,7 @@ class PatchReport:
     bytes_before: int = 0
     bytes_after: int = 0
     check: Check | None = None
+    nothing: str = ""
     count: Callable[[], tuple[int, int] | None] = field(default=_uncounted, repr=False)
 
     def __getstate__(self) -> dict[str, object]:
@@ -140,6 +142,7 @@ class PatchReport:
             "fused": [{"fusion": c.name, "path": c.path, "formats": c.formats} for c in self.fused],
             "skipped": [s._asdict() for s in self.skipped],
             "disabled": self.disabled,
+            "nothing": self.nothing,
             "bytes": {"before": self.bytes_before, "after": self.bytes_after},
             "dispatches": self.dispatches
             and {"before": self.dispatches[0], "after": self.dispatches[1]},
@@ -149,7 +152,8 @@ class PatchReport:
 
     def __str__(self) -> str:
         tallies = (f"{LABELS.get(name, name)} {tally}" for name, tally in self.tallies.items())
-        lines = [", ".join(tallies) or "nothing fused"]
+        why = f"nothing fused: {self.nothing}" if self.nothing else "nothing fused"
+        lines = [", ".join(tallies) or why]
         reasons = Counter((s.name, s.reason) for s in self.skipped)
         lines += [
             f"{LABELS.get(name, name)} not fused in {count}: {reason}"
