@@ -177,7 +177,8 @@ def rotation(module: nn.Module, form: AttentionForm) -> Rotation:
 def _rope_options(rope: nn.Module) -> dict[str, Any]:
     """The arguments of `norm_rope` that do what a rotary embedding does."""
     if type(rope) is FrequencyRoPE:
-        return {"dims": rope.dims, "freqs": rope._freqs, "mscale": rope.scale}
+        options = {"dims": rope.dims, "freqs": rope._freqs, "mscale": rope.scale}
+        return options | {"traditional": rope.traditional}
     match = certify(type(rope), "rope")
     slots = {slot: getattr(rope, name) for slot, name in match.names.items()}
     given = {
