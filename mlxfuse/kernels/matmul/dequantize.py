@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from ..runtime.kernel import Kernel, Launch, Program
 from ..weight import FLOATS, STREAMS, AnySegment
+from . import small
 from .decode import decode
 
 
@@ -104,4 +105,4 @@ def _reference(segment: AnySegment, rows: mx.array | None, dtype: mx.Dtype) -> l
     return [decode(segment).astype(dtype)]
 
 
-KERNEL = Kernel("dequantize", _launch, _refuse, _reference)
+KERNEL = Kernel("dequantize", _launch, _refuse, _reference, small.rows)
