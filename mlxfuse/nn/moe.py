@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import _gather_sort, _scatter_unsort
 
+from ..kernels import Backend, backend
 from ..kernels.activations import Int8Activations
 from .fused import Form, FusedModule, Run, given
 from .linear import GATED
@@ -56,14 +57,15 @@ class FusedExperts(FusedModule):
             cast: the sum is of the experts' type, if the scores are of a wider one.
         """
         form = self._fused
+        run = Run.of(x)
         alike = scores is None or cast or scores.dtype == x.dtype
-        if not (alike and self.fusible(form.up, form.down)):
+        if not (alike and self.fusible(run.on, form.up, form.down)):
             y: mx.array = form.original.__call__(self, x, indices)
             total = _weighted(y, scores)
             return total.astype(y.dtype) if cast else total
         codes = given(x) or ()
         arrays = (x, indices) if scores is None and not codes else (x, indices, scores, *codes)
-        return self._part(Run.of(x), self._whole, self._children, *arrays)
+        return self._part(run, self._whole, self._children, *arrays)
 
     def _children(self) -> list[tuple[nn.Module, str]]:
         form = self._fused
@@ -72,7 +74,7 @@ class FusedExperts(FusedModule):
 
     def _whole(
         self,
-        mode: str,
+        on: Backend,
         x: mx.array,
         indices: mx.array,
         scores: mx.array | None = None,
@@ -85,30 +87,30 @@ class FusedExperts(FusedModule):
             int8 = Int8Activations(codes[0], codes[1], codes[2], x.dtype)
             (hidden,) = up.integers(int8, None, form.activation, indices)
         elif up is not None:
-            hidden = up.gathered(x, indices, mode, activation=form.activation)
+            hidden = up.gathered(x, indices, on, activation=form.activation)
         elif scores is not None and indices.size < MAX_IDS:
             wide = mx.expand_dims(x, (-2, -3))
             both = (self[name](wide, indices) for name in form.linears)
             hidden = GATED[form.activation](*both).squeeze(-2)
         if hidden is None:
-            y = self._sorted(mode, x, indices)
+            y = self._sorted(on, x, indices)
         else:
             if scores is not None and form.down is not None:
-                total = form.down.gathered(hidden, indices, mode, scores=scores)
+                total = form.down.gathered(hidden, indices, on, scores=scores)
                 if total is not None:
                     return total
             y = self[form.output](mx.expand_dims(hidden, -2), indices).squeeze(-2)
         return _weighted(y, scores).astype(y.dtype)
 
-    def _sorted(self, mode: str, x: mx.array, indices: mx.array) -> mx.array:
+    def _sorted(self, on: Backend, x: mx.array, indices: mx.array) -> mx.array:
         """All of it as mlx-lm has it, which sorts many ids; gate and up together if that can be."""
         form, up = self._fused, self._fused.up
         y: mx.array
-        if up is None or indices.size < MAX_IDS or not up.takes_many(mode):
+        if up is None or indices.size < MAX_IDS or not up.takes_many(on):
             y = form.original.__call__(self, x, indices)
             return y
         rows, ids, order = _gather_sort(mx.expand_dims(x, (-2, -3)), indices)
-        hidden = up.gathered(rows, ids, mode, activation=form.activation, sorted_experts=True)
+        hidden = up.gathered(rows, ids, on, activation=form.activation, sorted_experts=True)
         assert hidden is not None
         y = self[form.output](mx.expand_dims(hidden, -2), ids, sorted_indices=True)
         y = _scatter_unsort(y, order, indices.shape).squeeze(-2)
@@ -172,7 +174,7 @@ class FusedMoE(FusedModule):
         form = self._fused
         own: Any = self
         experts = self[form.experts]
-        if self.fusible() and isinstance(experts, FusedExperts):
+        if self.fusible(backend()) and isinstance(experts, FusedExperts):
 
             def summands(x: mx.array, ids: mx.array) -> Summands:
                 return Summands(lambda scores: experts(x, ids, scores, cast=form.cast), x.dtype)
@@ -191,7 +193,7 @@ class FusedWeightedExperts(FusedModule):
         """x [..., hidden_size], ids and scores [..., k] -> [..., hidden_size]."""
         form = self._fused
         experts = self[form.experts]
-        if self.fusible() and isinstance(experts, FusedExperts):
+        if self.fusible(backend()) and isinstance(experts, FusedExperts):
             return experts(x, top_k_indices, top_k_weights)
         own: mx.array = form.original.__call__(self, x, top_k_indices, top_k_weights)
         return own
