@@ -54,7 +54,7 @@ def test_int8_activations(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "kind", "fuse", "reason"),
     [
         ("llama", "affine4", "all,-qkv", "what reads it has no kernel or is not fused"),
-        ("llama", "mxfp4", "all", "int8 activations: expected Q4_0"),
+        ("llama", "mxfp4", "all", "int8 activations: mxfp4 is no scale"),
         ("llama", "affine4", "all,-int8:*.o", "switched off by fuse"),
     ],
 )
