@@ -14,17 +14,20 @@ from mlx_lm.models.cache import (
     can_trim_prompt_cache,
     make_prompt_cache,
 )
-from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import MLXFuseError, UnsupportedError
 from ..nn.kv.cache import CompressedKVCache
 from ..nn.kv.options import KVOptions, check_model, compressed, describe
+from .parts import CONTENT, REASONING, Parts, Whole
+from .sampling import Sampling, StopTexts
+
+_OPENING = 8  # tokens of a prompt's end among which a mark of reasoning is looked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """The flags of ``mlx_lm.generate``, with its names and defaults.
+class Settings(Sampling):
+    """The flags of ``mlx_lm.generate``, with its names and defaults; those of `Sampling` too.
 
     kv                  how to compress the key-value cache; None for mlx-lm's plain one.
     quantized_kv_start  tokens up to which it stays plain.
@@ -36,16 +39,6 @@ class Settings:
     prefill_response: str | None = None
     ignore_chat_template: bool = False
     chat_template_config: Mapping[str, Any] = field(default_factory=dict)
-    extra_eos_token: tuple[str, ...] = ()
-    max_tokens: int = 100
-    temp: float = 0.0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    top_k: int = 0
-    xtc_probability: float = 0.0
-    xtc_threshold: float = 0.1
-    min_tokens_to_keep: int = 1
-    seed: int | None = None
     max_kv_size: int | None = None
     prefill_step_size: int = 2048
     num_draft_tokens: int = 3
@@ -58,14 +51,17 @@ class Settings:
 class Result:
     """What was generated, and how fast.
 
+    text                the answer, without the reasoning before it.
     tokens              ids in the order generated, without the one that ended the text.
     prompt_tps          prompt tokens a second, until the first token was there.
     generation_tokens   tokens generated, with the one that ended the text.
     generation_tps      generated tokens a second, after the prompt.
     peak_memory         GB (1e9 bytes) that MLX held at most.
-    finish_reason       ``stop`` (an end token), ``length`` (``max_tokens``) or ``interrupted``.
+    finish_reason       ``stop`` (an end token or a stop text), ``length`` (``max_tokens``)
+                        or ``interrupted``.
     end_token           id of the token that ended the text, if one did.
     kv_cache            how the key-value cache was compressed, if it was.
+    reasoning           what the model put between the marks of reasoning (see `Parts`).
     """
 
     text: str
@@ -78,6 +74,7 @@ class Result:
     finish_reason: str
     end_token: int | None = None
     kv_cache: str | None = None
+    reasoning: str = ""
 
     def footer(self) -> str:
         """The three lines that ``mlx_lm.generate`` ends with."""
@@ -159,6 +156,7 @@ def generate(
     draft_model: Any = None,
     prompt_cache: list[Any] | None = None,
     write: Callable[[str], None] | None = None,
+    think: Callable[[str], None] | None = None,
     on_prompt: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Result:
@@ -168,7 +166,8 @@ def generate(
         model, tokenizer: a pair from ``mlxfuse.load`` or ``mlx_lm.load``.
         draft_model: a smaller model with the same vocabulary, for speculative decoding.
         prompt_cache: what ``mlxfuse.text.prompt_cache.read`` returned; the prompt follows it.
-        write: called with each piece of text as it is there.
+        write: called with each piece of the answer as it is there.
+        think: called with each piece of the model's reasoning as it is there.
         on_prompt: called as (prompt tokens processed, prompt tokens).
         note: called with what the user should know about the answer to come.
 
@@ -199,7 +198,7 @@ def generate(
         options |= {"draft_model": draft_model, "num_draft_tokens": settings.num_draft_tokens}
     else:
         options["prompt_progress_callback"] = on_prompt
-    result = run(model, tokenizer, prompt, settings, write=write, **options)
+    result = run(model, tokenizer, prompt, settings, write=write, think=think, **options)
     return replace(result, kv_cache=describe(caches))
 
 
@@ -210,6 +209,7 @@ def run(
     settings: Settings,
     *,
     write: Callable[[str], None] | None = None,
+    think: Callable[[str], None] | None = None,
     stop: Callable[[], bool] | None = None,
     **options: Any,
 ) -> Result:
@@ -217,27 +217,26 @@ def run(
 
     Args:
         prompt: token ids.
-        write: called with each piece of text as it is there.
+        write: called with each piece of the answer as it is there.
+        think: called with each piece of the model's reasoning as it is there.
         stop: asked after each token whether to end the answer there.
         options: more arguments of ``stream_generate``.
 
     Raises:
         MLXFuseError: no token was generated.
     """
-    newline = tokenizer.encode("\n", add_special_tokens=False)
-    sampler = make_sampler(
-        settings.temp,
-        settings.top_p,
-        settings.min_p,
-        settings.min_tokens_to_keep,
-        top_k=settings.top_k,
-        xtc_probability=settings.xtc_probability,
-        xtc_threshold=settings.xtc_threshold,
-        xtc_special_tokens=newline + sorted(tokenizer.eos_token_ids),
-    )
-    pieces: list[str] = []
+    found: dict[str, list[str]] = {CONTENT: [], REASONING: []}
+    takers = {CONTENT: write, REASONING: think}
     tokens: list[int] = []
     last, reason = None, "length"
+    stops, parts = StopTexts(settings.stop), _parts(tokenizer, prompt, settings)
+
+    def give(pieces: list[tuple[str, str]]) -> None:
+        for kind, text in pieces:
+            found[kind].append(text)
+            if (take := takers[kind]) is not None:
+                take(text)
+
     if settings.kv is not None and settings.quantized_kv_start:
         options |= {
             "kv_bits": settings.kv.v_bits,
@@ -248,25 +247,27 @@ def run(
         tokenizer,
         prompt,
         max_tokens=settings.max_tokens,
-        sampler=sampler,
-        logits_processors=make_logits_processors(suppressed(tokenizer)),
+        sampler=settings.sampler(tokenizer),
+        logits_processors=settings.logits_processors(tokenizer),
         prefill_step_size=settings.prefill_step_size,
         **options,
     ):
         if last.finish_reason != "stop":
             tokens.append(int(last.token))
-        if last.text:
-            pieces.append(last.text)
-            if write:
-                write(last.text)
+        give(parts.feed(stops.feed(last.text)))
         reason = last.finish_reason or reason
+        if stops.found:
+            reason = "stop"
+            break
         if stop is not None and stop():
             reason = last.finish_reason or "interrupted"
             break
+    give(parts.feed(stops.rest()) + parts.rest())
     if last is None:
         raise MLXFuseError("the model generated nothing")
     return Result(
-        text="".join(pieces),
+        text="".join(found[CONTENT]),
+        reasoning="".join(found[REASONING]).rstrip(),
         tokens=tokens,
         prompt_tokens=last.prompt_tokens,
         prompt_tps=last.prompt_tps,
@@ -274,14 +275,17 @@ def run(
         generation_tps=last.generation_tps,
         peak_memory=last.peak_memory,
         finish_reason=reason,
-        end_token=int(last.token) if reason == "stop" else None,
+        end_token=int(last.token) if last.finish_reason == "stop" else None,
     )
 
 
-def suppressed(tokenizer: TokenizerWrapper) -> dict[int, float]:
-    """The file's ``suppress_tokens``, each with -inf, which its logit is biased by."""
-    found: dict[int, float] = getattr(tokenizer, "suppressed", {})
-    return found
+def _parts(tokenizer: TokenizerWrapper, prompt: list[int], settings: Settings) -> Parts | Whole:
+    """What splits the answer to a prompt; without a chat template its text is all there is."""
+    if settings.ignore_chat_template or not tokenizer.has_chat_template:
+        return Whole()
+    begun = settings.prefill_response
+    opening = tokenizer.decode(prompt[-_OPENING:]) if begun is None else begun
+    return Parts(tokenizer, opening, begun=begun is not None)
 
 
 def new_cache(model: Any, settings: Settings) -> list[Any]:

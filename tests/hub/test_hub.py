@@ -194,7 +194,8 @@ def publish(server, files, commit=COMMIT, repo="org/repo", revisions=("main",)):
 
 DRIVER = """
 import sys
-from mlxfuse import download, hub
+from mlxfuse.hub import download
+from mlxfuse.hub import resolve as hub
 from mlxfuse.errors import MLXFuseError
 download.CHUNK = 4096
 try:
@@ -212,7 +213,7 @@ def start(fake, tmp_path):
     def run(ref, **more):
         env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
         env |= {"HF_ENDPOINT": fake.url, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1"}
-        env |= {"PYTHONPATH": str(Path(hub.__file__).parents[1])} | more
+        env |= {"PYTHONPATH": str(Path(hub.__file__).parents[2])} | more
         return subprocess.Popen(
             [sys.executable, "-c", DRIVER, ref],
             env=env,
