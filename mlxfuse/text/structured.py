@@ -159,7 +159,8 @@ class Constraint:
 
     def _restart(self) -> None:
         self._matcher.reset()
-        self._seen, self._state = [], self._first
+        self._seen: list[int] = []
+        self._state = self._first
 
     def _advance(self, token: int) -> None:
         self._seen.append(token)
