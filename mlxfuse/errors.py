@@ -58,6 +58,12 @@ class ExportError(MLXFuseError, ValueError):
     exit_code = 4
 
 
+class CheckpointError(MLXFuseError, ValueError):
+    """An MLX-LM checkpoint that is incomplete or malformed."""
+
+    exit_code = 4
+
+
 class DownloadError(MLXFuseError):
     """A download that could not start, finish or be verified."""
 

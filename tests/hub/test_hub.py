@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mlxfuse.errors import DownloadError, ModelRefError
+from mlxfuse.hub import folders
 from mlxfuse.hub import resolve as hub
 
 from .server import serve
@@ -112,7 +113,7 @@ LISTING = [
 
 
 def pick(choice, names=LISTING):
-    return hub.choose(hub.Ref("org/repo", None, choice), names)
+    return folders.choose("org/repo", choice, names)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +213,7 @@ def start(fake, tmp_path):
     def run(ref, **more):
         env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
         env |= {"HF_ENDPOINT": fake.url, "HF_HOME": str(tmp_path / "hf"), "NO_PROXY": "127.0.0.1"}
-        env |= {"PYTHONPATH": str(Path(hub.__file__).parents[1])} | more
+        env |= {"PYTHONPATH": str(Path(hub.__file__).parents[2])} | more
         return subprocess.Popen(
             [sys.executable, "-c", DRIVER, ref],
             env=env,
