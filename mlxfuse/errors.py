@@ -64,6 +64,12 @@ class CheckpointError(MLXFuseError, ValueError):
     exit_code = 4
 
 
+class GrammarError(MLXFuseError, ValueError):
+    """A JSON schema or grammar that is malformed, or that no answer can follow."""
+
+    exit_code = 4
+
+
 class DownloadError(MLXFuseError):
     """A download that could not start, finish or be verified."""
 

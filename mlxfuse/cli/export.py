@@ -19,7 +19,9 @@ from .progress import status_line
 @dataclass(frozen=True, kw_only=True)
 class Written(opt.Output):
     mlx: Annotated[bool, opt.of_output("Write a plain MLX-LM checkpoint.", "--mlx")] = False
-    force: Annotated[bool, opt.of_output("Replace FOLDER if it is not empty.", "--force")] = False
+    force: Annotated[
+        bool, opt.of_output("Replace FOLDER if an earlier export wrote all of it.", "--force")
+    ] = False
 
 
 @command("Convert", "mlxfuse export model-Q4_K_M.gguf folder --mlx")
@@ -50,7 +52,7 @@ def export_command(
 
             export(path, folder, force=out.force, progress=progress)
             summary = {}
-    size = sum(p.stat().st_size for p in folder.iterdir())
+    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     if out.as_json:
         print(json.dumps({"folder": str(folder), "size": size, **summary}))
         return

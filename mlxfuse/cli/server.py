@@ -74,6 +74,7 @@ def server_command(
     with status_line(True) as say:
         say(f"loading {path.name}")
         from ..server.app import Server
+        from ..server.engine import Limits
         from ..text.generate import Settings
 
         loaded, tokenizer = load.load(path)
@@ -85,7 +86,7 @@ def server_command(
             host=host,
             port=port,
             allowed_origins=tuple(x.strip() for x in allowed_origins.split(",") if x.strip()),
-            prompt_caches=prompt_cache_size,
+            limits=Limits(prompt_caches=prompt_cache_size),
         )
     print(f"{one_line(path.name)} at {server.address}/v1; Ctrl-C ends it", file=sys.stderr)
     show_report(loaded.load_report)

@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 from ..errors import UnsupportedError
 from ..formats import AFFINE
 from ..gguf.blocks import dequantize
-from ..gguf.exported import open_model
+from ..gguf.exported import ExportedFile, open_model
 from ..models.config import read_config
-from ..models.plan import plan
+from ..models.plan import plan, stored_rows
 from ..tokenizer.load import load_tokenizer
-from .streams import Progress, Unit, new_folder, write_shards
+from .folder import new_folder
+from .streams import Progress, Unit, write_shards
 
 if TYPE_CHECKING:
     from ..formats import Format
@@ -68,6 +69,8 @@ def export_mlx(
     with open_model(path) as file:
         config = read_config(file)
         weights = plan(file, config)
+        if isinstance(file, ExportedFile):
+            file.arrange(stored_rows(weights))
         every = [w for part in (weights.outer, *weights.layers) for w in part]
         described = _describe(file, config)
         exact, rounded = Counter[str](), Counter[str]()
@@ -89,7 +92,8 @@ def export_mlx(
         else:
             # mlx-lm's names; it quantises what has scales in the files, by the entry of its path.
             described["quantization_config"] = described["quantization"]
-        with new_folder(target, force=force, nbytes=sum(u.nbytes for u in units)) as folder:
+        size = sum(unit.nbytes for unit in units)
+        with new_folder(target, force=force, nbytes=size, sources=(*file.paths, path)) as folder:
             write_shards(folder, units, {"format": "mlx"}, progress)
             with redirect_stdout(stderr):
                 load_tokenizer(file).save_pretrained(folder)

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +18,7 @@ from ..gguf.exported import CONFIG, LAYOUT, ExportedFile, header_bytes, open_mod
 from ..gguf.relayout import allocate
 from ..models.config import read_config
 from ..models.plan import fill, first_rows, groups, plan
+from .folder import new_folder
 
 if TYPE_CHECKING:
     from ..gguf.reader import GGUFFile, Tensor
@@ -53,11 +50,11 @@ def export(
     The weights are the file's bytes, in the order in which kernels read them.
 
     Args:
-        force: replace a folder that is not empty.
+        force: replace an earlier export.
         progress: called as (bytes done, bytes in all).
 
     Raises:
-        MLXFuseError: the target is in use, or the disk too full.
+        MLXFuseError: see `new_folder`.
         GGUFError, UnsupportedError, ModelRefError: as for `mlxfuse.load`.
         OSError: the folder cannot be written; it is left as it was.
     """
@@ -71,7 +68,7 @@ def export(
             "architecture": file.architecture,
             "source": file.path.name,
         }
-        with new_folder(target, force=force, nbytes=file.size) as folder:
+        with new_folder(target, force=force, nbytes=file.size, sources=file.paths) as folder:
             for name, data in header_bytes(file):
                 (folder / name).write_bytes(data)
             write_shards(folder, list(_units(file, weights)), {"format": "mlxfuse"}, progress)
@@ -126,41 +123,3 @@ def write_shards(
                 progress(done, total)
         name = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
         save_file(arrays, folder / name, metadata)
-
-
-@contextmanager
-def new_folder(target: Path, *, force: bool, nbytes: int) -> Iterator[Path]:
-    """A folder beside ``target`` that takes its place once it is whole; else nothing is left.
-
-    Args:
-        nbytes: of what will be written.
-    """
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise MLXFuseError(f"{target} is not a folder; give another name")
-    if target.is_dir() and any(target.iterdir()) and not force:
-        raise MLXFuseError(f"{target} is not empty; --force replaces it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(target.parent).free
-    if free < nbytes:
-        raise MLXFuseError(
-            f"{target.parent} has {free / 1e9:.2f} GB left; {nbytes / 1e9:.2f} GB are needed"
-        )
-    made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial"))
-    try:
-        yield made
-        made.chmod(0o755)
-        for path in made.iterdir():
-            path.chmod(0o644)
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        if target.exists():
-            old = Path(
-                tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".old")
-            )
-            os.replace(target, old)  # onto an empty folder
-            os.replace(made, target)
-            shutil.rmtree(old)
-        else:
-            os.replace(made, target)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)

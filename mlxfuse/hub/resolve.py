@@ -132,9 +132,7 @@ def _hub_offline() -> bool:
     return bool(HF_HUB_OFFLINE)
 
 
-def _from_hub(
-    ref: Ref, progress: Progress | None, note: Callable[[str], None] | None
-) -> Path:
+def _from_hub(ref: Ref, progress: Progress | None, note: Callable[[str], None] | None) -> Path:
     """Download what ``ref`` names, every file at the same commit."""
     from huggingface_hub.errors import HfHubHTTPError
 

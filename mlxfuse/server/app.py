@@ -1,81 +1,248 @@
-"""mlx-lm's OpenAI-compatible HTTP server with one model of ours."""
+"""The HTTP server: an ASGI application over the engine, and the process's part around it."""
 
 from __future__ import annotations
 
-import argparse
-import json
-from http.server import ThreadingHTTPServer
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from functools import partial
 from typing import Any
 
-from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.server import (
-    APIHandler,
-    LRUPromptCache,
-    ModelProvider,
-    ResponseGenerator,
-    get_system_fingerprint,
-)
+import uvicorn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 
+from ..errors import MLXFuseError
 from ..nn.kv.options import compress_caches
 from ..text.generate import Settings
-from ..text.sampling import suppressed
+from .engine import Engine, Event, Job, Limits
+from .gate import Gate
+from .prompts import Plan, Planner
+from .replies import Reply, error_body
+from .requests import ChatRequest, CompletionRequest, RequestError, parse, read_body
+from .text import Piece
 
-# Bytes of a request's body that are read: a conversation, not an upload.
-BODY_LIMIT = 64 << 20
+log = logging.getLogger(__name__)
+
+# Answers that are generated or wait; more are refused.
+MAX_ANSWERS = 1024
+# Seconds without anything to send after which a stream says that it lives.
+_SILENCE = 10.0
 
 
-class Provider(ModelProvider):
-    """Gives the model it was made with, whatever a request asks for.
+class Answers:
+    """The pieces of a plan's answers, as the engine delivers them.
 
-    mlx-lm's own downloads what a request names; llama.cpp's server ignores the name, as we do.
+    Leaving it, with all answers or without, cancels what still runs.
     """
 
-    def __init__(self, arguments: argparse.Namespace, model: Any, tokenizer: Any) -> None:
-        super().__init__(arguments)
-        self.model, self.tokenizer = model, tokenizer
-        self.model_key = (arguments.model, None, None)
-        self.is_batchable = all(hasattr(cache, "merge") for cache in make_prompt_cache(model))
+    def __init__(self, engine: Engine, plan: Plan) -> None:
+        loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._left = set(range(plan.count))
 
-    def load(
-        self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None
-    ) -> tuple[Any, TokenizerWrapper]:
-        """The pair; adapters and draft models are not served."""
-        return self.model, self.tokenizer
+        def deliver(index: int, event: Event) -> None:
+            try:
+                loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
+            except RuntimeError:  # the loop has ended, and the client with it
+                self.jobs[index].cancelled = True
+
+        self.jobs: list[Job] = [plan.make(i, partial(deliver, i)) for i in range(plan.count)]
+        engine.submit(*self.jobs)
+
+    def done(self, index: int) -> None:
+        """This answer needs no more."""
+        self._left.discard(index)
+        self.jobs[index].cancelled = True
+
+    async def pieces(
+        self, silence: float | None = None
+    ) -> AsyncGenerator[tuple[int, Piece] | None]:
+        """(answer, piece) until all are whole; None after each ``silence`` seconds of nothing.
+
+        Raises:
+            RequestError: an answer failed.
+        """
+        try:
+            while self._left:
+                try:
+                    index, event = await asyncio.wait_for(self._queue.get(), silence)
+                except TimeoutError:
+                    yield None
+                    continue
+                if isinstance(event, Exception):
+                    raise RequestError(str(event), status=500) from event
+                if index not in self._left:
+                    continue
+                if event.finish is not None:
+                    self._left.discard(index)
+                yield index, event
+        finally:
+            for job in self.jobs:
+                job.cancelled = True
 
 
-class Handler(APIHandler):
-    """mlx-lm's, without what it would do for a model that is not ours."""
+class Application:
+    """Routes, and what they share: one model behind an engine and a planner."""
 
-    logit_bias: dict[int, float] | None
+    def __init__(
+        self,
+        engine: Engine,
+        planner: Planner,
+        tokenizer: TokenizerWrapper,
+        name: str,
+        details: dict[str, Any],
+    ) -> None:
+        self._engine, self._planner, self._tokenizer = engine, planner, tokenizer
+        self._name = name
+        self._details = {"context_length": planner.context, **details}
+        # Templates and tokenizers are for one thread at a time, and not for the event loop's.
+        self._worker = ThreadPoolExecutor(1, "mlxfuse-planner")
 
-    def handle_models_request(self) -> None:
-        """``/v1/models``: the one model, not the folder of the user's downloads."""
-        name = self.response_generator.cli_args.model
-        entry = {"id": name, "object": "model", "created": self.created, "owned_by": "mlxfuse"}
-        self._send(200, {"object": "list", "data": [entry]})
+    def routes(self) -> list[Route]:
+        """Each path also without the version in front, as llama.cpp and MLX-LM have it."""
+        posts = {"/chat/completions": self.chat, "/completions": self.completions}
+        found = [
+            Route(prefix + path, handler, methods=["POST"])
+            for path, handler in posts.items()
+            for prefix in ("/v1", "")
+        ]
+        for prefix in ("/v1", ""):
+            found.append(Route(f"{prefix}/models", self.models))
+            found.append(Route(f"{prefix}/models/{{name:path}}", self.model))
+        return [*found, Route("/health", self.health)]
 
-    def validate_model_parameters(self) -> None:
-        """And suppress what the file wants suppressed, whatever bias the request gives it."""
-        super().validate_model_parameters()
-        never = suppressed(self.response_generator.model_provider.tokenizer)
-        self.logit_bias = {**(self.logit_bias or {}), **never}
+    async def chat(self, request: Request) -> Response:
+        """``/v1/chat/completions``."""
+        body = parse(ChatRequest, read_body(await request.body()))
+        return await self._answer(request, body, await self._plan(self._planner.chat, body))
 
-    def do_POST(self) -> None:
-        """Refuse a body that is too long before it is read."""
-        length = self.headers.get("Content-Length") or "0"
-        if not length.isdecimal() or int(length) > BODY_LIMIT:
-            self.close_connection = True
-            self._send(413, {"error": f"Content-Length: expected at most {BODY_LIMIT} bytes"})
-            return
-        super().do_POST()
+    async def completions(self, request: Request) -> Response:
+        """``/v1/completions``."""
+        body = parse(CompletionRequest, read_body(await request.body()))
+        return await self._answer(request, body, await self._plan(self._planner.completion, body))
 
-    def _send(self, status: int, answer: dict[str, Any]) -> None:
-        body = json.dumps(answer).encode()
-        self._set_completion_headers(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+    async def models(self, request: Request) -> Response:
+        """``/v1/models``: the one that is served."""
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        """``/v1/models/NAME``."""
+        if request.path_params["name"] != self._name:
+            raise RequestError(
+                f"the model served is {self._name!r}", code="model_not_found", status=404
+            )
+        return JSONResponse(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        head = {"id": self._name, "object": "model", "created": 0, "owned_by": "mlxfuse"}
+        return head | self._details
+
+    async def health(self, request: Request) -> Response:
+        """``/health``: whether requests are answered."""
+        if not self._engine.alive:
+            return JSONResponse({"status": "unavailable"}, 503)
+        return JSONResponse({"status": "ok"})
+
+    async def _plan(self, plan: Any, body: Any) -> Plan:
+        if not self._engine.alive:
+            raise RequestError("the model no longer computes", status=503)
+        loop = asyncio.get_running_loop()
+        made: Plan = await loop.run_in_executor(self._worker, plan, body)
+        if self._engine.running + made.count > MAX_ANSWERS:
+            raise RequestError("too many requests wait already", status=503)
+        return made
+
+    async def _answer(self, request: Request, body: Any, plan: Plan) -> Response:
+        reply = Reply(body, plan, self._tokenizer, self._name)
+        if body.stream:
+            return StreamingResponse(self._stream(reply, plan), media_type="text/event-stream")
+        collect = asyncio.ensure_future(self._collect(reply, plan))
+        gone = asyncio.ensure_future(_disconnected(request))
+        try:
+            await asyncio.wait((collect, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not collect.done():
+                return Response(status_code=499)  # nobody reads it
+            return JSONResponse(await collect)
+        finally:
+            for task in (collect, gone):
+                task.cancel()
+
+    async def _collect(self, reply: Reply, plan: Plan) -> dict[str, Any]:
+        answers = Answers(self._engine, plan)
+        async with aclosing(answers.pieces()) as pieces:
+            async for found in pieces:
+                assert found is not None
+                index, piece = found
+                reply.answers[index].feed(piece)
+                if reply.answers[index].finish is not None:
+                    answers.done(index)
+        return reply.whole()
+
+    async def _stream(self, reply: Reply, plan: Plan) -> AsyncIterator[bytes]:
+        answers = Answers(self._engine, plan)
+        try:
+            async with aclosing(answers.pieces(_SILENCE)) as pieces:
+                yield b"".join(reply.begin())
+                async for found in pieces:
+                    if found is None:
+                        yield b": still at work\n\n"
+                        continue
+                    index, piece = found
+                    parts = reply.answers[index].feed(piece)
+                    if reply.answers[index].finish is not None:
+                        answers.done(index)
+                    if sent := b"".join(reply.parts(index, parts)):
+                        yield sent
+            yield b"".join(reply.end())
+        except RequestError as error:
+            yield b"".join(reply.failed(error))
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _error_response(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        error = RequestError(f"{request.method} {request.url.path}: {error.detail}",
+                             status=error.status_code)  # fmt: skip
+    if not isinstance(error, RequestError):
+        log.error("a request failed", exc_info=error)
+        error = RequestError(f"the server failed: {type(error).__name__}", status=500)
+    return JSONResponse(_body(request.url.path, error), error.status)
+
+
+def _body(path: str, error: RequestError) -> dict[str, Any]:
+    return error_body(error)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that listens, also at an IPv6 address.
+
+    Raises:
+        OSError: the address is in use or not this machine's; the message names it.
+    """
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        made = socket.socket(family, kind, proto)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+    except OSError as error:
+        raise OSError(f"cannot listen at {host}, port {port}: {error.strerror}") from error
+    return made
 
 
 class Server:
@@ -84,11 +251,16 @@ class Server:
     Args:
         model, tokenizer: from ``mlxfuse.load``.
         name: what ``/v1/models`` calls the model.
-        settings: what holds for requests that do not say otherwise.
+        settings: what holds for requests that do not say otherwise; ``max_tokens`` -1 is the
+            context that is left.
         host, port: where to listen; port 0 takes a free one, see ``address``.
-        allowed_origins: web pages that may use the server from a browser (CORS); none by
-            default, since any page could otherwise.
-        prompt_caches: conversations whose prompt caches are kept.
+        listener: a socket that `bind` made, in their place.
+        api_key: what clients must send; None: nothing.
+        allowed_origins: web pages that may use the server from a browser (CORS), ``*`` for all;
+            none by default, since any page could otherwise.
+        limits: see there.
+        draft: a model for speculative decoding: requests are then answered one at a time.
+        details: more that ``/v1/models`` tells.
 
     Raises:
         OSError: the address cannot be listened on.
@@ -104,62 +276,76 @@ class Server:
         *,
         host: str = "127.0.0.1",
         port: int = 8080,
-        allowed_origins: tuple[str, ...] = (),
-        prompt_caches: int = 10,
+        listener: socket.socket | None = None,
+        api_key: str | None = None,
+        allowed_origins: Iterable[str] = (),
+        limits: Limits | None = None,
+        draft: Any = None,
+        details: dict[str, Any] | None = None,
     ) -> None:
+        later: dict[str, Any] = {}
         if settings.kv is not None:
             start = settings.quantized_kv_start
-            compress_caches(model, settings.kv, start, force=settings.kv_force)
-        # What mlx_lm.server's own command line gives, under its names.
-        arguments = argparse.Namespace(
-            model=name,
-            adapter_path=None,
-            draft_model=None,
+            for each in (model, *([] if draft is None else [draft])):
+                compress_caches(each, settings.kv, start, force=settings.kv_force)
+            if start:
+                # Caches that begin plain: mlx-lm asks them to become compressed, in no batch.
+                later = {"kv_bits": settings.kv.v_bits, "quantized_kv_start": start}
+        self._socket = bind(host, port) if listener is None else listener
+        self._socket.listen(128)
+        self._engine = Engine(
+            model,
+            tokenizer,
+            limits or Limits(),
+            draft=draft,
             num_draft_tokens=settings.num_draft_tokens,
-            trust_remote_code=False,
-            chat_template="",
-            use_default_chat_template=False,
-            chat_template_args=dict(settings.chat_template_config),
-            allowed_origins=list(allowed_origins),
-            temp=settings.temp,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-            min_p=settings.min_p,
-            max_tokens=settings.max_tokens,
-            decode_concurrency=32,
-            prompt_concurrency=8,
-            prefill_step_size=settings.prefill_step_size,
-            prompt_cache_size=prompt_caches,
-            prompt_cache_bytes=None,
-            # Caches that begin plain: mlx-lm asks them to become compressed, in no batch.
-            kv_bits=settings.kv.v_bits if settings.kv and settings.quantized_kv_start else None,
-            kv_group_size=64,
-            quantized_kv_start=settings.quantized_kv_start,
-            pipeline=False,
+            later=later,
+            on_death=self.stop,
         )
-
-        def handler(*args: Any) -> Handler:
-            return Handler(self._generator, *args, system_fingerprint=get_system_fingerprint())
-
-        self._http = ThreadingHTTPServer((host, port), handler)
-        self._http.daemon_threads = True
-        provider = Provider(arguments, model, tokenizer)
-        self._generator = ResponseGenerator(provider, LRUPromptCache(prompt_caches))
+        planner = Planner(model, tokenizer, settings, self._engine.needs_boundaries)
+        application = Application(self._engine, planner, tokenizer, name, details or {})
+        origins = tuple(allowed_origins)
+        cors = Middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]
+        )
+        gate = Middleware(Gate, key=api_key, origins=origins, host=host, body=_body)
+        kinds: tuple[Any, ...] = (RequestError, HTTPException, 500)
+        self.app = Starlette(
+            routes=application.routes(),
+            middleware=[cors, gate] if origins else [gate],
+            exception_handlers=dict.fromkeys(kinds, _error_response),
+        )
+        config = uvicorn.Config(
+            self.app,
+            log_config=None,
+            access_log=log.isEnabledFor(logging.INFO),
+            server_header=False,
+            lifespan="off",
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=30,
+        )
+        self._uvicorn = uvicorn.Server(config)
 
     @property
     def address(self) -> str:
         """Where it listens, for example ``http://127.0.0.1:8080``."""
-        host, port = self._http.server_address[:2]
-        return f"http://{host if isinstance(host, str) else host.decode()}:{port}"
+        host, port = self._socket.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def serve(self) -> None:
-        """Answer requests until ``stop`` or Ctrl-C."""
+        """Answer requests until ``stop``, Ctrl-C or SIGTERM; what has begun is answered first.
+
+        Raises:
+            MLXFuseError: the model no longer computes.
+        """
         try:
-            self._http.serve_forever()
+            asyncio.run(self._uvicorn.serve(sockets=[self._socket]))
         finally:
-            self._http.server_close()
-            self._generator.stop_and_join()
+            self._socket.close()
+            self._engine.close()
+        if self._engine.failure is not None:
+            raise MLXFuseError(f"the model no longer computes: {self._engine.failure}")
 
     def stop(self) -> None:
-        """Let ``serve`` return; from another thread."""
-        self._http.shutdown()
+        """Let ``serve`` return; from any thread."""
+        self._uvicorn.should_exit = True

@@ -10,7 +10,7 @@ import codecs
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import get_json_schema
 
 from . import chat_template as chat
+from .answer_format import answer_format
 from .spm import merges_by_score, needs_scores, segment
 from .vocab import BYTE, CONTROL, UNKNOWN, UNUSED, USER_DEFINED, Vocab, read_vocab
 
@@ -66,9 +67,16 @@ def build_tokenizer(
         GGUFError, UnsupportedError: see `read_vocab`; ``path`` is only for their messages.
     """
     vocab = read_vocab(metadata, path)
-    wrapper = TokenizerWrapper(GGUFTokenizer(vocab), Detokenizer, eos_token_ids=vocab.eog)
+    return wrapped(GGUFTokenizer(vocab), vocab.eog)
+
+
+def wrapped(tokenizer: GGUFTokenizer, eos_token_ids: Iterable[int]) -> TokenizerWrapper:
+    """MLX-LM's wrapper, which knows how the model marks tool calls and reasoning."""
+    wrapper = TokenizerWrapper(
+        tokenizer, Detokenizer, eos_token_ids=eos_token_ids, **answer_format(tokenizer)
+    )
     # mlx-lm takes an apply_chat_template of one's own for a template.
-    wrapper.has_chat_template = bool(vocab.chat_templates)
+    wrapper.has_chat_template = tokenizer.chat_template is not None
     return wrapper
 
 
@@ -93,7 +101,7 @@ class GGUFTokenizer(PreTrainedTokenizerFast):
         )
         self.pieces = _pieces(vocab)
         self.trim_space = vocab.is_spm and vocab.add_space_prefix
-        self._hidden = frozenset(np.flatnonzero(np.isin(vocab.types, (CONTROL, UNKNOWN))).tolist())
+        self.hidden = frozenset(np.flatnonzero(np.isin(vocab.types, (CONTROL, UNKNOWN))).tolist())
         swallowing = [re.escape(vocab.tokens[i]) for i in sorted(vocab.rstrip)]
         # C's isspace, where an AddedToken's rstrip would take Unicode spaces as well.
         self._rstrip = re.compile(f"({'|'.join(swallowing)})[ \\t-\\r]+") if swallowing else None
@@ -120,7 +128,7 @@ class GGUFTokenizer(PreTrainedTokenizerFast):
     ) -> str:
         detokenizer = Detokenizer(self)
         for i in [token_ids] if isinstance(token_ids, int) else token_ids:
-            if not (skip_special_tokens and i in self._hidden):
+            if not (skip_special_tokens and i in self.hidden):
                 detokenizer.add_token(i)
         detokenizer.finalize()
         return detokenizer.text

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from mlxfuse.errors import ExportError, MLXFuseError, ModelRefError, UnsupportedError
 from mlxfuse.export import streams as exporting
+from mlxfuse.export.folder import LIST
 from mlxfuse.export.mlx_checkpoint import EXACT, affine, export_mlx
 from mlxfuse.export.streams import export
 from mlxfuse.formats import BY_NAME
@@ -127,16 +128,175 @@ def test_the_command(made, tmp_path):
 
 def test_a_target_in_use_is_refused(made, folder):
     path = made("llama-q4")
-    before = sorted(p.name for p in folder.iterdir())
-    with pytest.raises(MLXFuseError, match="not empty; --force"):
+    before = contents(folder)
+    with pytest.raises(MLXFuseError, match="an earlier export; --force replaces it"):
         export(path, folder)
-    (folder / "more.txt").write_text("x")
     export(path, folder, force=True)
-    assert sorted(p.name for p in folder.iterdir()) == before
+    assert contents(folder) == before
     with pytest.raises(MLXFuseError, match="not a folder"):
         export(path, path)
     with pytest.raises(MLXFuseError, match="exported already"):
         export(folder, folder.with_name("again"))
+
+
+def contents(folder):
+    """Every file below a folder, with its bytes."""
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
+
+
+def add_a_note(folder):
+    (folder / "notes.txt").write_text("x")
+    return "notes.txt"
+
+
+def add_a_folder(folder):
+    (folder / "sub").mkdir()
+    (folder / "sub" / "y").write_text("x")
+    return "sub/"
+
+
+def add_a_link(folder):
+    name = "model-00001-of-00001.safetensors"
+    (folder / name).rename(folder.parent / "weights")
+    (folder / name).symlink_to(folder.parent / "weights")
+    return name
+
+
+def edit_the_configuration(folder):
+    with (folder / CONFIG).open("a") as file:
+        file.write(" ")
+    return CONFIG
+
+
+def lose_the_list(folder):
+    (folder / LIST).unlink()
+    return sorted(contents(folder))[0]
+
+
+def break_the_list(folder):
+    (folder / LIST).write_text('{"files": [1]}')
+    return sorted(contents(folder))[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        add_a_note,
+        add_a_folder,
+        add_a_link,
+        edit_the_configuration,
+        lose_the_list,
+        break_the_list,
+    ],
+)
+@pytest.mark.parametrize("write", [export, export_mlx])
+def test_force_replaces_nothing_but_an_earlier_export(made, tmp_path, change, write):
+    path, target = made("llama-q4"), tmp_path / "out"
+    write(path, target)
+    name = change(target)
+    before = contents(tmp_path)
+    with pytest.raises(MLXFuseError, match=f"not empty, and {name} in it"):
+        write(path, target, force=True)
+    assert contents(tmp_path) == before
+
+
+def test_force_replaces_what_macos_has_looked_at_and_what_lost_a_file(made, folder):
+    before = contents(folder)
+    (folder / ".DS_Store").write_text("x")
+    (folder / CONFIG).unlink()
+    export(made("llama-q4"), folder, force=True)
+    assert contents(folder) == before
+    only = folder.with_name("only")
+    only.mkdir()
+    (only / ".DS_Store").write_text("x")
+    export(made("llama-q4"), only)
+    assert contents(only) == before
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_target_that_holds_or_is_inside_the_source_is_refused(made, tmp_path, force):
+    path = made("llama-q4")
+    (tmp_path / "link").symlink_to(tmp_path)
+    (tmp_path / "away").mkdir()
+    (tmp_path / "away" / "m.gguf").symlink_to(path)
+    export(path, tmp_path / "streams")
+    before = contents(tmp_path)
+    for source, target, message in (
+        (path, tmp_path, "holds .*llama-q4.gguf, which is exported"),
+        (path, tmp_path / "link" / ".." / tmp_path.name, "holds"),
+        (tmp_path / "link" / path.name, tmp_path, "holds"),
+        (tmp_path / "away" / "m.gguf", tmp_path / "away", "holds"),
+        (tmp_path / "streams", tmp_path / "streams", "holds"),
+        (tmp_path / "streams", tmp_path / "streams" / "new", "is inside"),
+    ):
+        for write in (export, export_mlx):
+            if source.is_file() or write is export_mlx:
+                with pytest.raises(MLXFuseError, match=message):
+                    write(source, target, force=force)
+    assert contents(tmp_path) == before
+
+
+def test_what_is_put_into_the_target_meanwhile_stays(made, folder, monkeypatch):
+    def note(*arrays):
+        add_a_note(folder)
+        save_file(*arrays)
+
+    before = contents(folder) | {"notes.txt": b"x"}
+    monkeypatch.setattr(exporting, "save_file", note)
+    with pytest.raises(MLXFuseError, match=r"notes\.txt"):
+        export(made("llama-q4"), folder, force=True)
+    assert contents(folder) == before
+    assert not list(folder.parent.glob(".*"))
+
+
+def test_the_next_export_removes_what_a_killed_one_left(made, tmp_path):
+    path, target = made("llama-q4"), tmp_path / "out"
+    code = (
+        "import os\n"
+        "from pathlib import Path\n"
+        "from mlxfuse.export import streams as e\n"
+        "save = e.save_file\n"
+        "def killed(*a):\n"
+        "    save(*a)\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "e.save_file = killed\n"
+        f"e.export(Path({str(path)!r}), Path({str(target)!r}))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=False)
+    (left,) = tmp_path.glob(".out.*")
+    assert list(left.glob("model-*"))
+    other = tmp_path / ".out.mine.partial"  # a name that looks alike
+    other.mkdir()
+    export(path, target)
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, "out", other.name}
+    # Killed between taking the old one away and putting the new one there.
+    before = contents(target)
+    target.rename(left.with_name(".out.mlxfuse-old"))
+    with pytest.raises(MLXFuseError, match="an earlier export"):
+        export(path, target)
+    assert contents(target) == before
+    # A folder of that name that no export made is not removed.
+    left.mkdir()
+    (left / "x").write_text("x")
+    with pytest.raises(MLXFuseError, match="no export's"):
+        export(path, target, force=True)
+    assert (left / "x").exists()
+
+
+def test_two_exports_to_one_folder_do_not_meet(made, tmp_path, monkeypatch):
+    path, target = made("llama-q4"), tmp_path / "out"
+
+    def meanwhile(*arrays):
+        monkeypatch.setattr(exporting, "save_file", save_file)
+        with pytest.raises(MLXFuseError, match="another export writes"):
+            export(path, target)
+        save_file(*arrays)
+
+    monkeypatch.setattr(exporting, "save_file", meanwhile)
+    export(path, target)
+    assert np.array_equal(logits(target)[0], logits(path)[0])
 
 
 def test_an_export_that_fails_leaves_nothing(made, folder, monkeypatch):
@@ -162,7 +322,7 @@ def test_killed_at_any_moment_the_target_is_absent_or_whole(made, tmp_path):
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from mlxfuse import export as e\n"
+        "from mlxfuse.export import streams as e\n"
         "save = e.save_file\n"
         "def slow(*a):\n"
         "    print('saving', flush=True)\n"
@@ -417,6 +577,14 @@ def test_gemma4_with_other_factors_is_refused(tmp_path, at):
     gguf.tensors["rope_freqs.weight"] = factors, "F32"
     with pytest.raises(UnsupportedError, match=r"rotary scaling \(it knows proportional"):
         export_mlx(tiny.write(tmp_path / "m.gguf", gguf), tmp_path / "mlx")
+
+
+def test_an_exported_folder_becomes_a_checkpoint_too(made, tmp_path):
+    path = made("llama-q4")
+    export(path, tmp_path / "streams")
+    export_mlx(path, tmp_path / "one")
+    export_mlx(tmp_path / "streams", tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
 def test_what_mlx_lm_cannot_be_told_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""``python -m tests.fusion.survey``: the classes of mlx-lm that each known body covers."""
+"""``python -m tests.fusion.survey``: the classes that each known body covers."""
 
 from __future__ import annotations
 
@@ -6,22 +6,26 @@ import inspect
 from collections import defaultdict
 from collections.abc import Iterator
 from importlib import import_module
+from itertools import chain
 from pkgutil import iter_modules
 
 import mlx.nn as nn
 import mlx_lm.models
 
 from mlxfuse.fusion.certify import KNOWN, Match, certify
+from mlxfuse.models import families
+
+PACKAGES = (mlx_lm.models, families)
 
 
 def classes() -> Iterator[type[nn.Module]]:
-    """Every module with a ``__call__`` of its own that mlx-lm's model files define, and two of
-    MLX's that they use.
+    """Every module with a ``__call__`` of its own that mlx-lm's model files and ours define, and
+    two of MLX's that they use.
     """
     yield from (nn.RMSNorm, nn.RoPE)
-    for found in iter_modules(mlx_lm.models.__path__):
+    for found in chain(*(iter_modules(p.__path__, p.__name__ + ".") for p in PACKAGES)):
         try:
-            module = import_module(f"mlx_lm.models.{found.name}")
+            module = import_module(found.name)
         except (ImportError, SystemExit):  # olmo ends the process where ai2-olmo is missing
             continue
         for value in vars(module).values():

@@ -75,6 +75,13 @@ _SOFTCAP_ATTEND = """
     output = output.transpose(0, 2, 1, 3).reshape(B, L, -1)
     return self.O(output)
 """
+_SDPA_WITH_SOFTCAP = """
+    output = sdpa(
+        queries, keys, values, scale=self.SCALE, mask=mask, softcap=self.SOFTCAP
+    )
+    output = output.transpose(0, 2, 1, 3).reshape(B, L, -1)
+    return self.O(output)
+"""
 _ROPE_OR_NOT = """
     if cache is not None:
         if self.USE_ROPE:
@@ -194,6 +201,11 @@ ATTENTIONS: tuple[Body, ...] = (
     _attention(_CALL, _PHI3_SPLIT, _HEADS, _VALUES, _ROPE, _ATTEND, names={**MX, **_SDPA}),
     # gemma2
     _attention(_CALL, _QKV, _HEADS, _VALUES, _ROPE, _SOFTCAP_ATTEND, names=MX),
+    # our gemma2, for batches
+    _attention(
+        *(_CALL, _QKV, _HEADS, _VALUES, _ROPE, _SDPA_WITH_SOFTCAP),
+        names={"sdpa": "mlxfuse.nn.sdpa.sdpa"},
+    ),
     # gpt_oss
     _attention(_SINKS),
     # gemma4_text

@@ -1,7 +1,11 @@
-"""Gemma 2 with the sliding window that mlx-lm leaves out.
+"""Gemma 2 with the sliding window that mlx-lm leaves out, and with right masks for batches.
 
 In each run of ``sliding_window_pattern`` layers all but the last see ``sliding_window`` tokens,
 themselves included (arXiv 2408.00118, section 2).
+
+mlx-lm 0.32's ``gemma2.Attention`` adds the mask of a batch, ``[B, 1, L, K]``, to scores of shape
+``[B, kv_heads, repeats, L, K]``: a batch fails, or, where B is the number of KV heads, each head
+gets the mask of another sequence.
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ from mlx_lm.models import gemma2
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
+from ...nn.sdpa import sdpa
+
 
 @dataclass
 class ModelArgs(gemma2.ModelArgs):
@@ -22,7 +28,43 @@ class ModelArgs(gemma2.ModelArgs):
     sliding_window_pattern: int = 2
 
 
+class Attention(gemma2.Attention):
+    def __call__(self, x: mx.array, mask: mx.array | None = None, cache: Any = None) -> mx.array:
+        """x [B, L, hidden_size] -> the same shape.
+
+        Args:
+            mask: bool, [L, K] or [B, 1, L, K]; True where a query sees a key.
+        """
+        B, L, _ = x.shape
+        queries, keys, values = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        queries = queries.reshape(B, L, self.n_heads, -1).transpose(0, 2, 1, 3)
+        keys = keys.reshape(B, L, self.n_kv_heads, -1).transpose(0, 2, 1, 3)
+        values = values.reshape(B, L, self.n_kv_heads, -1).transpose(0, 2, 1, 3)
+        if cache is not None:
+            queries = self.rope(queries, offset=cache.offset)
+            keys = self.rope(keys, offset=cache.offset)
+            keys, values = cache.update_and_fetch(keys, values)
+        else:
+            queries = self.rope(queries)
+            keys = self.rope(keys)
+        output = sdpa(
+            queries,
+            keys,
+            values,
+            scale=self.scale,
+            mask=mask,
+            softcap=self.attn_logit_softcapping,
+        )
+        output = output.transpose(0, 2, 1, 3).reshape(B, L, -1)
+        return self.o_proj(output)
+
+
 class GemmaModel(gemma2.GemmaModel):
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__(args)
+        for layer in self.layers:
+            layer.self_attn = Attention(args)
+
     def __call__(self, inputs: mx.array, cache: list[Any] | None = None) -> mx.array:
         """inputs, token ids [B, L] -> hidden states [B, L, hidden_size]."""
         h = self.embed_tokens(inputs) * self.args.hidden_size**0.5
