@@ -22,6 +22,7 @@ from .hub.resolve import resolve
 from .kernels import unavailable
 from .kernels.weight import type_name
 from .models import Architecture
+from .models.adapters import apply_adapter
 from .models.build import build
 from .models.checkpoint import load_checkpoint
 from .models.config import read_config
@@ -149,6 +150,8 @@ def load(
         quantized = unavailable() is None or bool(chosen(fuse))
         opened = _open_gguf(path, dtype, changes, context_length, quantized, account)
     model = opened.model
+    if adapter_path is not None:
+        apply_adapter(model, Path(adapter_path))
     patch = patch_model(
         model, fuse=fuse, act_quant=act_quant, kv_bits=kv_bits, kv_group_size=kv_group_size
     )

@@ -26,6 +26,16 @@ def resolve_model(ref: str | None, revision: str | None, shown: bool) -> Path:
         return resolve(ref, revision=revision, progress=progress, note=fail)
 
 
+def expect_gguf(path: Path, what: str) -> Path:
+    """The path, unless it is that of a checkpoint, which ``what`` is not for."""
+    from ..errors import ModelRefError
+    from ..hub.folders import is_checkpoint
+
+    if is_checkpoint(path):
+        raise ModelRefError(f"{path} is an MLX-LM checkpoint; {what} takes GGUF files")
+    return path
+
+
 def complete_model(incomplete: str) -> list[str]:
     """What a shell offers for MODEL: folders, and the GGUF files in them."""
     folder = Path(incomplete).expanduser()
