@@ -16,8 +16,7 @@ def inspect_command(model: opt.Model, out: opt.Output) -> None:
     from ..inspect.header import inspect, render
 
     path = model.fetch()
-    if is_checkpoint(path):
-        summary, shown = inspect_checkpoint(path), render_checkpoint
-    else:
-        summary, shown = inspect(path), render
+    whole = is_checkpoint(path)
+    summary = inspect_checkpoint(path) if whole else inspect(path)
+    shown = render_checkpoint if whole else render
     print(json.dumps(summary) if out.as_json else shown(summary))

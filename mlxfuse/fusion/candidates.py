@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -40,6 +40,16 @@ class Candidate:
     def claims(self) -> frozenset[str]:
         """Paths that no other candidate may claim; nor what is below or above them."""
         return self.replaced | self.absorbed
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """A copy, or a pickle, does nothing: it does not reach the model."""
+        return Candidate, tuple(
+            _nothing if f.name in ("emit", "undo") else getattr(self, f.name) for f in fields(self)
+        )
+
+
+def _nothing() -> None:
+    """In place of `Candidate.emit` and `undo` where there is no model."""
 
 
 class Skip(NamedTuple):

@@ -37,6 +37,10 @@ class _Patch:
     asked: tuple[object, ...]
     report: PatchReport
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """A copy of a patched model, or a pickle of it, is the model without the patch."""
+        return type(None), ()
+
 
 def patch_model(
     model: nn.Module,
@@ -54,9 +58,10 @@ def patch_model(
     Only what is proven to compute the same is fused; every other place is named in the report
     with the reason. Names, values and sizes of the parameters stay, so ``save_weights`` and
     adapters go on; the arrays of linears that are joined become views of the joined one, and no
-    weight is held twice. In training mode, and where parameters have been replaced since, the
-    model's own code runs. Patching again changes nothing, unless the arguments are others or
-    parameters have been replaced: then the model is patched anew.
+    weight is held twice. In training mode, and where parameters have been replaced or changed in
+    place since, the model's own code runs. Patching again changes nothing, unless the arguments
+    are others or parameters have been changed: then the model is patched anew. A copy or a pickle
+    of a patched model is the model without the patch, which may be patched for itself.
 
     Args:
         model: the model; only this instance is changed.

@@ -57,6 +57,10 @@ class Check:
     top1: float
 
 
+def _uncounted() -> None:
+    """In place of `PatchReport.count` where there is no model."""
+
+
 @dataclass
 class PatchReport:
     """Result of `patch_model`; ``str`` gives the lines that are shown.
@@ -78,7 +82,11 @@ class PatchReport:
     bytes_before: int = 0
     bytes_after: int = 0
     check: Check | None = None
-    count: Callable[[], tuple[int, int] | None] = field(default=lambda: None, repr=False)
+    count: Callable[[], tuple[int, int] | None] = field(default=_uncounted, repr=False)
+
+    def __getstate__(self) -> dict[str, object]:
+        """A copy, or a pickle, is of the text: it does not reach the model."""
+        return {**vars(self), "count": _uncounted}
 
     @cached_property
     def dispatches(self) -> tuple[int, int] | None:

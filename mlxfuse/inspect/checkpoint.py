@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections import defaultdict
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         tensors |= _header(path)
     if not tensors:
         raise CheckpointError(f"{folder}: there is no model*.safetensors beside config.json")
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    nested = config.get("text_config")
+    text: dict[str, Any] = nested if isinstance(nested, dict) else config
     types = _types(tensors, config.get("quantization") or {})
     return {
         "file": str(folder),
@@ -48,7 +50,7 @@ def _has_template(folder: Path) -> bool:
     return path.is_file() and "chat_template" in _object(path, path.read_bytes())
 
 
-def render_checkpoint(found: dict[str, Any]) -> str:
+def render_checkpoint(found: Mapping[str, Any]) -> str:
     """For people."""
     lines = [
         f"{one_line(Path(found['file']).name)}: an MLX-LM checkpoint",

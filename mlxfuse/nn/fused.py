@@ -18,6 +18,7 @@ from .kept_graph import Piece
 from .norm import FusedNorm
 from .projection import KernelProjection, Projection
 from .rotation import Rotation
+from .snapshot import of_class
 
 
 @dataclass
@@ -115,6 +116,14 @@ class Run(NamedTuple):
 
 class FusedModule(nn.Module):
     """Base of the fused classes; each is mixed with the original class of its module."""
+
+    _fused: Any
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy or a pickle is of the original class: what is fused is this module's alone."""
+        made: Any = super().__reduce_ex__(protocol)
+        new, kind, state, *rest = of_class(self._fused.original, made)
+        return new, kind, {n: v for n, v in state.items() if n != "_fused"}, *rest
 
     def fusible(self, *pieces: Fused | None, counted: bool = True) -> bool:
         """Whether this call may be fused: kernels have no gradient, and arrays may have changed.

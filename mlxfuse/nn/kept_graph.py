@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..kernels import disabled, fallbacks, launches
+from .snapshot import Snapshot
 
 _Key = tuple[str, int, int, tuple[int, ...]]
 _Graph = tuple[Callable[..., Any], Counter[str]]
@@ -32,19 +33,18 @@ class Piece:
         self, function: Callable[..., Any], children: Iterable[tuple[nn.Module, str]]
     ) -> None:
         self._function = function
-        self._held: list[tuple[Callable[[str], object], str, object]] = []
+        held: list[tuple[Callable[[str], object], str]] = []
         for parent, name in children:
-            self._held.append((parent.get, name, parent[name]))
+            held.append((parent.get, name))
             for module in parent[name].modules():
-                arrays = [(n, a) for n, a in module.items() if isinstance(a, mx.array)]
-                self._held += [(module.get, n, a) for n, a in arrays]
+                held += [(module.get, n) for n, a in module.items() if isinstance(a, mx.array)]
+        self._holds = Snapshot(held).holds
         self._graphs: dict[_Key, _Graph] = {}
         self._builds = 0
 
     def __call__(self, mode: str, *arrays: mx.array) -> Any:
-        for get, name, value in self._held:
-            if get(name) is not value:
-                return self._function(mode, *arrays)
+        if not self._holds():
+            return self._function(mode, *arrays)
         # A self-test that fails later is to be heeded; other shapes may have other launches.
         key = mode, len(disabled), len(arrays), arrays[0].shape
         graph, launched = self._graphs.get(key) or self._keep(key)

@@ -17,6 +17,7 @@ from mlx_lm.models.activations import swiglu, swiglu_oai
 
 from .. import blas
 from ..kernels import assumed
+from ..kernels.weight import type_name
 from .adapters import lora_linear
 
 # Float rows [start, stop) of a matrix, as float32 [stop - start, columns].
@@ -150,17 +151,17 @@ class StreamedEmbedding(nn.Module):
         self._head = StreamedLinear(rows, shape)
         self._rows = rows
         self._shape = shape
-        self._dtype = dtype
+        self._dtype = type_name(dtype)  # an mx.Dtype cannot be copied or pickled
 
     def _extra_repr(self) -> str:
         return f"{self._shape[0]}, {self._shape[1]}, streamed"
 
     def __call__(self, ids: mx.array) -> mx.array:
         if not ids.size:
-            return mx.zeros((*ids.shape, self._shape[1]), self._dtype)
+            return mx.zeros((*ids.shape, self._shape[1]), getattr(mx, self._dtype))
         wanted, place = np.unique(np.asarray(ids), return_inverse=True)
         table = np.concatenate([self._rows(int(i), int(i) + 1) for i in wanted])
-        return mx.array(table).astype(self._dtype)[mx.array(place).reshape(ids.shape)]
+        return mx.array(table).astype(getattr(mx, self._dtype))[mx.array(place).reshape(ids.shape)]
 
     def as_linear(self, x: mx.array) -> mx.array:
         return self._head(x)

@@ -13,13 +13,14 @@ import mlx.nn as nn
 from ..kernels import Prepared, noted, wanted
 from ..kernels.activations import Int8Activations
 from ..kernels.matmul.int8_matmul import int8_matmul, unsupported
-from ..kernels.matmul.product import MAX_BATCH
+from ..kernels.matmul.product import MAX_BATCH, MAX_VECTOR_ROWS
 from ..kernels.matmul.quantized_matmul import prepare, quantized_matmul
 from ..kernels.norm.quantize_int8 import quantize_int8
 from ..kernels.weight import AffineSegment, QuantizedWeight, type_name
 from .experts import QuantizedSwitchLinear
 from .linear import GATED, PLAIN, Linear
 from .quantized import QuantizedLinear
+from .snapshot import Snapshot
 
 ARRAYS = ("weight", "scales", "biases", "bias")
 
@@ -35,26 +36,18 @@ class Projection(ABC):
     give None where the linears have to be called one by one instead.
 
     formats  the type or format of each linear.
+    holds    whether the linears still have the arrays that they had; see `Snapshot`.
     """
 
     def __init__(self, parent: nn.Module, names: Sequence[str], formats: Sequence[str]) -> None:
         self.formats = tuple(formats)
-        self._held: list[tuple[Callable[[str], object], str, object]] = []
+        held: list[tuple[Callable[[str], object], str]] = []
         for linear in [parent[name] for name in names] or [parent]:
             if isinstance(linear, (QuantizedLinear, QuantizedSwitchLinear)):
-                self._held.append((vars(linear).get, "weight", linear.weight))
-            self._held += [(linear.get, a, linear[a]) for a in ARRAYS if a in linear]
-        self._held += [(parent.get, name, parent[name]) for name in names]
-
-    def holds(self) -> bool:
-        """Whether the linears still have the arrays that they had.
-
-        They do not after an update, nor inside a gradient with respect to them.
-        """
-        for get, name, value in self._held:  # noqa: SIM110 (a generator takes three times as long)
-            if get(name) is not value:
-                return False
-        return True
+                held.append((vars(linear).get, "weight"))
+            held += [(linear.get, a) for a in ARRAYS if a in linear]
+        held += [(parent.get, name) for name in names]
+        self.holds = Snapshot(held).holds
 
     @abstractmethod
     def split(self, x: mx.array, mode: str) -> Sequence[mx.array] | None:
@@ -123,7 +116,7 @@ class KernelProjection(Projection):
             "scores": scores,
             "split": split,
         }
-        if mode:
+        if mode and x.size <= MAX_VECTOR_ROWS * x.shape[-1]:  # prompts have lengths of every kind
             free = [a for a in (x, residual, experts, scores) if a is not None]
             key = (mode, activation, split, *[(a.shape, a.dtype) for a in free])
             prepared = self._prepared.get(key)

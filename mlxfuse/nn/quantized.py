@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from ..kernels.matmul.dequantize import dequantize
 from ..kernels.matmul.quantized_matmul import quantized_matmul
-from ..kernels.weight import QuantizedWeight
+from ..kernels.weight import QuantizedWeight, type_name
 from .adapters import lora_linear
 
 
@@ -87,12 +87,12 @@ class QuantizedEmbedding(_Holder):
 
     def __init__(self, weight: QuantizedWeight, dtype: mx.Dtype) -> None:
         super().__init__(weight)
-        self._dtype = dtype
+        self._dtype = type_name(dtype)  # an mx.Dtype cannot be copied or pickled
 
     def __call__(self, ids: mx.array) -> mx.array:
         """ids, integers of any shape -> ``[*ids.shape, K]``."""
         (segment,) = self.weight.segments
-        return dequantize(segment, ids, self._dtype)
+        return dequantize(segment, ids, getattr(mx, self._dtype))
 
     def as_linear(self, x: mx.array) -> mx.array:
         """x ``[..., K]`` -> ``[..., vocabulary]``: a tied output head."""

@@ -11,6 +11,7 @@ import mlx.nn as nn
 
 from ..kernels import Prepared, wanted
 from ..kernels.norm.norm_rope import norm_rope, prepare
+from .snapshot import Snapshot
 
 # Tokens of a call up to which its launch is kept: prompts have lengths of every kind.
 _KEPT = 32
@@ -18,6 +19,8 @@ _KEPT = 32
 
 class Rotation:
     """What an attention's norms and rotary embedding do with q and k.
+
+    holds  whether the modules still have the arrays that they had; see `Snapshot`.
 
     Args:
         parts: the modules that do it, by the names they have in ``parent``.
@@ -32,19 +35,12 @@ class Rotation:
         kv_heads: int,
         options: Mapping[str, Any],
     ) -> None:
-        self._held: list[tuple[Callable[[str], object], str, object]] = []
-        for name, part in parts.items():
-            self._held.append((parent.get, name, part))
-            self._held += [(part.get, n, a) for n, a in part.items() if isinstance(a, mx.array)]
+        held: list[tuple[Callable[[str], object], str]] = [(parent.get, name) for name in parts]
+        for part in parts.values():
+            held += [(part.get, n) for n, a in part.items() if isinstance(a, mx.array)]
+        self.holds = Snapshot(held).holds
         self._options = {"heads": heads, "kv_heads": kv_heads, **options}
         self._prepared: dict[tuple[object, ...], Prepared] = {}
-
-    def holds(self) -> bool:
-        """Whether the modules still have the arrays that they had."""
-        for get, name, value in self._held:  # noqa: SIM110 (a generator takes three times as long)
-            if get(name) is not value:
-                return False
-        return True
 
     def __call__(
         self, queries: mx.array, keys: mx.array | None, offset: int | mx.array, mode: str

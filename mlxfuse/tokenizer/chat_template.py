@@ -1,29 +1,226 @@
 """Chat templates from untrusted files, rendered in jinja's immutable sandbox and within bounds.
 
-The sandbox keeps a template from reaching Python; the bounds (`template_sandbox`) keep it from
-using up memory or time. Otherwise a template sees what transformers gives it: ``tojson``,
-``raise_exception``, ``strftime_now``, ``namespace``, ``{% break %}``, ``{% generation %}``.
+A template sees what transformers gives it. The sandbox keeps it from reaching Python. Loops, calls
+and operators meet a deadline, and operators, numbers that functions are given, and the output meet
+a size; what a filter makes of values within these bounds is not limited further, as in transformers
+and MLX-LM.
 """
 
 from __future__ import annotations
 
+import datetime
 import functools
-from collections.abc import Iterable, Mapping
-from typing import Any
+import json
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any, NoReturn
 
 import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 from ..errors import MLXFuseError, UnsupportedError
-from .template_budget import ACTIVE, DEPTH_LIMIT, Budget
-from .template_sandbox import Bounds, Environment
 
-SOURCE_LIMIT = 128 * 1024  # characters of a template; real ones have up to 30,000
+SECONDS = 1.0
+"""CPU time of one rendering; a second more for every million characters of the conversation."""
+SIZE = 1 << 24
+"""Characters of a value and of the output, and a range's numbers, beyond 16 times the input."""
+
+_BIT = 1000  # how many characters an integer's bit counts as
+_WIDE = re.compile(r"%[^%a-zA-Z]*(\*|\d{5})")
 
 # Failures of the template's own code, as opposed to ours.
-_TEMPLATE_FAILURES = (
+_FAILURES = (
     *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError),
     *(RuntimeError, SyntaxError, TypeError, ValueError, AssertionError),
 )
+
+
+class _Meter:
+    """What one rendering has used of its time and size."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        given = len(repr(values))
+        self._size, self._made = SIZE + 16 * given, 0
+        self._deadline = time.thread_time() + SECONDS + given / 1e6
+
+    def tick(self) -> None:
+        if time.thread_time() > self._deadline:
+            raise UnsupportedError(f"the chat template takes more than {SECONDS} seconds")
+
+    def check(self, size: int) -> None:
+        """Refuse a value of ``size`` characters, items or bits before it is made."""
+        self.tick()
+        if size > self._size:
+            raise UnsupportedError(
+                f"the chat template makes something of more than {self._size} characters"
+            )
+
+    def add(self, size: int) -> None:
+        """As `check`, for what all counts together."""
+        self._made += size
+        self.check(self._made)
+
+
+_METER: ContextVar[_Meter] = ContextVar("chat template meter")
+
+
+def _turns(values: Iterable[Any]) -> Iterator[Any]:
+    """What a loop goes over, with the clock looked at."""
+    for value in values:
+        _METER.get().tick()
+        yield value
+
+
+def _glued(values: list[Any]) -> str:
+    """``a ~ b``."""
+    parts = [str(value) for value in values]
+    _METER.get().check(sum(map(len, parts)))
+    return "".join(parts)
+
+
+def _range(*bounds: int) -> range:
+    numbers = range(*bounds)
+    _METER.get().add(8 * len(numbers))
+    return numbers
+
+
+@jinja2.pass_context  # a context keeps jinja from running it while compiling
+def _output(_: Context, value: Any) -> Any:
+    _METER.get().add(len(str(value)))
+    return value
+
+
+def _widths_checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter whose first argument is a value, and whose others may be widths or counts."""
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        _check_widths(*args[1:], *kwargs.values())
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def _check_widths(*values: Any) -> None:
+    _METER.get().check(max((abs(v) for v in values if isinstance(v, int)), default=0))
+
+
+class _Namespace(Namespace):
+    """jinja's, which cannot be given the attributes of Python's own machinery."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if str(name).startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"a namespace takes no name like {name!r}")
+        super().__setitem__(name, value)
+
+
+class _Generation(Extension):
+    """``{% generation %}`` marks the assistant's part of a chat for training; here it is plain."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), True)).set_lineno(line)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: Any) -> NoReturn:
+    raise MLXFuseError(f"the chat template refuses the conversation: {message}")
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """transformers' environment, which meets the `_Meter` of the rendering in progress."""
+
+    intercepted_binops = frozenset(["+", "*", "%", "**"])
+
+    def __init__(self) -> None:
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            optimized=False,  # nothing runs while compiling
+            finalize=_output,
+            extensions=[_Generation, "jinja2.ext.loopcontrols"],
+        )
+        self.globals |= {
+            "range": _range,
+            "namespace": _Namespace,
+            "raise_exception": _raise_exception,
+            "strftime_now": lambda form: datetime.datetime.now().strftime(form),
+        }
+        del self.globals["lipsum"]  # makes as much as it is asked for
+        self.filters["tojson"] = _tojson
+        for name in ("batch", "center", "indent", "round", "slice", "tojson"):
+            self.filters[name] = _widths_checked(self.filters[name])
+        # Names that a template cannot spell.
+        self.filters |= {"mlxfuse turns": _turns, "mlxfuse glued": _glued}
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree = super()._parse(source, name, filename)
+
+        def filtered(kind: str, node: nodes.Node) -> nodes.Filter:
+            name = f"mlxfuse {kind}"
+            return nodes.Filter(
+                node, name, [], [], None, None, lineno=node.lineno, environment=self
+            )
+
+        for loop in tree.find_all(nodes.For):
+            loop.iter = filtered("turns", loop.iter)
+        for concat in tree.find_all(nodes.Concat):
+            items = nodes.List(concat.nodes, lineno=concat.lineno)
+            concat.nodes = [filtered("glued", items)]
+        return tree
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        _METER.get().tick()
+        if isinstance(getattr(__obj, "__self__", None), str):
+            _check_widths(*args, *kwargs.values())
+        return super().call(__context, __obj, *args, **kwargs)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        meter = _METER.get()
+        meter.tick()
+        if operator == "*" and not isinstance(left, int):
+            left, right = right, left
+        match operator, left, right:
+            case "+", (str() | list() | tuple()), (str() | list() | tuple()):
+                meter.check(len(left) + len(right))
+            case "*", int(), (str() | list() | tuple()):
+                meter.add(left * len(right))
+            case (("+" | "*"), int(), int()):
+                meter.check(_BIT * (left.bit_length() + right.bit_length()))
+            case "**", int(), int():
+                meter.check(_BIT * left.bit_length() * abs(right))
+            case "%", str(), _ if _WIDE.search(left):
+                raise UnsupportedError("the chat template formats with a width beyond 9999")
+        return super().call_binop(context, operator, left, right)
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(source: str) -> jinja2.Template:
+    """Raises UnsupportedError if ``source`` is malformed."""
+    try:
+        return _Environment().from_string(source)
+    except _FAILURES as error:
+        raise UnsupportedError(f"the chat template is malformed: {_describe(error)}") from error
 
 
 def render(
@@ -52,45 +249,32 @@ def render(
             limit of this module.
         MLXFuseError: the template itself refuses the conversation (``raise_exception``).
     """
-    chat = [_with_reasoning({k: v for k, v in m.items() if v is not None}) for m in messages]
-    if continue_final_message:
-        chat = _mark_end(chat)
-    values = {
-        "messages": _plain(chat),
-        "tools": _plain(tools),
-        "documents": _plain(documents),
-        "add_generation_prompt": add_generation_prompt,
-        **{name: _plain(value) for name, value in variables.items()},
-    }
-    code = compile_template(template)
-    token = ACTIVE.set(Budget(values))
+    code = _compiled(template)
+    given = {"messages": list(messages), "tools": tools, "documents": documents, **variables}
     try:
-        text = code.render(values)
+        values = {name: _plain(value) for name, value in given.items()}
+        chat = [_with_reasoning(message) for message in values["messages"]]
+        values["messages"] = _mark_end(chat) if continue_final_message else chat
+        values["add_generation_prompt"] = add_generation_prompt
+        text = _rendered(code, values)
     except MLXFuseError:
         raise
-    except _TEMPLATE_FAILURES as error:
+    except _FAILURES as error:
         raise UnsupportedError(f"the chat template fails: {_describe(error)}") from error
-    finally:
-        ACTIVE.reset(token)
     return _cut_end(text) if continue_final_message else text
 
 
-@functools.lru_cache(maxsize=16)
-def compile_template(source: str) -> jinja2.Template:
-    """``source`` with the bounds put in; raises UnsupportedError if it is malformed."""
-    if len(source) > SOURCE_LIMIT:
-        raise UnsupportedError(
-            f"the chat template has {len(source)} characters; at most {SOURCE_LIMIT} are supported"
-        )
-    environment = Environment()
+def _rendered(code: jinja2.Template, values: Mapping[str, Any]) -> str:
+    meter = _Meter(values)
+    token = _METER.set(meter)
     try:
-        tree = Bounds().visit(environment.parse(source))
-        code = environment.compile(tree, name="chat template")
-        return jinja2.Template.from_code(environment, code, environment.make_globals(None))
-    except MLXFuseError:
-        raise
-    except _TEMPLATE_FAILURES as error:
-        raise UnsupportedError(f"the chat template is malformed: {_describe(error)}") from error
+        pieces = []
+        for piece in code.generate(values):
+            meter.add(len(piece))
+            pieces.append(piece)
+        return "".join(pieces)
+    finally:
+        _METER.reset(token)
 
 
 def _describe(error: BaseException) -> str:
@@ -102,31 +286,32 @@ def _describe(error: BaseException) -> str:
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    """Templates read a model's reasoning under one of two names; servers send it under three."""
+    """A message without what is None, and with a model's reasoning under both names that templates
+    read; servers send it under three."""
+    message = {name: value for name, value in message.items() if value is not None}
     names = ("reasoning_content", "thinking", "reasoning")
     text = next((message[name] for name in names if name in message), None)
     return message if text is None else {"thinking": text, **message, "reasoning_content": text}
 
 
-def _plain(value: Any, depth: int = 0) -> Any:
+def _plain(value: Any) -> Any:
     """``value`` out of plain JSON types, so that only their methods are within reach."""
-    if depth > DEPTH_LIMIT:
-        raise MLXFuseError(f"the conversation nests values more than {DEPTH_LIMIT} deep")
-    if value is None or isinstance(value, bool):
-        return value
-    # A subclass has methods of its own: enumerations, markup, numpy's scalars.
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, int):
-        return int.__int__(value)
-    if isinstance(value, float):
-        return float.__float__(value)
-    if isinstance(value, Mapping):
-        return {_plain(k, depth + 1): _plain(v, depth + 1) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part, depth + 1) for part in value]
+    match value:
+        # A subclass has methods of its own: enumerations, markup, numpy's scalars.
+        case None | bool():
+            return value
+        case str():
+            return str.__str__(value)
+        case int():
+            return int.__int__(value)
+        case float():
+            return float.__float__(value)
+        case Mapping():
+            return {_plain(key): _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return (list if isinstance(value, list) else tuple)(_plain(item) for item in value)
     dump = getattr(value, "model_dump", None)  # pydantic
-    return _plain(dump(), depth + 1) if callable(dump) else f"<{type(value).__name__}>"
+    return _plain(dump()) if callable(dump) else f"<{type(value).__name__}>"
 
 
 # Ends with a space: a template that trims takes it away, and would have trimmed the message.

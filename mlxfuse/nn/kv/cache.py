@@ -391,6 +391,8 @@ def _of_heads(mask: Mask, heads: slice) -> Mask:
 def _write(into: mx.array | None, rows: mx.array, start: int, capacity: int) -> mx.array:
     if into is None:
         into = mx.zeros((*rows.shape[:2], capacity, rows.shape[3]), rows.dtype)
+    if rows.shape[2] == capacity:  # MLX would keep a view of all that rows are a part of
+        return mx.concatenate([rows, into[:, :, :0]], axis=2)
     into[:, :, start : start + rows.shape[2]] = rows
     return into
 

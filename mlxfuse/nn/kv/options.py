@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import mlx.nn as nn
@@ -144,6 +145,21 @@ def plain_caches(model: nn.Module) -> list[Any]:
     return made
 
 
+@dataclass(frozen=True)
+class _CompressedCaches:
+    """What makes a model's compressed caches; in a copy of the model, its own ones."""
+
+    model: nn.Module
+    options: KVOptions
+    start: int
+
+    def __call__(self) -> list[Any]:
+        return compressed(plain_caches(self.model), self.options, self.start)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial, (plain_caches, self.model)
+
+
 def compress_caches(
     model: nn.Module, options: KVOptions, start: int = 0, *, force: bool = False
 ) -> None:
@@ -159,7 +175,7 @@ def compress_caches(
         UnsupportedError: the model cannot do with them; see `check_model`.
     """
     check_model(model, options, force=force)
-    model.make_cache = lambda: compressed(plain_caches(model), options, start)
+    model.make_cache = _CompressedCaches(model, options, start)
 
 
 def describe(caches: Sequence[Any]) -> str | None:
