@@ -208,14 +208,11 @@ def launch(call: Call[X], tile: Tile, x: dict[str, mx.array]) -> Launch:
         bound, arrays = bind(segment, str(i))
         held |= arrays
         bounds.append(bound)
-    optional = {
-        **{"bias": call.bias, "residual": call.residual},
-        **{"experts": call.experts, "scores": call.scores},
-    }
+    optional = {"bias": call.bias, "residual": call.residual, "scores": call.scores}
+    optional["experts"] = None if tile.sorted else call.experts
     given: dict[str, mx.array] = {n: a for n, a in optional.items() if a is not None}
     down = -(-call.rows // tile.many)
     if tile.sorted:  # at most one tile of each expert is not full
-        del given["experts"]
         down = call.rows // tile.many + min(weight.experts or 1, call.rows)
     program = _program(
         tile,
