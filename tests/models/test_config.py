@@ -261,7 +261,7 @@ BAD_KEYS: list[tuple[str, dict[str, object], type[Exception], str]] = [
         "yarn with rope_freqs",
     ),
     ("llama", {"attention__value_length": 8}, UnsupportedError, "values (8)"),
-    ("llama", {"expert_count": 8}, UnsupportedError, "mixture-of-experts"),
+    ("qwen3", {"expert_count": 8}, UnsupportedError, "mixture-of-experts"),
     ("qwen3moe", {"expert_count": None}, GGUFError, "qwen3moe.expert_count"),
     ("qwen3moe", {"expert_count": 0}, GGUFError, "positive"),
     ("qwen3moe", {"expert_used_count": 0}, GGUFError, "positive"),
