@@ -71,7 +71,6 @@ CASES = {
             **{f"{name}.scale": (1,) for name in (*QKV, "attn_output", *MLP)},
             "attn_q.input_scale": (1,),
         },
-        outside={"output.scale": (1,)},
     ),
     "qwen3moe-scales": Case(
         "qwen3moe",
