@@ -26,18 +26,18 @@ struct None {
 };
 
 // What each row's sum is multiplied by: 1, or a number for each row of the streams.
-struct Unscaled {
-  METAL_FUNC float of(uint) const {
-    return 1.0f;
-  }
-};
+struct Unscaled {};
 template <typename P>
 struct Factors {
   P values;
-  METAL_FUNC float of(uint row) const {
-    return values[row];
-  }
 };
+METAL_FUNC float factor(Unscaled, uint) {
+  return 1.0f;
+}
+template <typename P>
+METAL_FUNC float factor(Factors<P> factors, uint row) {
+  return factors.values[row];
+}
 METAL_FUNC Unscaled factors() {
   return Unscaled{};
 }
@@ -72,7 +72,7 @@ METAL_FUNC Output<A, biased, added, T, B, R, M, N> output(
 // Sum v of row n of a part, times the row's factor, with its bias.
 template <typename Y, typename M>
 METAL_FUNC float shifted(Y y, Part part, M factors, float v, uint n) {
-  v *= factors.of(part.first + n);
+  v *= factor(factors, part.first + n);
   return Y::biased ? v + float(y.bias[part.bias + n]) : v;
 }
 
