@@ -18,8 +18,9 @@ from ..nn.experts import QuantizedSwitchLinear, StreamedSwitchLinear, SwitchLine
 from ..nn.linear import Embedding, Linear, StreamedEmbedding, StreamedLinear
 from ..nn.quantized import Place, QuantizedEmbedding, QuantizedLinear
 from ..nn.rope import FrequencyRoPE, NoRoPE
-from .plan import Group, Plan, RowSource, WeightPlan, groups
+from .plan import Group, Plan, WeightPlan, groups
 from .rope import Rope
+from .rows import RowSource
 from .streams import POOL, Account, StreamLoader, part_of
 from .table import Config
 
@@ -167,11 +168,12 @@ class FileRows:
 
     def __init__(self, file: GGUFFile, sources: tuple[RowSource, ...], *, mapped: bool) -> None:
         self._parts = [(s, s.bytes(file, mapped=mapped), s.order()) for s in sources]
+        self._factors = [s.factors(file) for s in sources]
 
     def __call__(self, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) of the model's weight, float32 [stop - start, columns]."""
         found = []
-        for source, data, order in self._parts:
+        for (source, data, order), factors in zip(self._parts, self._factors, strict=True):
             rows = slice(max(0, start), max(0, min(stop, len(data))))
             start, stop = start - len(data), stop - len(data)
             if rows.start < rows.stop:
@@ -179,6 +181,8 @@ class FileRows:
                 picked = data[rows] if order is None else data[order[rows]]
                 shape = (len(picked), *source.shape[1:][-1:])
                 found.append(dequantize(picked, source.format, shape, pool=POOL))
+                if factors is not None:
+                    found[-1] *= factors[rows]
         return found[0] if len(found) == 1 else np.concatenate(found)
 
 
