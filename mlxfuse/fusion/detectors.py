@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..nn.attention import AttentionForm, FusedAttention, FusedSharedAttention
+from ..nn.block import FusedBlock
 from ..nn.delta_net import DeltaNetForm, FusedDeltaNet
 from ..nn.embedding import EmbeddingForm, FusedEmbedding
 from ..nn.fused import Form, FusedModule, adopt, release
@@ -27,7 +28,8 @@ from ..nn.join_linears import (
     single,
 )
 from ..nn.linear import PLAIN
-from ..nn.mlp import FusedBlock, FusedExperts, FusedMLP, FusedMoE, MLPForm, MoEForm
+from ..nn.mlp import FusedMLP, MLPForm
+from ..nn.moe import FusedExperts, FusedMoE, MoEForm
 from ..nn.norm import FusedNorm
 from ..nn.projection import Projection
 from .candidates import Candidate, Skip, Tree, register_detector

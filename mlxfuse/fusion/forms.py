@@ -9,7 +9,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..nn.attention import AttentionForm
-from ..nn.mlp import BlockForm, ExpertsForm, MLPForm
+from ..nn.block import BlockForm
+from ..nn.mlp import MLPForm
+from ..nn.moe import ExpertsForm
 from ..nn.rope import FrequencyRoPE
 from ..nn.rotation import Rotation
 from .certify import Match, certify

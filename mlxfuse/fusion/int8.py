@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 import mlx.nn as nn
 
 from ..nn.attention import FusedAttention
+from ..nn.block import BlockForm, FusedBlock
 from ..nn.delta_net import FusedDeltaNet
-from ..nn.fused import FusedModule
+from ..nn.fused import FusedModule, adopt, release
 from ..nn.join_linears import single
-from ..nn.mlp import BlockForm, FusedBlock, FusedExperts, FusedMLP
+from ..nn.mlp import FusedMLP
+from ..nn.moe import FusedExperts, FusedMoE, MoEForm
 from ..nn.norm import FusedNorm
 from ..nn.projection import Projection, no_integers
 from .candidates import Candidate, Skip, Tree
@@ -52,7 +54,10 @@ def _readers(path: str, module: nn.Module) -> dict[str, FusedMLP | FusedExperts]
 
 
 def _norm(
-    block: nn.Module, path: str, name: str, found: list[Projection | None]
+    block: nn.Module,
+    path: str,
+    name: str,
+    found: list[Projection | None],
 ) -> Candidate | Skip:
     """One norm, with what may read it besides those that need floats."""
     place, options = f"{path}.{name}", norm_options(block[name])
@@ -63,10 +68,15 @@ def _norm(
         return Skip(NAME, place, reasons[0] or "")
     held, norm = block._fused.int8, FusedNorm(block, name, **options)
 
+    def emit() -> None:
+        held[name] = norm
+        _hand_down(block)
+
     def undo() -> None:
         held.pop(name, None)
+        _take_back(block)
 
-    return _candidate(place, lambda: held.update({name: norm}), undo)
+    return _candidate(place, emit, undo)
 
 
 def _linear(
@@ -81,14 +91,33 @@ def _linear(
 
     def emit() -> None:
         setattr(form, piece, linear)
-        form.int8, held[name] = True, None
+        form.rounds, held[name] = True, None
+        _hand_down(block)
 
     def undo() -> None:
         setattr(form, piece, before)
-        form.int8 = False
+        form.rounds = False
         held.pop(name, None)
+        _take_back(block)
 
     return _candidate(f"{path}.{name}", emit, undo)
+
+
+def _hand_down(block: nn.Module) -> None:
+    """Let a block of experts hand the codes of its input down to those that read them."""
+    path = block._fused.mlp
+    mlp = block[path]
+    names = tuple(name.removeprefix(f"{path}.") for name in _readers(path, mlp) if name != path)
+    if names:
+        body = type(mlp).__call__
+        adopt(mlp, FusedMoE, MoEForm(type(mlp), "", body)).readers = names
+
+
+def _take_back(block: nn.Module) -> None:
+    mlp = block[block._fused.mlp]
+    if isinstance(mlp, FusedMoE) and not block._fused.int8:
+        mlp._fused.readers = ()
+        release(mlp)
 
 
 def _candidate(path: str, emit: Callable[[], None], undo: Callable[[], None]) -> Candidate:
