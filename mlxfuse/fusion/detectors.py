@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from ..errors import NotFusible
 from ..nn.attention import AttentionForm, FusedAttention, FusedSharedAttention
+from ..nn.block import BlockForm, FusedBlock
 from ..nn.delta_net import DeltaNetForm, FusedDeltaNet
 from ..nn.embedding import EmbeddingForm, FusedEmbedding
 from ..nn.join_linears import (
@@ -27,7 +28,7 @@ from ..nn.join_linears import (
     single,
 )
 from ..nn.linear import PLAIN
-from ..nn.mlp import BlockForm, FusedBlock, FusedMLP, MLPForm
+from ..nn.mlp import FusedMLP, MLPForm
 from ..nn.moe import ExpertsForm, FusedExperts, FusedMoE, FusedWeightedExperts, MoEForm
 from ..nn.norm import FusedNorm
 from ..nn.projection import Projection

@@ -10,8 +10,9 @@ import mlx.nn as nn
 
 from ..errors import NotFusible
 from ..nn.attention import AttentionForm
+from ..nn.block import BlockForm
 from ..nn.join_linears import describe
-from ..nn.mlp import BlockForm, MLPForm
+from ..nn.mlp import MLPForm
 from ..nn.moe import ExpertsForm
 from ..nn.rope import FrequencyRoPE
 from ..nn.rotation import Rotation

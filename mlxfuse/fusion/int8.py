@@ -9,11 +9,12 @@ import mlx.nn as nn
 
 from ..errors import NotFusible
 from ..nn.attention import FusedAttention
+from ..nn.block import BlockForm, FusedBlock
 from ..nn.delta_net import FusedDeltaNet
-from ..nn.fused import FusedModule
+from ..nn.fused import FusedModule, adopt, release
 from ..nn.join_linears import single
-from ..nn.mlp import BlockForm, FusedBlock, FusedMLP
-from ..nn.moe import FusedExperts
+from ..nn.mlp import FusedMLP
+from ..nn.moe import FusedExperts, FusedMoE, MoEForm
 from ..nn.norm import FusedNorm
 from ..nn.projection import Projection, no_integers
 from .candidates import Candidate, Skip, Tree
@@ -78,10 +79,15 @@ def _norm(block: nn.Module, name: str, found: list[Projection | None], _: str) -
     if None not in reasons:
         raise NotFusible(reasons[0] or "")
 
+    def emit() -> None:
+        held[name] = norm
+        _hand_down(block)
+
     def undo() -> None:
         held.pop(name, None)
+        _take_back(block)
 
-    return lambda: held.update({name: norm}), undo
+    return emit, undo
 
 
 def _linear(block: nn.Module, module: FusedAttention | FusedMLP, piece: str, path: str) -> _Change:
@@ -94,11 +100,29 @@ def _linear(block: nn.Module, module: FusedAttention | FusedMLP, piece: str, pat
 
     def emit() -> None:
         setattr(form, piece, linear)
-        form.int8, held[path] = True, None
+        form.rounds, held[path] = True, None
+        _hand_down(block)
 
     def undo() -> None:
         setattr(form, piece, before)
-        form.int8 = False
+        form.rounds = False
         held.pop(path, None)
+        _take_back(block)
 
     return emit, undo
+
+
+def _hand_down(block: nn.Module) -> None:
+    """Let a block of experts hand the codes of its input down to those that read them."""
+    path = block._fused.mlp
+    mlp = block[path]
+    names = tuple(name.removeprefix(f"{path}.") for name in _readers(path, mlp) if name != path)
+    if names:
+        adopt(mlp, FusedMoE, MoEForm(type(mlp), "")).readers = names
+
+
+def _take_back(block: nn.Module) -> None:
+    mlp = block[block._fused.mlp]
+    if isinstance(mlp, FusedMoE) and not block._fused.int8:
+        mlp._fused.readers = ()
+        release(mlp)

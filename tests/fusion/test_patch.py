@@ -16,7 +16,8 @@ from mlxfuse.kernels import fallbacks, launches, unavailable
 from mlxfuse.kernels.weight import QuantizedWeight
 from mlxfuse.loader import load
 from mlxfuse.nn.attention import FusedAttention
-from mlxfuse.nn.mlp import FusedBlock, FusedMLP
+from mlxfuse.nn.block import FusedBlock
+from mlxfuse.nn.mlp import FusedMLP
 from mlxfuse.nn.quantized import QuantizedLinear
 from tests import msl
 from tests.fusion import stock
