@@ -58,6 +58,12 @@ class ExportError(MLXFuseError, ValueError):
     exit_code = 4
 
 
+class CheckpointError(MLXFuseError, ValueError):
+    """An MLX-LM checkpoint that is incomplete or malformed."""
+
+    exit_code = 4
+
+
 class GrammarError(MLXFuseError, ValueError):
     """A JSON schema or grammar that is malformed, or that no answer can follow."""
 
