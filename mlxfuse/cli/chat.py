@@ -56,13 +56,16 @@ def chat_command(
     cache: opt.BoundedCache,
     sampling: Answers,
     out: opt.Output,
+    prompt_lookup: text_opt.PromptLookup = False,
+    num_draft_tokens: text_opt.NumDraftTokens = None,
 ) -> None:
     """Talk with a model. Where stdin is no terminal, each line of it is a message.
 
     --json prints one object for each answer.
     """
     load.check()
-    given = {**prompt.settings(), **cache.settings(), **sampling.given()}
+    drafting = text_opt.lookup_settings(prompt_lookup, num_draft_tokens)
+    given = {**prompt.settings(), **cache.settings(), **sampling.given(), **drafting}
     path = model.fetch()
     stdout, interactive = sys.stdout, sys.stdin.isatty() and sys.stdout.isatty()
     with redirect_stdout(sys.stderr), status_line(True) as say:

@@ -80,7 +80,7 @@ def terminal(tmp_path):
 def test_a_conversation(terminal, tmp_path):
     saved = tmp_path / "talk.json"
     screen = terminal()
-    screen.wait(">>> ")
+    screen.wait(">>>")
     screen.paste(PASTE)
     screen.wait("fourth line")
     screen.tmux("send-keys", "Enter")
@@ -101,7 +101,7 @@ def test_a_conversation(terminal, tmp_path):
     screen.tmux("kill-server")
 
     again = terminal()
-    again.wait(">>> ")
+    again.wait(">>>")
     again.tmux("send-keys", "Up", "Up", "Up", "Up", "C-e")
     again.wait("and now?")  # of the session before
     again.tmux("send-keys", "C-c")
@@ -120,7 +120,7 @@ def test_a_conversation(terminal, tmp_path):
 def test_a_full_context_is_told(terminal):
     """The model was made for 256 tokens, and the vocabulary has a token a byte."""
     screen = terminal()
-    screen.wait(">>> ")
+    screen.wait(">>>")
     for word in ("a", "b", "c"):
         screen.type(word * 60)
     screen.wait("% of 256 tokens")
