@@ -114,9 +114,9 @@ class Fusing:
     """In which type a model computes, and what of it is fused."""
 
     dtype: Type = None
-    fuse: Annotated[
-        str, of_model("What to fuse: auto, all, off, or names (README).", metavar="NAMES")
-    ] = "auto"
+    fuse: Annotated[str, of_model("What to fuse: auto, all, off, or names.", metavar="NAMES")] = (
+        "auto"
+    )
 
     def check(self) -> None:
         """Refuse fusions without a meaning, before a model is downloaded for them."""
@@ -171,8 +171,8 @@ class Compression:
     kv_bits: Annotated[
         str | None,
         of_cache(
-            "Compress it: 8 or 4 bits, or keys and values apart: k8v4 (advised), k16v8; 4-bit keys "
-            "cost some models much.",
+            "Compress it: 8 or 4 bits, or apart as in k8v4 (advised) and k16v8; 4-bit keys cost "
+            "some models much.",
             metavar="BITS",
         ),
     ] = None

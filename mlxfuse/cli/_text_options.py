@@ -118,7 +118,7 @@ class Sampling:
     ] = None
     stop: Annotated[
         list[str] | None,
-        of_sampling("End the answer before this text (may be repeated).", metavar="TEXT"),
+        of_sampling("End before this text (may be repeated).", metavar="TEXT"),
     ] = None
     extra_eos_token: Annotated[
         list[str] | None,

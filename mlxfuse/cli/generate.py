@@ -28,7 +28,7 @@ class Drafting:
 
     draft_model: Annotated[
         str | None,
-        opt.of_model("A smaller model with the same vocabulary drafts tokens.", metavar="MODEL"),
+        opt.of_model("A smaller model of the same vocabulary, to draft.", metavar="MODEL"),
     ] = None
     prompt_lookup: text_opt.PromptLookup = False
     num_draft_tokens: text_opt.NumDraftTokens = None
