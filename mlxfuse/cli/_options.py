@@ -171,8 +171,7 @@ class Compression:
     kv_bits: Annotated[
         str | None,
         of_cache(
-            "Compress it: 8 or 4 bits, or apart as in k8v4 (advised) and k16v8; 4-bit keys cost "
-            "some models much.",
+            "Compress it: 8 or 4 bits, or keys and values apart, as k8v4 (advised) or k16v8.",
             metavar="BITS",
         ),
     ] = None

@@ -61,7 +61,7 @@ class Message(text_opt.Prompt):
     prompt: Annotated[
         str | None,
         opt.of_text(
-            "The message; - reads it from stdin; \\n is a new line.",
+            "The message; -: from stdin; \\n is a new line.",
             "--prompt",
             "-p",
             metavar="TEXT",
