@@ -253,11 +253,8 @@ def _from_cache(ref: Ref) -> Path:
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        repos = [
-            r
-            for r in scan_cache_dir(constants.HF_HUB_CACHE).repos
-            if (r.repo_type, r.repo_id) == ("model", ref.repo)
-        ]
+        cached = scan_cache_dir(constants.HF_HUB_CACHE).repos
+        repos = [r for r in cached if (r.repo_type, r.repo_id) == ("model", ref.repo)]
     except CacheNotFound:
         repos = []
     snapshots = [s for repo in repos for s in repo.revisions]
