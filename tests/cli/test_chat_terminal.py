@@ -1,5 +1,6 @@
 """`mlxfuse chat` in a real terminal, which tmux is: pastes, history, resizing, saving, loading."""
 
+import itertools
 import json
 import os
 import shlex
@@ -21,11 +22,14 @@ TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
 PASTE = "first line\nsecond line\n\nfourth line"
 
 
+_COUNT = itertools.count()
+
+
 class Terminal:
     """A tmux server of its own with one window."""
 
     def __init__(self, folder: Path, command: list[str]):
-        self.name, self.folder = f"mlxfuse-{os.getpid()}-{folder.name}", folder
+        self.name, self.folder = f"mlxfuse-{os.getpid()}-{next(_COUNT)}", folder
         environment = {
             "PYTHONPATH": REPOSITORY,
             "MLXFUSE_CACHE": folder / "cache",
@@ -98,7 +102,6 @@ def test_a_conversation(terminal, tmp_path):
     assert messages[0] == {"role": "system", "content": "be brief"}
     screen.type("/bye")
     screen.wait("ended")
-    screen.tmux("kill-server")
 
     again = terminal()
     again.wait(">>>")
