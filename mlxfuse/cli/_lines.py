@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from prompt_toolkit import PromptSession
@@ -21,6 +22,8 @@ class Lines:
     """
 
     def __init__(self) -> None:
+        # Nothing here needs to know where the cursor is, and some terminals do not tell.
+        os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")
         self._session: PromptSession[str] = PromptSession(
             history=_history(),
             multiline=True,

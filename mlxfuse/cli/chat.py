@@ -131,7 +131,7 @@ class _Talk:
         try:
             doing(rest)
         except (MLXFuseError, OSError) as error:
-            if self._as_json:
+            if self._as_json or isinstance(error, BrokenPipeError):
                 raise
             fail(str(error))
         return True
