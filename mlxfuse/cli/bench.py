@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import MLXFuseError
-from ..files import write_text
+from ..files import write_bytes, write_text
 from ..process import fail
 from ..terminal import one_line
 from . import _options as opt
@@ -141,7 +141,7 @@ class Written(opt.Output):
         opt.of_output("Also write the result to this file, as JSON.", metavar="FILE"),
     ] = None
     plot: Annotated[
-        Path | None, opt.of_output("Also draw the result in this SVG file.", metavar="FILE")
+        Path | None, opt.of_output("Also draw the result: .svg or .png.", metavar="FILE")
     ] = None
 
 
@@ -234,6 +234,10 @@ def bench_command(
     cache = replace(cache, kv_bits=llama.kv_bits(cache.kv_bits))
     for note in llama.notes():
         fail(note)
+    if out.plot is not None:
+        from ..bench.plot import check
+
+        check(out.plot)
     if model.ref is not None and model.ref.endswith(".json"):
         _redraw(Path(model.ref), out.plot)
         return
@@ -320,4 +324,4 @@ def _redraw(report: Path, plot: Path | None) -> None:
 def _draw(found: dict[str, Any], plot: Path) -> None:
     from ..bench.plot import draw
 
-    write_text(plot, draw(found), 0o644)
+    write_bytes(plot, draw(found, plot.suffix.lower()), 0o644)
