@@ -189,7 +189,7 @@ def simd_groups(weight: QuantizedWeight) -> int:
 
 
 def batches(rows: int) -> int:
-    """Rows of x at a time: 2, 4 or `MAX_BATCH`, so that a weight has three programs for them all."""
+    """Rows of x at a time: 1, 2, 4 or `MAX_BATCH`, so that a weight has few programs for all."""
     return next(n for n in (1, 2, 4, MAX_BATCH) if n >= min(rows, MAX_BATCH))
 
 
