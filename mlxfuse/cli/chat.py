@@ -250,6 +250,8 @@ def _typed(chat: Chat) -> Iterator[str]:
             print("Ctrl-C again, Ctrl-D or /bye to leave", file=sys.stderr)
             continue
         interrupts = 0
+        if text.strip() in ("exit", "quit"):  # as in other programs, and no message to a model
+            return
         yield text
 
 
