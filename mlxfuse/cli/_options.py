@@ -199,6 +199,15 @@ class Compression:
             rare=True,
         ),
     ] = True
+    kv_layers: Annotated[
+        str,
+        of_cache(
+            "Compress that of all layers, or of the full ones only: those with a sliding window "
+            "stay plain.",
+            metavar="all|full",
+            rare=True,
+        ),
+    ] = "all"
     kv_force: Annotated[
         bool,
         of_cache("Compress keys of models that are known to suffer from it.", rare=True),
@@ -212,7 +221,7 @@ class Compression:
         from ..nn.kv.options import KVOptions
 
         try:
-            return KVOptions.parse(self.kv_bits, self.kv_group_size, self.kv_rotate)
+            return KVOptions.parse(self.kv_bits, self.kv_group_size, self.kv_rotate, self.kv_layers)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
 
