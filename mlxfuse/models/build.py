@@ -62,7 +62,11 @@ def build(
         setattr(parent, name, mx.array(value))
     left = memory.available() // 2 if budget is None else budget
     loader = StreamLoader(file, account)
-    for group in groups(weights):
+    in_order = list(groups(weights))
+    sizes = [sum(math.prod(w.shape) for w in group.weights) for group in in_order]
+    for i, group in enumerate(in_order):
+        if account.progress is not None:
+            account.progress(sum(sizes[:i]) / sum(sizes))
         if quantized and group.has_kernel:
             _place_quantized(loader, model, group, dtype)
             continue
