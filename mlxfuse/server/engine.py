@@ -18,8 +18,9 @@ from mlx_lm.models.cache import KVCache, LRUPromptCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..nn.kv.cache import CompressedKVCache
+from ..text.sampling import Sampling
 from .one_by_one import OneByOne
-from .sampling import Sampler, Sampling, finite, make_sampler
+from .sampling import Sampler, finite, make_sampler
 from .text import Piece, StreamedText, Token
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class Job:
 
     prompt      token ids within the vocabulary, at least one.
     max_tokens  at least 1.
+    sampling    how tokens are chosen, but for its penalties, stops and seed.
     seed        as for `make_sampler`.
     processors  MLX-LM's logits processors, of this job only.
     stops       strings before which the answer ends.
@@ -113,7 +115,9 @@ class Engine:
         self._ends = StopSequences([(token,) for token in tokenizer.eos_token_ids])
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._jobs: dict[int, Job] = {}
-        self._samplers: dict[Sampling, Sampler] = {}
+        self._samplers: dict[tuple[float, ...], Sampler] = {}
+        newline = tokenizer.encode("\n", add_special_tokens=False)
+        self._protected = [*newline, *sorted(tokenizer.eos_token_ids)]
         self._cache = self._new_cache()
         self._closing = False
         self.failure: Exception | None = None
@@ -269,12 +273,15 @@ class Engine:
         self._cache.trim_to(n_bytes=left)
 
     def _sampler(self, job: Job) -> Sampler:
-        # Jobs that share a sampler are sampled in one call.
+        made = make_sampler(job.sampling, self._protected, job.seed)
         if job.seed is not None:
-            return make_sampler(job.sampling, job.seed)
+            return made
+        # Jobs that share a sampler are sampled in one call.
         if len(self._samplers) > 64:
             self._samplers.clear()
-        return self._samplers.setdefault(job.sampling, make_sampler(job.sampling))
+        s = job.sampling
+        key = (s.temp, s.top_p, s.top_k, s.min_p, s.min_tokens_to_keep)
+        return self._samplers.setdefault((*key, s.xtc_probability, s.xtc_threshold), made)
 
     def _keep_boundary(self, batch: Any, uid: int) -> None:
         boundaries = self._jobs[uid].boundaries

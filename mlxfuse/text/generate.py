@@ -256,7 +256,7 @@ def run(
             tokens.append(int(last.token))
         give(parts.feed(stops.feed(last.text)))
         reason = last.finish_reason or reason
-        if stops.found:
+        if stops.found is not None:
             reason = "stop"
             break
         if stop is not None and stop():
