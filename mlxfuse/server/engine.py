@@ -6,6 +6,7 @@ import itertools
 import logging
 import queue
 import random
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from mlx_lm.generate import BatchGenerator, StopSequences
 from mlx_lm.models.cache import KVCache, LRUPromptCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..memory import budget
 from ..nn.kv.cache import CompressedKVCache
 from ..text.sampling import Sampling
 from .one_by_one import OneByOne
@@ -314,6 +316,13 @@ class Engine:
         if text or tokens or finish or job.count == 1:
             job.deliver(Piece(text, tokens, finish, stop, job.count, job.cached))
         return finish is not None
+
+
+def memory_left() -> int:
+    """Bytes that the model leaves of what this machine has for it and its caches."""
+    # Elsewhere what MLX holds is not available, so it is counted already.
+    held = mx.get_active_memory() if sys.platform == "darwin" else 0
+    return max(0, budget() - held)
 
 
 def _guarded(job: Job, processor: Any) -> Any:
