@@ -82,6 +82,12 @@ class PatchError(MLXFuseError):
     exit_code = 3
 
 
+class FusionNameError(MLXFuseError, ValueError):
+    """``fuse`` or ``MLXFUSE_DISABLE`` names no fusion."""
+
+    exit_code = 2
+
+
 class NotFusible(Exception):
     """Why a place of a model is not fused; `patch_model` catches it and reports the reason."""
 

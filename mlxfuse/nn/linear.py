@@ -16,7 +16,7 @@ import numpy as np
 from mlx_lm.models.activations import swiglu, swiglu_oai
 
 from .. import blas
-from ..kernels import assumed
+from ..kernels import backend
 from ..kernels.weight import type_name
 from .adapters import lora_linear
 
@@ -58,7 +58,7 @@ def matmul(x: mx.array, weight: mx.array) -> mx.array:
         and x.size > 0
         and mx.default_device() == mx.cpu
         and blas.numpy_is_faster()
-        and not assumed()
+        and backend().values
     )
     if fast:
         try:
