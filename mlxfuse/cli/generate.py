@@ -72,7 +72,7 @@ class Message(text_opt.Prompt):
     ] = None
     json_schema: Annotated[
         Path | None,
-        opt.of_text("Answer with JSON of the schema in this file.", metavar="FILE"),
+        opt.of_text("JSON of the schema in this file.", metavar="FILE", rare=True),
     ] = None
     ignore_chat_template: Annotated[
         bool, opt.of_text("Continue the prompt as raw text.", "--ignore-chat-template")

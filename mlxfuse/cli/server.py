@@ -48,12 +48,10 @@ class Listening:
     """Where the server listens, and to whom."""
 
     host: Annotated[str, of_server("Address to listen on.", "ADDRESS")] = "127.0.0.1"
-    port: Annotated[
-        int, of_server("Port to listen on; 0: any free one.", "PORT", min=0, max=65535)
-    ] = 8080
+    port: Annotated[int, of_server("Its port; 0: any free one.", "PORT", min=0, max=65535)] = 8080
     api_key: Annotated[
         str | None,
-        of_server("What clients must send as their API key.", "KEY", envvar="MLXFUSE_API_KEY"),
+        of_server("The key that clients must send.", "KEY", envvar="MLXFUSE_API_KEY"),
     ] = None
     cors_origin: Annotated[
         str,
@@ -62,10 +60,12 @@ class Listening:
             "URLS",
             "--cors-origin",
             "--allowed-origins",
+            rare=True,
         ),
     ] = ""
     served_model_name: Annotated[
-        str | None, of_server("The model's name for clients (default: the file's).", "NAME")
+        str | None,
+        of_server("The model's name for clients (default: the file's).", "NAME", rare=True),
     ] = None
 
     @property
@@ -96,6 +96,7 @@ class Amounts:
             "Bytes of these caches, such as 8GB (default: half of what the model leaves).",
             "SIZE",
             parser=_size,
+            rare=True,
         ),
     ] = None
     decode_concurrency: Annotated[
@@ -139,10 +140,9 @@ def server_command(
     ] = None,
     chat_template_config: text_opt.ChatTemplateConfig = None,
 ) -> None:
-    """Serve a model to clients of OpenAI and Anthropic at http://127.0.0.1:8080/v1.
+    """Serve a model to OpenAI and Anthropic clients at http://127.0.0.1:8080/v1.
 
-    The sampling options are for requests that do not give their own. Whatever model a request
-    names, it gets this one.
+    The sampling options are for requests that do not give their own.
     """
     config = text_opt.json_object(chat_template_config)
     level = logging.getLevelNamesMapping().get(log_level.upper())
