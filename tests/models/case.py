@@ -36,7 +36,8 @@ class Case:
     """One model. `keys` are metadata under the architecture's prefix and override the usual ones;
     one that is None is left out.
 
-    `formats` maps a tensor's short name (`attn_q`) to a GGUF type, "" being the default; vectors
+    `formats` maps a tensor's short name (`attn_q`) or, first, its whole one without `.weight`
+    (`blk.0.attn_q`) to a GGUF type, "" being the default; vectors
     and routers are always F32. Without a default each seed has a format of `SPREAD`. `prompt` is a
     number of tokens. With `experts`, the MLP is that many experts of `expert_ffn`, of which each
     token uses `used`, beside a shared one of `shared_ffn`.
