@@ -44,6 +44,7 @@ class Case:
 
     What else an architecture has is said by these:
 
+    others    metadata under their full names.
     extra     tensors of every layer in addition or in place of the usual ones -> their shapes,
               of numbers and of names of this class's attributes; None leaves a usual one out.
     outside   likewise for tensors outside the layers.
@@ -83,6 +84,7 @@ class Case:
     unrotated: int = 0  # of the factors the last ones, which are so large that nothing turns
     keys: Mapping[str, object] = field(default_factory=dict)
     formats: Mapping[str, str] = field(default_factory=dict)
+    others: Mapping[str, object] = field(default_factory=dict)
     extra: Mapping[str, tuple[int | str, ...] | None] = field(default_factory=dict)
     outside: Mapping[str, tuple[int | str, ...] | None] = field(default_factory=dict)
     only: Callable[[Case, int, dict[str, Shape]], dict[str, Shape]] | None = None

@@ -170,7 +170,8 @@ def _metadata(case: Case) -> dict[str, object]:
     if case.head_dim != case.hidden // case.heads:
         keys |= {"attention.key_length": case.head_dim, "attention.value_length": case.head_dim}
     found = (keys | dict(case.keys)).items()
-    return {f"{case.arch}.{key}": value for key, value in found if value is not None}
+    own = {f"{case.arch}.{key}": value for key, value in found if value is not None}
+    return own | dict(case.others)
 
 
 def byte_tokens() -> list[str]:
