@@ -18,6 +18,7 @@ from mlx_lm.models.activations import swiglu, swiglu_oai
 from .. import blas
 from ..kernels import backend
 from ..kernels.weight import type_name
+from .adapters import lora_linear
 
 # Float rows [start, stop) of a matrix, as float32 [stop - start, columns].
 Rows = Callable[[int, int], np.ndarray]
@@ -136,6 +137,10 @@ class StreamedLinear(nn.Module):
         ]
         y = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
         return y + self.bias if "bias" in self else y
+
+    def to_lora(self, **options: Any) -> Any:
+        """The layer with a low-rank adapter, for mlx-lm's ``linear_to_lora_layers``."""
+        return lora_linear(self, self._shape, **options)
 
 
 class StreamedEmbedding(nn.Module):

@@ -122,18 +122,47 @@ def _weighted(y: mx.array, scores: mx.array | None) -> mx.array:
     return y if scores is None else (y * scores[..., None]).sum(axis=-2)
 
 
+class Summands:
+    """The results of chosen experts, ``[..., k, hidden_size]``, of which only the sum is asked for.
+
+    ``(y * scores[..., None]).sum(axis=-2)`` is all that can be done with it, and is computed by
+    the experts.
+
+    Args:
+        weighted: scores ``[..., k]`` -> the sum by them, ``[..., hidden_size]``.
+        dtype: of the results.
+    """
+
+    def __init__(self, weighted: Callable[[mx.array], mx.array], dtype: mx.Dtype) -> None:
+        self.dtype = dtype
+        self._weighted = weighted
+        self._scores: mx.array | None = None
+
+    def __mul__(self, scores: mx.array) -> Summands:
+        """scores ``[..., k, 1]``."""
+        found = Summands(self._weighted, self.dtype)
+        found._scores = scores.squeeze(-1)
+        return found
+
+    def sum(self, axis: int) -> mx.array:
+        """The sum over the experts, which are axis -2."""
+        assert axis == -2
+        assert self._scores is not None
+        return self._weighted(self._scores)
+
+
 @dataclass
 class MoEForm(Form):
     """A block of mlx-lm that sums its experts' results by their scores.
 
     experts  name of the experts.
-    body     its `__call__`, with the sum left to a `FusedExperts`.
-    sums     whether it is.
+    cast     the sum gets the type of the experts' results, if the scores are of a wider one.
+    sums     whether the experts give the sum.
     readers  names of those that take int8 activations of its input.
     """
 
     experts: str
-    body: Callable[..., mx.array]
+    cast: bool = False
     sums: bool = False
     readers: tuple[str, ...] = ()
     pieces = ("sums", "readers")
@@ -147,18 +176,42 @@ class FusedMoE(FusedModule):
     def __call__(self, x: mx.array | Normed, *args: Any, **kwargs: Any) -> mx.array:
         """x [..., hidden_size] -> the same shape."""
         form = self._fused
-        body: Callable[..., mx.array] = form.original.__call__
-        if form.sums and self.fusible(backend()) and isinstance(self[form.experts], FusedExperts):
-            body = form.body
-        module: nn.Module = self
+        children: dict[str, Callable[..., Any]] = {}
         if isinstance(x, Normed):
-            module = replacing(self, {n: _reading(self[n], x) for n in form.readers})
-        return body(module, floats(x), *args, **kwargs)
+            children = {name: _reading(self[name], x) for name in form.readers}
+        experts = self[form.experts] if form.sums else None
+        if isinstance(experts, FusedExperts) and self.fusible(backend()):
+            read = children.get(form.experts, experts)
+
+            def summands(x: mx.array, ids: mx.array) -> Summands:
+                return Summands(lambda scores: read(x, ids, scores, cast=form.cast), x.dtype)
+
+            children[form.experts] = summands
+        own = replacing(self, children) if children else self
+        y: mx.array = form.original.__call__(own, floats(x), *args, **kwargs)
+        return y
 
 
-def _reading(child: nn.Module, x: Normed) -> Callable[..., mx.array]:
+def _reading(child: Callable[..., mx.array], x: Normed) -> Callable[..., mx.array]:
     """The child, which takes x where it is given its floats."""
     return lambda y, *args, **kwargs: child(x if y is x.floats else y, *args, **kwargs)
+
+
+class FusedWeightedExperts(FusedModule):
+    """Mixed with a class of mlx-lm that does nothing but to sum its experts' results."""
+
+    _fused: MoEForm
+
+    def __call__(
+        self, x: mx.array | Normed, top_k_indices: mx.array, top_k_weights: mx.array
+    ) -> mx.array:
+        """x [..., hidden_size], ids and scores [..., k] -> [..., hidden_size]."""
+        form = self._fused
+        experts = self[form.experts]
+        if self.fusible(backend()) and isinstance(experts, FusedExperts):
+            return experts(x, top_k_indices, top_k_weights)
+        own: mx.array = form.original.__call__(self, floats(x), top_k_indices, top_k_weights)
+        return own
 
 
 def replacing(module: nn.Module, children: dict[str, Callable[..., Any]]) -> nn.Module:
