@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,7 +16,7 @@ from .mlp import FusedMLP
 from .moe import FusedExperts, FusedMoE
 from .norm import FusedNorm, Given, Normed, floats
 
-_READERS = FusedAttention | FusedDeltaNet | FusedMLP | FusedMoE | FusedExperts
+READERS = FusedAttention | FusedDeltaNet | FusedMLP | FusedMoE | FusedExperts
 
 
 @dataclass
@@ -42,7 +42,7 @@ class BlockForm(Form):
     mlp_adds: bool = False
     second: FusedNorm | None = None
     int8: dict[str, FusedNorm | None] = field(default_factory=dict)
-    pieces = ("mixer_adds", "mlp_adds", "second")
+    pieces: ClassVar[tuple[str, ...]] = ("mixer_adds", "mlp_adds", "second")
 
 
 class FusedBlock(FusedModule):
@@ -145,7 +145,7 @@ class FusedBlock(FusedModule):
         form, mlp = self._fused, self[self._fused.mlp]
         if form.mlp_adds and isinstance(mlp, FusedMLP):
             return mlp(normed, residual=h)
-        y: mx.array = mlp(normed if isinstance(mlp, _READERS) else floats(normed))
+        y: mx.array = mlp(normed if isinstance(mlp, READERS) else floats(normed))
         return h + y
 
     def _for_one(self, which: int, run: Run, x: mx.array) -> Given:

@@ -12,8 +12,8 @@ from mlx_lm.models.switch_layers import _gather_sort, _scatter_unsort
 
 from ..kernels import Backend, backend
 from ..kernels.activations import Int8Activations
+from .activations import GATED
 from .fused import Form, FusedModule, Run, readable
-from .linear import GATED
 from .norm import Normed, floats
 from .projection import MAX_IDS, KernelProjection
 
@@ -167,6 +167,11 @@ class MoEForm(Form):
     readers: tuple[str, ...] = ()
     pieces = ("sums", "readers")
 
+    def summing(self, module: FusedModule) -> FusedExperts | None:
+        """The experts, if they give the sum now."""
+        experts = module[self.experts] if self.sums and module.fusible(backend()) else None
+        return experts if isinstance(experts, FusedExperts) else None
+
 
 class FusedMoE(FusedModule):
     """Mixed with the class of an mlx-lm block of experts; see `MoEForm`."""
@@ -179,22 +184,11 @@ class FusedMoE(FusedModule):
         children: dict[str, Callable[..., Any]] = {}
         if isinstance(x, Normed):
             children = {name: _reading(self[name], x) for name in form.readers}
-        experts = self[form.experts] if form.sums else None
-        if isinstance(experts, FusedExperts) and self.fusible(backend()):
-            read = children.get(form.experts, experts)
-
-            def summands(x: mx.array, ids: mx.array) -> Summands:
-                return Summands(lambda scores: read(x, ids, scores, cast=form.cast), x.dtype)
-
-            children[form.experts] = summands
+        if (experts := form.summing(self)) is not None:
+            children[form.experts] = _summing(children.get(form.experts, experts), form.cast)
         own = replacing(self, children) if children else self
         y: mx.array = form.original.__call__(own, floats(x), *args, **kwargs)
         return y
-
-
-def _reading(child: Callable[..., mx.array], x: Normed) -> Callable[..., mx.array]:
-    """The child, which takes x where it is given its floats."""
-    return lambda y, *args, **kwargs: child(x if y is x.floats else y, *args, **kwargs)
 
 
 class FusedWeightedExperts(FusedModule):
@@ -202,16 +196,28 @@ class FusedWeightedExperts(FusedModule):
 
     _fused: MoEForm
 
-    def __call__(
-        self, x: mx.array | Normed, top_k_indices: mx.array, top_k_weights: mx.array
-    ) -> mx.array:
+    def __call__(self, x: mx.array, top_k_indices: mx.array, top_k_weights: mx.array) -> mx.array:
         """x [..., hidden_size], ids and scores [..., k] -> [..., hidden_size]."""
-        form = self._fused
-        experts = self[form.experts]
-        if self.fusible(backend()) and isinstance(experts, FusedExperts):
+        experts = self._fused.summing(self)
+        if experts is not None:
             return experts(x, top_k_indices, top_k_weights)
-        own: mx.array = form.original.__call__(self, floats(x), top_k_indices, top_k_weights)
+        original = self._fused.original
+        own: mx.array = original.__call__(self, x, top_k_indices, top_k_weights)
         return own
+
+
+def _summing(experts: Callable[..., mx.array], cast: bool) -> Callable[..., Summands]:
+    """Experts as their block's own code calls them."""
+
+    def call(x: mx.array, ids: mx.array) -> Summands:
+        return Summands(lambda scores: experts(x, ids, scores, cast=cast), x.dtype)
+
+    return call
+
+
+def _reading(child: nn.Module, x: Normed) -> Callable[..., mx.array]:
+    """The child, which takes x where it is given its floats."""
+    return lambda y, *args, **kwargs: child(x if y is x.floats else y, *args, **kwargs)
 
 
 def replacing(module: nn.Module, children: dict[str, Callable[..., Any]]) -> nn.Module:
