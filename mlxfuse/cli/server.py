@@ -148,6 +148,8 @@ def server_command(
     level = logging.getLevelNamesMapping().get(log_level.upper())
     if level is None:
         raise typer.BadParameter(f"--log-level: no level {one_line(log_level)!r}")
+    if drafting.prompt_lookup:
+        raise typer.BadParameter("--prompt-lookup is for generate and chat")
     load.check()
     given = {**cache.settings(), **sampling.given()}
     template = None if chat_template is None else _template(chat_template)
@@ -159,14 +161,13 @@ def server_command(
     draft_path = drafting.draft_model and resolve_model(drafting.draft_model, None, True)
     logging.basicConfig(level=level, format="%(asctime)s - %(levelname)s - %(message)s")
     with status_line(True) as say:
-        say(f"loading {path.name}")
         from ..server.app import Server
         from ..text.generate import Settings
         from ..tokenizer.load import with_template
 
-        loaded, tokenizer = load.load(path)
+        loaded, tokenizer = load.load(path, say)
         draft = drafting.load(draft_path or None, tokenizer)
-        given["num_draft_tokens"] = drafting.num_draft_tokens
+        given["num_draft_tokens"] = drafting.settings()["num_draft_tokens"]
         server = Server(
             loaded,
             tokenizer if template is None else with_template(tokenizer, template),
