@@ -93,6 +93,7 @@ def load(
     act_quant: str = "auto",
     kv_bits: int | str | None = None,
     kv_group_size: int = 64,
+    kv_layers: str = "all",
 ) -> tuple[Any, ...]:
     """Load a model: the same arguments and the same pair as ``mlx_lm.load``, and a few more.
 
@@ -120,6 +121,7 @@ def load(
         kv_bits: compress the key-value caches that mlx-lm makes for the model: 8 or 4, or keys
             and values apart as in ``k8v4``. Keys and values are rotated first.
         kv_group_size: values of a head that share a scale: 32, 64 or 128.
+        kv_layers: ``all``, or ``full`` to leave layers with a sliding window plain.
 
     Returns:
         (model, tokenizer), with ``return_config`` (model, tokenizer, configuration);
@@ -131,12 +133,12 @@ def load(
         ExportError, CheckpointError: the folder, or the adapter, is not as it was written.
         GGUFError: the file is malformed, or its tensors contradict its metadata.
         UnsupportedError: the architecture, a tensor type or a feature is not supported.
-        ValueError: ``kv_bits`` or ``kv_group_size`` is not one of these.
+        ValueError: ``kv_bits``, ``kv_group_size`` or ``kv_layers`` is not one of these.
     """
     if trust_remote_code:
         raise UnsupportedError("trust_remote_code: mlxfuse never runs code that comes with a model")
     if kv_bits is not None:
-        KVOptions.parse(kv_bits, kv_group_size)  # refused before anything is read
+        KVOptions.parse(kv_bits, kv_group_size, layers=kv_layers)  # refused before anything is read
     account = Account()
     ref = None if path_or_hf_repo is None else os.fspath(path_or_hf_repo)
     with bars() as progress:
@@ -153,7 +155,12 @@ def load(
     if adapter_path is not None:
         apply_adapter(model, Path(adapter_path))
     patch = patch_model(
-        model, fuse=fuse, act_quant=act_quant, kv_bits=kv_bits, kv_group_size=kv_group_size
+        model,
+        fuse=fuse,
+        act_quant=act_quant,
+        kv_bits=kv_bits,
+        kv_group_size=kv_group_size,
+        kv_layers=kv_layers,
     )
     if patch.self_test_seconds:
         account.seconds["self-test"] = patch.self_test_seconds

@@ -90,7 +90,7 @@ class Group:
     @property
     def readable(self) -> bool:
         """Whether all rows are of formats that kernels read."""
-        matrices = all(len(weight.shape) > 1 for weight in self.weights)
+        matrices = all(len(w.shape) > 1 and not w.of.bare for w in self.weights)
         return matrices and all(source.format.traits for source in self.sources)
 
     @property
@@ -277,7 +277,7 @@ class _Finder:
                 continue
             rows = self.rows(prefix, name, weight, weight.suffix)
             if not rows:
-                if weight.optional:
+                if weight.optional or weight.zero:
                     continue
                 raise GGUFError(self.file.path, f"{prefix}{name}{weight.suffix} is missing")
             own = {f"{prefix}{n}{w.suffix}" for n, w in table.items()}
