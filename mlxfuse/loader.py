@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -94,6 +94,7 @@ def load(
     kv_bits: int | str | None = None,
     kv_group_size: int = 64,
     kv_layers: str = "all",
+    progress: Callable[[float], None] | None = None,
 ) -> tuple[Any, ...]:
     """Load a model: the same arguments and the same pair as ``mlx_lm.load``, and a few more.
 
@@ -122,6 +123,7 @@ def load(
             and values apart as in ``k8v4``. Keys and values are rotated first.
         kv_group_size: values of a head that share a scale: 32, 64 or 128.
         kv_layers: ``all``, or ``full`` to leave layers with a sliding window plain.
+        progress: called with the share of a GGUF file's weights that is in memory, 0 to 1.
 
     Returns:
         (model, tokenizer), with ``return_config`` (model, tokenizer, configuration);
@@ -139,10 +141,10 @@ def load(
         raise UnsupportedError("trust_remote_code: mlxfuse never runs code that comes with a model")
     if kv_bits is not None:
         KVOptions.parse(kv_bits, kv_group_size, layers=kv_layers)  # refused before anything is read
-    account = Account()
+    account = Account(progress=progress)
     ref = None if path_or_hf_repo is None else os.fspath(path_or_hf_repo)
-    with bars() as progress:
-        path = resolve(ref, revision=revision, progress=progress, note=_warn)
+    with bars() as downloading:
+        path = resolve(ref, revision=revision, progress=downloading, note=_warn)
     changes = Changes(dict(tokenizer_config or {}), dict(model_config or {}))
     if is_checkpoint(path):
         if context_length is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -154,12 +155,18 @@ class Loading(Fusing):
     ] = None
     act_quant: ActQuantOption = ActQuant.auto
 
-    def load(self, path: Path) -> tuple[Any, Any]:
-        """`mlxfuse.load` as the options say."""
+    def load(self, path: Path, say: Callable[[str], None]) -> tuple[Any, Any]:
+        """`mlxfuse.load` as the options say.
+
+        Args:
+            say: is told how far it has come.
+        """
         from ..loader import load
 
+        say(f"loading {path.name}")
         return load(
             path,
+            progress=lambda share: say(f"loading {path.name}: {share:.0%}"),
             adapter_path=self.adapter_path,
             dtype=self.dtype and self.dtype.value,
             fuse=self.fuse,
