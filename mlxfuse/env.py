@@ -46,6 +46,14 @@ def overridden(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
+def launched_rank() -> int | None:
+    """Which of the processes that ``mlx.launch`` (or ``mpirun``) started this is; None if none."""
+    for name in ("MLX_RANK", "OMPI_COMM_WORLD_RANK"):
+        if (rank := os.environ.get(name, "")).isdigit():
+            return int(rank)
+    return None
+
+
 def cache_dir() -> Path:
     """The user's cache folder for mlxfuse; it is not created here."""
     chosen = get("MLXFUSE_CACHE")

@@ -20,7 +20,7 @@ from ..kernels import unavailable
 from ..kernels.matmul.dequantize import dequantize
 from ..kernels.matmul.quantized_matmul import quantized_matmul
 from ..kernels.weight import QuantizedWeight
-from .linear import Rows, matmul
+from .linear import Rows, evaluated, matmul
 from .quantized import Place, _Holder
 
 
@@ -39,7 +39,7 @@ def _grouped(
     order = np.argsort(chosen, kind="stable")
     experts, starts = np.unique(chosen[order], return_index=True)
     parts = [
-        matmul(flat[mx.array(of_x[own])], matrix(int(expert)))
+        evaluated(matmul(flat[mx.array(of_x[own])], matrix(int(expert))))
         for expert, own in zip(experts, np.split(order, starts[1:]), strict=True)
     ]
     return mx.concatenate(parts)[mx.array(np.argsort(order))].reshape(*ids.shape, 1, rows)

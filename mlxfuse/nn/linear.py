@@ -8,6 +8,7 @@ models whose dense form does not fit in memory.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, cast
 
 import mlx.core as mx
@@ -67,6 +68,16 @@ def matmul(x: mx.array, weight: mx.array) -> mx.array:
             # shape lands here too and gets MLX's own message below.
             pass
     return x @ weight.T
+
+
+def evaluated(y: mx.array) -> mx.array:
+    """``y`` with its value, where it can have one: what it was made of is no longer needed.
+
+    Else the rows that are dequantised for one token live, of all layers, until the token is there.
+    """
+    with suppress(ValueError):  # inside mx.compile or mx.vmap
+        mx.eval(y)
+    return y
 
 
 class Linear(nn.Linear):
@@ -130,10 +141,10 @@ class StreamedLinear(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         n, k = self._shape
         step = max(1, _CHUNK_BYTES // (4 * k))
-        parts = [
-            matmul(x, mx.array(self._rows(i, min(i + step, n))).astype(x.dtype))
-            for i in range(0, n, step)
-        ]
+        parts = []
+        for i in range(0, n, step):
+            chunk = mx.array(self._rows(i, min(i + step, n))).astype(x.dtype)
+            parts.append(evaluated(matmul(x, chunk)))
         y = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
         return y + self.bias if "bias" in self else y
 
