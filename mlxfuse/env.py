@@ -19,6 +19,10 @@ VARIABLES: dict[str, tuple[str, str]] = {
         "auto",
         "auto, metal (raise instead of falling back), reference, or emulated (a checkout only)",
     ),
+    "MLXFUSE_MEMORY": (
+        "",
+        "GB of a Mac that inspect, doctor and load judge a model by, in place of this machine",
+    ),
 }
 
 

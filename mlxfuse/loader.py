@@ -15,6 +15,8 @@ from .errors import UnsupportedError
 from .fusion import PatchReport, chosen, patch_model
 from .gguf.exported import ExportedFile, open_model
 from .hub.resolve import resolve
+from .inspect.needs import PLAIN, KVBits, needs_of
+from .inspect.room import CONTEXT, check_room, machine
 from .kernels import unavailable
 from .kernels.weight import type_name
 from .models import Architecture
@@ -81,6 +83,7 @@ def load(
     act_quant: str = "auto",
     kv_bits: int | str | None = None,
     kv_group_size: int = 64,
+    ignore_memory: bool = False,
 ) -> tuple[nn.Module, TokenizerWrapper]:
     """Load a GGUF file: the same pair as ``mlx_lm.load``.
 
@@ -101,8 +104,12 @@ def load(
         kv_bits: compress the key-value caches that mlx-lm makes for the model: 8 or 4, or keys
             and values apart as in ``k8v4``. Keys and values are rotated first.
         kv_group_size: values of a head that share a scale: 32, 64 or 128.
+        ignore_memory: load a model that does not fit; what has no kernel and no room is then
+            dequantised at every call.
 
     Raises:
+        DoesNotFitError: the model, with a cache for ``context_length`` tokens (by default those it
+            was made for, at most 4096), takes more memory than there is for it.
         ModelRefError: nothing has that name.
         DownloadError: it cannot be downloaded.
         ExportError: the exported folder is not as it was written.
@@ -110,8 +117,10 @@ def load(
         UnsupportedError: the architecture, a tensor type or a feature is not supported.
         ValueError: ``kv_bits`` or ``kv_group_size`` is not one of these.
     """
+    bits = PLAIN
     if kv_bits is not None:
-        KVOptions.parse(kv_bits, kv_group_size)  # refused before anything is read
+        options = KVOptions.parse(kv_bits, kv_group_size)  # refused before anything is read
+        bits = KVBits(options.k_bits, options.v_bits, options.group_size)
     account = Account()
     quantized = unavailable() is None or bool(chosen(fuse))
     path = resolve(None if ref is None else os.fspath(ref), revision=revision)
@@ -123,13 +132,20 @@ def load(
             except UnsupportedError as error:
                 named = str(path) in str(error)
                 raise (error if named else UnsupportedError(f"{path}: {error}")) from None
+            needs, here = needs_of(file, weights), machine(quantized)
+            tokens = context_length or min(weights.config.args["max_position_embeddings"], CONTEXT)
+            if not ignore_memory:
+                check_room(path, needs, here, tokens, bits)
             if isinstance(file, ExportedFile):
                 file.arrange(stored_rows(weights))
         with account.time("tokenizer"):
             tokenizer = load_tokenizer(file)
             sampling, notes = recommended(file.metadata)
         activations = activation_dtype(weights.config.architecture, dtype)
-        model = build(file, weights, activations, quantized=quantized, account=account)
+        # Room for what becomes ordinary numbers; half of it without kernels, as so far.
+        use = needs.on(here, tokens, bits)
+        room = here.budget - needs.kept - use.cache - use.prompt if here.kernels else None
+        model = build(file, weights, activations, room, quantized=quantized, account=account)
     patch = patch_model(
         model, fuse=fuse, act_quant=act_quant, kv_bits=kv_bits, kv_group_size=kv_group_size
     )

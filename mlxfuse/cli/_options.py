@@ -146,13 +146,22 @@ class Loading(Fusing):
             rare=True,
         ),
     ] = ActQuant.auto
+    ignore_memory: Annotated[
+        bool, of_model("Load a model that does not fit in memory.", "--ignore-memory", rare=True)
+    ] = False
 
     def load(self, path: Path) -> tuple[Any, Any]:
         """`mlxfuse.load` as the options say."""
         from ..loader import load
 
         dtype = self.dtype and self.dtype.value
-        return load(path, dtype=dtype, fuse=self.fuse, act_quant=self.act_quant.value)
+        return load(
+            path,
+            dtype=dtype,
+            fuse=self.fuse,
+            act_quant=self.act_quant.value,
+            ignore_memory=self.ignore_memory,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +206,27 @@ class Compression:
             return KVOptions.parse(self.kv_bits, self.kv_group_size, self.kv_rotate)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What a model is to be used with, where it is only judged."""
+
+    context: Annotated[
+        int,
+        of_model("Tokens it is to be used with (default: all it can).", "-c", "--ctx-size", min=0),
+    ] = 0
+    kv_bits: Annotated[
+        str | None,
+        of_cache("With a compressed key-value cache: 8, 4 or for example k8v4.", metavar="BITS"),
+    ] = None
+
+    def bits(self) -> Any:
+        """A `KVBits`; a usage error where the option means nothing."""
+        from ..inspect.needs import PLAIN, KVBits
+
+        scheme = Compression(kv_bits=self.kv_bits).scheme()
+        return KVBits(scheme.k_bits, scheme.v_bits, scheme.group_size) if scheme else PLAIN
 
 
 QuantizedKVStart = Annotated[

@@ -9,9 +9,10 @@ from ._common import command
 
 
 @command("Look", "mlxfuse inspect model-Q4_K_M.gguf --json")
-def inspect_command(model: opt.Model, out: opt.Output) -> None:
-    """Show what a model's header tells; no weight is read."""
+def inspect_command(model: opt.Model, judged: opt.Judged, out: opt.Output) -> None:
+    """Show what a model's header tells, and whether it fits here; no weight is read."""
     from ..inspect.header import inspect, render
 
-    summary = inspect(model.fetch())
+    bits = judged.bits()
+    summary = inspect(model.fetch(), judged.context, bits)
     print(json.dumps(summary) if out.as_json else render(summary))
