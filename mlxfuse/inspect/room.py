@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import env, memory
 from ..errors import DoesNotFitError
 from ..memory import Machine
-from .needs import KVBits, Needs, Use
+from .needs import PLAIN, KVBits, Needs, Use, needs_of
+
+if TYPE_CHECKING:
+    from ..gguf.reader import GGUFFile
+    from ..models.plan import Plan
 
 CONTEXT = 4096
 """Tokens that a model must have room for, unless the caller says how many."""
 
 _COMPRESSED = KVBits(8, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a model is to be loaded for.
+
+    context  tokens; None for as many as it was made for, at most `CONTEXT`.
+    bits     how keys and values are kept.
+    ignore   load it whether or not it fits.
+    """
+
+    context: int | None = None
+    bits: KVBits = PLAIN
+    ignore: bool = False
 
 
 def machine(kernels: bool) -> Machine:
@@ -32,6 +52,21 @@ def machine(kernels: bool) -> Machine:
     info = mx.device_info()
     budget, physical = info["max_recommended_working_set_size"], info["memory_size"]
     return Machine(kernels, int(budget), int(physical))
+
+
+def room_for(file: GGUFFile, weights: Plan, here: Machine, asked: Asked) -> int | None:
+    """Bytes that are left on a machine for weights that become ordinary numbers; None where it
+    has no kernels, for which `models.build.build` knows.
+
+    Raises:
+        DoesNotFitError: see `check_room`.
+    """
+    needs = needs_of(file, weights)
+    tokens = asked.context or min(weights.config.args["max_position_embeddings"], CONTEXT)
+    if not asked.ignore:
+        check_room(file.path, needs, here, tokens, asked.bits)
+    use = needs.on(here, tokens, asked.bits)
+    return here.budget - needs.kept - use.cache - use.prompt if here.kernels else None
 
 
 def check_room(path: Path, needs: Needs, here: Machine, tokens: int, bits: KVBits) -> None:

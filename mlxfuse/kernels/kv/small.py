@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
-from .compressed_sdpa import KERNEL as COMPRESSED_SDPA
-from .compressed_sdpa import _Call as Attention
-from .dequantize_kv import KERNEL as DEQUANTIZE_KV
-from .quantize_kv import KERNEL as QUANTIZE_KV
 from .scheme import KVScheme, pack
+
+if TYPE_CHECKING:
+    from .compressed_sdpa import _Call as Attention
 
 # Packed, plain and first tokens: more than one run, and no multiple of that.
 _PACKED, _PLAIN, _FIRST = 12, 8, 4
 _SEED = 20
 
 
-def _attention(call: Attention) -> tuple[Attention]:
+def attention(call: Attention) -> tuple[Attention]:
     """The same heads and queries over a few random tokens."""
     random = np.random.default_rng(_SEED)
     lead = call.q.shape[0], call.kv_heads
@@ -33,14 +31,12 @@ def _attention(call: Attention) -> tuple[Attention]:
     small = replace(
         call,
         q=normal(call.q.dtype, *call.q.shape),
-        length=mx.full(call.length.shape, _PACKED - 1, mx.int32),
-        tail_length=mx.full(call.tail_length.shape, _PLAIN - 1, mx.int32),
-        sink_length=mx.full(call.sink_length.shape, _FIRST - 1, mx.int32),
-        left=mx.zeros_like(call.left),
+        counts=mx.array([_PACKED - 1, _PLAIN - 1, _FIRST - 1, 0] * (call.counts.size // 4)),
     )
-    if call.rows is not None:
-        k, v = (normal(scheme.dtype, *lead, _PACKED, dim) for dim in dims)
-        small = replace(small, rows=pack(scheme, k, v))
+    if call.rows:
+        batch = call.rows[0].shape[0]
+        k, v = (normal(scheme.dtype, batch, lead[1], _PACKED, dim) for dim in dims)
+        small = replace(small, rows=(pack(scheme, k, v),) * len(call.rows))
     if call.tail is not None:
         small = replace(small, tail=normal(scheme.dtype, *lead, _PLAIN, sum(dims)))
     if call.sink is not None:
@@ -65,18 +61,11 @@ def _tokens(scheme: KVScheme, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
     return k, v
 
 
-def _quantize(k: mx.array, v: mx.array, scheme: KVScheme) -> tuple[mx.array, mx.array, KVScheme]:
+def quantize(k: mx.array, v: mx.array, scheme: KVScheme) -> tuple[mx.array, mx.array, KVScheme]:
     return (*_tokens(scheme, k.dtype), scheme)
 
 
-def _dequantize(
+def dequantize(
     rows: mx.array, scheme: KVScheme, dtype: mx.Dtype
 ) -> tuple[mx.array, KVScheme, mx.Dtype]:
     return pack(scheme, *_tokens(scheme, mx.float32)), scheme, dtype
-
-
-SMALL_KV: dict[str, Callable[..., tuple[Any, ...]]] = {
-    COMPRESSED_SDPA.name: _attention,
-    DEQUANTIZE_KV.name: _dequantize,
-    QUANTIZE_KV.name: _quantize,
-}
