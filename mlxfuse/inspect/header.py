@@ -188,7 +188,7 @@ def _kind(weights: Iterable[WeightPlan]) -> tuple[str, tuple[str, ...]]:
     sources = [source for weight in weights for source in weight.weight]
     tensors = {source.tensor.name: source.format for source in sources}
     formats = tuple(format.name for format in tensors.values())
-    if any(format.quantized and not format.kernel for format in tensors.values()):
+    if any(format.quantized and not format.traits for format in tensors.values()):
         return "apart", formats
     if len(tensors) == 1:
         return "stored as one", formats

@@ -108,7 +108,8 @@ class Needs:
             prompt = 2 * (self.largest + step * self.width)
             return Use(self.kept + 2 * self.plain, self.cache(tokens, bits), prompt)
         held = min(self.dense, machine.budget // 2)
-        cache = self.cache(tokens, bits) * (2 if bits == PLAIN else 1)
+        cache = self.cache(tokens, bits)
+        cache += cache - self.state if bits == PLAIN else 0
         return Use(held, cache, 4 * step * self.width, self.dense - held)
 
     def longest(self, machine: Machine, bits: KVBits = PLAIN) -> int:

@@ -14,7 +14,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlxfuse import blas, env
 from mlxfuse.bench import cases, doctor
 from mlxfuse.errors import DoesNotFitError
-from mlxfuse.formats import BY_NAME, Format
+from mlxfuse.formats import BY_NAME
 from mlxfuse.gguf.reader import open_gguf
 from mlxfuse.inspect.needs import PLAIN, STEP, KVBits, Needs, needs
 from mlxfuse.inspect.room import check_room
@@ -22,6 +22,7 @@ from mlxfuse.kernels.matmul.dequantize import dequantize
 from mlxfuse.kernels.runtime import kernel as _kernel
 from mlxfuse.loader import load
 from mlxfuse.memory import Machine, mac
+from mlxfuse.models.plan import Group
 from mlxfuse.nn.kv.options import KVOptions
 from mlxfuse.nn.linear import StreamedLinear
 
@@ -170,12 +171,20 @@ LAYER = {
 }
 
 
+def no_kernel_for(monkeypatch, name):
+    """As if a type had no kernel; more and more of them have one."""
+    readable = Group.readable.fget
+
+    def without(self):
+        return readable(self) and not any(s.format.name == name for s in self.sources)
+
+    monkeypatch.setattr(Group, "readable", property(without))
+
+
 @pytest.fixture
 def seventy(tmp_path, monkeypatch):
     """The header of a Llama of 70 billion weights, in a file that is all hole."""
-    kernel = Format.kernel.fget
-    without = property(lambda self: self.name != "IQ2_XXS" and kernel(self))
-    monkeypatch.setattr(Format, "kernel", without)
+    no_kernel_for(monkeypatch, "IQ2_XXS")
     monkeypatch.setenv("MLXFUSE_MEMORY", "64")
     path = tmp_path / "seventy.gguf"
     writer = GGUFWriter(path, "llama")
@@ -282,7 +291,7 @@ def test_what_would_fit_is_said(monkeypatch, tmp_path):
 
 def test_load_goes_on_if_it_is_told_to(monkeypatch, tmp_path):
     path = tiny.write(tmp_path / "m.gguf", tiny.build("llama", 0))  # Q8_0
-    monkeypatch.setattr(Format, "kernel", property(lambda self: False))
+    no_kernel_for(monkeypatch, "Q8_0")
     ids = mx.array([[1, 2, 3]])
     want = load(path, fuse="all")[0](ids)
     monkeypatch.setattr("mlxfuse.loader.machine", lambda kernels: Machine(True, 1000, 1000))
