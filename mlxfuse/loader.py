@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -96,6 +96,8 @@ def load(
     kv_bits: int | str | None = None,
     kv_group_size: int = 64,
     ignore_memory: bool = False,
+    kv_layers: str = "all",
+    progress: Callable[[float], None] | None = None,
 ) -> tuple[Any, ...]:
     """Load a model: the same arguments and the same pair as ``mlx_lm.load``, and a few more.
 
@@ -125,6 +127,8 @@ def load(
         kv_group_size: values of a head that share a scale: 32, 64 or 128.
         ignore_memory: load a model that does not fit; what has no kernel and no room is then
             dequantised at every call.
+        kv_layers: ``all``, or ``full`` to leave layers with a sliding window plain.
+        progress: called with the share of a GGUF file's weights that is in memory, 0 to 1.
 
     Returns:
         (model, tokenizer), with ``return_config`` (model, tokenizer, configuration);
@@ -138,18 +142,20 @@ def load(
         ExportError, CheckpointError: the folder, or the adapter, is not as it was written.
         GGUFError: the file is malformed, or its tensors contradict its metadata.
         UnsupportedError: the architecture, a tensor type or a feature is not supported.
-        ValueError: ``kv_bits`` or ``kv_group_size`` is not one of these.
+        ValueError: ``kv_bits``, ``kv_group_size`` or ``kv_layers`` is not one of these.
     """
     bits = PLAIN
     if trust_remote_code:
         raise UnsupportedError("trust_remote_code: mlxfuse never runs code that comes with a model")
     if kv_bits is not None:
-        options = KVOptions.parse(kv_bits, kv_group_size)  # refused before anything is read
-        bits = KVBits(options.k_bits, options.v_bits, options.group_size)
-    account = Account()
+        # Refused before anything is read.
+        options = KVOptions.parse(kv_bits, kv_group_size, layers=kv_layers)
+        full_only = options.layers == "full"
+        bits = KVBits(options.k_bits, options.v_bits, options.group_size, full_only)
+    account = Account(progress=progress)
     ref = None if path_or_hf_repo is None else os.fspath(path_or_hf_repo)
-    with bars() as progress:
-        path = resolve(ref, revision=revision, progress=progress, note=_warn)
+    with bars() as downloading:
+        path = resolve(ref, revision=revision, progress=downloading, note=_warn)
     changes = Changes(dict(tokenizer_config or {}), dict(model_config or {}))
     if is_checkpoint(path):
         if context_length is not None:
@@ -163,7 +169,12 @@ def load(
     if adapter_path is not None:
         apply_adapter(model, Path(adapter_path))
     patch = patch_model(
-        model, fuse=fuse, act_quant=act_quant, kv_bits=kv_bits, kv_group_size=kv_group_size
+        model,
+        fuse=fuse,
+        act_quant=act_quant,
+        kv_bits=kv_bits,
+        kv_group_size=kv_group_size,
+        kv_layers=kv_layers,
     )
     if patch.self_test_seconds:
         account.seconds["self-test"] = patch.self_test_seconds

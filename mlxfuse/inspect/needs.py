@@ -44,11 +44,15 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class KVBits:
-    """How keys and values are kept: bits of each, and the values that share a scale and a bias."""
+    """How keys and values are kept: bits of each, and the values that share a scale and a bias.
+
+    full_only  layers with a sliding window keep theirs in 16 bits.
+    """
 
     keys: int = 16
     values: int = 16
     group: int = 64
+    full_only: bool = False
 
     def token(self, values: int) -> int:
         """Bytes of a layer's keys and values of a token, ``values`` numbers in all."""
@@ -94,7 +98,9 @@ class Needs:
     def cache(self, tokens: int, bits: KVBits = PLAIN) -> int:
         """Bytes of the caches after ``tokens``; what is plain is in 16 bits."""
         return self.state + sum(
-            bits.token(values) * min(tokens, window or tokens) for values, window in self.kv
+            (PLAIN if window and bits.full_only else bits).token(values)
+            * min(tokens, window or tokens)
+            for values, window in self.kv
         )
 
     def on(self, machine: Machine, tokens: int, bits: KVBits = PLAIN) -> Use:
