@@ -23,8 +23,8 @@ from mlxfuse.kernels.runtime import kernel as _kernel
 from mlxfuse.loader import load
 from mlxfuse.memory import Machine, mac
 from mlxfuse.models.plan import Group
+from mlxfuse.nn.cpu import StreamedLinear
 from mlxfuse.nn.kv.options import KVOptions
-from mlxfuse.nn.linear import StreamedLinear
 
 from ..cli.test_cli import invoke
 from ..models import tiny

@@ -479,3 +479,20 @@ def test_self_test(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     call = Call(random_x(3, 64), weight, None, None, "swiglu", False)
     with msl.installed(build="fast"):
         assert self_test.check([(module.KERNEL, (call,))], emulated=True) == {}
+
+
+@pytest.mark.parametrize("names", [("Q4_0", "Q4_1"), ("Q4_1", "Q8_0"), ("Q6_K", "affine8g64")])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_gate_and_up_of_different_formats(names: tuple[str, str], rows: int) -> None:
+    """With and without biases, one row at a time and in tiles."""
+    parts = [made(name, 19, 256) for name in names]
+    weight = QuantizedWeight(tuple(Part(s, 0, 19) for s, _ in parts))
+    x = random_x(rows, 256)
+    with pytest.MonkeyPatch.context() as patch, msl.installed(build="fast"):
+        patch.setenv("MLXFUSE_KERNELS", "emulated")
+        before = _kernel.launches["int8_matmul"]
+        (got,) = int8_matmul(x, weight, activation="swiglu")
+        assert _kernel.launches["int8_matmul"] == before + 1
+    gate, up = (values(x) @ w.T for _, w in parts)
+    want = gate / (1 + np.exp(-gate)) * up
+    assert np.abs(to_float64(got) - want).max() < 1e-5 * np.abs(want).max()
