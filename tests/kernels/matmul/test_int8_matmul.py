@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxfuse import codebooks
 from mlxfuse.formats import BY_NAME
 from mlxfuse.kernels.activations import GROUP, Int8Activations
 from mlxfuse.kernels.matmul import int8_matmul as module
@@ -93,9 +94,13 @@ def made(
     data = random_blocks(fmt, rows, columns, seed=columns)
     if ones:
         blocks = data.reshape(-1, fmt.type_size)
-        blocks[: len(blocks) // 4] = np.repeat([[0], [255]], len(blocks) // 8, 0)
+        blocks[: len(blocks) // 8 * 2] = np.repeat([[0], [255]], len(blocks) // 8, 0)
+        one = 8 if fmt.traits.grid in codebooks.SHAPES else 1  # whose scales are eighths
         for at in fmt.float16:
-            blocks[:, at : at + 2] = np.array([1], np.float16).view(np.uint8)
+            blocks[:, at : at + 2] = np.array([one], np.float16).view(np.uint8)
+        if name == "IQ1_M":  # the same, 4 bits above each word of scales
+            for at, bits in ((49, 0x00), (51, 0x00), (53, 0x80), (55, 0x40)):
+                blocks[:, at] = blocks[:, at] & 15 | bits
         for at in fmt.exponents:
             blocks[:, at] = 128  # 2^1, of values that are multiples of a half
     return segment(data, fmt), expected(data, fmt).astype(np.float64)
