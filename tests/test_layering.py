@@ -14,8 +14,8 @@ PACKAGE = Path(mlxfuse.__file__).parent
 
 # The layers, lowest first; a module imports from lower layers or from its own room.
 LAYERS = (
-    ("errors", "env", "files", "formats", "terminal", "memory"),
-    ("blas", "codebooks", "process"),
+    ("errors", "env", "files", "formats", "terminal"),
+    ("blas", "codebooks", "memory", "process"),
     ("gguf", "kernels"),
     ("tokenizer", "hub", "nn"),
     ("models", "fusion"),

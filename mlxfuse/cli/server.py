@@ -134,7 +134,9 @@ def server_command(
     amounts: Amounts,
     sampling: Defaults,
     out: opt.Debug,
-    log_level: Annotated[str, of_server("DEBUG, INFO, WARNING or ERROR.", "LEVEL")] = "WARNING",
+    log_level: Annotated[
+        str, of_server("DEBUG, INFO, WARNING or ERROR.", "LEVEL", rare=True)
+    ] = "WARNING",
     chat_template: Annotated[
         str | None, opt.of_text("A chat template, or a file with one.", metavar="TEXT", rare=True)
     ] = None,

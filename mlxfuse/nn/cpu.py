@@ -8,6 +8,7 @@ call, for models whose dense form does not fit in memory.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, cast
 
 import mlx.core as mx
@@ -71,6 +72,17 @@ def matmul(x: mx.array, weight: mx.array) -> mx.array:
     return x @ weight.T
 
 
+def evaluated(y: mx.array) -> mx.array:
+    """``y`` with its value, where it can have one: what it was made of is no longer needed.
+
+    Else the rows that are dequantised for one token live, of all layers, until the token is there.
+    """
+    if backend().values:  # else dispatches are counted, of a graph
+        with suppress(ValueError):  # inside mx.compile or mx.vmap
+            mx.eval(y)
+    return y
+
+
 class Linear(nn.Linear):
     """``nn.Linear`` that multiplies with :func:`matmul`; same parameters and meaning."""
 
@@ -118,10 +130,10 @@ class StreamedLinear(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         n, k = self._shape
         step = max(1, _CHUNK_BYTES // (4 * k))
-        parts = [
-            matmul(x, mx.array(self._rows(i, min(i + step, n))).astype(x.dtype))
-            for i in range(0, n, step)
-        ]
+        parts = []
+        for i in range(0, n, step):
+            chunk = mx.array(self._rows(i, min(i + step, n))).astype(x.dtype)
+            parts.append(evaluated(matmul(x, chunk)))
         y = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
         return y + self.bias if "bias" in self else y
 
@@ -169,7 +181,7 @@ def grouped(
     order = np.argsort(chosen, kind="stable")
     experts, starts = np.unique(chosen[order], return_index=True)
     parts = [
-        matmul(flat[mx.array(of_x[own])], matrix(int(expert)))
+        evaluated(matmul(flat[mx.array(of_x[own])], matrix(int(expert))))
         for expert, own in zip(experts, np.split(order, starts[1:]), strict=True)
     ]
     return mx.concatenate(parts)[mx.array(np.argsort(order))].reshape(*ids.shape, 1, rows)

@@ -121,3 +121,35 @@ def test_switch_turns_numpy_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLXFUSE_CPU_BLAS")
     monkeypatch.setattr(blas, "in_use", lambda: "openblas")
     assert not blas.numpy_is_faster()
+
+
+def test_streamed_layers_hold_one_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four layers of 4 chunks, 1 MB each: of 16 MB of floats no more than a few chunks live."""
+    monkeypatch.setattr(cpu, "_CHUNK_BYTES", 1 << 20)
+    rows = np.ones((512 * 4, 512), np.float32)
+    layers = [cpu.StreamedLinear(lambda i, j: rows[i:j].copy(), (2048, 512)) for _ in range(4)]
+
+    def peak() -> int:
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        x = mx.ones((1, 512))
+        with mx.stream(mx.cpu):
+            for layer in layers:
+                x = layer(x)[:, :512]
+            mx.eval(x)
+        assert float(x[0, 0]) == 512.0**4
+        return mx.get_peak_memory() - before
+
+    assert peak() < 3 << 20
+    monkeypatch.setattr(cpu, "evaluated", lambda y: y)  # the control
+    monkeypatch.setattr(blas, "numpy_is_faster", lambda: False)  # it evaluates, too
+    assert peak() > 12 << 20
+
+
+def test_streamed_layers_inside_compile_and_vmap() -> None:
+    x, w, _ = _case()
+    layer = cpu.StreamedLinear(lambda i, j: w[i:j], w.shape)
+    want = x.astype(np.float64) @ w.T.astype(np.float64)
+    _close(mx.compile(layer)(mx.array(x)), want)
+    _close(mx.vmap(layer)(mx.array(x)), want)

@@ -196,7 +196,7 @@ def launches_to_prepare() -> list[tuple[Launch, Prepared, list[str]]]:
     turned = norm_rope.prepare(q, k, offset=offset, **rope)
     assert prepared is not None
     assert turned is not None
-    found = norm_rope._Call(q, k, 2, 1, offset, **{**norm_rope._DEFAULTS, "dims": 32, "base": 1e4})
+    found = norm_rope._Call(q, k, 2, 1, offset, 32, base=1e4)
     return [
         (quantized_matmul._launch(call), prepared, ["x", "residual"]),
         (norm_rope._launch(found), turned, ["q", "k", "offset"]),
