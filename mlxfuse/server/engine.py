@@ -18,7 +18,7 @@ from mlx_lm.generate import BatchGenerator, StopSequences
 from mlx_lm.models.cache import KVCache, LRUPromptCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..memory import budget
+from ..memory import machine
 from ..nn.kv.cache import CompressedKVCache
 from ..text.sampling import Sampling
 from .one_by_one import OneByOne
@@ -322,7 +322,7 @@ def memory_left() -> int:
     """Bytes that the model leaves of what this machine has for it and its caches."""
     # Elsewhere what MLX holds is not available, so it is counted already.
     held = mx.get_active_memory() if sys.platform == "darwin" else 0
-    return max(0, budget() - held)
+    return max(0, machine().budget - held)
 
 
 def _guarded(job: Job, processor: Any) -> Any:
