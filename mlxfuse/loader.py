@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -21,6 +21,7 @@ from .models import Architecture
 from .models.build import build
 from .models.config import read_config
 from .models.plan import plan, stored_rows
+from .models.sampling import recommended
 from .models.streams import Account
 from .nn.kv.options import KVOptions
 from .tokenizer.load import load_tokenizer
@@ -40,20 +41,30 @@ class LoadReport:
     dequantized  quantised type without a kernel -> [matrices, bytes in the file, bytes in memory];
                  0 bytes in memory if they are dequantised at every call.
     patch        what was fused.
+    sampling     the sampling options that the file recommends, under mlx-lm's names.
+    notes        what the file asks for and does not get.
     """
 
     seconds: dict[str, float]
     dequantized: dict[str, list[int]]
     patch: PatchReport
+    sampling: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
         seconds = {name.replace("-", "_"): value for name, value in self.seconds.items()}
-        return {"seconds": seconds, "dequantized": self.dequantized, "patch": self.patch.as_dict()}
+        return {
+            "seconds": seconds,
+            "dequantized": self.dequantized,
+            "patch": self.patch.as_dict(),
+            "sampling": self.sampling,
+            "notes": self.notes,
+        }
 
     def lines(self) -> list[str]:
-        """What takes more memory than its file, or is slow."""
-        return [
+        """What takes more memory than its file, or is slow, or is not as the file asks."""
+        return self.notes + [
             f"{name} has no kernel: {count} matrices of {stored / 1e6:.1f} MB "
             + (f"take {held / 1e6:.1f} MB" if held else "are dequantised at every call")
             for name, (count, stored, held) in self.dequantized.items()
@@ -116,6 +127,7 @@ def load(
                 file.arrange(stored_rows(weights))
         with account.time("tokenizer"):
             tokenizer = load_tokenizer(file)
+            sampling, notes = recommended(file.metadata)
         activations = activation_dtype(weights.config.architecture, dtype)
         model = build(file, weights, activations, quantized=quantized, account=account)
     patch = patch_model(
@@ -123,7 +135,9 @@ def load(
     )
     if patch.self_test_seconds:
         account.seconds["self-test"] = patch.self_test_seconds
-    model.load_report = LoadReport(dict(account.seconds), account.dequantized, patch)
+    model.load_report = LoadReport(
+        dict(account.seconds), account.dequantized, patch, sampling, notes
+    )
     return model, tokenizer
 
 

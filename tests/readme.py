@@ -24,11 +24,8 @@ def tables() -> dict[str, str]:
     stored = [f for f in FORMATS.values() if f.name not in ("Q8_1", "Q8_K")]
     return {
         "architectures": _table(
-            ("GGUF architecture", "mlx-lm class", "activations on Metal"),
-            [
-                (f"`{a.name}`", f"`{a.module}`", a.metal_dtype)
-                for a in sorted(ARCHITECTURES.values(), key=lambda a: a.name)
-            ],
+            ("GGUF architecture", "models", "activations on Metal"),
+            [(f"`{a.name}`", a.models, a.metal_dtype) for a in ARCHITECTURES.values()],
         ),
         "formats": _table(
             ("type", "bits a weight", "kernel"),

@@ -20,8 +20,8 @@ from packaging.requirements import Requirement
 
 from mlxfuse import env
 from mlxfuse.cli import app
-from mlxfuse.cli.process import INTERRUPTED
 from mlxfuse.export.mlx_checkpoint import export_mlx
+from mlxfuse.process import INTERRUPTED
 
 from .models import tiny
 from .picture import PICTURE, counts, draw

@@ -11,41 +11,39 @@ from __future__ import annotations
 import functools
 import io
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, TextIO
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 
 from .. import __version__
 from ..errors import MLXFuseError
+from ..process import INTERRUPTED, fail, unexpected
 from ..terminal import neutralize, one_line
-from ._options import ActQuant, DType
-from .process import INTERRUPTED, fail, unexpected, watch_interrupts
-from .progress import download_bar, print_table
+from ._groups import flat
+from .progress import print_table
 
 if TYPE_CHECKING:
     from ..loader import LoadReport
-    from ..nn.kv.options import KVOptions
 
 PIPE_CLOSED = 141  # 128 + SIGPIPE, what a shell reports for any program
 
-P = ParamSpec("P")
+Command = Callable[..., None]
 
 app = typer.Typer(
     name="mlxfuse",
     no_args_is_help=True,
-    add_completion=False,
+    rich_markup_mode="markdown",
     help="Run GGUF files in MLX at the file's own precision, with fused Metal kernels.",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
 
 def main() -> NoReturn:
     """The ``mlxfuse`` command; exits with the codes of ``mlxfuse.errors``."""
-    watch_interrupts()
     sys.excepthook = unexpected
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -54,16 +52,82 @@ def main() -> NoReturn:
     raise SystemExit(0)
 
 
-def command(function: Callable[P, None]) -> Callable[P, None]:
+# [0<=x<=1] and [default: 1; x>=0]: an error tells the range too.
+_RANGE = re.compile(r"\s+\[[\d.]*<?=?x[<>=\d.]*\]|; [\d.]*<?=?x[<>=\d.]*(?=\])")
+
+
+class _Command(typer.core.TyperCommand):
+    """A command whose ``--help`` fits a screen."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """``--verbose False``, as mlx_lm has it, is ``--quiet``."""
+        if any("--verbose" in p.opts for p in self.params):
+            args = _without_booleans(args)
+        return super().parse_args(ctx, args)
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Without the argument that only catches a forgotten ``-p``."""
+        return [piece for piece in super().collect_usage_pieces(ctx) if piece != "[ ]..."]
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """One line an option where there is room, in sections, and the examples."""
+        self.format_usage(ctx, formatter)
+        self.format_help_text(ctx, formatter)
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                panel = getattr(parameter, "rich_help_panel", None) or "Options"
+                name = "Arguments" if parameter.param_type_name == "argument" else panel
+                sections.setdefault(name, []).append((record[0], _RANGE.sub("", record[1])))
+        for name, rows in sections.items():
+            if rows:
+                with formatter.section(name):
+                    formatter.write_dl(rows)
+        formatter.write("\nExamples:\n  " + (self.epilog or "").replace("\n", "\n  "))
+
+
+def _without_booleans(args: Sequence[str]) -> list[str]:
+    found: list[str] = []
+    for arg in args:
+        if found[-1:] == ["--verbose"] and arg.lower() in ("true", "t", "false", "f"):
+            found[-1] = "--verbose" if arg.lower().startswith("t") else "--quiet"
+        else:
+            found.append(arg)
+    return found
+
+
+def command(panel: str, *examples: str, name: str | None = None) -> Callable[[Command], Command]:
+    """Register a function of option groups (see `flat`) as a command.
+
+    Args:
+        panel: where ``mlxfuse --help`` lists it.
+        examples: command lines that end its ``--help``.
+        name: the command's name; by default the function's without ``_command``.
+    """
+
+    def register(function: Command) -> Command:
+        app.command(
+            name or function.__name__.removesuffix("_command"),
+            cls=_Command,
+            rich_help_panel=panel,
+            epilog="\n".join(examples),
+        )(_reporting(flat(function)))
+        return function
+
+    return register
+
+
+def _reporting(function: Command) -> Command:
     """Turn what a command raises into one message on stderr and an exit code."""
 
     @functools.wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
-        debug = bool(kwargs.get("debug"))
+    def wrapper(**given: Any) -> None:
+        debug = bool(given.get("debug"))
         if debug:
             sys.excepthook = sys.__excepthook__
         try:
-            function(*args, **kwargs)
+            function(**given)
             sys.stdout.flush()
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
@@ -95,51 +159,6 @@ def _options(
     pass
 
 
-def resolve_model(ref: str | None, revision: str | None, shown: bool) -> Path:
-    from ..hub.resolve import resolve
-
-    with download_bar(shown) as progress:
-        return resolve(ref, revision=revision, progress=progress)
-
-
-def one_model(argument: str | None, option: str | None) -> str | None:
-    if argument is not None and option is not None:
-        raise typer.BadParameter(
-            f"the model is given twice: {one_line(argument)!r} and --model {one_line(option)!r}"
-        )
-    return argument if option is None else option
-
-
-def before_model(fuse: str, bits: str | None, group_size: int, rotate: bool) -> KVOptions | None:
-    """`before_imports`, and what ``--kv-bits`` and its companions ask for.
-
-    Options without a meaning are refused before a model is downloaded for them.
-    """
-    before_imports()
-    if fuse not in ("auto", "all", "off"):
-        from ..fusion import chosen
-
-        try:
-            chosen(fuse)
-        except ValueError as error:
-            raise typer.BadParameter(f"--fuse: {error}") from None
-    if bits is None:
-        return None
-    from ..nn.kv.options import KVOptions
-
-    try:
-        return KVOptions.parse(bits, group_size, rotate)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
-def load_model(path: Path, dtype: DType | None, fuse: str, act_quant: ActQuant) -> tuple[Any, Any]:
-    """`mlxfuse.load` as the options say."""
-    from ..loader import load
-
-    return load(path, dtype=dtype and dtype.value, fuse=fuse, act_quant=act_quant.value)
-
-
 def show_report(report: LoadReport) -> None:
     """On stderr: what was fused, what takes more memory than its file, and what ran without its
     kernel so far.
@@ -156,15 +175,6 @@ def show_report(report: LoadReport) -> None:
         print(one_line(line, 1000), file=sys.stderr)
 
 
-def model_or_checkpoint(ref: str | None, revision: str | None) -> tuple[Path, bool]:
-    """A model, or a folder with an MLX-LM checkpoint, and which of the two it is."""
-    from ..bench.run import is_checkpoint
-
-    if ref is not None and is_checkpoint(Path(ref)):
-        return Path(ref), True
-    return resolve_model(ref, revision, True), False
-
-
 def answer_writer(stdout: TextIO, say: Callable[[str | None], None]) -> Callable[[str], None]:
     """What takes an answer's pieces: they end the status line, and are harmless on a terminal."""
     on_terminal = stdout.isatty()
@@ -175,17 +185,3 @@ def answer_writer(stdout: TextIO, say: Callable[[str | None], None]) -> Callable
         stdout.flush()
 
     return write
-
-
-def clean(text: str) -> str:
-    """Bytes that were not UTF-8 arrive as lone surrogates; no tokenizer takes those."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
-def before_imports() -> None:
-    """What must come before mlx and transformers, which advises to install torch."""
-    from .. import blas
-
-    blas.preload()
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,16 +1,22 @@
-"""The options that several commands have, each said once."""
+"""The options that several commands have, in groups; each is declared once.
+
+A group is a dataclass that `flat` turns into a command's parameters. ``rare`` options are left
+out of ``--help``, which is to fit a screen, and are shown by ``--help-all``.
+"""
 
 from __future__ import annotations
 
 import functools
-import json
 import math
+from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..terminal import one_line
+from ._models import before_imports, complete_model, resolve_model
 
 
 class DType(StrEnum):
@@ -29,135 +35,249 @@ class ActQuant(StrEnum):
     off = "off"
 
 
-def finite(value: float) -> float:
-    if not math.isfinite(value):
+MODEL, CACHE, SAMPLING, OUTPUT, TESTS = "Model", "Key-value cache", "Sampling", "Output", "Tests"
+
+
+def finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number")
     return value
 
 
-def _max_tokens(text: str) -> int:
-    try:
-        count = int(text)
-    except ValueError:
-        hint = "give a whole number"
-        if text.lower().endswith(".gguf") or "/" in text:
-            hint = f"-m is --max-tokens here; name the model first: mlxfuse generate {text}"
-        raise typer.BadParameter(f"{one_line(text)!r}: {hint}") from None
-    if count == 0 or count < -1:
-        raise typer.BadParameter(f"{count}: give 1 or more, or -1 for no limit")
-    return count
-
-
-def json_object(text: str | None) -> dict[str, Any]:
-    try:
-        value = json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
-        raise typer.BadParameter(f"not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise typer.BadParameter(f"expected a JSON object, found {one_line(str(text))}")
-    return value
-
-
-MODEL, SAMPLING, OUTPUT, TESTS = "Model", "Sampling", "Output", "Tests"
-ModelArgument = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="MODEL",
-        help="A .gguf file, a hub repository such as org/repo:Q4_K_M, or nothing for the demo "
-        "model (SmolLM2 135M, a download of 93 MB).",
-    ),
-]
-ModelOption = Annotated[
-    str | None, typer.Option("--model", help="The same as MODEL.", rich_help_panel=MODEL)
-]
-Revision = Annotated[
-    str | None,
-    typer.Option(help="Branch, tag or commit of the hub repository.", rich_help_panel=MODEL),
-]
-Json = Annotated[
-    bool, typer.Option("--json", help="One JSON object on stdout.", rich_help_panel=OUTPUT)
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel=OUTPUT)]
-
-
-def option(panel: str, help: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+def option(panel: str, help: str, *names: str, rare: bool = False, **more: Any) -> Any:
+    if more.get("callback") is finite:
+        more.setdefault("metavar", "NUMBER")
+    return typer.Option(*names, help=help, rich_help_panel=panel, hidden=rare, **more)
 
 
 of_model = functools.partial(option, MODEL)
+of_cache = functools.partial(option, CACHE)
 of_sampling = functools.partial(option, SAMPLING)
 of_output = functools.partial(option, OUTPUT)
+of_tests = functools.partial(option, TESTS)
+of_text = functools.partial(option, "Options")
 fraction = functools.partial(of_sampling, min=0, max=1, callback=finite)
-DTypeOption = Annotated[
-    DType | None, of_model("Type of the activations (default: by architecture and device).")
-]
-Fuse = Annotated[
-    str,
-    of_model("What to fuse: auto (all where kernels run), all, off, or names (see README)."),
-]
-ActQuantOption = Annotated[
-    ActQuant,
-    of_model(
-        "on: round activations to int8 (32 share a scale) wherever what reads them takes that; "
-        "it costs some quality. auto: where it was measured to be faster, so far nowhere. Not "
-        "mlx_lm's --quantize-activations, which is for models quantised as mxfp8 or nvfp4.",
-        "--act-quant",
-    ),
-]
-MaxKVSize = Annotated[
-    int | None, of_model("Keep at most this many tokens in the key-value cache.", min=5)
-]
-PrefillStepSize = Annotated[
-    int, of_model("Prompt tokens processed at a time; fewer take less memory.", min=1)
-]
-KVBits = Annotated[
+number = functools.partial(of_sampling, callback=finite)
+
+
+def model_argument(help: str) -> Any:
+    return typer.Argument(metavar="MODEL", help=help, autocompletion=complete_model)
+
+
+Revision = Annotated[
     str | None,
-    of_model(
-        "Compress the key-value cache: 8 or 4 bits, or keys and values apart, as k8v4 (advised) "
-        "or k16v8. Mind that 4-bit keys cost much of some models.",
-        metavar="BITS",
-    ),
+    of_model("Branch, tag or commit of the hub repository.", metavar="NAME", rare=True),
 ]
-KVGroupSize = Annotated[
-    int, of_model("Values of a head that share a scale: 32, 64 or 128.", metavar="INTEGER")
+Delay = Annotated[float, of_tests("Seconds to cool down before every run.", min=0, callback=finite)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Which model; nothing means the demo model."""
+
+    model: Annotated[
+        str | None,
+        model_argument(
+            "A .gguf file, a folder, a hub repository such as org/repo:Q4_K_M, or nothing for "
+            "the demo model (93 MB)."
+        ),
+    ] = None
+    model_option: Annotated[str | None, of_model("The same as MODEL.", "--model", rare=True)] = None
+    revision: Revision = None
+
+    @property
+    def ref(self) -> str | None:
+        if self.model is not None and self.model_option is not None:
+            raise typer.BadParameter(
+                f"the model is given twice: {one_line(self.model)!r} and "
+                f"--model {one_line(self.model_option)!r}"
+            )
+        return self.model if self.model_option is None else self.model_option
+
+    def fetch(self, shown: bool = True) -> Path:
+        """Its path, downloaded if need be.
+
+        Args:
+            shown: show how far a download has come.
+        """
+        return resolve_model(self.ref, self.revision, shown)
+
+
+Type = Annotated[
+    DType | None,
+    of_model("Type of the activations, such as float16.", metavar="TYPE"),
 ]
-QuantizedKVStart = Annotated[int, of_model("Tokens up to which the cache is left as it is.", min=0)]
-KVRotate = Annotated[
-    bool,
-    of_model("Rotate keys and values before they are compressed.", "--kv-rotate/--no-kv-rotate"),
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fusing:
+    """In which type a model computes, and what of it is fused."""
+
+    dtype: Type = None
+    fuse: Annotated[
+        str, of_model("What to fuse: auto, all, off, or names (README).", metavar="NAMES")
+    ] = "auto"
+
+    def check(self) -> None:
+        """Refuse fusions without a meaning, before a model is downloaded for them."""
+        before_imports()
+        from ..fusion import chosen
+
+        try:
+            chosen(self.fuse)
+        except ValueError as error:
+            raise typer.BadParameter(
+                f"--{error}" if "fuse is" in str(error) else str(error)
+            ) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading(Fusing):
+    """How a model is loaded."""
+
+    act_quant: Annotated[
+        ActQuant,
+        of_model(
+            "on: round activations to int8 (32 share a scale) wherever what reads them takes "
+            "that; it costs some quality. auto: where it was measured to be faster, so far "
+            "nowhere. Not mlx_lm's --quantize-activations, which is for models quantised as mxfp8 "
+            "or nvfp4.",
+            "--act-quant",
+            rare=True,
+        ),
+    ] = ActQuant.auto
+
+    def load(self, path: Path) -> tuple[Any, Any]:
+        """`mlxfuse.load` as the options say."""
+        from ..loader import load
+
+        dtype = self.dtype and self.dtype.value
+        return load(path, dtype=dtype, fuse=self.fuse, act_quant=self.act_quant.value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compression:
+    """How the key-value cache is compressed."""
+
+    kv_bits: Annotated[
+        str | None,
+        of_cache(
+            "Compress it: 8 or 4 bits, or keys and values apart: k8v4 (advised), k16v8; 4-bit keys "
+            "cost some models much.",
+            metavar="BITS",
+        ),
+    ] = None
+    kv_group_size: Annotated[
+        int,
+        of_cache(
+            "Values of a head that share a scale: 32, 64 or 128.", metavar="INTEGER", rare=True
+        ),
+    ] = 64
+    kv_rotate: Annotated[
+        bool,
+        of_cache(
+            "Rotate keys and values before they are compressed.",
+            "--kv-rotate/--no-kv-rotate",
+            rare=True,
+        ),
+    ] = True
+    kv_force: Annotated[
+        bool,
+        of_cache("Compress keys of models that are known to suffer from it.", rare=True),
+    ] = False
+
+    def scheme(self) -> Any:
+        """A `KVOptions`, or None; a usage error where the options mean nothing."""
+        if self.kv_bits is None:
+            return None
+        before_imports()
+        from ..nn.kv.options import KVOptions
+
+        try:
+            return KVOptions.parse(self.kv_bits, self.kv_group_size, self.kv_rotate)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+
+QuantizedKVStart = Annotated[
+    int, of_cache("Tokens up to which it is left as it is.", min=0, metavar="INTEGER", rare=True)
 ]
-KVForce = Annotated[
-    bool, of_model("Compress keys of models that are known to suffer from it.", "--kv-force")
-]
-SystemPrompt = Annotated[str | None, typer.Option(help="The system message.")]
-IgnoreChatTemplate = Annotated[
-    bool, typer.Option("--ignore-chat-template", help="Continue the prompt as raw text.")
-]
-ChatTemplateConfig = Annotated[
-    str | None, typer.Option(help="A JSON object of values for the chat template.")
-]
-Delay = Annotated[
-    float, option(TESTS, "Seconds to cool down before every run.", min=0, callback=finite)
-]
-MaxTokens = Annotated[
-    int,
-    of_sampling(
-        "Tokens to generate at most; -1: no limit.",
-        "--max-tokens",
-        "-m",
-        parser=_max_tokens,
-        metavar="INTEGER",
-    ),
-]
-Temp = Annotated[float, of_sampling("Temperature; 0: greedy.", min=0, callback=finite)]
-TopP = Annotated[float, fraction("Nucleus sampling; 1: off.")]
-MinP = Annotated[float, fraction("Least probability, relative to the best; 0: off.")]
-TopK = Annotated[int, of_sampling("Sample among the best K; 0: off.", min=0)]
-XTCProbability = Annotated[float, fraction("Chance of XTC sampling for each token.")]
-XTCThreshold = Annotated[float, of_sampling("XTC's threshold.", min=0, max=0.5, callback=finite)]
-MinTokensToKeep = Annotated[int, of_sampling("Tokens that --min-p always leaves.", min=1)]
-Seed = Annotated[int | None, of_sampling("Seed of the random numbers.", min=0, max=2**64 - 1)]
-ExtraEOSToken = Annotated[
-    list[str] | None,
-    of_sampling("A further token that ends the answer (may be repeated)."),
-]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache(Compression):
+    """And from which token on; with how much is read at a time."""
+
+    quantized_kv_start: QuantizedKVStart = 0
+    prefill_step_size: Annotated[
+        int,
+        of_cache(
+            "Prompt tokens processed at a time; fewer take less memory.",
+            min=1,
+            metavar="INTEGER",
+            rare=True,
+        ),
+    ] = 2048
+
+    def settings(self) -> dict[str, Any]:
+        """The fields of `mlxfuse.text.generate.Settings`."""
+        return {
+            "kv": self.scheme(),
+            "quantized_kv_start": self.quantized_kv_start,
+            "kv_force": self.kv_force,
+            "prefill_step_size": self.prefill_step_size,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundedCache(Cache):
+    max_kv_size: Annotated[
+        int | None,
+        of_cache("Keep at most this many tokens in it.", min=5, metavar="INTEGER"),
+    ] = None
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "max_kv_size": self.max_kv_size}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verbosity:
+    """How much is said on stderr."""
+
+    quiet: Annotated[
+        bool, of_output("No progress, no footer: only the answer.", "--quiet", "-q")
+    ] = False
+    verbose: Annotated[
+        bool, of_output("Also what loading took, step by step.", "--verbose", "-v")
+    ] = False
+
+    @property
+    def shown(self) -> bool:
+        return not self.quiet
+
+
+def _help_all(context: typer.Context, wanted: bool) -> None:
+    if wanted:
+        parameters: list[Any] = list(context.command.params)
+        for parameter in parameters:
+            parameter.hidden = False
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Debug:
+    debug: Annotated[bool, of_output("Show tracebacks.", "--debug", rare=True)] = False
+    help_all: Annotated[
+        bool,
+        of_text(
+            "Show this, with the rarer options.", "--help-all", is_eager=True, callback=_help_all
+        ),
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output(Debug):
+    """What is printed."""
+
+    as_json: Annotated[bool, of_output("One JSON object on stdout.", "--json")] = False

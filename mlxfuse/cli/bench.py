@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,17 +15,11 @@ import typer
 from ..errors import MLXFuseError
 from ..files import write_text
 from . import _options as opt
-from ._common import (
-    app,
-    before_model,
-    command,
-    model_or_checkpoint,
-    one_model,
-)
+from ._common import command
 from .progress import status_line
 
 
-class Output(StrEnum):
+class Form(StrEnum):
     """Forms of the result."""
 
     md = "md"
@@ -48,146 +44,169 @@ def _counts(name: str, text: str) -> list[int]:
         raise typer.BadParameter(f"{name} {error}") from None
 
 
-@app.command("bench", rich_help_panel="Measure")
-@command
-def bench_command(
+@dataclass(frozen=True, kw_only=True)
+class Timed(opt.Model):
     model: Annotated[
         str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="A .gguf file, a folder with an MLX-LM checkpoint, a hub repository such as "
-            "org/repo:Q4_K_M, or nothing for the demo model; kernels: each kernel by itself; "
-            "a report (.json): only draw its --plot.",
+        opt.model_argument(
+            "A model (.gguf file, folder, org/repo:Q4_K_M, or nothing for the demo model); "
+            "kernels: each kernel by itself; a report (.json): only draw its --plot."
         ),
-    ] = None,
-    model_option: opt.ModelOption = None,
-    revision: opt.Revision = None,
-    dtype: opt.DTypeOption = None,
-    fuse: opt.Fuse = "auto",
-    kv_bits: opt.KVBits = None,
-    kv_group_size: opt.KVGroupSize = 64,
-    quantized_kv_start: opt.QuantizedKVStart = 0,
-    kv_rotate: opt.KVRotate = True,
-    kv_force: opt.KVForce = False,
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tests:
+    """What is timed."""
+
     stock: Annotated[
         Stock,
-        opt.option(
-            opt.TESTS,
+        opt.of_tests(
             "Stock MLX-LM's weights where MLX cannot hold the file's: exact, which are dense, or "
             "affine, requantised to about the same size.",
+            rare=True,
         ),
-    ] = Stock.exact,
+    ] = Stock.exact
     n_prompt: Annotated[
         str | None,
-        opt.option(
-            opt.TESTS,
+        opt.of_tests(
             "Tokens of a prompt: 512,1024 or 128-1024*2 or 0-512+256 (default: 512; CPU: 64).",
             "--n-prompt",
             "-p",
+            metavar="COUNTS",
         ),
-    ] = None,
+    ] = None
     n_gen: Annotated[
         str | None,
-        opt.option(
-            opt.TESTS, "Tokens decoded one by one (default: 128; CPU: 16).", "--n-gen", "-n"
+        opt.of_tests(
+            "Tokens decoded one by one (default: 128; CPU: 16).", "--n-gen", "-n", metavar="COUNTS"
         ),
-    ] = None,
+    ] = None
     n_depth: Annotated[
-        str, opt.option(opt.TESTS, "Tokens in the cache before that.", "--n-depth", "-d")
-    ] = "0",
+        str,
+        opt.of_tests("Tokens in the cache before that.", "--n-depth", "-d", metavar="COUNTS"),
+    ] = "0"
     repetitions: Annotated[
         int | None,
-        opt.option(
-            opt.TESTS,
+        opt.of_tests(
             "Runs of each, in turns; best an even number (default: 6; CPU: 4).",
             "--repetitions",
             "-r",
             min=1,
             max=1000,
+            metavar="INTEGER",
         ),
-    ] = None,
-    delay: opt.Delay = 0.0,
+    ] = None
+    delay: opt.Delay = 0.0
     compare: Annotated[
         list[Path] | None,
-        opt.option(opt.TESTS, "Add what `llama-bench -o json` has found for the same file."),
-    ] = None,
+        opt.of_tests("Add what `llama-bench -o json` has found for the same file.", metavar="FILE"),
+    ] = None
     llama_bench: Annotated[
-        bool,
-        opt.option(opt.TESTS, "Let the llama-bench of the PATH take its turn.", "--llama-bench"),
-    ] = False,
-    output: Annotated[Output, opt.of_output("Form of the result.", "--output", "-o")] = Output.md,
+        bool, opt.of_tests("Let the llama-bench of the PATH take its turn.", "--llama-bench")
+    ] = False
+
+    def counts(self) -> dict[str, list[int]]:
+        """The sizes that are given, by their short option."""
+        sizes = {"-p": self.n_prompt, "-n": self.n_gen, "-d": self.n_depth}
+        return {name: _counts(name, text) for name, text in sizes.items() if text is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written(opt.Output):
+    output: Annotated[Form, opt.of_output("Form of the result.", "--output", "-o")] = Form.md
     report: Annotated[
         Path | None,
-        opt.of_output("Also write the result to this file, as JSON: to keep or to send."),
-    ] = None,
-    plot: Annotated[Path | None, opt.of_output("Also draw the result in this SVG file.")] = None,
-    as_json: opt.Json = False,
-    debug: opt.Debug = False,
-) -> None:
+        opt.of_output("Also write the result to this file, as JSON.", metavar="FILE"),
+    ] = None
+    plot: Annotated[
+        Path | None, opt.of_output("Also draw the result in this SVG file.", metavar="FILE")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache(opt.Compression):
+    quantized_kv_start: opt.QuantizedKVStart = 0
+
+
+@command(
+    "Measure",
+    "mlxfuse bench model-Q4_K_M.gguf -p 512 -n 128 -d 0,8192 --plot speeds.svg",
+)
+def bench_command(model: Timed, load: opt.Fusing, cache: Cache, tests: Tests, out: Written) -> None:
     """Time a model in stock MLX-LM and in mlxfuse, in turns, after comparing their outputs."""
-    form = "json" if as_json else output.value
-    ref = one_model(model, model_option)
-    if ref is not None and ref.endswith(".json"):
-        _redraw(Path(ref), plot)
+    form = "json" if out.as_json else out.output.value
+    if model.ref is not None and model.ref.endswith(".json"):
+        _redraw(Path(model.ref), out.plot)
         return
-    sizes = {"-p": n_prompt, "-n": n_gen, "-d": n_depth}
-    given = {name: _counts(name, text) for name, text in sizes.items() if text is not None}
-    for target in (report, plot):
+    for target in (out.report, out.plot):
         if target is not None and not target.absolute().parent.is_dir():
             raise typer.BadParameter(f"there is no folder {target.absolute().parent}")
-
-    kv = before_model(fuse, kv_bits, kv_group_size, kv_rotate)
+    given = tests.counts()
+    load.check()
+    kv = cache.scheme()
     with redirect_stdout(sys.stderr), status_line(True) as say:
-        found: dict[str, Any]
-        if ref == "kernels":
-            if given.keys() - {"-d"} or compare or llama_bench or kv:
+        if model.ref == "kernels":
+            if given.keys() - {"-d"} or tests.compare or tests.llama_bench or kv:
                 raise typer.BadParameter(
                     "-p, -n, --compare, --llama-bench and --kv-bits need a model"
                 )
             from ..bench.kernels import bench_kernels
 
-            found = bench_kernels(repetitions=repetitions or 20, pause=delay, say=say)
+            found = bench_kernels(repetitions=tests.repetitions or 20, pause=tests.delay, say=say)
         else:
-            import mlx.core as mx
-
-            from ..bench import llama
-            from ..bench.measure import tests
-            from ..bench.run import about, bench
-
-            path, folder = model_or_checkpoint(ref, revision)
-            on_cpu = mx.default_device() == mx.cpu
-            usual = {"-p": 64, "-n": 16, "-d": 0} if on_cpu else {"-p": 512, "-n": 128, "-d": 0}
-            counts = {name: given.get(name, [usual[name]]) for name in usual}
-            wanted = tests(counts["-p"], counts["-n"], counts["-d"])
-            if not wanted:
-                raise typer.BadParameter("-p and -n are both 0: there is nothing to time")
-            if folder and (compare or llama_bench):
-                raise MLXFuseError("llama-bench runs GGUF files; this is an MLX-LM checkpoint")
-            others = [row for file in compare or [] for row in llama.read(file, about(path))]
-            extras = [llama.LlamaBench(path, about(path))] if llama_bench else []
-            found = bench(
-                path,
-                wanted,
-                repetitions=repetitions or (4 if on_cpu else 6),
-                pause=delay,
-                dtype=dtype and dtype.value,
-                fuse=fuse,
-                stock=stock.value,
-                kv=kv,
-                kv_start=quantized_kv_start,
-                kv_force=kv_force,
-                extras=extras,
-                say=say,
-            )
-            llama.add(found, others)
+            found = _of_model(model, load, cache, tests, given, say)
         say(None)
     from ..bench.output import render
 
-    if report is not None:
-        write_text(report, render(found, "json") + "\n", 0o644)
-    if plot is not None:
-        _draw(found, plot)
+    if out.report is not None:
+        write_text(out.report, render(found, "json") + "\n", 0o644)
+    if out.plot is not None:
+        _draw(found, out.plot)
     print(render(found, form))
+
+
+def _of_model(
+    model: Timed,
+    load: opt.Fusing,
+    cache: Cache,
+    options: Tests,
+    given: dict[str, list[int]],
+    say: Callable[[str | None], None],
+) -> dict[str, Any]:
+    import mlx.core as mx
+
+    from ..bench import llama
+    from ..bench.measure import tests
+    from ..bench.run import about, bench, is_checkpoint
+
+    path = model.fetch()
+    on_cpu = mx.default_device() == mx.cpu
+    usual = {"-p": 64, "-n": 16, "-d": 0} if on_cpu else {"-p": 512, "-n": 128, "-d": 0}
+    counts = {name: given.get(name, [usual[name]]) for name in usual}
+    wanted = tests(counts["-p"], counts["-n"], counts["-d"])
+    if not wanted:
+        raise typer.BadParameter("-p and -n are both 0: there is nothing to time")
+    if is_checkpoint(path) and (options.compare or options.llama_bench):
+        raise MLXFuseError("llama-bench runs GGUF files; this is an MLX-LM checkpoint")
+    others = [row for file in options.compare or [] for row in llama.read(file, about(path))]
+    extras = [llama.LlamaBench(path, about(path))] if options.llama_bench else []
+    found = bench(
+        path,
+        wanted,
+        repetitions=options.repetitions or (4 if on_cpu else 6),
+        pause=options.delay,
+        dtype=load.dtype and load.dtype.value,
+        fuse=load.fuse,
+        stock=options.stock.value,
+        kv=cache.scheme(),
+        kv_start=cache.quantized_kv_start,
+        kv_force=cache.kv_force,
+        extras=extras,
+        say=say,
+    )
+    llama.add(found, others)
+    return found
 
 
 def _redraw(report: Path, plot: Path | None) -> None:

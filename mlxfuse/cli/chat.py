@@ -7,26 +7,17 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from threading import Event
 from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
+from ..process import INTERRUPTED, fail
 from ..terminal import neutralize
 from . import _options as opt
-from ._common import (
-    answer_writer,
-    app,
-    before_model,
-    clean,
-    command,
-    load_model,
-    one_model,
-    resolve_model,
-    show_report,
-)
-from .process import INTERRUPTED, fail
+from . import _text_options as text_opt
+from ._common import answer_writer, command, show_report
 from .progress import status_line
 
 if TYPE_CHECKING:
@@ -44,44 +35,27 @@ Ctrl-C   stop the answer; twice at the prompt: leave
 {FENCE} begins and ends a message of several lines; a \\ at the end continues a line."""
 
 
-@app.command("chat", rich_help_panel="Run")
-@command
+@dataclass(frozen=True, kw_only=True)
+class Answers(text_opt.Sampling):
+    max_tokens: text_opt.MaxTokens = 1024
+
+
+@command("Run", 'mlxfuse chat model-Q4_K_M.gguf --system-prompt "Answer in one sentence."')
 def chat_command(
-    model: opt.ModelArgument = None,
-    model_option: opt.ModelOption = None,
-    revision: opt.Revision = None,
-    dtype: opt.DTypeOption = None,
-    fuse: opt.Fuse = "auto",
-    act_quant: opt.ActQuantOption = opt.ActQuant.auto,
-    max_kv_size: opt.MaxKVSize = None,
-    kv_bits: opt.KVBits = None,
-    kv_group_size: opt.KVGroupSize = 64,
-    quantized_kv_start: opt.QuantizedKVStart = 0,
-    kv_rotate: opt.KVRotate = True,
-    kv_force: opt.KVForce = False,
-    prefill_step_size: opt.PrefillStepSize = 2048,
-    system_prompt: opt.SystemPrompt = None,
-    chat_template_config: opt.ChatTemplateConfig = None,
-    max_tokens: opt.MaxTokens = 1024,
-    temp: opt.Temp = 0.0,
-    top_p: opt.TopP = 1.0,
-    min_p: opt.MinP = 0.0,
-    top_k: opt.TopK = 0,
-    xtc_probability: opt.XTCProbability = 0.0,
-    xtc_threshold: opt.XTCThreshold = 0.1,
-    min_tokens_to_keep: opt.MinTokensToKeep = 1,
-    seed: opt.Seed = None,
-    extra_eos_token: opt.ExtraEOSToken = None,
-    as_json: opt.Json = False,
-    debug: opt.Debug = False,
+    model: opt.Model,
+    load: opt.Loading,
+    prompt: text_opt.Prompt,
+    cache: opt.BoundedCache,
+    sampling: Answers,
+    out: opt.Output,
 ) -> None:
     """Talk with a model. Where stdin is no terminal, each line of it is a message.
 
     --json prints one object for each answer.
     """
-    config = opt.json_object(chat_template_config)
-    kv = before_model(fuse, kv_bits, kv_group_size, kv_rotate)
-    path = resolve_model(one_model(model, model_option), revision, True)
+    load.check()
+    given = {**prompt.settings(), **cache.settings(), **sampling.given()}
+    path = model.fetch()
     # Python's `input` writes its prompt on stdout.
     stdout, interactive = sys.stdout, sys.stdin.isatty() and sys.stdout.isatty()
     with redirect_stdout(sys.stderr), status_line(True) as say:
@@ -89,36 +63,15 @@ def chat_command(
         from ..text.chat import Chat
         from ..text.generate import Settings
 
-        loaded, tokenizer = load_model(path, dtype, fuse, act_quant)
-        chat = Chat(
-            loaded,
-            tokenizer,
-            Settings(
-                system_prompt=system_prompt and clean(system_prompt),
-                chat_template_config=config,
-                extra_eos_token=tuple(extra_eos_token or ()),
-                max_tokens=max_tokens,
-                temp=temp,
-                top_p=top_p,
-                min_p=min_p,
-                top_k=top_k,
-                xtc_probability=xtc_probability,
-                xtc_threshold=xtc_threshold,
-                min_tokens_to_keep=min_tokens_to_keep,
-                seed=seed,
-                max_kv_size=max_kv_size,
-                prefill_step_size=prefill_step_size,
-                kv=kv,
-                quantized_kv_start=quantized_kv_start,
-                kv_force=kv_force,
-            ),
-        )
+        loaded, tokenizer = load.load(path)
+        report = loaded.load_report
+        chat = Chat(loaded, tokenizer, Settings(**{**report.sampling, **given}))
     if interactive:
         print(f"{neutralize(path.name)}; /help shows what there is to say", file=sys.stderr)
     interrupts = _Interrupts()
     before = signal.signal(signal.SIGINT, interrupts)
     try:
-        _converse(chat, interrupts, loaded.load_report, stdout, interactive, as_json)
+        _converse(chat, interrupts, report, stdout, interactive, out.as_json)
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -150,7 +103,7 @@ def _converse(
             case text if text.startswith("/") and text[1:].isalpha():
                 fail(f"no command {text}; /help lists them")
             case _:
-                last = _answer(chat, interrupts, clean(message), stdout, as_json) or last
+                last = _answer(chat, interrupts, text_opt.clean(message), stdout, as_json) or last
 
 
 def _answer(

@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Annotated
 
-import typer
-
 from . import _options as opt
-from ._common import app, before_imports, command, one_model, resolve_model
+from ._common import command
+from ._models import before_imports
 
 
-@app.command("doctor", rich_help_panel="Look")
-@command
+@dataclass(frozen=True, kw_only=True)
+class Judged(opt.Model):
+    model: Annotated[str | None, opt.model_argument("A model to judge: does it fit here?")] = None
+
+
+@command("Look", "mlxfuse doctor model-Q4_K_M.gguf -c 8192")
 def doctor_command(
-    model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="A model to judge: does it fit here?")
-    ] = None,
-    model_option: opt.ModelOption = None,
-    revision: opt.Revision = None,
+    model: Judged,
+    out: opt.Output,
     context: Annotated[
         int,
         opt.of_model(
             "Tokens it is to be used with (default: all it can).", "-c", "--ctx-size", min=0
         ),
     ] = 0,
-    as_json: opt.Json = False,
-    debug: opt.Debug = False,
 ) -> None:
     """Show this machine, the kernels' self-tests, and whether a model fits; loads no weights."""
-    ref = one_model(model, model_option)
-    path = None if ref is None else resolve_model(ref, revision, True)
+    path = None if model.ref is None else model.fetch()
     before_imports()
     from ..bench.doctor import diagnose, render
 
     found = diagnose(path, context)
-    print(json.dumps(found) if as_json else render(found))
+    print(json.dumps(found) if out.as_json else render(found))

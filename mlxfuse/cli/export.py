@@ -4,38 +4,32 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from . import _options as opt
-from ._common import app, before_imports, command, resolve_model
+from ._common import command
+from ._models import before_imports, resolve_model
 from .progress import status_line
 
 
-@app.command("export", rich_help_panel="Convert")
-@command
-def export_command(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A .gguf file or a hub repository.")
-    ],
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to write.")],
-    revision: opt.Revision = None,
-    mlx: Annotated[
-        bool,
-        typer.Option("--mlx", help="Write a plain MLX-LM checkpoint.", rich_help_panel=opt.OUTPUT),
-    ] = False,
+@dataclass(frozen=True, kw_only=True)
+class Written(opt.Output):
+    mlx: Annotated[bool, opt.of_output("Write a plain MLX-LM checkpoint.", "--mlx")] = False
     force: Annotated[
-        bool,
-        typer.Option(
-            "--force",
-            help="Replace FOLDER if an earlier export wrote all of it.",
-            rich_help_panel=opt.OUTPUT,
-        ),
-    ] = False,
-    as_json: opt.Json = False,
-    debug: opt.Debug = False,
+        bool, opt.of_output("Replace FOLDER if an earlier export wrote all of it.", "--force")
+    ] = False
+
+
+@command("Convert", "mlxfuse export model-Q4_K_M.gguf folder --mlx")
+def export_command(
+    model: Annotated[str, opt.model_argument("A .gguf file or a hub repository.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to write.")],
+    out: Written,
+    revision: opt.Revision = None,
 ) -> None:
     """Write a model as safetensors, in the order kernels read it: later loads need no GGUF.
 
@@ -49,17 +43,17 @@ def export_command(
         def progress(done: int, total: int) -> None:
             say(f"writing {folder.name}: {done / 1e9:.2f} of {total / 1e9:.2f} GB")
 
-        if mlx:
+        if out.mlx:
             from ..export.mlx_checkpoint import export_mlx
 
-            summary = export_mlx(path, folder, force=force, progress=progress)
+            summary = export_mlx(path, folder, force=out.force, progress=progress)
         else:
             from ..export.streams import export
 
-            export(path, folder, force=force, progress=progress)
+            export(path, folder, force=out.force, progress=progress)
             summary = {}
-    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-    if as_json:
+    size = sum(p.stat().st_size for p in folder.iterdir())
+    if out.as_json:
         print(json.dumps({"folder": str(folder), "size": size, **summary}))
         return
     print(folder)

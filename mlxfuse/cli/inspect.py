@@ -5,20 +5,13 @@ from __future__ import annotations
 import json
 
 from . import _options as opt
-from ._common import app, command, one_model, resolve_model
+from ._common import command
 
 
-@app.command("inspect", rich_help_panel="Look")
-@command
-def inspect_command(
-    model: opt.ModelArgument = None,
-    model_option: opt.ModelOption = None,
-    revision: opt.Revision = None,
-    as_json: opt.Json = False,
-    debug: opt.Debug = False,
-) -> None:
+@command("Look", "mlxfuse inspect model-Q4_K_M.gguf --json")
+def inspect_command(model: opt.Model, out: opt.Output) -> None:
     """Show what a model's header tells; no weight is read."""
     from ..inspect.header import inspect, render
 
-    summary = inspect(resolve_model(one_model(model, model_option), revision, True))
-    print(json.dumps(summary) if as_json else render(summary))
+    summary = inspect(model.fetch())
+    print(json.dumps(summary) if out.as_json else render(summary))

@@ -10,36 +10,26 @@ from typing import Annotated
 
 from ..terminal import one_line
 from . import _options as opt
-from ._common import (
-    app,
-    before_imports,
-    command,
-    model_or_checkpoint,
-    one_model,
-)
+from ._common import command
+from ._models import before_imports
 from .progress import status_line
 
 
-@app.command("tune", rich_help_panel="Measure")
-@command
+@command("Measure", "mlxfuse tune model-Q4_K_M.gguf")
 def tune_command(
-    model: opt.ModelArgument = None,
-    model_option: opt.ModelOption = None,
-    revision: opt.Revision = None,
-    dtype: opt.DTypeOption = None,
+    model: opt.Model,
+    out: opt.Output,
+    dtype: opt.Type = None,
     repetitions: Annotated[
         int,
-        opt.option(opt.TESTS, "Runs of each, in turns.", "--repetitions", "-r", min=2, max=1000),
+        opt.of_tests("Runs of each, in turns.", "--repetitions", "-r", min=2, max=1000),
     ] = 10,
     delay: opt.Delay = 0.0,
-    as_json: opt.Json = False,
-    debug: opt.Debug = False,
 ) -> None:
     """Measure which kernel variants and which fusions are the fastest here, and use those.
 
     The winners' names go to tuning.json in the cache folder; delete it to forget them.
     """
-    ref = one_model(model, model_option)
     before_imports()
     with redirect_stdout(sys.stderr), status_line(True) as say:
         from ..bench import tune as engine
@@ -48,12 +38,12 @@ def tune_command(
         from ..kernels.runtime import tuning
 
         on_device("tune measures")  # before anything is fetched
-        path, _ = model_or_checkpoint(ref, revision)
+        path = model.fetch()
         say(f"loading {path.name}")
         loaded, _ = load_model(path, dtype and dtype.value)
         found = engine.tune(loaded, repetitions=repetitions, pause=delay, say=say)
         say(None)
-    if as_json:
+    if out.as_json:
         stored = asdict(found.winners)
         print(json.dumps({"file": str(tuning.path()), **stored, "seconds": found.times}))
         return

@@ -33,8 +33,8 @@ from .streams import Progress, Unit, write_shards
 if TYPE_CHECKING:
     from ..formats import Format
     from ..gguf.reader import GGUFFile
-    from ..models.config import Config
     from ..models.plan import RowSource, WeightPlan
+    from ..models.table import Config
 
 GROUP = 32
 EXACT = {name: bits for name, (bits, _) in AFFINE.items()}
@@ -170,7 +170,8 @@ def _proportional(config: Config, factors: NDArray[np.float64]) -> dict[str, Any
 
     Empty where the file has others, or does not rotate whole heads where there is a window.
     """
-    rope, swa = config.rope, config.rope_swa
+    rope = config.rope
+    swa = next((r for r in config.ropes if r is not None and r != rope), None)
     rotated = int(np.sum(factors == 1))
     if swa is None or swa.dims != config.args["head_dim"] or rope.scale != 1.0:
         return {}
@@ -241,7 +242,7 @@ def affine(data: Bytes, format: Format) -> Arrays:
 
 def _unit(file: GGUFFile, weight: WeightPlan, config: Config, bits: int | None) -> Unit:
     size = math.prod(weight.shape)
-    offset = config.architecture.norm_offset if len(weight.shape) == 1 else 0.0
+    offset = weight.of.offset
 
     def floats(sources: Sequence[RowSource], offset: float = 0.0) -> np.ndarray:
         parts = []

@@ -182,7 +182,8 @@ def rotation(module: nn.Module, form: AttentionForm) -> Rotation | str:
 def _rope_options(rope: nn.Module) -> dict[str, Any] | str:
     """The arguments of `norm_rope` that do what a rotary embedding does, or why there are none."""
     if type(rope) is FrequencyRoPE:
-        return {"dims": rope.dims, "freqs": rope._freqs, "mscale": rope.scale}
+        options = {"dims": rope.dims, "freqs": rope._freqs, "mscale": rope.scale}
+        return options | {"traditional": rope.traditional}
     match = certify(type(rope), "rope")
     if isinstance(match, str):
         return match

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from .architectures import ARCHITECTURES, Architecture
+from .architectures import ARCHITECTURES
+from .table import Architecture
 
 __all__ = ["ARCHITECTURES", "Architecture"]

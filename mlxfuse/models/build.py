@@ -17,11 +17,11 @@ from ..gguf.blocks import dequantize
 from ..nn.experts import QuantizedSwitchLinear, StreamedSwitchLinear, SwitchLinear
 from ..nn.linear import Embedding, Linear, StreamedEmbedding, StreamedLinear
 from ..nn.quantized import Place, QuantizedEmbedding, QuantizedLinear
-from ..nn.rope import FrequencyRoPE
-from .config import Config
+from ..nn.rope import FrequencyRoPE, NoRoPE
 from .plan import Group, Plan, RowSource, WeightPlan, groups
 from .rope import Rope
 from .streams import POOL, Account, StreamLoader, part_of
+from .table import Config
 
 if TYPE_CHECKING:
     from ..gguf.reader import GGUFFile
@@ -71,7 +71,7 @@ def build(
             dense = len(weight.shape) == 1 or nbytes <= left
             left -= nbytes if dense else 0
             with account.time("dequantize"):
-                made = make_module(file, weight, dtype, getattr(parent, name), config, dense=dense)
+                made = make_module(file, weight, dtype, getattr(parent, name), dense=dense)
                 setattr(parent, name, made)
                 mx.eval(made if isinstance(made, mx.array) else made.parameters())
             if quantized:
@@ -109,7 +109,6 @@ def make_module(
     weight: WeightPlan,
     dtype: mx.Dtype,
     stock: nn.Module | mx.array,
-    config: Config,
     *,
     dense: bool,
 ) -> nn.Module | mx.array:
@@ -130,8 +129,9 @@ def make_module(
         values = mx.array(found)
         if isinstance(stock, mx.array):
             return values if weight.of.float32 else values.astype(dtype)
-        values = values - config.architecture.norm_offset
-        stock.weight = values.astype(dtype)
+        stock.weight = (values - weight.of.offset).astype(dtype)
+        if weight.bias:
+            stock.bias = _bias(file, weight, dtype)
         return stock
     # Experts' matrices one below the other.
     shape = (math.prod(weight.shape[:-1]), weight.shape[-1])
@@ -192,26 +192,30 @@ def _dense(rows: FileRows, shape: tuple[int, int], dtype: mx.Dtype) -> mx.array:
 
 def _set_ropes(file: GGUFFile, model: nn.Module, config: Config) -> None:
     """Give every attention the rotary embedding of the file, not one that mlx-lm derives."""
-    whole = _rope(file, config.rope)
-    sliding = whole if config.rope_swa is None else _rope(file, config.rope_swa)
-    period = config.args.get("sliding_window_pattern", 1)
-    regular = ["full_attention" if i % period == period - 1 else "" for i in range(config.layers)]
-    kinds = config.args.get("layer_types", regular)
-    for i, (kind, layer) in enumerate(zip(kinds, model.layers, strict=True)):
-        if i not in config.recurrent:
-            layer.self_attn.rope = whole if kind == "full_attention" else sliding
+    made = {rope: _rope(file, rope) for rope in {config.rope, *config.ropes} if rope is not None}
+    for i, layer in enumerate(model.layers):
+        rope, attention = config.rope_of(i), layer.get("self_attn")
+        if rope is not None:
+            if "rope" not in attention:
+                raise UnsupportedError(
+                    f"this version of mlx-lm has another {config.architecture.name} model: "
+                    f"layer {i} has no rotary embedding there, and has one in the file"
+                )
+            attention.rope = made[rope]
+        elif attention is not None and "dims" in vars(attention.get("rope")):
+            attention.rope = NoRoPE()
 
 
 def _rope(file: GGUFFile, rope: Rope) -> nn.Module:
     if rope.plain:
-        return nn.RoPE(rope.dims, traditional=False, base=rope.base)
+        return nn.RoPE(rope.dims, traditional=rope.pairs, base=rope.base)
     factors = None
     if rope.factors:
         tensor = file.tensors[rope.factors]
         factors = dequantize(file.read(tensor), tensor.format, tensor.shape)
         if not np.all(factors > 0):
             raise GGUFError(file.path, f"{rope.factors} has values that are not positive")
-    return FrequencyRoPE(mx.array(rope.periods(factors)), rope.scale)
+    return FrequencyRoPE(mx.array(rope.periods(factors)), rope.scale, pairs=rope.pairs)
 
 
 def _parent(model: nn.Module, path: str) -> tuple[nn.Module, str]:

@@ -5,48 +5,17 @@ Keys and defaults are llama.cpp's (``src/llama-model.cpp``, ``src/models/*.cpp``
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import GGUFError, UnsupportedError
-from .architectures import ARCHITECTURES, Architecture
-from .families.small import FAMILIES
+from .architectures import ARCHITECTURES
 from .keys import Keys
-from .rope import Rope, read_rope
+from .layers import check_kv_heads
+from .rope import read_rope
+from .table import Architecture, Config
 
 if TYPE_CHECKING:
     from ..gguf.reader import GGUFFile
-
-
-@dataclass(frozen=True, slots=True)
-class Config:
-    """What a file says about its model.
-
-    layers     number of layers.
-    sizes      name -> size, the names used in the architecture tables.
-    by_layer   for each layer, or empty: sizes that it has in place of those; of a size that is 0
-               there is no tensor.
-    args       fields of mlx-lm's ``ModelArgs``.
-    rope       of the layers that see the whole context.
-    rope_swa   of the sliding-window layers, if they differ.
-    tied       the output head is the embedding.
-    recurrent  layers with a recurrence in place of attention.
-    unread     tensors that a file may have and nothing reads.
-    ignored    blocks of the file after the layers, which predict tokens after the next one.
-    """
-
-    architecture: Architecture
-    layers: int
-    sizes: dict[str, int]
-    args: dict[str, Any]
-    rope: Rope
-    rope_swa: Rope | None
-    tied: bool
-    recurrent: frozenset[int] = frozenset()
-    ignored: int = 0
-    by_layer: tuple[Mapping[str, int], ...] = ()
-    unread: frozenset[str] = frozenset()
 
 
 def architecture(file: GGUFFile) -> Architecture:
@@ -57,7 +26,8 @@ def architecture(file: GGUFFile) -> Architecture:
             f"{file.path}: architecture {name!r} is not supported; "
             f"supported are {', '.join(ARCHITECTURES)}"
         )
-    return ARCHITECTURES[name]
+    arch = ARCHITECTURES[name]
+    return (arch.choose and arch.choose(Keys(file, arch.uneven))) or arch
 
 
 def read_config(file: GGUFFile, context_length: int | None = None) -> Config:
@@ -76,53 +46,73 @@ def read_config(file: GGUFFile, context_length: int | None = None) -> Config:
     experts = bool(key("expert_count", int, 0))
     if experts and not arch.experts:
         raise UnsupportedError(f"mixture-of-experts models of {arch.name} are not supported")
-    embd = key.count("embedding_length")
-    heads = key.count("attention.head_count")
+    sizes = _sizes(key, arch)
+    embd, heads, head = sizes["embd"], sizes["heads"], sizes["head"]
+    layers, ignored = _layers(key)
+    expert_args: dict[str, Any] = {}
+    if experts or (arch.experts and not arch.dense_too):
+        expert_args, expert_sizes = _experts(key, arch)
+        sizes |= expert_sizes
+    sizes["ff"] = key.count("feed_forward_length", sizes.get("expert_ff"))
+    sizes["gate_up"] = 2 * sizes["ff"]
+    context = key.count("context_length")
+    rope = read_rope(
+        key,
+        head,
+        context,
+        context_length or context,
+        types=arch.rope_types,
+        partial=arch.partial_rope,
+        pairs=arch.rope_layout == "interleaved",
+    )
+    tied = "output.weight" not in file.tensors
+    if tied and not arch.may_tie:
+        raise GGUFError(file.path, f"output.weight is missing; {arch.name} has a head of its own")
+    norm = "layer_norm_epsilon" if arch.layer_norm else "layer_norm_rms_epsilon"
+    epsilon = key.positive(f"attention.{norm}")
+    args: dict[str, Any] = {
+        "model_type": arch.name,
+        "hidden_size": embd,
+        "num_hidden_layers": layers,
+        "intermediate_size": sizes["ff"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": sizes["kv_heads"],
+        "head_dim": head,
+        "attention_bias": False,  # linears have the biases that the file has
+        "mlp_bias": False,
+        "rms_norm_eps": epsilon,
+        "layer_norm_eps": epsilon,
+        "vocab_size": sizes["vocab"],
+        "max_position_embeddings": context,
+        "rope_theta": rope.base,
+        "tie_word_embeddings": tied,
+        **expert_args,
+        **{field: sizes[name] for field, name in arch.same.items()},
+        **{field: key.value(*given) for field, given in arch.keys.items()},
+        **{field: name in file.tensors for field, name in arch.present.items()},
+        **arch.args,
+    }
+    config = Config(arch, layers, sizes, args, rope, tied, ignored=ignored)
+    return arch.configure(key, config) if arch.configure else config
+
+
+def _sizes(key: Keys, arch: Architecture) -> dict[str, int]:
+    """The sizes that every architecture has."""
+    embd, heads = key.count("embedding_length"), key.count("attention.head_count")
     kv_heads = key.count("attention.head_count_kv", heads)
-    if heads % kv_heads:
-        raise GGUFError(
-            file.path, f"{heads} attention heads cannot share {kv_heads} key/value heads"
-        )
+    check_kv_heads(key, heads, kv_heads)
     head = key.count("attention.key_length", embd // heads)
     value_head = key.count("attention.value_length", embd // heads)
     if value_head != head:
         raise UnsupportedError(f"heads of keys ({head}) and values ({value_head}) differ in size")
-    if head * heads != embd and arch.name in ("qwen2", "qwen2moe", "phi3"):
+    if head * heads != embd and arch.fixed_head:
         raise UnsupportedError(
             f"{arch.name} with a head size of {head}; expected {embd} / {heads} heads"
         )
-    layers, ignored = _layers(key, arch)
-    expert_args, expert_sizes = (
-        _experts(file, key) if experts or (arch.experts and not arch.dense_too) else ({}, {})
-    )
-    ff = key.count("feed_forward_length", expert_sizes.get("expert_ff"))
-    context = key.count("context_length")
-    vocab = _vocab_size(file)
-    rope = read_rope(arch, key, head, context, context_length or context)
-    tied = "output.weight" not in file.tensors
-    if tied and not arch.may_tie:
-        raise GGUFError(file.path, f"output.weight is missing; {arch.name} has a head of its own")
-    args: dict[str, Any] = {
-        **arch.args,
-        **expert_args,
-        "model_type": arch.name,
-        "hidden_size": embd,
-        "num_hidden_layers": layers,
-        "intermediate_size": ff,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head,
-        "rms_norm_eps": key.positive("attention.layer_norm_rms_epsilon"),
-        "vocab_size": vocab,
-        "max_position_embeddings": context,
-        "rope_theta": rope.base,
-        "tie_word_embeddings": tied,
-    }
-    sizes = {
-        "vocab": vocab,
+    return {
+        "one": 1,
+        "vocab": _vocab_size(key.file),
         "embd": embd,
-        "ff": ff,
-        "gate_up": 2 * ff,
         "head": head,
         "heads": heads,
         "kv_heads": kv_heads,
@@ -130,18 +120,18 @@ def read_config(file: GGUFFile, context_length: int | None = None) -> Config:
         "o": heads * head,
         "kv": kv_heads * head,
         "qkv": (heads + 2 * kv_heads) * head,
-        **expert_sizes,
+        "cache": 2 * kv_heads * head,
+        "window": 0,
+        "state": 0,
     }
-    config = Config(arch, layers, sizes, args, rope, None, tied, ignored=ignored)
-    return FAMILIES[arch.name](key, config) if arch.name in FAMILIES else config
 
 
-def _layers(key: Keys, arch: Architecture) -> tuple[int, int]:
+def _layers(key: Keys) -> tuple[int, int]:
     """How many layers there are, and how many blocks after them that are ignored."""
     blocks, tensors = key.count("block_count"), len(key.file.tensors)
     if blocks > tensors:  # before there is a list of so many
         raise GGUFError(key.file.path, f"block_count is {blocks}, but there are {tensors} tensors")
-    ignored = key("nextn_predict_layers", int, 0) if arch.recurrent else 0
+    ignored = key("nextn_predict_layers", int, 0)
     if ignored >= blocks:
         raise GGUFError(
             key.file.path, f"{ignored} of {blocks} blocks predict tokens after the next"
@@ -149,7 +139,7 @@ def _layers(key: Keys, arch: Architecture) -> tuple[int, int]:
     return blocks - ignored, ignored
 
 
-def _experts(file: GGUFFile, key: Keys) -> tuple[dict[str, Any], dict[str, int]]:
+def _experts(key: Keys, arch: Architecture) -> tuple[dict[str, Any], dict[str, int]]:
     """Arguments and sizes of a model with experts.
 
     Without their own lengths the experts of a token share the feed-forward length, and the
@@ -157,7 +147,7 @@ def _experts(file: GGUFFile, key: Keys) -> tuple[dict[str, Any], dict[str, int]]
     """
     experts, used = key.count("expert_count"), key.count("expert_used_count")
     if used > experts:
-        raise GGUFError(file.path, f"expert_used_count is {used} of {experts} experts")
+        raise GGUFError(key.file.path, f"expert_used_count is {used} of {experts} experts")
     if key("expert_group_count", int, 0) > 1:
         raise UnsupportedError("experts that are chosen by groups (expert_group_count)")
 
@@ -167,11 +157,10 @@ def _experts(file: GGUFFile, key: Keys) -> tuple[dict[str, Any], dict[str, int]]
             return key.count(name)
         whole = key.count("feed_forward_length")
         if whole < share:
-            raise GGUFError(file.path, f"{key.name}.{name} is missing")
+            raise GGUFError(key.file.path, f"{key.name}.{name} is missing")
         return whole // share
 
     sizes = {
-        "one": 1,
         "experts": experts,
         "expert_ff": length("expert_feed_forward_length", used),
     }
@@ -180,7 +169,7 @@ def _experts(file: GGUFFile, key: Keys) -> tuple[dict[str, Any], dict[str, int]]
         "num_experts_per_tok": used,
         "moe_intermediate_size": sizes["expert_ff"],
     }
-    if "ffn_gate_shexp" in ARCHITECTURES[file.architecture].layer:
+    if any("ffn_gate_shexp" in table for table in arch.tables):
         shared = length("expert_shared_feed_forward_length", 1)
         sizes["shared_ff"] = args["shared_expert_intermediate_size"] = shared
     return args, sizes

@@ -27,10 +27,19 @@ class Keys:
         full = f"{self.name}.{key}"
         return self.file.get(full, kind) if default is None else self.file.get(full, kind, default)
 
+    def value(self, key: str, default: float | int | str) -> float | int | str:
+        """A value of the default's type."""
+        return self.file.get(f"{self.name}.{key}", type(default), default)
+
+    def flag(self, key: str, default: bool) -> bool:
+        return self.file.get(f"{self.name}.{key}", bool, default)
+
     def each(
         self, key: str, layers: int, default: int | None = None, *, listed: bool = False
     ) -> list[int]:
         """A number for each layer, which the file gives one by one or once for all.
+
+        A list has one for each block of the file; those after the layers are left out.
 
         Args:
             default: None if the file must have it.
@@ -40,12 +49,12 @@ class Keys:
         values = self.file.metadata.get(full)
         if not isinstance(values, np.ndarray) and not listed:
             return [self(key, int, default)] * layers
-        array = np.asarray(values)
-        if array.dtype.kind not in "biu" or array.shape != (layers,):
+        array, blocks = np.asarray(values), self.count("block_count")
+        if array.dtype.kind not in "biu" or array.shape != (blocks,):
             raise GGUFError(
-                self.file.path, f"{full} is not a list of {layers} integers, one for each layer"
+                self.file.path, f"{full} is not a list of {blocks} integers, one for each layer"
             )
-        return [int(value) for value in array]
+        return [int(value) for value in array[:layers]]
 
     def count(self, key: str, default: int | None = None) -> int:
         """A positive integer; of an array with one value per layer, which must be uniform but

@@ -19,8 +19,7 @@ from ..errors import GGUFError, UnsupportedError
 from ..gguf.blocks import can_dequantize
 from ..gguf.exported import Stored
 from ..gguf.relayout import relayout
-from .architectures import Weight
-from .config import Config
+from .table import Config, Weight, Weights
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -254,7 +253,7 @@ class _Finder:
     def __init__(self, file: GGUFFile, config: Config) -> None:
         self.file = file
         self.sizes = config.sizes
-        self.paired = config.architecture.paired_rope
+        self.paired = config.architecture.rope_layout == "paired"
         # A longrope file has two sets of factors, of which one is used.
         both = {f"rope_factors_{length}.weight" for length in ("long", "short")}
         self.used = {config.rope.factors, *both, *config.unread}
@@ -264,7 +263,9 @@ class _Finder:
         into ``attn_qkv``.
         """
         bias = suffix != weight.suffix
-        shape = tuple(self.sizes[s] for s in (weight.shape[:-1] if bias else weight.shape))
+        shape = tuple(
+            self.sizes[s] for s in (weight.shape[:-1] or weight.shape if bias else weight.shape)
+        )
         height = shape[-2:][0]
 
         def there(name: str) -> bool:
@@ -315,20 +316,27 @@ class _Finder:
             swap = (1, values // keys, keys, self.sizes[weight.tiled])
         return RowSource(tensor, start, stop, swap)
 
-    def weight(self, prefix: str, name: str, weight: Weight, module: str, group: str) -> WeightPlan:
-        rows = self.rows(prefix, name, weight, weight.suffix)
-        if not rows:
-            raise GGUFError(self.file.path, f"{prefix}{name}{weight.suffix} is missing")
-        bias: tuple[RowSource, ...] = ()
-        if weight.bias != "no":
-            bias = self.rows(prefix, name, weight, ".bias")
-            if weight.bias == "required" and not bias:
-                raise GGUFError(self.file.path, f"{prefix}{name}.bias is missing")
-        return WeightPlan(module, rows, bias, group, weight)
-
-    def has(self, weight: Weight) -> bool:
-        """Whether there is such a tensor, by its sizes."""
-        return all(self.sizes[size] for size in weight.shape)
+    def weights(
+        self, prefix: str, at: str, table: Weights, group_of: Mapping[str, str]
+    ) -> tuple[WeightPlan, ...]:
+        """What a table's tensors, named PREFIX NAME, fill below the module ``at``."""
+        found = []
+        for name, weight in table.items():
+            if not all(self.sizes[size] for size in weight.shape):
+                continue
+            rows = self.rows(prefix, name, weight, weight.suffix)
+            if not rows:
+                if weight.optional:
+                    continue
+                raise GGUFError(self.file.path, f"{prefix}{name}{weight.suffix} is missing")
+            bias: tuple[RowSource, ...] = ()
+            if weight.bias != "no":
+                bias = self.rows(prefix, name, weight, ".bias")
+                if weight.bias == "required" and not bias:
+                    raise GGUFError(self.file.path, f"{prefix}{name}.bias is missing")
+            group = f"{at}{group_of[name]}" if name in group_of else ""
+            found.append(WeightPlan(f"{at}{weight.module}", rows, bias, group, weight))
+        return tuple(found)
 
 
 def plan(file: GGUFFile, config: Config) -> Plan:
@@ -341,30 +349,14 @@ def plan(file: GGUFFile, config: Config) -> Plan:
     arch = config.architecture
     _check_layers(file, config.layers + config.ignored)
     find = _Finder(file, config)
-    outer = tuple(
-        find.weight("", name, weight, weight.module, "")
-        for name, weight in arch.outer.items()
-        if find.has(weight) and not (config.tied and name == "output")
-    )
+    outer = {n: w for n, w in arch.outer.items() if not (config.tied and n == "output")}
+    above = find.weights("", "", outer, {})
     group_of = {name: group for group, names in arch.groups.items() for name in names}
     layers = []
     for i in range(config.layers):
-        at = f"model.layers.{i}"
-        find.sizes = {**config.sizes, **(config.by_layer[i] if config.by_layer else {})}
-        table = arch.recurrent if i in config.recurrent and arch.recurrent else arch.layer
-        layers.append(
-            tuple(
-                find.weight(
-                    f"blk.{i}.",
-                    name,
-                    weight,
-                    f"{at}.{weight.module}",
-                    f"{at}.{group_of[name]}" if name in group_of else "",
-                )
-                for name, weight in table.items()
-                if find.has(weight)
-            )
-        )
+        find.sizes = config.sizes_of(i)
+        at = f"{arch.layers_at}.{i}."
+        layers.append(find.weights(f"blk.{i}.", at, config.weights_of(i), group_of))
     ahead = tuple(f"blk.{config.layers + i}." for i in range(config.ignored))
     unused = [n for n in file.tensors if n not in find.used and not n.startswith(ahead)]
     if unused:
@@ -373,7 +365,7 @@ def plan(file: GGUFFile, config: Config) -> Plan:
             + ", ".join(unused[:4])
             + (", ..." if len(unused) > 4 else "")
         )
-    return Plan(config, outer, tuple(layers))
+    return Plan(config, above, tuple(layers))
 
 
 def _check_layers(file: GGUFFile, layers: int) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import GGUFError, UnsupportedError
-from .architectures import Architecture
 from .keys import Keys
 
 
@@ -22,6 +21,7 @@ class Rope:
     scale     q and k are multiplied by this.
     factors   tensor that divides the frequencies, [dims/2], or empty.
     yarn      original context in tokens if the scaling is YaRN, else 0.
+    pairs     components 2i and 2i+1 belong together, else i and i + dims/2.
     """
 
     dims: int
@@ -30,6 +30,7 @@ class Rope:
     scale: float = 1.0
     factors: str = ""
     yarn: int = 0
+    pairs: bool = False
 
     @property
     def plain(self) -> bool:
@@ -60,12 +61,23 @@ class Rope:
         return (1 / (ramp / interpolated + (1 - ramp) / extrapolated)).astype(np.float32)
 
 
-def read_rope(arch: Architecture, key: Keys, head: int, trained: int, used: int) -> Rope:
+def read_rope(
+    key: Keys,
+    head: int,
+    trained: int,
+    used: int,
+    *,
+    types: tuple[str, ...],
+    partial: bool,
+    pairs: bool,
+) -> Rope:
     """The rotary embedding of the layers that see the whole context.
 
     Args:
         head: components of a head.
         trained, used: tokens of the file's context and of the one it is opened for.
+        types, partial, pairs: what the architecture's table says: ``rope_types``,
+            ``partial_rope``, and whether its ``rope_layout`` is interleaved.
 
     Raises:
         UnsupportedError: a scaling that the architecture does not have.
@@ -75,8 +87,8 @@ def read_rope(arch: Architecture, key: Keys, head: int, trained: int, used: int)
     dims = key.count("rope.dimension_count", head)
     if dims % 2 or dims > head:
         raise GGUFError(file.path, f"{dims} rotary dimensions of a head of {head}")
-    if dims != head and not arch.partial_rope:
-        raise UnsupportedError(f"{arch.name} with rotary embedding on {dims} of {head} dimensions")
+    if dims != head and not partial:
+        raise UnsupportedError(f"{key.name} with rotary embedding on {dims} of {head} dimensions")
     base = key.positive("rope.freq_base", 10000.0)
     original = key.count("rope.scaling.original_context_length", trained)
     # llama.cpp's default type is linear, which a missing factor turns into none.
@@ -97,10 +109,10 @@ def read_rope(arch: Architecture, key: Keys, head: int, trained: int, used: int)
         factors = f"rope_factors_{'long' if used > original else 'short'}.weight"
     elif kind == "longrope":
         raise GGUFError(file.path, "rope_factors_long.weight is missing for longrope scaling")
-    if kind not in ("none", *arch.rope_types):
+    if kind not in ("none", *types):
         raise UnsupportedError(
-            f"rotary scaling {kind!r} is not supported for {arch.name}; "
-            f"supported are {', '.join(arch.rope_types)}"
+            f"rotary scaling {kind!r} is not supported for {key.name}; "
+            f"supported are {', '.join(types)}"
         )
     if factors:
         tensor = file.tensors.get(factors)
@@ -112,4 +124,12 @@ def read_rope(arch: Architecture, key: Keys, head: int, trained: int, used: int)
         if base <= 1:
             raise GGUFError(file.path, f"rope.freq_base is {base}; expected more than 1 for YaRN")
         scale *= 1 + 0.1 * math.log(factor) if factor > 1 else 1.0
-    return Rope(dims, base, factor, scale, factors, original if kind == "yarn" else 0)
+    return Rope(
+        dims,
+        base,
+        factor,
+        scale,
+        factors,
+        yarn=original if kind == "yarn" else 0,
+        pairs=pairs,
+    )

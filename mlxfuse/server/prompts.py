@@ -11,7 +11,8 @@ from mlx_lm.sample_utils import make_logits_processors
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import GrammarError, MLXFuseError
-from ..text.generate import Settings, suppressed
+from ..text.generate import Settings
+from ..text.sampling import suppressed
 from ..text.structured import Constraint, Grammars
 from .answers import Form
 from .engine import Job

@@ -14,17 +14,17 @@ from mlx_lm.models.cache import (
     can_trim_prompt_cache,
     make_prompt_cache,
 )
-from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import MLXFuseError, UnsupportedError
 from ..nn.kv.cache import CompressedKVCache
 from ..nn.kv.options import KVOptions, check_model, compressed, describe
+from .sampling import Sampling, StopTexts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """The flags of ``mlx_lm.generate``, with its names and defaults.
+class Settings(Sampling):
+    """The flags of ``mlx_lm.generate``, with its names and defaults; those of `Sampling` too.
 
     kv                  how to compress the key-value cache; None for mlx-lm's plain one.
     quantized_kv_start  tokens up to which it stays plain.
@@ -36,16 +36,6 @@ class Settings:
     prefill_response: str | None = None
     ignore_chat_template: bool = False
     chat_template_config: Mapping[str, Any] = field(default_factory=dict)
-    extra_eos_token: tuple[str, ...] = ()
-    max_tokens: int = 100
-    temp: float = 0.0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    top_k: int = 0
-    xtc_probability: float = 0.0
-    xtc_threshold: float = 0.1
-    min_tokens_to_keep: int = 1
-    seed: int | None = None
     max_kv_size: int | None = None
     prefill_step_size: int = 2048
     num_draft_tokens: int = 3
@@ -63,7 +53,8 @@ class Result:
     generation_tokens   tokens generated, with the one that ended the text.
     generation_tps      generated tokens a second, after the prompt.
     peak_memory         GB (1e9 bytes) that MLX held at most.
-    finish_reason       ``stop`` (an end token), ``length`` (``max_tokens``) or ``interrupted``.
+    finish_reason       ``stop`` (an end token or a stop text), ``length`` (``max_tokens``)
+                        or ``interrupted``.
     end_token           id of the token that ended the text, if one did.
     kv_cache            how the key-value cache was compressed, if it was.
     """
@@ -224,20 +215,17 @@ def run(
     Raises:
         MLXFuseError: no token was generated.
     """
-    newline = tokenizer.encode("\n", add_special_tokens=False)
-    sampler = make_sampler(
-        settings.temp,
-        settings.top_p,
-        settings.min_p,
-        settings.min_tokens_to_keep,
-        top_k=settings.top_k,
-        xtc_probability=settings.xtc_probability,
-        xtc_threshold=settings.xtc_threshold,
-        xtc_special_tokens=newline + sorted(tokenizer.eos_token_ids),
-    )
     pieces: list[str] = []
     tokens: list[int] = []
     last, reason = None, "length"
+    stops = StopTexts(settings.stop)
+
+    def give(text: str) -> None:
+        if text:
+            pieces.append(text)
+            if write:
+                write(text)
+
     if settings.kv is not None and settings.quantized_kv_start:
         options |= {
             "kv_bits": settings.kv.v_bits,
@@ -248,21 +236,22 @@ def run(
         tokenizer,
         prompt,
         max_tokens=settings.max_tokens,
-        sampler=sampler,
-        logits_processors=make_logits_processors(suppressed(tokenizer)),
+        sampler=settings.sampler(tokenizer),
+        logits_processors=settings.logits_processors(tokenizer),
         prefill_step_size=settings.prefill_step_size,
         **options,
     ):
         if last.finish_reason != "stop":
             tokens.append(int(last.token))
-        if last.text:
-            pieces.append(last.text)
-            if write:
-                write(last.text)
+        give(stops.feed(last.text))
         reason = last.finish_reason or reason
+        if stops.found:
+            reason = "stop"
+            break
         if stop is not None and stop():
             reason = last.finish_reason or "interrupted"
             break
+    give(stops.rest())
     if last is None:
         raise MLXFuseError("the model generated nothing")
     return Result(
@@ -274,14 +263,8 @@ def run(
         generation_tps=last.generation_tps,
         peak_memory=last.peak_memory,
         finish_reason=reason,
-        end_token=int(last.token) if reason == "stop" else None,
+        end_token=int(last.token) if last.finish_reason == "stop" else None,
     )
-
-
-def suppressed(tokenizer: TokenizerWrapper) -> dict[int, float]:
-    """The file's ``suppress_tokens``, each with -inf, which its logit is biased by."""
-    found: dict[int, float] = getattr(tokenizer, "suppressed", {})
-    return found
 
 
 def new_cache(model: Any, settings: Settings) -> list[Any]:

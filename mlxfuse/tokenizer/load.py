@@ -32,7 +32,7 @@ from transformers.utils import get_json_schema
 
 from . import chat_template as chat
 from .answer_format import answer_format
-from .spm import merges_by_score, needs_scores, segment
+from .merging import Score, beyond_tokens, by_pair, by_token, merges_by_score, needs_scores, segment
 from .vocab import BYTE, CONTROL, UNKNOWN, UNUSED, USER_DEFINED, Vocab, read_vocab
 
 _SPACE = "\u2581"
@@ -93,12 +93,18 @@ class GGUFTokenizer(PreTrainedTokenizerFast):
         templates: dict[str, str] | str | None = vocab.chat_templates or None
         if list(vocab.chat_templates) == ["default"]:
             templates = vocab.chat_templates["default"]
-        names = {f"{name}_token": vocab.tokens[i] for name, i in vocab.special.items()}
+        names = {f"{name}_token": i for name, i in vocab.special.items()}
+        known = {k: i for k, i in names.items() if k in self.SPECIAL_TOKENS_ATTRIBUTES}
+        parsed = frozenset(vocab.parsed)
         super().__init__(
-            **{k: v for k, v in names.items() if k in self.SPECIAL_TOKENS_ATTRIBUTES},
+            **{name: vocab.tokens[i] for name, i in known.items() if i in parsed},
             clean_up_tokenization_spaces=False,
             chat_template=templates,
         )
+        # transformers would cut these out of every text, which llama.cpp does not.
+        self._special_tokens_map |= {
+            k: vocab.tokens[i] for k, i in known.items() if i not in parsed
+        }
         self.pieces = _pieces(vocab)
         self.trim_space = vocab.is_spm and vocab.add_space_prefix
         self.hidden = frozenset(np.flatnonzero(np.isin(vocab.types, (CONTROL, UNKNOWN))).tolist())
@@ -209,7 +215,6 @@ def build_backend(vocab: Vocab) -> Tokenizer:
         backend = _byte_level(vocab)
     else:
         backend = _escaped(vocab)
-    special = np.flatnonzero(np.isin(vocab.types, (CONTROL, USER_DEFINED, UNKNOWN))).tolist()
     backend.add_tokens(
         [
             AddedToken(
@@ -217,7 +222,7 @@ def build_backend(vocab: Vocab) -> Tokenizer:
                 normalized=False,
                 special=bool(vocab.types[i] != USER_DEFINED),
             )
-            for i in special
+            for i in vocab.parsed
         ]
     )
     bos = ["BOS"] if vocab.add_bos else []
@@ -236,9 +241,7 @@ def build_backend(vocab: Vocab) -> Tokenizer:
 
 def _byte_level(vocab: Vocab) -> Tokenizer:
     assert vocab.pre is not None
-    backend = Tokenizer(
-        BPE(vocab=vocab.ids, merges=vocab.merges, ignore_merges=vocab.pre.ignore_merges)
-    )
+    backend, merging = _by_merges(vocab)
     steps = [_split(pattern) for pattern in vocab.pre.patterns]
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     missing = [char for char in _BYTES if char not in vocab.ids]
@@ -246,25 +249,31 @@ def _byte_level(vocab: Vocab) -> Tokenizer:
         # Such a byte is dropped, and what is on either side of it does not merge.
         chars = "".join(f"\\x{{{ord(char):x}}}" for char in missing)
         steps.append(pre_tokenizers.Split(Regex(f"[{chars}]"), "removed"))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*steps, *merging])
     backend.decoder = decoders.ByteLevel()
     return backend
 
 
 def _escaped(vocab: Vocab) -> Tokenizer:
     assert vocab.pre is not None
-    backend = Tokenizer(
-        BPE(
-            vocab=vocab.ids,
-            merges=vocab.merges,
-            byte_fallback=True,
-            ignore_merges=vocab.pre.ignore_merges,
-        )
-    )
+    backend, merging = _by_merges(vocab, byte_fallback=True)
     backend.normalizer = normalizers.Replace(" ", _SPACE)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([_split(p) for p in vocab.pre.patterns])
+    steps = [_split(p) for p in vocab.pre.patterns]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*steps, *merging])
     backend.decoder = _spm_decoder(trim=False)
     return backend
+
+
+def _by_merges(vocab: Vocab, **options: Any) -> tuple[Tokenizer, list[pre_tokenizers.PreTokenizer]]:
+    """A BPE by ``vocab.merges``, and what comes before it where it cannot say them all."""
+    assert vocab.pre is not None
+    whole = vocab.pre.ignore_merges
+    if not beyond_tokens(vocab):
+        model = BPE(vocab=vocab.ids, merges=vocab.merges, ignore_merges=whole, **options)
+        return Tokenizer(model), []
+    pieces = _Pieces(vocab, by_pair(vocab.merges), whole)
+    model = BPE(vocab=vocab.ids, merges=[], ignore_merges=True, **options)
+    return Tokenizer(model), [pre_tokenizers.PreTokenizer.custom(pieces)]
 
 
 def _spm(vocab: Vocab) -> Tokenizer:
@@ -280,37 +289,57 @@ def _spm(vocab: Vocab) -> Tokenizer:
         )
     )
     if scored:
-        backend.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(_ScoreMerges(vocab))
+        scores = [0.0] * len(vocab.tokens) if vocab.scores is None else vocab.scores.tolist()
+        backend.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(
+            _Pieces(vocab, by_token(vocab.ids, scores))
+        )
     prefix = [normalizers.Prepend(_SPACE)] if vocab.add_space_prefix else []
     backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", _SPACE)])
     backend.decoder = _spm_decoder(trim=vocab.add_space_prefix)
     return backend
 
 
-class _ScoreMerges:
-    """A ``tokenizers`` pre-tokenizer that cuts text into the pieces `segment` finds."""
+class _Pieces:
+    """A ``tokenizers`` pre-tokenizer that cuts text into the pieces `segment` finds.
 
-    def __init__(self, vocab: Vocab) -> None:
-        self._ids = vocab.ids
-        self._scores = [0.0] * len(vocab.tokens) if vocab.scores is None else vocab.scores.tolist()
+    whole  a text that is a token stays whole, whatever the merges make of it.
+
+    As in llama.cpp, what merges make and is no token falls back to the tokens of its bytes, which
+    in a byte-level vocabulary are those of its ASCII characters.
+    """
+
+    def __init__(self, vocab: Vocab, score: Score, whole: bool = False) -> None:
+        self._ids, self._score, self._whole = vocab.ids, score, whole
+        self._byte_level = vocab.pre is not None and vocab.pre.byte_level
 
     def pre_tokenize(self, text: PreTokenizedString) -> None:
         text.split(self._split)
 
     def _split(self, _: int, text: NormalizedString) -> list[NormalizedString]:
+        given = str(text.normalized)
+        if self._whole and given in self._ids:
+            return [text]
         # A slice costs as much as the string it is cut from: cut large, then small.
-        lengths = segment(str(text.normalized), self._ids, self._scores)
+        lengths = segment(given, self._score)
         pieces: list[NormalizedString] = []
         start = 0
         for first in range(0, len(lengths), _CHUNK):
             part = lengths[first : first + _CHUNK]
             chunk = _cut(text, start, sum(part))
-            start += sum(part)
             at = 0
             for length in part:
-                pieces.append(_cut(chunk, at, length))
+                pieces += self._tokens(_cut(chunk, at, length))
                 at += length
+            start += at
         return pieces
+
+    def _tokens(self, piece: NormalizedString) -> list[NormalizedString]:
+        text = str(piece.normalized)
+        if len(text) == 1 or text in self._ids:
+            return [piece]
+        if self._byte_level:
+            return [NormalizedString(char) for char in text if char.isascii()]
+        return [NormalizedString(f"<0x{byte:02X}>") for byte in text.encode()]
 
 
 def _cut(text: NormalizedString, start: int, length: int) -> NormalizedString:

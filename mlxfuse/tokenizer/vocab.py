@@ -69,6 +69,11 @@ class Vocab:
         """SentencePiece-like: merges by score, U+2581 for a space, bytes as ``<0xXX>``."""
         return self.model == "llama"
 
+    @property
+    def parsed(self) -> list[int]:
+        """The ids of the tokens whose text stands for them wherever it is in a prompt."""
+        return np.flatnonzero(np.isin(self.types, (CONTROL, USER_DEFINED, UNKNOWN))).tolist()
+
 
 class _Reader:
     """Typed look-ups in ``tokenizer.ggml.*`` that raise GGUFError with the key's name."""
@@ -163,7 +168,7 @@ def read_vocab(metadata: Mapping[str, object], path: str | os.PathLike[str]) -> 
         if max(map(len, tokens)) > _LONGEST_TOKEN:
             read.fail("tokens", f"a token has more than {_LONGEST_TOKEN} characters")
     else:
-        merges = _merges(read, ids)
+        merges = _merges(read)
 
     special = _special_ids(read, model, len(tokens))
     eog = _end_of_generation(read, ids, types, special)
@@ -213,18 +218,14 @@ def _types(read: _Reader, size: int) -> np.ndarray:
     return np.where(known, types, 0).astype(np.int8)
 
 
-def _merges(read: _Reader, ids: Mapping[str, int]) -> list[tuple[str, str]]:
+def _merges(read: _Reader) -> list[tuple[str, str]]:
+    """The pairs, best first; like llama.cpp's, they may name what is no token."""
     merges: dict[tuple[str, str], None] = {}
-    for i, merge in enumerate(read.strings("merges", "a BPE vocabulary needs it")):
+    for merge in read.strings("merges", "a BPE vocabulary needs it"):
         # A part may itself begin with a space.
         space = merge.find(" ", 1)
-        left, right = merge[:space], merge[space + 1 :]
-        if space < 0 or not right:
-            read.fail("merges", f"entry {i}, {merge!r}, is not two tokens and a space")
-        for part in (left, right, left + right):
-            if part not in ids:
-                read.fail("merges", f"entry {i}, {merge!r}, needs {part!r}, which is not a token")
-        merges.setdefault((left, right))
+        if space > 0 and space + 1 < len(merge):  # as in llama.cpp, another line does nothing
+            merges.setdefault((merge[:space], merge[space + 1 :]))
     return list(merges)
 
 
@@ -258,17 +259,17 @@ def _end_of_generation(
 ) -> frozenset[int]:
     """The ids that stop a generation; also retypes (in ``types``) tokens that files get wrong."""
     eog = {ids[text] for text in _EOG if text in ids}
-    for key, texts in _FIM_EOG.items():
-        known = read.token_id(key, len(types))
-        if known is None:
-            known = next((ids[text] for text in texts if text in ids), None)
-        if known is not None:
-            eog.add(known)
-            if types[known] == NORMAL:
-                types[known] = CONTROL
     for i in eog:
         if types[i] != UNUSED:
             types[i] = CONTROL
+    for key, texts in _FIM_EOG.items():
+        given = read.token_id(key, len(types))
+        named = next((ids[text] for text in texts if text in ids), None)
+        found = named if given is None else given
+        if found is not None:
+            eog.add(found)
+            if given is None and types[found] == NORMAL:
+                types[found] = CONTROL
     for text in _ALWAYS_TEXT:
         if text in ids:
             types[ids[text]] = USER_DEFINED
@@ -302,7 +303,10 @@ def _rstrip(
 
 
 def _chat_templates(metadata: Mapping[str, object], path: str | os.PathLike[str]) -> dict[str, str]:
-    """``tokenizer.chat_template`` as "default", ``tokenizer.chat_template.<name>`` as name."""
+    """``tokenizer.chat_template`` as "default", ``tokenizer.chat_template.<name>`` as name.
+
+    Where only named ones are there, the default is one of them.
+    """
     prefix = "tokenizer.chat_template"
     found = {}
     for key, value in metadata.items():
@@ -311,4 +315,6 @@ def _chat_templates(metadata: Mapping[str, object], path: str | os.PathLike[str]
         if not isinstance(value, str):
             raise GGUFError(path, f"{key}: expected a string, found {type(value).__name__}")
         found[key[len(prefix) + 1 :] or "default"] = value
+    if found and "default" not in found:  # as in llama.cpp
+        found["default"] = found.get("tool_use") or next(iter(found.values()))
     return found

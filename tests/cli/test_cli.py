@@ -468,7 +468,7 @@ def test_ctrl_c_while_importing(tmp_path, watch, code):
         "except KeyboardInterrupt: raise SystemError('broken off')\n"
     )
     lines = [
-        "import mlxfuse.cli.process as p",
+        "import mlxfuse.process as p",
         "p.watch_interrupts()" if watch else "",
         "import native",
     ]
@@ -485,7 +485,7 @@ def test_ctrl_c_while_importing(tmp_path, watch, code):
 @pytest.mark.parametrize(("watch", "stops"), [(True, True), (False, False)])
 def test_ctrl_c_in_a_native_call(watch, stops):
     code = (
-        "import hashlib, mlxfuse.cli.process as p\n"
+        "import hashlib, mlxfuse.process as p\n"
         f"{'p.watch_interrupts()' if watch else ''}\n"
         "print('ready', flush=True)\n"
         "hashlib.pbkdf2_hmac('sha256', b'', b'', 2_000_000_000)\n"

@@ -51,7 +51,7 @@ def test_sizes_and_kinds_of_layers(tmp_path: Path) -> None:
     with open_gguf(write(tmp_path, "qwen35moe")) as file:
         config = read_config(file)
         layers = plan(file, config).layers
-    assert config.recurrent == {0, 1}
+    assert [bool(kind) for kind in config.kinds] == [True, True, False]
     wanted = {
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 6,
@@ -93,7 +93,7 @@ def test_sizes_and_kinds_of_layers(tmp_path: Path) -> None:
         (
             {"attention__recurrent_layers": [True, True, False, False]},
             UnsupportedError,
-            "recurrent_layers has no period",
+            "an irregular qwen35.attention.recurrent_layers",
         ),
         ({"nextn_predict_layers": 4}, GGUFError, "4 of 4 blocks"),
         # The last layer is taken for one that predicts ahead.
@@ -116,7 +116,8 @@ def test_a_list_of_recurrent_layers_says_the_same(tmp_path: Path) -> None:
     kinds = [True, False, True, False]
     keys = {"attention__recurrent_layers": kinds, "full_attention_interval": None}
     with open_gguf(write(tmp_path, "qwen35", **keys)) as file:
-        assert read_config(file).recurrent == {0, 2}
+        kinds = read_config(file).kinds
+        assert [i for i, kind in enumerate(kinds) if kind] == [0, 2]
 
 
 def test_a_decay_that_grows_is_refused(tmp_path: Path) -> None:

@@ -20,11 +20,14 @@ import pytest
 from mlxfuse.formats import BY_NAME
 from mlxfuse.gguf.reader import open_gguf
 from tests.gguf import make
-from tests.models import qwen35_shapes, tiny
+from tests.models import tiny
+from tests.models.case import shapes
+from tests.models.cases.qwen35 import layer
 
 LAYERS, VOCABULARY, HIDDEN, FF, EXPERTS = 40, 248320, 2048, 512, 256
 CASE = tiny.Case(
     "qwen35moe",
+    only=layer,
     layers=LAYERS,
     hidden=HIDDEN,
     heads=16,
@@ -82,7 +85,7 @@ def kind(name: str, shape: tuple[int, ...]) -> str:
 
 def tensors() -> Iterator[tuple[str, str, tuple[int, ...], int]]:
     """Name, type, shape and bytes."""
-    for name, shape in qwen35_shapes.shapes(CASE, VOCABULARY, tiny.expert_shapes(CASE)):
+    for name, shape in shapes(CASE, VOCABULARY):
         form = BY_NAME[kind(name, shape)]
         yield name, form.name, shape, prod(shape) // form.block_size * form.type_size
 

@@ -204,6 +204,31 @@ def gemma4(**more: Any) -> dict[str, Any]:
     return _metadata("gemma4", tokens + runs, types + [1] * 3, merges=merges, **ids, **more)
 
 
+def cut_down(metadata: dict[str, Any], every: int = 4) -> dict[str, Any]:
+    """The vocabulary without some tokens that its merges make and need, and with lines among its
+    merges that are none."""
+    tokens = metadata["tokenizer.ggml.tokens"]
+    longer = [i for i, t in enumerate(tokens) if len(t) > 1 and t[0] != "<"]
+    gone = set(longer[::every])
+    special = {key: tokens[i] for key, i in metadata.items() if key.endswith("token_id")}
+    kept = [i for i in range(len(tokens)) if i not in gone]
+    left = [tokens[i] for i in kept]
+    merges = metadata["tokenizer.ggml.merges"]
+    return {
+        **metadata,
+        "tokenizer.ggml.tokens": left,
+        "tokenizer.ggml.token_type": metadata["tokenizer.ggml.token_type"][kept],
+        "tokenizer.ggml.merges": ["", "ab", "a ", " a", "zz q", *merges, merges[0]],
+        **{key: left.index(token) for key, token in special.items()},
+    }
+
+
+def named(metadata: dict[str, Any], token: str, *keys: str) -> dict[str, Any]:
+    """The vocabulary whose special ids ``keys`` are an ordinary token's."""
+    at = metadata["tokenizer.ggml.tokens"].index(token)
+    return {**metadata, **{f"tokenizer.ggml.{key}_token_id": at for key in keys}}
+
+
 _ENDS = ("<|eot_id|>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>")
 _ENDS += ("<eos>", "<turn|>", "[e~[")
 _HARMONY = ("<|return|>", "<|call|>", "<|end|>", "<|channel|>", "<|message|>", "<|start|>")
@@ -220,6 +245,14 @@ def families(pres: Iterable[str]) -> dict[str, dict[str, Any]]:
         "bpe, harmony": bpe("gpt-4o", control=_HARMONY),
         "bpe, solar": bpe("solar-open", control=("<|flush|>", "<|calls|>", "<|end|>")),
         "bpe, tool response": bpe("qwen2", control=("<|tool_response>", "</s>")),
+        "bpe, cut down": cut_down(bpe("qwen2")),
+        "bpe, cut down, whole words": cut_down(bpe("llama-bpe"), every=7),
+        "gemma4, cut down": cut_down(gemma4()),
+        **{
+            f"{kind}, {key} is a letter": named(made, "e", key)
+            for kind, made in (("bpe", bpe("qwen2")), ("spm", spm()))
+            for key in ("bos", "eos", "eot", "eom", "unknown", "padding", "fim_pad")
+        },
         "spm": spm(),
         "spm without prefix": spm(add_space_prefix=False),
         "spm with eos": spm(add_bos_token=False, add_eos_token=True),

@@ -9,23 +9,45 @@ where llama.cpp has one for each layer.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from ...errors import GGUFError, UnsupportedError
 from ..keys import Keys
+from ..layers import FULL, SLIDING, layer_types
+from ..pieces import GROUPS, QK_NORMS, attention, mlp
 from ..rope import Rope
+from ..table import OUTER, Architecture, Config, Weight
+from .gemma import GEMMA_NORMS
 
-if TYPE_CHECKING:
-    from ..config import Config
+# Sizes are 0 in layers, and files, that have no such tensor.
+_OUTER = {
+    "per_layer_token_embd": Weight("model.embed_tokens_per_layer", ("vocab", "inputs")),
+    "per_layer_model_proj": Weight("model.per_layer_model_projection", ("inputs", "embd")),
+    "per_layer_proj_norm": Weight("model.per_layer_projection_norm", ("input",)),
+}
+_LAYER = {
+    "attn_k_norm": Weight("self_attn.k_norm", ("k_head",)),
+    "attn_v": Weight("self_attn.v_proj", ("v", "embd")),
+    "layer_output_scale": Weight("layer_scalar", ("one",), bare=True),
+    "inp_gate": Weight("per_layer_input_gate", ("input", "embd")),
+    "proj": Weight("per_layer_projection", ("embd", "input")),
+    "post_norm": Weight("post_per_layer_input_norm", ("input_embd",)),
+    "ffn_gate_inp": Weight("router.proj", ("experts", "embd")),
+    "ffn_gate_inp.scale": Weight("router.scale", ("expert_embd",), bare=True, suffix=""),
+    "ffn_down_exps.scale": Weight("router.per_expert_scale", ("experts",), bare=True, suffix=""),
+    "ffn_gate_exps": Weight("experts.switch_glu.gate_proj", ("experts", "expert_ff", "embd")),
+    "ffn_up_exps": Weight("experts.switch_glu.up_proj", ("experts", "expert_ff", "embd")),
+    "ffn_down_exps": Weight("experts.switch_glu.down_proj", ("experts", "embd", "expert_ff")),
+    "pre_ffw_norm_2": Weight("pre_feedforward_layernorm_2", ("expert_embd",)),
+    "post_ffw_norm_1": Weight("post_feedforward_layernorm_1", ("expert_embd",)),
+    "post_ffw_norm_2": Weight("post_feedforward_layernorm_2", ("expert_embd",)),
+}
 
-FULL, SLIDING = "full_attention", "sliding_attention"
 
-
-def gemma4(key: Keys, config: Config) -> Config:
+def _gemma4(key: Keys, config: Config) -> Config:
     """The configuration, of which ``config`` has what all architectures have alike."""
     layers, embd, heads = config.layers, config.sizes["embd"], config.sizes["heads"]
     slides = key.each("attention.sliding_window_pattern", layers, listed=True)
-    kinds = [SLIDING if n else FULL for n in slides]
+    kinds = layer_types(map(bool, slides))
     own = _own_layers(key, kinds)
     head = {FULL: config.sizes["head"], SLIDING: key.count("attention.key_length_swa")}
     value = key.count("attention.value_length_swa")
@@ -39,6 +61,7 @@ def gemma4(key: Keys, config: Config) -> Config:
     kv_heads = _kv_heads(key, kinds, heads, k_is_v)
     ff = _widths(key, layers, own)
     inputs = key("embedding_length_per_layer_input", int)
+    window = key.count("attention.sliding_window")
     experts = config.sizes.get("experts", 0)
     args = {
         "head_dim": head[SLIDING],
@@ -54,7 +77,7 @@ def gemma4(key: Keys, config: Config) -> Config:
         "enable_moe_block": bool(experts),
         "top_k_experts": config.args.get("num_experts_per_tok"),
         "layer_types": kinds,
-        "sliding_window": key.count("attention.sliding_window"),
+        "sliding_window": window,
         "final_logit_softcapping": key("final_logit_softcapping", float, 30.0) or None,
     }
     sizes = {
@@ -75,6 +98,8 @@ def gemma4(key: Keys, config: Config) -> Config:
                 "q": heads * head[kind],
                 "o": heads * head[kind],
                 "kv": kv,
+                "cache": 2 * kv,
+                "window": window if kind == SLIDING else 0,
                 "v": 0 if k_is_v and kind == FULL else kv,
                 "k_head": head[kind] if kv else 0,
                 "ff": ff[i],
@@ -90,7 +115,7 @@ def gemma4(key: Keys, config: Config) -> Config:
         config,
         args=config.args | args,
         sizes=config.sizes | sizes,
-        rope_swa=Rope(dims, base),
+        ropes=tuple(config.rope if kind == FULL else Rope(dims, base) for kind in kinds),
         by_layer=tuple(by_layer),
         # Released files have what the layers' own keys and values would be made of.
         unread=frozenset(
@@ -156,3 +181,19 @@ def _widths(key: Keys, layers: int, own: int) -> list[int]:
             f"{layers - own} layers"
         )
     return ff
+
+
+ROWS = (
+    Architecture(
+        name="gemma4",
+        models="Gemma 4",
+        module="mlx_lm.models.gemma4_text",
+        outer={**OUTER, **_OUTER},
+        layer=GEMMA_NORMS | attention() | QK_NORMS | mlp() | _LAYER,
+        groups=GROUPS | {"experts_gate_up": ("ffn_gate_exps", "ffn_up_exps")},
+        rope_types=("llama3",),
+        dense_too=True,
+        uneven=("attention.head_count_kv", "feed_forward_length"),
+        configure=_gemma4,
+    ),
+)

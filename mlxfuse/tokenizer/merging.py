@@ -1,13 +1,14 @@
-"""SentencePiece's greedy merging, for the vocabularies that a list of merges cannot express.
+"""Greedy merging of symbols, for the vocabularies that ``tokenizers``' BPE cannot express.
 
-A merge list ranks pairs; SentencePiece ranks the tokens that pairs make, and of equal scores takes
-the leftmost. Files converted without scores give every token the same one.
+Its merge list ranks pairs of tokens that make a token. SentencePiece ranks the tokens that pairs
+make, and of equal scores takes the leftmost; files converted without scores give every token the
+same one. In llama.cpp's BPE a merge may make, or need, a text that is no token.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -36,8 +37,34 @@ def merges_by_score(vocab: Vocab) -> Iterator[tuple[str, str]]:
                 yield left, right
 
 
-def segment(text: str, ids: Mapping[str, int], scores: Sequence[float]) -> list[int]:
-    """The lengths of the pieces of ``text``: tokens, and characters that no merge reached."""
+Score = Callable[[str, str], float | None]
+"""How early two symbols are merged, the highest first; None: never."""
+
+
+def by_token(ids: Mapping[str, int], scores: Sequence[float]) -> Score:
+    """SentencePiece's: by the token that they make."""
+
+    def score(left: str, right: str) -> float | None:
+        token = ids.get(left + right)
+        return None if token is None else scores[token]
+
+    return score
+
+
+def by_pair(merges: Iterable[tuple[str, str]]) -> Score:
+    """BPE's: by their place in the list of merges."""
+    places = {pair: -float(i) for i, pair in enumerate(merges)}
+    return lambda left, right: places.get((left, right))
+
+
+def beyond_tokens(vocab: Vocab) -> bool:
+    """Whether a merge makes or needs a text that is no token: of a vocabulary that was cut down."""
+    ids = vocab.ids
+    return any(not (a in ids and b in ids and a + b in ids) for a, b in vocab.merges)
+
+
+def segment(text: str, score: Score) -> list[int]:
+    """The lengths of the pieces of ``text``: what merges made, and characters that none reached."""
     symbols = list(text)
     before = list(range(-1, len(symbols) - 1))
     after = [*range(1, len(symbols)), -1]
@@ -45,10 +72,10 @@ def segment(text: str, ids: Mapping[str, int], scores: Sequence[float]) -> list[
 
     def consider(left: int, right: int) -> None:
         if left >= 0 and right >= 0:
-            token = ids.get(symbols[left] + symbols[right])
-            if token is not None:
+            found = score(symbols[left], symbols[right])
+            if found is not None:
                 size = len(symbols[left]) + len(symbols[right])
-                heapq.heappush(queue, (-scores[token], left, right, size))
+                heapq.heappush(queue, (-found, left, right, size))
 
     for i in range(1, len(symbols)):
         consider(i - 1, i)

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn
 
-from ..terminal import neutralize
+from .terminal import neutralize
 
 INTERRUPTED = 130
 # Seconds that Ctrl-C leaves the interpreter to unwind; one call into MLX can take far longer.
