@@ -17,6 +17,25 @@ METAL_FUNC const constant U* elements(const constant T* p) {
   return (const constant U*)p;
 }
 
+template <typename U, typename T>
+METAL_FUNC const threadgroup U* elements(const threadgroup T* p) {
+  return (const threadgroup U*)p;
+}
+
 METAL_FUNC float4 bytes(uint word) {
   return float4(as_type<uchar4>(word));
+}
+
+// 2^-n, exactly.
+METAL_FUNC constexpr float unshifted(int n) {
+  return n < 0 ? float(1u << -n) : 1.0f / float(1u << n);
+}
+
+// Copies words to threadgroup memory, by all threads; what follows may read them.
+template <typename G>
+METAL_FUNC void stage(G from, threadgroup uint* to, uint count, uint me, uint threads) {
+  for (uint i = me; i < count; i += threads) {
+    to[i] = from[i];
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
 }

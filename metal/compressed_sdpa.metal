@@ -1,14 +1,16 @@
 // Attention of a few queries over compressed keys and values.
 //
 // The rows of the problem are the queries of all heads that share a KV head. A threadgroup takes
-// some of a KV head's tokens, or the plain ones, and up to 32 rows: it copies the packed tokens
-// to its own memory tile by tile, whole and once, and its SIMD-groups decode them from there.
-// SIMD-group (group, slice) has `rows` rows and every `slices`-th run of `run` tokens.
+// some of a KV head's tokens, or the plain ones, and up to 32 rows. SIMD-group (group, slice) has
+// `rows` rows and every `slices`-th run of tokens. Where several groups need the same tokens, the
+// threadgroup copies them to its own memory tile by tile, whole and once, and its SIMD-groups
+// decode them from there; where none do, they decode them where they lie.
 //
-// `size` holds the queries of a head, the rows, the KV heads, the splits, whether attention is
-// causal, the window (0: none), the capacities of `rows`, `tail` and `sink`, the keys in the mask
-// and its strides of batch, head and query, then the strides in the batch of the lengths of
-// `rows`, `tail` and `sink` and of the left padding.
+// `size` holds the queries of a head, the rows, the KV heads, the most splits, whether attention is
+// causal, the window (0: none), the capacities of `tail` and `sink`, the keys in the mask and its
+// strides of batch, head and query, then the strides in the batch of `counts` and of what follows:
+// capacity and splits of each sequence's `rows`. `counts` holds the tokens of `rows`, `tail` and
+// `sink` in use, and the left padding.
 
 //@ parts:
 METAL_FUNC float masked(float score, bool seen) {
@@ -28,36 +30,73 @@ struct Row {
   int keys;
 };
 
-// The tokens from `first` to `end` of a source.
-template <typename K, typename V, bool has_mask, int words, int tile, int slices, typename A,
+// Tokens of `words` words each, of which the value's side takes word `v` for its first.
+template <int words, int v, typename P>
+struct Rows {
+  P from;
+  METAL_FUNC P keys(uint t) const thread {
+    return from + ulong(t) * words;
+  }
+  METAL_FUNC P values(uint t) const thread {
+    return from + ulong(t) * words + v;
+  }
+};
+
+// The run of tokens from t on, as far as `end`; `before` is added to a token for its key.
+template <typename K, typename V, bool has_mask, typename A, typename R, typename Source,
+          typename M>
+METAL_FUNC void attend_run(
+    thread A& state, R tokens, Source source, uint before, uint t, uint end, Row row, M mask,
+    float softcap, uint lane) {
+  float score = state.template score<K>(tokens, t, end, lane);
+  const uint token = t + A::token(lane);
+  const int key = int(source.key(before + token));
+  if (softcap > 0.0f) {
+    score = softcap * metal::precise::tanh(score / softcap);
+  }
+  const bool seen = token < end && key >= row.first && key <= row.last && key < row.keys;
+  if (!seen) {
+    score = -INFINITY;
+  } else if (has_mask) {
+    score = masked(score, mask[row.mask + key]);
+  }
+  state.template add<V>(tokens, t, end, state.weigh(score), lane);
+}
+
+//@ direct: parts
+// The tokens from `first` to `end` of a source, where they lie.
+template <typename K, typename V, bool has_mask, int slices, typename A, typename Source,
+          typename M>
+METAL_FUNC void attend(
+    thread A& state, Source source, uint first, uint end, Row row, M mask, float softcap,
+    uint slice, uint lane) {
+  for (uint t = first + run * slice; t < end; t += run * slices) {
+    attend_run<K, V, has_mask>(state, source, source, 0, t, end, row, mask, softcap, lane);
+  }
+}
+
+//@ staged: parts
+// The same by way of `tile` tokens in the threadgroup's memory.
+template <typename K, typename V, bool has_mask, int slices, int tile, typename A,
           typename Source, typename M>
 METAL_FUNC void attend(
     thread A& state, Source source, uint first, uint end, Row row, M mask, float softcap,
     threadgroup uint4* scratch, uint me, uint threads, uint slice, uint lane) {
-  const threadgroup uint* tokens = (const threadgroup uint*)scratch;
+  const Rows<Source::words, Source::v, const threadgroup uint*> tokens{
+      (const threadgroup uint*)scratch};
   for (uint base = first; base < end; base += tile) {
     const uint count = metal::min(uint(tile), end - base);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     source.stage(base, count, scratch, me, threads);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (uint t = run * slice; t < count; t += run * slices) {
-      float score = state.template score<K, words>(tokens, t, count, lane);
-      const uint token = t + A::token(lane);
-      const int key = int(source.key(base + token));
-      if (softcap > 0.0f) {
-        score = softcap * metal::precise::tanh(score / softcap);
-      }
-      const bool seen = token < count && key >= row.first && key <= row.last && key < row.keys;
-      if (!seen) {
-        score = -INFINITY;
-      } else if (has_mask) {
-        score = masked(score, mask[row.mask + key]);
-      }
-      state.template add<V, words>(tokens, t, count, state.weigh(score), lane);
+      attend_run<K, V, has_mask>(
+          state, tokens, source, base, t, count, row, mask, softcap, lane);
     }
   }
 }
 
+//@ heads: parts
 // What all threadgroups of a KV head share.
 struct Head {
   uint queries;
@@ -69,14 +108,18 @@ struct Head {
   int tails;
   int keys;
   int left;
+  uint capacity;
+  uint splits;
 };
 
-template <typename Z, typename A, typename B, typename C, typename D>
-METAL_FUNC Head head_of(Z size, uint at, bool fresh, A packed, B tail, C sink, D left) {
+template <typename Z, typename C>
+METAL_FUNC Head head_of(Z size, uint at, bool fresh, C counts) {
   const uint b = at / uint(size[2]);
-  const int packs = metal::clamp(int(packed[b * uint(size[13])]), 0, int(size[6]));
-  const int tails = metal::clamp(int(tail[b * uint(size[14])]), 0, int(size[7]));
-  const int sinks = metal::clamp(int(sink[b * uint(size[15])]), 0, int(size[8]));
+  const uint own = b * uint(size[12]);
+  const uint place = 14 + b * uint(size[13]);
+  const int packs = metal::clamp(int(counts[own]), 0, int(size[place]));
+  const int tails = metal::clamp(int(counts[own + 1]), 0, int(size[6]));
+  const int sinks = metal::clamp(int(counts[own + 2]), 0, int(size[7]));
   return Head{uint(size[0]),
               uint(size[1]),
               b,
@@ -85,7 +128,9 @@ METAL_FUNC Head head_of(Z size, uint at, bool fresh, A packed, B tail, C sink, D
               packs,
               tails,
               sinks + packs + tails + (fresh ? int(size[0]) : 0),
-              int(left[b * uint(size[16])])};
+              int(counts[own + 3]),
+              uint(size[place]),
+              uint(size[place + 1])};
 }
 
 // The first key that query `l` of a head sees.
@@ -100,34 +145,42 @@ METAL_FUNC Row row_of(Z size, Head h, uint of) {
   const uint l = r % h.queries;
   const uint head = h.head * (h.rows / h.queries) + r / h.queries;
   const int last = size[4] ? h.keys - int(h.queries) + int(l) : h.keys;
-  const ulong mask = ulong(h.batch) * uint(size[10]) + ulong(head) * uint(size[11]) +
-                     ulong(l) * uint(size[12]);
-  return Row{first_seen(size, h, int(l)), last, mask, int(size[9])};
+  const ulong mask = ulong(h.batch) * uint(size[9]) + ulong(head) * uint(size[10]) +
+                     ulong(l) * uint(size[11]);
+  return Row{first_seen(size, h, int(l)), last, mask, int(size[8])};
 }
 
-// The packed tokens of split `at`: from x to y.
+// The packed tokens of split `at`, from x to y: none from the sequence's own splits on.
 template <typename Z>
 METAL_FUNC uint2 span_of(Z size, Head h, uint at) {
-  const uint splits = uint(size[3]);
   const uint end = uint(h.packed);
   const uint first = metal::min(uint(metal::max(first_seen(size, h, 0) - h.sinks, 0)), end) & ~3u;
-  const uint each = ((end - first + splits - 1) / splits + run - 1) / run * run;
+  const uint each = ((end - first + h.splits - 1) / h.splits + run - 1) / run * run;
   const uint from = metal::min(first + at * each, end);
   return uint2(from, metal::min(from + each, end));
 }
 
 //@ packed:
 // Compressed rows, as they lie.
-template <int words>
+template <int row_words>
 struct Packed {
+  static constexpr constant int words = row_words;
+  static constexpr constant int v = 0;
   const device uint* rows;
   uint before;
-  uint key(uint i) const {
+  METAL_FUNC uint key(uint i) const thread {
     return before + i;
   }
+  METAL_FUNC const device uint* keys(uint t) const thread {
+    return rows + ulong(t) * words;
+  }
+  METAL_FUNC const device uint* values(uint t) const thread {
+    return keys(t);
+  }
   // `first` is a multiple of 4.
-  void stage(uint first, uint count, threadgroup uint4* to, uint me, uint threads) const {
-    const device uint4* from = (const device uint4*)(rows + ulong(first) * words);
+  METAL_FUNC void stage(
+      uint first, uint count, threadgroup uint4* to, uint me, uint threads) const thread {
+    const device uint4* from = elements<uint4>(keys(first));
     for (uint i = me; i < (count * words + 3) / 4; i += threads) {
       to[i] = from[i];
     }
@@ -135,38 +188,47 @@ struct Packed {
 };
 
 //@ plain:
-// Plain rows of the sink, the tail and what is not yet in the tail, which is put side by side there.
+// Plain rows of the sink, the tail and what is not yet in the tail.
 template <typename S, int dk, int dv, bool has_fresh>
 struct Plain {
-  static constexpr constant uint width = (dk + dv) * sizeof(S) / 16;
-  static constexpr constant uint k_width = dk * sizeof(S) / 16;
-  const device uint4* sink;
-  const device uint4* tail;
-  const device uint4* k;
-  const device uint4* v;
-  device uint4* fresh;
-  bool writes;
+  static constexpr constant int words = (dk + dv) * sizeof(S) / 4;
+  static constexpr constant int v = dk * sizeof(S) / 4;
+  const device uint* sink;
+  const device uint* tail;
+  const device uint* new_keys;
+  const device uint* new_values;
   uint sinks;
   uint tails;
   uint between;
-  uint key(uint i) const {
+  METAL_FUNC uint key(uint i) const thread {
     return i < sinks ? i : i + between;
   }
-  void stage(uint first, uint count, threadgroup uint4* to, uint me, uint threads) const {
-    for (uint i = me; i < count * width; i += threads) {
-      const uint t = first + i / width;
-      const uint at = i % width;
-      if (t < sinks) {
-        to[i] = sink[t * width + at];
-      } else if (!has_fresh || t < sinks + tails) {
-        to[i] = tail[(t - sinks) * width + at];
-      } else {
-        const uint f = t - sinks - tails;
-        to[i] = at < k_width ? k[f * k_width + at] : v[f * (width - k_width) + at - k_width];
-        if (writes) {
-          fresh[f * width + at] = to[i];
-        }
-      }
+  METAL_FUNC bool fresh(uint t) const thread {
+    return has_fresh && t >= sinks + tails;
+  }
+  METAL_FUNC const device uint* held(uint t) const thread {
+    return t < sinks ? sink + t * words : tail + (t - sinks) * words;
+  }
+  METAL_FUNC const device uint* keys(uint t) const thread {
+    return fresh(t) ? new_keys + (t - sinks - tails) * v : held(t);
+  }
+  METAL_FUNC const device uint* values(uint t) const thread {
+    return fresh(t) ? new_values + (t - sinks - tails) * (words - v) : held(t) + v;
+  }
+  // Word 4 `at` of token t and the three after it.
+  METAL_FUNC uint4 four(uint t, uint at) const thread {
+    return at < v / 4 ? elements<uint4>(keys(t))[at] : elements<uint4>(values(t))[at - v / 4];
+  }
+  METAL_FUNC void stage(
+      uint first, uint count, threadgroup uint4* to, uint me, uint threads) const thread {
+    for (uint i = me; i < count * (words / 4); i += threads) {
+      to[i] = four(first + i / (words / 4), i % (words / 4));
+    }
+  }
+  // Puts what is not in the tail yet, of `count` tokens, side by side.
+  METAL_FUNC void put(uint count, device uint4* to, uint me, uint threads) const thread {
+    for (uint i = me; i < count * (words / 4); i += threads) {
+      to[i] = four(sinks + tails + i / (words / 4), i % (words / 4));
     }
   }
 };

@@ -1,4 +1,6 @@
-// Rows of a quantised matrix as T: one thread a unit, rows in the grid's second dimension.
+// Rows of a quantised matrix as T.
+
+// Unit i of row `row` as that of row `to` of the result, each of `units`.
 
 template <typename F, typename T, typename P>
 METAL_FUNC void dequantize_unit(P p, device T* out, uint row, uint units, uint i, uint to) {

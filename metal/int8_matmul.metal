@@ -78,12 +78,13 @@ METAL_FUNC void load_codes(C codes, ulong group, thread uint* x) {
 
 //@ Affine8:
 // Codes up to 255: 128 less is a signed byte, and 128 scales more are in the bias.
-template <int group>
-struct Signed<Affine8<group>> {
-  static uint word(const thread Affine8<group>& f, int q) {
+template <int units>
+struct Signed<Unit<Packed<8>, AffineScales<units>>> {
+  using F = Unit<Packed<8>, AffineScales<units>>;
+  static uint word(const thread F& f, int q) {
     return f.word(q) ^ 0x80808080u;
   }
-  static float bias(const thread Affine8<group>& f) {
+  static float bias(const thread F& f) {
     return fma(128.0f, f.scale(0), f.bias(0));
   }
 };
@@ -101,8 +102,8 @@ METAL_FUNC void load_group(P p, uint first, uint g, thread Group& group) {
       group.codes[u * (F::width / 4) + q] = Signed<F>::word(f, q);
     }
     if constexpr (F::halves) {
-      group.scale = f.d;
-      group.times = f.times;
+      group.scale = f.scales.d;
+      group.times = f.scales.times;
     } else {
       group.scale = f.scale(0);
       group.times = int2(1);
@@ -193,11 +194,12 @@ METAL_FUNC void batch_dots(
 //@ gathered:
 // For a batch_tile of one row of x, and the experts of quantized_matmul.metal, that precede.
 template <
-    typename F, typename G, int slots, int many, typename Y, typename X, typename P, typename Q>
+    typename F, typename G, int slots, int groups, int many, typename Y, typename X, typename P,
+    typename Q>
 METAL_FUNC void gathered_tile(
     P p, Q q, X x, const device Size* size, Y y, uint3 tile, uint group, uint lane) {
   choose(y, x, tile.y);
-  batch_tile<F, G, slots, many>(p, q, x.x, size, y, tile, group, lane);
+  batch_tile<F, G, slots, groups, many>(p, q, x.x, size, y, tile, group, lane);
 }
 
 //@ tiles: group

@@ -1,9 +1,9 @@
 // Rows of compressed keys and values; `mlxfuse/kernels/kv/scheme.py` documents them.
 //
-// A unit is 8 consecutive elements. A side, K or V, is Side<C, N, first, scales, group>: codes C
-// from word `first` of a row on and, if group > 0, numbers N from word `scales` on. Element e of a
-// unit is scale.x * v[e] + scale.y, where `load` gives v and `scale` the pair. A row may lie in any
-// address space; it is aligned to 4 bytes.
+// A unit is 8 consecutive elements. A side, K or V, is Side<C, K, N, first, scales, group, align>:
+// codes C from word `first` of a row on and, if group > 0, numbers N of kind K from word `scales`
+// on. Element e of a unit is scale.x * v[e] + scale.y, where `load` gives v and `scale` the pair. A
+// row may lie in any address space; its codes lie at a multiple of `align` words.
 
 // The largest power of two that is no more than 32, or enough for n.
 constexpr int lanes_of(int n) {
@@ -18,10 +18,28 @@ struct Spread {
   static constexpr constant int lanes = lanes_of(dim / 8);
   static constexpr constant int each = (dim / 8 + lanes - 1) / lanes;
   static constexpr constant int tokens = 32 / lanes;
-  static uint unit(uint lane, int j) {
+  static METAL_FUNC uint unit(uint lane, int j) {
     return lane % lanes + lanes * j;
   }
 };
+
+// Words from a multiple of `align` words on, in loads as wide as that allows.
+template <int count, int align, typename P>
+METAL_FUNC void read_words(P from, thread uint* to) {
+  constexpr int wide = count % 4 == 0 && align % 4 == 0 ? 4 : count % 2 == 0 && align % 2 == 0 ? 2 : 1;
+  UNROLL
+  for (int i = 0; i < count / wide; i++) {
+    if constexpr (wide == 1) {
+      to[i] = from[i];
+    } else {
+      const vec<uint, wide> some = elements<vec<uint, wide>>(from)[i];
+      UNROLL
+      for (int e = 0; e < wide; e++) {
+        to[wide * i + e] = some[e];
+      }
+    }
+  }
+}
 
 // Numbers<S>: values of type S in words: two, one, and a unit of them. Codes<bits>: a unit of codes.
 // A kind gives the scale, and what is added to scale times code, from the numbers of group g.
@@ -30,15 +48,15 @@ struct Numbers;
 template <int bits>
 struct Codes;
 
-template <typename C, typename K, typename N, int first, int scales, int group>
+template <typename C, typename K, typename N, int first, int scales, int group, int align>
 struct Side {
   static constexpr constant bool scaled = group > 0;
   template <typename P>
-  static void load(P row, uint unit, thread float* v) {
-    C::load(row + first, unit, v);
+  static METAL_FUNC void load(P row, uint unit, thread float* v) {
+    C::template load<align>(row + first, unit, v);
   }
   template <typename P>
-  static float2 scale(P row, uint unit) {
+  static METAL_FUNC float2 scale(P row, uint unit) {
     return K::template scale<N>(row + scales, unit * 8 / group);
   }
 };
@@ -54,19 +72,21 @@ METAL_FUNC float2 halves(uint word, bfloat16_t) {
 template <typename S>
 struct Numbers {
   template <typename P>
-  static float2 pair(P words, uint i) {
+  static METAL_FUNC float2 pair(P words, uint i) {
     return halves(words[i], S(0));
   }
   template <typename P>
-  static float one(P words, uint i) {
+  static METAL_FUNC float one(P words, uint i) {
     const float2 two = pair(words, i / 2);
     return i % 2 ? two.y : two.x;
   }
-  template <typename P>
-  static void load(P words, uint unit, thread float* v) {
+  template <int align, typename P>
+  static METAL_FUNC void load(P words, uint unit, thread float* v) {
+    uint four[4];
+    read_words<4, align>(words + 4 * unit, four);
     UNROLL
     for (int i = 0; i < 4; i++) {
-      const float2 two = pair(words, 4 * unit + i);
+      const float2 two = halves(four[i], S(0));
       v[2 * i] = two.x;
       v[2 * i + 1] = two.y;
     }
@@ -77,18 +97,20 @@ struct Numbers {
 template <>
 struct Numbers<float> {
   template <typename P>
-  static float one(P words, uint i) {
+  static METAL_FUNC float one(P words, uint i) {
     return as_type<float>(words[i]);
   }
   template <typename P>
-  static float2 pair(P words, uint i) {
+  static METAL_FUNC float2 pair(P words, uint i) {
     return float2(one(words, 2 * i), one(words, 2 * i + 1));
   }
-  template <typename P>
-  static void load(P words, uint unit, thread float* v) {
+  template <int align, typename P>
+  static METAL_FUNC void load(P words, uint unit, thread float* v) {
+    uint eight[8];
+    read_words<8, align>(words + 8 * unit, eight);
     UNROLL
     for (int i = 0; i < 8; i++) {
-      v[i] = one(words, 8 * unit + i);
+      v[i] = as_type<float>(eight[i]);
     }
   }
 };
@@ -96,11 +118,13 @@ struct Numbers<float> {
 //@ codes8:
 template <>
 struct Codes<8> {
-  template <typename P>
-  static void load(P words, uint unit, thread float* v) {
+  template <int align, typename P>
+  static METAL_FUNC void load(P words, uint unit, thread float* v) {
+    uint two[2];
+    read_words<2, align>(words + 2 * unit, two);
     UNROLL
     for (int i = 0; i < 2; i++) {
-      const float4 four = bytes(words[2 * unit + i]);
+      const float4 four = bytes(two[i]);
       UNROLL
       for (int e = 0; e < 4; e++) {
         v[4 * i + e] = four[e];
@@ -112,8 +136,8 @@ struct Codes<8> {
 //@ codes4:
 template <>
 struct Codes<4> {
-  template <typename P>
-  static void load(P words, uint unit, thread float* v) {
+  template <int align, typename P>
+  static METAL_FUNC void load(P words, uint unit, thread float* v) {
     const uint word = words[unit];
     const float4 even = bytes(word & 0x0f0f0f0fu);
     const float4 odd = bytes((word >> 4) & 0x0f0f0f0fu);
@@ -128,7 +152,7 @@ struct Codes<4> {
 //@ affine:
 struct Affine {
   template <typename N, typename P>
-  static float2 scale(P words, uint g) {
+  static METAL_FUNC float2 scale(P words, uint g) {
     return N::pair(words, g);
   }
 };
@@ -136,7 +160,7 @@ struct Affine {
 //@ zero_point:
 struct ZeroPoint {
   template <typename N, typename P>
-  static float2 scale(P words, uint g) {
+  static METAL_FUNC float2 scale(P words, uint g) {
     const float2 found = N::pair(words, g);
     return float2(found.x, -found.x * found.y);
   }
@@ -146,7 +170,7 @@ struct ZeroPoint {
 template <int zero>
 struct Symmetric {
   template <typename N, typename P>
-  static float2 scale(P words, uint g) {
+  static METAL_FUNC float2 scale(P words, uint g) {
     const float found = N::one(words, g);
     return float2(found, -float(zero) * found);
   }

@@ -3,26 +3,25 @@
 
 constant constexpr int run = 8;
 
-// One lane's part of n values, each spread over `lanes` lanes, summed: the lane's own value is
-// number (lane % lanes) / (lanes / n).
-template <int n, int lanes>
+// Of two values that lanes have a part of, a lane goes on with the one that its bit chooses.
+METAL_FUNC float halved(float a, float b, int bit, uint lane) {
+  const float keep = lane & uint(bit) ? b : a;
+  const float send = lane & uint(bit) ? a : b;
+  return keep + simd_shuffle_xor(send, ushort(bit));
+}
+
+// The same of n values, n / 2 apart, down to one.
+template <int n, int bit>
 METAL_FUNC float folded(thread float* part, uint lane) {
-  UNROLL
-  for (int h = n / 2; h >= 1; h /= 2) {
-    const int bit = lanes / n * h;
+  if constexpr (n == 1) {
+    return part[0];
+  } else {
     UNROLL
-    for (int i = 0; i < h; i++) {
-      const float keep = lane & uint(bit) ? part[i + h] : part[i];
-      const float send = lane & uint(bit) ? part[i] : part[i + h];
-      part[i] = keep + simd_shuffle_xor(send, ushort(bit));
+    for (int i = 0; i < n / 2; i++) {
+      part[i] = halved(part[i], part[i + n / 2], bit, lane);
     }
+    return folded<n / 2, bit / 2>(part, lane);
   }
-  float sum = part[0];
-  UNROLL
-  for (int bit = lanes / n / 2; bit >= 1; bit /= 2) {
-    sum += simd_shuffle_xor(sum, ushort(bit));
-  }
-  return sum;
 }
 
 // The state of a SIMD-group's online softmax. A lane has one score of each run, of row
@@ -39,19 +38,19 @@ struct Softmax {
   float most;
   float total;
 
-  static uint row(uint lane) {
+  static METAL_FUNC uint row(uint lane) {
     return lane / same % rows;
   }
   // The token of a run that a lane's score is of.
-  static uint token(uint lane) {
+  static METAL_FUNC uint token(uint lane) {
     return lane % Keys::lanes / same / rows * Keys::tokens + lane / Keys::lanes;
   }
   // The lane that has the score of a token of a run.
-  static uint lane_of(uint token, uint row) {
+  static METAL_FUNC uint lane_of(uint token, uint row) {
     return token % Keys::tokens * Keys::lanes + (token / Keys::tokens * rows + row) * same;
   }
 
-  void start() thread {
+  METAL_FUNC void start() thread {
     most = -INFINITY;
     total = 0.0f;
     UNROLL
@@ -64,7 +63,7 @@ struct Softmax {
   }
 
   template <typename T>
-  void load(const device T* from, uint first, uint end, float scale, uint lane) thread {
+  METAL_FUNC void load(const device T* from, uint first, uint end, float scale, uint lane) thread {
     UNROLL
     for (int r = 0; r < rows; r++) {
       UNROLL
@@ -88,7 +87,7 @@ struct Softmax {
 
   // The queries as the keys are, and their sums for the bias.
   template <int block>
-  void prepare(uint lane) thread {
+  METAL_FUNC void prepare(uint lane) thread {
     UNROLL
     for (int r = 0; r < rows; r++) {
       hadamard<dk, block>(q[r], lane);
@@ -103,27 +102,32 @@ struct Softmax {
     }
   }
 
-  template <typename K, int words>
-  float score(const threadgroup uint* tile, uint first, uint count, uint lane) const thread {
-    float part[n];
-    UNROLL
-    for (int i = 0; i < run / Keys::tokens; i++) {
+  // A lane's parts of the scores of `count` tokens, of which lane bits below `bit` choose one.
+  template <typename K, int count, int bit, typename Rows>
+  METAL_FUNC void dots(Rows tokens, uint t, uint end, uint lane, thread float* part) const thread {
+    if constexpr (count > 1) {
+      float later[rows];
+      dots<K, count / 2, bit / 2>(tokens, t, end, lane, part);
+      dots<K, count / 2, bit / 2>(tokens, t + count / 2 * Keys::tokens, end, lane, later);
       UNROLL
       for (int r = 0; r < rows; r++) {
-        part[i * rows + r] = 0.0f;
+        part[r] = halved(part[r], later[r], bit, lane);
       }
-      const uint t = first + i * Keys::tokens + lane / Keys::lanes;
-      if (t < count) {
+    } else {
+      UNROLL
+      for (int r = 0; r < rows; r++) {
+        part[r] = 0.0f;
+      }
+      if (t < end) {
         UNROLL
         for (int j = 0; j < Keys::each; j++) {
           // A lane beyond the last unit has queries of zeros.
           const uint unit = metal::min(Keys::unit(lane, j), uint(Keys::units - 1));
-          const threadgroup uint* from = tile + t * words;
           float v[8];
-          K::load(from, unit, v);
+          K::load(tokens.keys(t), unit, v);
           float2 scale = float2(1.0f, 0.0f);
           if constexpr (K::scaled) {
-            scale = K::scale(from, unit);
+            scale = K::scale(tokens.keys(t), unit);
           }
           UNROLL
           for (int r = 0; r < rows; r++) {
@@ -135,39 +139,57 @@ struct Softmax {
             if constexpr (K::scaled) {
               sum = fma(scale.x, sum, scale.y * q_sum[r][j]);
             }
-            part[i * rows + r] += sum;
+            part[r] += sum;
           }
         }
       }
     }
-    return folded<n, Keys::lanes>(part, lane);
   }
 
-  // The weight of a lane's score; the sums so far are scaled to the new largest score.
-  float weigh(float score) thread {
+  // Of a lane's token of the run from `first` on and its row; tokens from `end` on have any score.
+  template <typename K, typename Rows>
+  METAL_FUNC float score(Rows tokens, uint first, uint end, uint lane) const thread {
+    constexpr int count = run / Keys::tokens;
+    float part[rows];
+    dots<K, count, Keys::lanes / 2>(tokens, first + lane / Keys::lanes, end, lane, part);
+    float sum = folded<rows, Keys::lanes / count / 2>(part, lane);
+    UNROLL
+    for (int bit = same / 2; bit >= 1; bit /= 2) {
+      sum += simd_shuffle_xor(sum, ushort(bit));
+    }
+    return sum;
+  }
+
+  // The weight of a lane's score. Where it is larger than all before, in any row, the sums so far
+  // are scaled to it; that is seldom after the first runs.
+  METAL_FUNC float weigh(float score) thread {
     float now = metal::max(most, score);
     UNROLL
     for (int bit = same * rows; bit < 32; bit *= 2) {
       now = metal::max(now, simd_shuffle_xor(now, ushort(bit)));
     }
     const float shift = now == -INFINITY ? 0.0f : now;
-    const float decay = most == -INFINITY ? 0.0f : metal::fast::exp(most - shift);
-    const float p = score == -INFINITY ? 0.0f : metal::fast::exp(score - shift);
-    total = fma(total, decay, p);
-    most = now;
-    UNROLL
-    for (int r = 0; r < rows; r++) {
-      const float d = simd_shuffle(decay, ushort(lane_of(0, r)));
+    if (simd_any(now > most)) {
+      const float decay = most == -INFINITY ? 0.0f : metal::fast::exp(most - shift);
+      total *= decay;
       UNROLL
-      for (int i = 0; i < 8 * Values::each; i++) {
-        o[r][i] *= d;
+      for (int r = 0; r < rows; r++) {
+        const float own = simd_shuffle(decay, ushort(lane_of(0, r)));
+        UNROLL
+        for (int i = 0; i < 8 * Values::each; i++) {
+          o[r][i] *= own;
+        }
       }
     }
+    most = now;
+    const float p = score == -INFINITY ? 0.0f : metal::fast::exp(score - shift);
+    total += p;
     return p;
   }
 
-  template <typename V, int words>
-  void add(const threadgroup uint* tile, uint first, uint count, float p, uint lane) thread {
+  // The values of the run from `first` on, times a lane's weight p of its token and row.
+  template <typename V, typename Rows>
+  METAL_FUNC void add(Rows tokens, uint first, uint end, float p, uint lane) thread {
     UNROLL
     for (int i = 0; i < run / Values::tokens; i++) {
       const uint token = i * Values::tokens + lane / Values::lanes;
@@ -176,15 +198,14 @@ struct Softmax {
       for (int r = 0; r < rows; r++) {
         weight[r] = simd_shuffle(p, ushort(lane_of(token, r)));
       }
-      if (first + token < count) {
+      if (first + token < end) {
         UNROLL
         for (int j = 0; j < Values::each; j++) {
           const uint unit = metal::min(Values::unit(lane, j), uint(Values::units - 1));
-          const threadgroup uint* from = tile + (first + token) * words;
           float v[8];
-          V::load(from, unit, v);
+          V::load(tokens.values(first + token), unit, v);
           if constexpr (V::scaled) {
-            const float2 scale = V::scale(from, unit);
+            const float2 scale = V::scale(tokens.values(first + token), unit);
             UNROLL
             for (int e = 0; e < 8; e++) {
               v[e] = fma(scale.x, v[e], scale.y);
@@ -205,7 +226,7 @@ struct Softmax {
   // Sums over the lanes, and over the SIMD-groups of the same rows; slice 0 has them then. `room`
   // is those SIMD-groups' own.
   template <int slices>
-  void join(threadgroup float* room, uint slice, uint lane) thread {
+  METAL_FUNC void join(threadgroup float* room, uint slice, uint lane) thread {
     constexpr int width = 8 * Values::each * Values::lanes;
     UNROLL
     for (int bit = same * rows; bit < 32; bit *= 2) {
@@ -258,12 +279,20 @@ struct Softmax {
     }
   }
 
-  // Turns the sums back and writes them for the rows from `first` to `end`.
+  // Turns the sums back to what values were before their rotation.
   template <int block>
-  void finish(device float* sums, device float* stats, uint first, uint end, uint lane) thread {
+  METAL_FUNC void turn(uint lane) thread {
     UNROLL
     for (int r = 0; r < rows; r++) {
       hadamard<dv, block>(o[r], lane);
+    }
+  }
+
+  // Writes the sums of the rows from `first` to `end`.
+  METAL_FUNC void finish(
+      device float* sums, device float* stats, uint first, uint end, uint lane) const thread {
+    UNROLL
+    for (int r = 0; r < rows; r++) {
       UNROLL
       for (int i = 0; i < 2 * Values::each; i++) {
         const uint unit = Values::unit(lane, i / 2);

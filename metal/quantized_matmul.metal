@@ -161,7 +161,7 @@ METAL_FUNC float vector_dots(P p, const device T* x, uint n, uint columns, uint 
       UNROLL
       for (int e = 0; e < 4; e++) {
         total[4 * q / each] += quad[e];
-        v[4 * q + e] = quad[e] * (1.0f / float(1u << F::shift(4 * q + e)));
+        v[4 * q + e] = quad[e] * unshifted(F::shift(4 * q + e));
       }
     }
     UNROLL
@@ -202,12 +202,13 @@ METAL_FUNC void vector_rows(
   }
 }
 
-template <typename F, typename G, int slots, typename Y, typename T, typename P, typename Q>
+template <
+    typename F, typename G, int slots, int groups, typename Y, typename T, typename P, typename Q>
 METAL_FUNC void vector_tile(
     P p, Q q, const device T* x, const device Size* size, Y y, uint3 tile, uint group, uint lane) {
   const uint columns = size->columns;
   x += ulong(tile.y / size->outputs) * columns;
-  uint n = ((tile.x - y.a.tile) * 2 + group) * slots;
+  uint n = ((tile.x - y.a.tile) * groups + group) * slots;
   if (n + slots <= y.a.rows) {
     vector_rows<F, G, slots>(p, q, x, y, n, columns, tile.y, lane);
   } else {
@@ -243,11 +244,12 @@ METAL_FUNC void choose(thread Y& y, X x, uint i) {
 }
 
 //@ gathered: experts
-template <typename F, typename G, int slots, typename Y, typename X, typename P, typename Q>
+template <
+    typename F, typename G, int slots, int groups, typename Y, typename X, typename P, typename Q>
 METAL_FUNC void gathered_tile(
     P p, Q q, X x, const device Size* size, Y y, uint3 tile, uint group, uint lane) {
   choose(y, x, tile.y);
-  vector_tile<F, G, slots>(p, q, x.x, size, y, tile, group, lane);
+  vector_tile<F, G, slots, groups>(p, q, x.x, size, y, tile, group, lane);
 }
 
 //@ summed: experts
@@ -344,10 +346,11 @@ METAL_FUNC void batch_dots(
 //@ batch_tile:
 // For x of any kind that a batch_dots precedes for.
 template <
-    typename F, typename G, int slots, int many, typename Y, typename X, typename P, typename Q>
+    typename F, typename G, int slots, int groups, int many, typename Y, typename X, typename P,
+    typename Q>
 METAL_FUNC void batch_tile(
     P p, Q q, X x, const device Size* size, Y y, uint3 tile, uint group, uint lane) {
-  const uint n = ((tile.x - y.a.tile) * 2 + group) * slots;
+  const uint n = ((tile.x - y.a.tile) * groups + group) * slots;
   const uint to = tile.y * many;
   if (n < y.a.rows) {
     float v[many];

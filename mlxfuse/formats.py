@@ -41,7 +41,8 @@ class Swap:
 class Stream:
     """One field of a format's blocks, stored for all blocks of a row side by side.
 
-    name    ``codes`` (the main bit plane), ``high`` (the bits above it), ``scales``, ``supers``.
+    name    ``codes`` (the main bit plane), ``high`` (the bits above it), ``signs``, ``scales``,
+            ``supers``.
     dtype   element type the kernels bind, by numpy's name; never narrower than it must be,
             because MLX counts elements, not bytes, when it cuts command buffers.
     start   where the field begins in the file's block, in bytes.
@@ -72,51 +73,47 @@ _PAIRS = (*_NIBBLES, Swap(2, 2, 0x33333333))
 _BITS = (*_PAIRS, Swap(1, 1, 0x55555555))
 # Bit i of a 32-weight block -> the 1-bit plane's order: index bits 4 and 1, then 3 and 0.
 _ROTATE = (Swap(0, 14, 0x0000CCCC), Swap(0, 7, 0x00AA00AA))
+# NVFP4 pairs weight j of 16 with weight j + 8; see `_NIBBLES`.
+_EIGHTS = (Swap(2, 4, 0x0F0F0F0F),)
+# Word h, byte j, bits 2 b and 2 b + 1 -> the 2-bit plane's place of weight 16 h + 4 j + b. Address
+# bits, from the word's down to the lower one of the pair's, are h, j1, j0, b1, b0. Of word and
+# lowest byte bit; higher byte and higher pair bit; lower ones; both pair bits change places.
+_SPREAD = (
+    Swap(1, 8, 0x00FF00FF),
+    Swap(0, 12, 0x0000F0F0),
+    Swap(0, 6, 0x00CC00CC),
+    Swap(0, 2, 0x0C0C0C0C),
+)
 
-_STREAMS: dict[str, tuple[Stream, ...]] = {
-    "Q4_0": (Stream("codes", "uint32", 2, 18), Stream("scales", "float16", 0, 2)),
-    "Q4_1": (Stream("codes", "uint32", 4, 20), Stream("scales", "float16", 0, 4)),
-    "Q5_0": (
-        Stream("codes", "uint32", 6, 22),
-        Stream("high", "uint32", 2, 6, _ROTATE),
-        Stream("scales", "float16", 0, 2),
-    ),
-    "Q5_1": (
-        Stream("codes", "uint32", 8, 24),
-        Stream("high", "uint32", 4, 8, _ROTATE),
-        Stream("scales", "float16", 0, 4),
-    ),
-    "Q8_0": (Stream("codes", "uint32", 2, 34), Stream("scales", "float16", 0, 2)),
-    "Q2_K": (
-        Stream("codes", "uint32", 16, 80, _PAIRS),
-        Stream("scales", "uint32", 0, 16),
-        Stream("supers", "float16", 80, 84),
-    ),
-    "Q3_K": (
-        Stream("codes", "uint32", 32, 96, _PAIRS),
-        Stream("high", "uint32", 0, 32, _BITS),
-        Stream("scales", "uint32", 96, 108),
-        Stream("supers", "float16", 108, 110),
-    ),
-    "Q4_K": (
-        Stream("codes", "uint32", 16, 144, _NIBBLES),
-        Stream("scales", "uint32", 0, 16),
-    ),
-    "Q5_K": (
-        Stream("codes", "uint32", 48, 176, _NIBBLES),
-        Stream("high", "uint32", 16, 48, _BITS),
-        Stream("scales", "uint32", 0, 16),
-    ),
-    "Q6_K": (
-        Stream("codes", "uint32", 0, 128, _FAR_NIBBLES),
-        Stream("high", "uint32", 128, 192, _PAIRS),
-        Stream("scales", "uint32", 192, 208),
-        Stream("supers", "float16", 208, 210),
-    ),
-    "IQ4_NL": (Stream("codes", "uint32", 2, 18), Stream("scales", "float16", 0, 2)),
-    "IQ4_XS": (Stream("codes", "uint32", 8, 136), Stream("scales", "uint32", 0, 8)),
-    "MXFP4": (Stream("codes", "uint32", 1, 17), Stream("scales", "uint8", 0, 1)),
-}
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """How the kernels read a type: what the trait of its name in ``metal/formats.h`` is made of.
+
+    streams   the fields of a block.
+    unit      consecutive weights that one lane decodes.
+    halves    whether each 16 weights have a scale of their own.
+    biased    whether weights have a bias.
+    offset    what is subtracted from every code.
+    grid      of codes that index a codebook, its name in `mlxfuse.codebooks.staged`; else empty.
+    stored    the type whose blocks have the same weights, which are made of this type's when it is
+              read, and whose streams and trait are used; else empty.
+    integers  whether the type is multiplied by int8 activations: 32 weights are then signed
+              8-bit integers times one scale or, with ``halves``, times an integer for each 16.
+    """
+
+    streams: tuple[Stream, ...]
+    unit: int = 32
+    halves: bool = False
+    biased: bool = False
+    offset: int = 0
+    grid: str = ""
+    stored: str = ""
+    integers: bool = True
+
+
+_TERNARY = Stream("codes", "uint32", 0, 64, _PAIRS), Stream("scales", "float16", 64, 66)
+_FOURS = Stream("codes", "uint32", 2, 18), Stream("scales", "float16", 0, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +124,21 @@ class Format:
     id          ggml's type id as stored in the file.
     block_size  weights in one block.
     type_size   bytes of one block.
+    traits      how kernels read it; None where there is no kernel for it.
+    float16     where in a block its float16 scales are.
+    exponents   where in a block a byte is the exponent of a scale, 127 for 1.
+    small       where else in a block the upper bits of a scale are, such that it is small where
+                bits 6 and 5 of the byte are clear.
     """
 
     name: str
     id: int
     block_size: int
     type_size: int
+    traits: Traits | None = None
+    float16: tuple[int, ...] = ()
+    exponents: tuple[int, ...] = ()
+    small: tuple[int, ...] = ()
 
     @property
     def bits_per_weight(self) -> float:
@@ -141,12 +147,12 @@ class Format:
     @property
     def streams(self) -> tuple[Stream, ...]:
         """How the kernels store this type; empty where there is no kernel for it."""
-        return _STREAMS.get(self.name, ())
+        return self.traits.streams if self.traits else ()
 
     @property
     def kernel(self) -> bool:
         """True where a fused Metal kernel multiplies this type where it lies."""
-        return self.name in _STREAMS
+        return self.traits is not None
 
     @property
     def quantized(self) -> bool:
@@ -157,46 +163,248 @@ class Format:
         return columns // self.block_size * self.type_size
 
 
-FORMATS: dict[int, Format] = {
-    f.id: f
-    for f in (
-        Format("F32", 0, 1, 4),
-        Format("F16", 1, 1, 2),
-        Format("Q4_0", 2, 32, 18),
-        Format("Q4_1", 3, 32, 20),
-        Format("Q5_0", 6, 32, 22),
-        Format("Q5_1", 7, 32, 24),
-        Format("Q8_0", 8, 32, 34),
-        Format("Q8_1", 9, 32, 36),
-        Format("Q2_K", 10, 256, 84),
-        Format("Q3_K", 11, 256, 110),
-        Format("Q4_K", 12, 256, 144),
-        Format("Q5_K", 13, 256, 176),
-        Format("Q6_K", 14, 256, 210),
-        Format("Q8_K", 15, 256, 292),
-        Format("IQ2_XXS", 16, 256, 66),
-        Format("IQ2_XS", 17, 256, 74),
-        Format("IQ3_XXS", 18, 256, 98),
-        Format("IQ1_S", 19, 256, 50),
-        Format("IQ4_NL", 20, 32, 18),
-        Format("IQ3_S", 21, 256, 110),
-        Format("IQ2_S", 22, 256, 82),
-        Format("IQ4_XS", 23, 256, 136),
-        Format("I8", 24, 1, 1),
-        Format("I16", 25, 1, 2),
-        Format("I32", 26, 1, 4),
-        Format("I64", 27, 1, 8),
-        Format("F64", 28, 1, 8),
-        Format("IQ1_M", 29, 256, 56),
-        Format("BF16", 30, 1, 2),
-        Format("TQ1_0", 34, 256, 54),
-        Format("TQ2_0", 35, 256, 66),
-        Format("MXFP4", 39, 32, 17),
-        Format("NVFP4", 40, 64, 36),
-        Format("Q1_0", 41, 128, 18),
-        Format("Q2_0", 42, 64, 18),
-    )
-}
+_TYPES = (
+    Format("F32", 0, 1, 4),
+    Format("F16", 1, 1, 2),
+    Format("Q4_0", 2, 32, 18, Traits(_FOURS, offset=8), (0,)),
+    Format(
+        *("Q4_1", 3, 32, 20),
+        Traits(
+            (Stream("codes", "uint32", 4, 20), Stream("scales", "float16", 0, 4)),
+            biased=True,
+        ),
+        (0, 2),
+    ),
+    Format(
+        *("Q5_0", 6, 32, 22),
+        Traits(
+            (
+                Stream("codes", "uint32", 6, 22),
+                Stream("high", "uint32", 2, 6, _ROTATE),
+                Stream("scales", "float16", 0, 2),
+            ),
+            offset=16,
+        ),
+        (0,),
+    ),
+    Format(
+        *("Q5_1", 7, 32, 24),
+        Traits(
+            (
+                Stream("codes", "uint32", 8, 24),
+                Stream("high", "uint32", 4, 8, _ROTATE),
+                Stream("scales", "float16", 0, 4),
+            ),
+            biased=True,
+        ),
+        (0, 2),
+    ),
+    Format(
+        *("Q8_0", 8, 32, 34),
+        Traits((Stream("codes", "uint32", 2, 34), Stream("scales", "float16", 0, 2)), unit=16),
+        (0,),
+    ),
+    Format("Q8_1", 9, 32, 36),
+    Format(
+        *("Q2_K", 10, 256, 84),
+        Traits(
+            (
+                Stream("codes", "uint32", 16, 80, _PAIRS),
+                Stream("scales", "uint32", 0, 16),
+                Stream("supers", "float16", 80, 84),
+            ),
+            halves=True,
+            biased=True,
+            integers=False,
+        ),
+        (80, 82),
+    ),
+    Format(
+        *("Q3_K", 11, 256, 110),
+        Traits(
+            (
+                Stream("codes", "uint32", 32, 96, _PAIRS),
+                Stream("high", "uint32", 0, 32, _BITS),
+                Stream("scales", "uint32", 96, 108),
+                Stream("supers", "float16", 108, 110),
+            ),
+            halves=True,
+            offset=4,
+        ),
+        (108,),
+    ),
+    Format(
+        *("Q4_K", 12, 256, 144),
+        Traits(
+            (Stream("codes", "uint32", 16, 144, _NIBBLES), Stream("scales", "uint32", 0, 16)),
+            biased=True,
+        ),
+        (0, 2),
+    ),
+    Format(
+        *("Q5_K", 13, 256, 176),
+        Traits(
+            (
+                Stream("codes", "uint32", 48, 176, _NIBBLES),
+                Stream("high", "uint32", 16, 48, _BITS),
+                Stream("scales", "uint32", 0, 16),
+            ),
+            biased=True,
+        ),
+        (0, 2),
+    ),
+    Format(
+        *("Q6_K", 14, 256, 210),
+        Traits(
+            (
+                Stream("codes", "uint32", 0, 128, _FAR_NIBBLES),
+                Stream("high", "uint32", 128, 192, _PAIRS),
+                Stream("scales", "uint32", 192, 208),
+                Stream("supers", "float16", 208, 210),
+            ),
+            halves=True,
+            offset=32,
+        ),
+        (208,),
+    ),
+    Format("Q8_K", 15, 256, 292),
+    Format(
+        *("IQ2_XXS", 16, 256, 66),
+        Traits(
+            (Stream("codes", "uint32", 2, 66), Stream("supers", "float16", 0, 2)),
+            grid="IQ2_XXS",
+        ),
+        (0,),
+    ),
+    Format(
+        *("IQ2_XS", 17, 256, 74),
+        Traits(
+            (
+                Stream("codes", "uint32", 2, 66),
+                Stream("scales", "uint32", 66, 74),
+                Stream("supers", "float16", 0, 2),
+            ),
+            halves=True,
+            grid="IQ2_XS",
+        ),
+        (0,),
+    ),
+    Format(
+        *("IQ3_XXS", 18, 256, 98),
+        Traits(
+            (
+                Stream("codes", "uint32", 2, 66),
+                Stream("signs", "uint32", 66, 98),
+                Stream("supers", "float16", 0, 2),
+            ),
+            grid="IQ3_XXS",
+        ),
+        (0,),
+    ),
+    Format(
+        *("IQ1_S", 19, 256, 50),
+        Traits(
+            (
+                Stream("codes", "uint32", 2, 34),
+                Stream("high", "uint32", 34, 50),
+                Stream("supers", "float16", 0, 2),
+            ),
+            offset=9,
+            grid="IQ1_S",
+        ),
+        (0,),
+    ),
+    Format("IQ4_NL", 20, 32, 18, Traits(_FOURS, grid="IQ4"), (0,)),
+    Format(
+        *("IQ3_S", 21, 256, 110),
+        Traits(
+            (
+                Stream("codes", "uint32", 2, 66),
+                Stream("high", "uint32", 66, 74),
+                Stream("signs", "uint32", 74, 106, _ROTATE),
+                Stream("scales", "uint32", 106, 110),
+                Stream("supers", "float16", 0, 2),
+            ),
+            grid="IQ3_S",
+        ),
+        (0,),
+    ),
+    Format(
+        *("IQ2_S", 22, 256, 82),
+        Traits(
+            (
+                Stream("codes", "uint32", 2, 34),
+                Stream("high", "uint32", 66, 74),
+                Stream("signs", "uint32", 34, 66, _ROTATE),
+                Stream("scales", "uint32", 74, 82),
+                Stream("supers", "float16", 0, 2),
+            ),
+            halves=True,
+            grid="IQ2_S",
+        ),
+        (0,),
+    ),
+    Format(
+        *("IQ4_XS", 23, 256, 136),
+        Traits((Stream("codes", "uint32", 8, 136), Stream("scales", "uint32", 0, 8)), grid="IQ4"),
+        (0,),
+    ),
+    Format("I8", 24, 1, 1),
+    Format("I16", 25, 1, 2),
+    Format("I32", 26, 1, 4),
+    Format("I64", 27, 1, 8),
+    Format("F64", 28, 1, 8),
+    Format(
+        *("IQ1_M", 29, 256, 56),
+        Traits(
+            (
+                Stream("codes", "uint32", 0, 32),
+                Stream("high", "uint32", 32, 48),
+                Stream("scales", "uint32", 48, 56),
+            ),
+            halves=True,
+            offset=9,
+            grid="IQ1_S",
+        ),
+        small=(55,),
+    ),
+    Format("BF16", 30, 1, 2),
+    # Five weights in a byte have no order in which lanes could read them side by side.
+    Format("TQ1_0", 34, 256, 54, Traits(_TERNARY, offset=1, stored="TQ2_0"), (52,)),
+    Format("TQ2_0", 35, 256, 66, Traits(_TERNARY, offset=1), (64,)),
+    Format(
+        *("MXFP4", 39, 32, 17),
+        Traits((Stream("codes", "uint32", 1, 17), Stream("scales", "uint8", 0, 1))),
+        exponents=(0,),
+    ),
+    Format(
+        *("NVFP4", 40, 64, 36),
+        Traits(
+            (Stream("codes", "uint32", 4, 36, _EIGHTS), Stream("scales", "uint32", 0, 4)),
+            halves=True,
+            integers=False,
+        ),
+        small=(0, 1, 2, 3),
+    ),
+    Format(
+        *("Q1_0", 41, 128, 18),
+        Traits(
+            (Stream("codes", "uint32", 2, 18, _ROTATE), Stream("scales", "float16", 0, 2)),
+            offset=1,
+        ),
+        (0,),
+    ),
+    Format(
+        *("Q2_0", 42, 64, 18),
+        Traits(
+            (Stream("codes", "uint32", 2, 18, _SPREAD), Stream("scales", "float16", 0, 2)),
+            offset=1,
+        ),
+        (0,),
+    ),
+)
+
+FORMATS: dict[int, Format] = {f.id: f for f in _TYPES}
 
 BY_NAME: dict[str, Format] = {f.name: f for f in FORMATS.values()}
 

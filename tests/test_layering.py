@@ -15,7 +15,7 @@ PACKAGE = Path(mlxfuse.__file__).parent
 # The layers, lowest first; a module imports from lower layers or from its own room.
 LAYERS = (
     ("errors", "env", "files", "formats", "terminal", "memory"),
-    ("blas", "process"),
+    ("blas", "codebooks", "process"),
     ("gguf", "kernels"),
     ("tokenizer", "hub", "nn"),
     ("models", "fusion"),
@@ -36,7 +36,7 @@ ONLY = {
     "huggingface_hub": {"hub"},
 }
 NO_MLX = {
-    *("errors", "env", "files", "formats", "terminal", "blas", "memory", "process"),
+    *("errors", "env", "files", "formats", "codebooks", "terminal", "blas", "memory", "process"),
     *("gguf", "tokenizer", "hub", "inspect"),
 }
 # Imported by a loaded model only.

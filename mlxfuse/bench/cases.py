@@ -96,12 +96,16 @@ def sample(format: Format, rows: int = 16, columns: int = 0) -> Segment:
 
     Scales are small, so that a float16 holds what is multiplied by them.
     """
-    # Any byte may become the upper one of a float16: below 2^-4. MXFP4's scales are exponents.
-    small = [b for b in range(256) if b & 0x7C <= 0x28]
-    allowed = range(100, 128) if format.name == "MXFP4" else small
     columns = columns or 2 * max(256, format.block_size)
     random = np.random.default_rng(0)
-    data = random.choice(np.array(allowed, np.uint8), (rows, format.row_bytes(columns)))
+    data = random.integers(0, 256, (rows, format.row_bytes(columns)), np.uint8)
+    blocks = data.reshape(-1, format.type_size)
+    for at in format.float16:
+        blocks[:, at + 1] = blocks[:, at + 1] & 0x8F | 0x10  # 2^-11 to 2^-8, of either sign
+    for at in format.exponents:
+        blocks[:, at] = blocks[:, at] % 28 + 100
+    for at in format.small:
+        blocks[:, at] = blocks[:, at] & 0x8F | 0x10
     streams = allocate(format, len(data), columns)
     relayout(data, format, streams)
     return Segment(format, columns, {name: mx.array(a) for name, a in streams.items()})

@@ -175,13 +175,37 @@ def show_report(report: LoadReport) -> None:
         print(one_line(line, 1000), file=sys.stderr)
 
 
-def answer_writer(stdout: TextIO, say: Callable[[str | None], None]) -> Callable[[str], None]:
-    """What takes an answer's pieces: they end the status line, and are harmless on a terminal."""
-    on_terminal = stdout.isatty()
+class AnswerWriter:
+    """Takes an answer's pieces: they end the status line, and are harmless on a terminal.
 
-    def write(piece: str) -> None:
-        say(None)
-        stdout.write(neutralize(piece) if on_terminal else piece)
-        stdout.flush()
+    Reasoning is dimmed on a terminal. Elsewhere stdout has the answer alone, and reasoning goes to
+    stderr, if it is shown at all.
+    """
 
-    return write
+    def __init__(self, stdout: TextIO, say: Callable[[str | None], None], shown: bool) -> None:
+        self._stdout, self._say = stdout, say
+        self._on_terminal, self._shown = stdout.isatty(), shown
+        self._thought = False
+
+    def write(self, piece: str) -> None:
+        """Take some of the answer."""
+        self._say(None)
+        if self._thought:
+            self._thought = False
+            self._put("\n\n", self._stdout if self._on_terminal else sys.stderr)
+        self._put(neutralize(piece) if self._on_terminal else piece, self._stdout)
+
+    def think(self, piece: str) -> None:
+        """Take some of the reasoning."""
+        if not (self._shown or self._on_terminal):
+            return
+        self._say(None)
+        self._thought = True
+        text = neutralize(piece)
+        if self._on_terminal and not os.environ.get("NO_COLOR"):
+            text = f"\x1b[2m{text}\x1b[22m"
+        self._put(text, self._stdout if self._on_terminal else sys.stderr)
+
+    def _put(self, text: str, to: TextIO) -> None:
+        to.write(text)
+        to.flush()

@@ -17,7 +17,7 @@ from ..process import INTERRUPTED, fail
 from ..terminal import neutralize
 from . import _options as opt
 from . import _text_options as text_opt
-from ._common import answer_writer, command, show_report
+from ._common import AnswerWriter, command, show_report
 from .progress import status_line
 
 if TYPE_CHECKING:
@@ -111,9 +111,11 @@ def _answer(
 ) -> Result | None:
     with redirect_stdout(sys.stderr), status_line(not as_json) as say, interrupts.answering():
         say("reading")
+        writer = AnswerWriter(stdout, say, shown=not as_json)
         result = chat.say(
             text,
-            write=None if as_json else answer_writer(stdout, say),
+            write=None if as_json else writer.write,
+            think=None if as_json else writer.think,
             on_prompt=lambda done, total: say(f"reading: {done:,} of {total:,} tokens"),
             stop=interrupts.stop.is_set,
         )

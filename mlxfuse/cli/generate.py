@@ -17,7 +17,7 @@ from ..process import fail
 from ..terminal import one_line
 from . import _options as opt
 from . import _text_options as text_opt
-from ._common import answer_writer, command, show_report
+from ._common import AnswerWriter, command, show_report
 from ._models import resolve_model
 from .progress import status_line
 
@@ -161,6 +161,7 @@ def generate_command(
             num_draft_tokens=drafting.num_draft_tokens,
             **{**loaded.load_report.sampling, **given},
         )
+        writer = AnswerWriter(stdout, say, shown=talk.shown)
         result = engine.generate(
             loaded,
             tokenizer,
@@ -169,7 +170,8 @@ def generate_command(
             prompt_cache=prompt_cache.read(prompt_cache_file, *models)
             if prompt_cache_file
             else None,
-            write=None if out.as_json else answer_writer(stdout, say),
+            write=None if out.as_json else writer.write,
+            think=None if out.as_json else writer.think,
             on_prompt=lambda done, total: say(f"reading the prompt: {done:,} of {total:,} tokens"),
             note=fail if talk.shown else None,
         )

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from mlxfuse.gguf import codebooks
+from mlxfuse import codebooks
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]

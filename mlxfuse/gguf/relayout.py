@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from ..formats import Format, Swap
+from ..formats import BY_NAME, Format, Swap
 
 Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.unsignedinteger]
@@ -126,6 +126,8 @@ def _run(
 
 
 def _split(blocks: Bytes, streams: list[Bytes], format: Format, scratch: Bytes) -> None:
+    if format.name == "TQ1_0":
+        blocks = _two_bits(blocks)
     for s, stored in zip(format.streams, streams, strict=True):
         np.copyto(_items(stored, 0, s.nbytes), _items(blocks, s.start, s.nbytes))
         for swap in s.swaps:
@@ -133,12 +135,49 @@ def _split(blocks: Bytes, streams: list[Bytes], format: Format, scratch: Bytes) 
 
 
 def _join(blocks: Bytes, streams: list[Bytes], format: Format, scratch: Bytes) -> None:
+    if format.name == "TQ1_0":
+        stored = np.empty((len(blocks), BY_NAME["TQ2_0"].type_size), np.uint8)
+        _join(stored, streams, BY_NAME["TQ2_0"], scratch)
+        _fifths(stored, blocks)
+        return
     for s, stored in zip(format.streams, streams, strict=True):
         if s.swaps:
             stored = stored.copy()
         for swap in reversed(s.swaps):
             _exchange(stored, swap, scratch)
         np.copyto(_items(blocks, s.start, s.nbytes), _items(stored, 0, s.nbytes))
+
+
+# Of TQ1_0: bytes of a block, and the weights that each holds; weight k of all comes before k + 1.
+_TRITS = ((0, 32, 5), (32, 48, 5), (48, 52, 4))
+
+
+def _two_bits(blocks: Bytes) -> Bytes:
+    """Blocks of TQ1_0 as TQ2_0's: 2 bits for a weight instead of 1.6, the same scale."""
+    # A byte holds a base-3 fraction: times 3**k (mod 256), its top digit is byte * 3 >> 8.
+    parts = []
+    for start, stop, count in _TRITS:
+        powers = np.array([1, 3, 9, 27, 81][:count], np.uint8)[:, None]
+        fractions = blocks[:, None, start:stop] * powers
+        parts.append((fractions.astype(np.uint16) * 3 >> 8).reshape(len(blocks), -1))
+    codes = np.concatenate(parts, axis=1).astype(np.uint8).reshape(-1, 2, 4, 32)
+    packed = codes[:, :, 0] | codes[:, :, 1] << 2 | codes[:, :, 2] << 4 | codes[:, :, 3] << 6
+    return np.concatenate([packed.reshape(-1, 64), blocks[:, 52:]], axis=1)
+
+
+def _fifths(stored: Bytes, blocks: Bytes) -> None:
+    """The inverse, as ggml packs: of the bytes that mean the same weights the lowest."""
+    lanes = stored[:, :64].reshape(-1, 2, 1, 32) >> np.array([0, 2, 4, 6], np.uint8)[:, None]
+    codes = (lanes & np.uint8(3)).reshape(len(stored), 256)
+    at = 0
+    for start, stop, count in _TRITS:
+        digits = codes[:, at : at + count * (stop - start)].reshape(-1, count, stop - start)
+        values = np.zeros((len(stored), stop - start), np.uint16)
+        for k in range(5):
+            values = values * 3 + (digits[:, k] if k < count else 0)
+        blocks[:, start:stop] = (values * 256 + 242) // 243
+        at += count * (stop - start)
+    blocks[:, 52:] = stored[:, 64:]
 
 
 def _items(rows: Bytes, at: int, size: int) -> npt.NDArray[np.generic]:

@@ -11,7 +11,7 @@ from ..formats import Format
 
 Index = mx.array | slice
 
-STREAMS = ("codes", "high", "scales", "supers")
+STREAMS = ("codes", "high", "signs", "scales", "supers")
 FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 
 _DTYPES: dict[str, mx.Dtype] = {
@@ -82,12 +82,29 @@ class Segment(_Rows):
     @property
     def trait(self) -> str:
         """The decode trait of ``metal/formats.h``, in the section of its name."""
-        return self.format.name
+        assert self.format.traits is not None
+        return self.format.traits.stored or self.format.name
 
     @property
     def unit(self) -> int:
         """Consecutive weights that one lane decodes: ``width`` of the trait."""
-        return 16 if self.format.name == "Q8_0" else 32
+        assert self.format.traits is not None
+        return self.format.traits.unit
+
+    @property
+    def grid(self) -> str:
+        """The codebook that codes index, of `mlxfuse.codebooks.staged`; empty if they do not."""
+        return self.format.traits.grid if self.format.traits else ""
+
+    @property
+    def biased(self) -> bool:
+        """Whether weights have a bias beside their scale."""
+        return self.format.traits is not None and self.format.traits.biased
+
+    @property
+    def integers(self) -> bool:
+        """Whether the rows are multiplied by int8 activations: see `mlxfuse.formats.Traits`."""
+        return self.format.traits is not None and self.format.traits.integers
 
     def take(self, rows: Index | tuple[Index, Index]) -> Segment:
         """Some of the rows; if there are experts some of those, or of those and their rows."""
@@ -136,11 +153,23 @@ class AffineSegment(_Rows):
 
     @property
     def trait(self) -> str:
-        return "MLXMXFP4" if self.mode == "mxfp4" else f"Affine{self.bits}<{self.group_size}>"
+        return "MLXMXFP4" if self.mode == "mxfp4" else f"Affine<{self.bits}, {self.group_size}>"
 
     @property
     def unit(self) -> int:
-        return 128 // self.bits
+        return 16 if self.bits == 8 else 32
+
+    @property
+    def grid(self) -> str:
+        return ""
+
+    @property
+    def biased(self) -> bool:
+        return self.mode == "affine"
+
+    @property
+    def integers(self) -> bool:
+        return self.mode == "affine"
 
     def take(self, rows: Index | tuple[Index, Index]) -> AffineSegment:
         """Some of the rows; if there are experts some of those, or of those and their rows."""

@@ -8,12 +8,12 @@ import secrets
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
-from mlx_lm.generate import TextStateMachine, make_text_state_machine
+from mlx_lm.generate import TextStateMachine
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..text.parts import text_machine
 from .text import Piece, Token
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,11 @@ class Answer:
         self.stopped_by: str | None = None
         self.count = self.cached = 0
         self._tokenizer, self._form = tokenizer, form
-        machine = TextStateMachine(None) if form.plain else _machine(tokenizer, bool(form.tools))
+        machine = (
+            TextStateMachine(None)
+            if form.plain
+            else text_machine(tokenizer, tools=bool(form.tools))
+        )
         self._state = machine.make_state(form.state)
         self._before = form.state
         self._bare = form.state == "reasoning"  # white space here only separates
@@ -157,22 +161,3 @@ def _call(found: Any) -> Call:
     letters = string.ascii_letters + string.digits
     made = "".join(secrets.choice(letters) for _ in range(9))
     return Call(given if isinstance(given, str) and given else made, name, arguments)
-
-
-def _machine(tokenizer: TokenizerWrapper, tools: bool) -> TextStateMachine:
-    transitions = {
-        state: [edge for edge in edges if tools or edge[1] != "tool"]
-        for state, edges in tokenizer.response_transitions.items()
-    }
-    return make_text_state_machine(
-        SimpleNamespace(
-            has_thinking=tokenizer.has_thinking,
-            think_start=tokenizer.think_start,
-            think_end=tokenizer.think_end,
-            has_tool_calling=tools and tokenizer.has_tool_calling,
-            tool_call_start=tokenizer.tool_call_start,
-            tool_call_end=tokenizer.tool_call_end,
-            structural_markers=tokenizer.structural_markers,
-            response_transitions=transitions,
-        )
-    )

@@ -58,13 +58,15 @@ class Chat:
         text: str,
         *,
         write: Callable[[str], None] | None = None,
+        think: Callable[[str], None] | None = None,
         on_prompt: Callable[[int, int], None] | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> Result | None:
         """Add the user's ``text`` and the answer to the conversation.
 
         Args:
-            write: called with each piece of text as it is there.
+            write: called with each piece of the answer as it is there.
+            think: called with each piece of the model's reasoning as it is there.
             on_prompt: called as (prompt tokens processed, prompt tokens to process).
             stop: asked after each token, and each step of a long prompt, whether to stop there.
 
@@ -93,6 +95,7 @@ class Chat:
                 rest,
                 self._settings,
                 write=write,
+                think=think,
                 stop=stop,
                 prompt_cache=self._cache,
                 prompt_progress_callback=progress,
@@ -101,7 +104,10 @@ class Chat:
             return None
         end = [] if result.end_token is None else [result.end_token]
         self._ids = [*ids, *result.tokens, *end]
-        self.messages = [*messages, {"role": "assistant", "content": result.text}]
+        answer = {"role": "assistant", "content": result.text}
+        # The template decides whether the model sees its earlier reasoning again.
+        thought = {"reasoning_content": result.reasoning} if result.reasoning else {}
+        self.messages = [*messages, {**answer, **thought}]
         return replace(result, prompt_tokens=len(rest))
 
     def _encode(self, messages: list[dict[str, str]]) -> list[int]:

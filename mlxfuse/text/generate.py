@@ -19,7 +19,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..errors import MLXFuseError, UnsupportedError
 from ..nn.kv.cache import CompressedKVCache
 from ..nn.kv.options import KVOptions, check_model, compressed, describe
+from .parts import CONTENT, REASONING, Parts, Whole
 from .sampling import Sampling, StopTexts
+
+_OPENING = 8  # tokens of a prompt's end among which a mark of reasoning is looked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +51,7 @@ class Settings(Sampling):
 class Result:
     """What was generated, and how fast.
 
+    text                the answer, without the reasoning before it.
     tokens              ids in the order generated, without the one that ended the text.
     prompt_tps          prompt tokens a second, until the first token was there.
     generation_tokens   tokens generated, with the one that ended the text.
@@ -57,6 +61,7 @@ class Result:
                         or ``interrupted``.
     end_token           id of the token that ended the text, if one did.
     kv_cache            how the key-value cache was compressed, if it was.
+    reasoning           what the model put between the marks of reasoning (see `Parts`).
     """
 
     text: str
@@ -69,6 +74,7 @@ class Result:
     finish_reason: str
     end_token: int | None = None
     kv_cache: str | None = None
+    reasoning: str = ""
 
     def footer(self) -> str:
         """The three lines that ``mlx_lm.generate`` ends with."""
@@ -150,6 +156,7 @@ def generate(
     draft_model: Any = None,
     prompt_cache: list[Any] | None = None,
     write: Callable[[str], None] | None = None,
+    think: Callable[[str], None] | None = None,
     on_prompt: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Result:
@@ -159,7 +166,8 @@ def generate(
         model, tokenizer: a pair from ``mlxfuse.load`` or ``mlx_lm.load``.
         draft_model: a smaller model with the same vocabulary, for speculative decoding.
         prompt_cache: what ``mlxfuse.text.prompt_cache.read`` returned; the prompt follows it.
-        write: called with each piece of text as it is there.
+        write: called with each piece of the answer as it is there.
+        think: called with each piece of the model's reasoning as it is there.
         on_prompt: called as (prompt tokens processed, prompt tokens).
         note: called with what the user should know about the answer to come.
 
@@ -190,7 +198,7 @@ def generate(
         options |= {"draft_model": draft_model, "num_draft_tokens": settings.num_draft_tokens}
     else:
         options["prompt_progress_callback"] = on_prompt
-    result = run(model, tokenizer, prompt, settings, write=write, **options)
+    result = run(model, tokenizer, prompt, settings, write=write, think=think, **options)
     return replace(result, kv_cache=describe(caches))
 
 
@@ -201,6 +209,7 @@ def run(
     settings: Settings,
     *,
     write: Callable[[str], None] | None = None,
+    think: Callable[[str], None] | None = None,
     stop: Callable[[], bool] | None = None,
     **options: Any,
 ) -> Result:
@@ -208,23 +217,25 @@ def run(
 
     Args:
         prompt: token ids.
-        write: called with each piece of text as it is there.
+        write: called with each piece of the answer as it is there.
+        think: called with each piece of the model's reasoning as it is there.
         stop: asked after each token whether to end the answer there.
         options: more arguments of ``stream_generate``.
 
     Raises:
         MLXFuseError: no token was generated.
     """
-    pieces: list[str] = []
+    found: dict[str, list[str]] = {CONTENT: [], REASONING: []}
+    takers = {CONTENT: write, REASONING: think}
     tokens: list[int] = []
     last, reason = None, "length"
-    stops = StopTexts(settings.stop)
+    stops, parts = StopTexts(settings.stop), _parts(tokenizer, prompt, settings)
 
-    def give(text: str) -> None:
-        if text:
-            pieces.append(text)
-            if write:
-                write(text)
+    def give(pieces: list[tuple[str, str]]) -> None:
+        for kind, text in pieces:
+            found[kind].append(text)
+            if (take := takers[kind]) is not None:
+                take(text)
 
     if settings.kv is not None and settings.quantized_kv_start:
         options |= {
@@ -243,7 +254,7 @@ def run(
     ):
         if last.finish_reason != "stop":
             tokens.append(int(last.token))
-        give(stops.feed(last.text))
+        give(parts.feed(stops.feed(last.text)))
         reason = last.finish_reason or reason
         if stops.found:
             reason = "stop"
@@ -251,11 +262,12 @@ def run(
         if stop is not None and stop():
             reason = last.finish_reason or "interrupted"
             break
-    give(stops.rest())
+    give(parts.feed(stops.rest()) + parts.rest())
     if last is None:
         raise MLXFuseError("the model generated nothing")
     return Result(
-        text="".join(pieces),
+        text="".join(found[CONTENT]),
+        reasoning="".join(found[REASONING]).rstrip(),
         tokens=tokens,
         prompt_tokens=last.prompt_tokens,
         prompt_tps=last.prompt_tps,
@@ -265,6 +277,15 @@ def run(
         finish_reason=reason,
         end_token=int(last.token) if last.finish_reason == "stop" else None,
     )
+
+
+def _parts(tokenizer: TokenizerWrapper, prompt: list[int], settings: Settings) -> Parts | Whole:
+    """What splits the answer to a prompt; without a chat template its text is all there is."""
+    if settings.ignore_chat_template or not tokenizer.has_chat_template:
+        return Whole()
+    begun = settings.prefill_response
+    opening = tokenizer.decode(prompt[-_OPENING:]) if begun is None else begun
+    return Parts(tokenizer, opening, begun=begun is not None)
 
 
 def new_cache(model: Any, settings: Settings) -> list[Any]:

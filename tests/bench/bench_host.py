@@ -84,7 +84,7 @@ def price() -> float:
         source="out[0] = x0[0];" * 20,
         header=header(
             (
-                "formats.h:Affine4",
+                "formats.h:Affine",
                 "quantized_matmul.metal:vector",
                 "quantized_matmul.metal:vector_tile",
             )

@@ -7,7 +7,10 @@ for its 4- and 8-bit weights in groups of 64 stand beside. Columns:
 * codes: how often each code byte is read by lanes; scales: by SIMD-groups;
 * coalescing: fewest 32-byte segments over those that code loads touch;
 * x: values of x that lanes read, over weights;
-* threadgroup: bytes read from and written to threadgroup memory, over weights;
+* constant, threadgroup: loads of lanes from the constant address space and from threadgroup memory,
+  over weights;
+* turns: what a load of a SIMD-group from threadgroup memory takes of 32 banks, on average: 2 is the
+  best of loads of 8 bytes;
 * SIMD: SIMD-group operations, over outputs.
 
 The second table has the instructions of one iteration of the inner loop in PTX, loads and stores
@@ -39,11 +42,12 @@ DTYPE = mx.float16
 
 
 def _figures(found: traffic.Moved) -> str:
-    memory = found.counts.threadgroup
+    turns = found.counts.threadgroup.bank_conflicts
     return (
         f"{found.code_reads:.2f} | {found.scale_fetches:.2f} | {found.coalescing:.2f} "
         f"| {found.x_values_per_weight(DTYPE):.3f} "
-        f"| {(memory.read_bytes + memory.write_bytes) / found.weights:.1f} "
+        f"| {found.constant_loads:.2f} | {found.threadgroup_loads:.2f} "
+        f"| {f'{turns:.1f} ' if turns else ''}"
     )
 
 
@@ -64,8 +68,11 @@ def _print(name: str, measured: list[tuple[int, traffic.Moved]]) -> None:
 
 def moved(names: list[str]) -> None:
     """The first table."""
-    print("| kernel | K | bytes | codes | scales | coalescing | x | threadgroup | SIMD |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| kernel | K | bytes | codes | scales | coalescing | x | constant | threadgroup | turns "
+        "| SIMD |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for name in names:
         block = 64 if name in MLX else BY_NAME[name].block_size
         whole = [k for k in COLUMNS if k % block == 0]
@@ -97,7 +104,7 @@ def loops(names: list[str]) -> None:
     for name in names:
         found = traffic.loop(name, DTYPE).instructions
         print(f"| {name} | {found:.2f} | {found / mlx:.2f} |")
-    for bits in (4, 8):
+    for bits in (2, 4, 8):
         found = traffic.loop_of_mlx(bits).instructions
         print(f"| affine_qmv_fast {bits}-bit | {found:.2f} | {found / mlx:.2f} |")
 

@@ -12,7 +12,6 @@ from mlxfuse.bench.cases import SMALL
 from mlxfuse.bench.floor import floor
 from mlxfuse.errors import KernelError
 from mlxfuse.formats import BY_NAME
-from mlxfuse.kernels.matmul.decode import INTEGERS
 from mlxfuse.kernels.matmul.dequantize import dequantize
 from mlxfuse.kernels.matmul.int8_matmul import int8_matmul
 from mlxfuse.kernels.matmul.quantized_matmul import quantized_matmul
@@ -179,7 +178,7 @@ def test_the_table_has_every_kernel_in_every_format():
     of_gguf = set(NAMES) - {"affine4", "affine8", "mlx mxfp4"}
     # Whole, with 1 and 4 rows and of experts 3 times; those with integers twice more.
     assert {name: names.count(name) for name in of_gguf} == {
-        name: 8 if name in INTEGERS else 6 for name in of_gguf
+        name: 8 if BY_NAME[name].traits.integers else 6 for name in of_gguf
     }
 
 

@@ -15,9 +15,9 @@ import libgguf
 import numpy as np
 import pytest
 
+from mlxfuse import codebooks
 from mlxfuse.errors import UnsupportedError
 from mlxfuse.formats import BY_NAME, FORMATS, Format
-from mlxfuse.gguf import codebooks
 from mlxfuse.gguf.blocks import can_dequantize, dequantize
 
 GOLDENS = np.load(Path(__file__).with_name("block_goldens.npz"))

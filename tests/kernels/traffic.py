@@ -23,7 +23,7 @@ class Moved:
 
     Attributes:
         codes: traffic of each stream of code bits, ``scales`` of each stream of scales.
-        least: bytes of weight, x and outputs.
+        least: bytes of weight, x, outputs and, if there is one, the codebook.
         counts: of the whole launch.
         weights: N K.
     """
@@ -59,6 +59,16 @@ class Moved:
         return min(t.coalescing for t in self.codes)
 
     @property
+    def constant_loads(self) -> float:
+        """Loads of single lanes from the constant address space, over weights."""
+        return self.counts.tables.loads / self.weights
+
+    @property
+    def threadgroup_loads(self) -> float:
+        """Loads of single lanes from threadgroup memory, over weights."""
+        return self.counts.threadgroup.loads / self.weights
+
+    @property
     def x_loads_per_weight(self) -> float:
         return self.x.loads / self.weights
 
@@ -78,13 +88,16 @@ def moved(name: str, rows: int, columns: int, dtype: mx.Dtype = mx.float16) -> M
     with msl.installed(), msl.counting() as found:
         _kernel.run(launch)
     (counts,) = found
-    streams = {n: t for n, t in counts.buffers.items() if n not in ("x", "size", "out0")}
-    codes = [n for n in streams if n.startswith(("codes", "high"))]
+    held = segment(name, rows, columns)
+    grid = sum(t.distinct_read for n, t in counts.buffers.items() if n.startswith("grid"))
+    others = ("x", "size", "out0", "grid")
+    streams = {n: t for n, t in counts.buffers.items() if not n.startswith(others)}
+    codes = [n for n in streams if n.startswith(("codes", "high", "signs"))]
     return Moved(
         counts,
         tuple(streams[n] for n in codes),
         tuple(t for n, t in streams.items() if n not in codes),
-        segment(name, rows, columns).nbytes + (columns + rows) * dtype.size,
+        held.nbytes + grid + (columns + rows) * dtype.size,
         rows * columns,
     )
 
@@ -117,9 +130,9 @@ def loop(name: str, dtype: mx.Dtype = mx.float16) -> Loop:
 
 @functools.cache
 def loop_of_mlx(bits: int) -> Loop:
-    """affine_qmv_fast's: two 32-bit words of codes for each lane and row."""
+    """affine_qmv_fast's: two 32-bit words of codes for each lane and row, of 2 bits one."""
     case = qmv_fast(mx.zeros((1, 2048), mx.float16), affine(8, 2048, bits))
-    return _loop(case.source, case.name, SLOTS * 64 // bits)
+    return _loop(case.source, case.name, SLOTS * (16 if bits == 2 else 64 // bits))
 
 
 @functools.cache

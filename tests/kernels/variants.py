@@ -9,8 +9,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlxfuse.bench.cases import sample
 from mlxfuse.formats import BY_NAME
-from mlxfuse.gguf.relayout import stream_shapes
 from mlxfuse.kernels.activations import Int8Activations
 from mlxfuse.kernels.kv import dequantize_kv, quantize_kv
 from mlxfuse.kernels.kv.compressed_sdpa import compressed_sdpa
@@ -21,14 +21,13 @@ from mlxfuse.kernels.norm import norm_rope, quantize_int8, rms_norm
 from mlxfuse.kernels.runtime import kernel as _kernel
 from mlxfuse.kernels.runtime.self_test import calls
 from mlxfuse.kernels.runtime.source import header
-from mlxfuse.kernels.weight import AffineSegment, AnySegment, Part, QuantizedWeight, Segment
+from mlxfuse.kernels.weight import AffineSegment, AnySegment, Part, QuantizedWeight
 from tests import msl
 
 FORMATS = tuple(f.name for f in BY_NAME.values() if f.kernel)
 MLX = {"affine4": (4, 64, "affine"), "affine8": (8, 64, "affine"), "mlx mxfp4": (4, 32, "mxfp4")}
 NAMES = (*FORMATS, *MLX)
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
-_NUMPY = {"uint8": np.uint8, "uint32": np.uint32, "float16": np.float16}
 ROWS, COLUMNS = 24, 512
 
 
@@ -91,20 +90,11 @@ def segment(name: str, rows: int, columns: int, experts: int | None = None) -> A
     """Any bits as codes; float16 scales are below 1/8, so that no result overflows."""
     if name in MLX:
         return _of_mlx(*MLX[name], rows, columns)
-    fmt = BY_NAME[name]
-    rng = np.random.default_rng([fmt.id, rows, columns])
-    arrays = {}
-    for stream in fmt.streams:
-        dtype = _NUMPY[stream.dtype]
-        _, n = stream_shapes(fmt, rows, columns)[stream.name]
-        raw = rng.integers(0, 256, n * rows * np.dtype(dtype).itemsize, dtype=np.uint8)
-        if stream.dtype == "uint8":
-            raw = np.uint8(120) + raw % np.uint8(10)  # exponents of MXFP4, whose bias is 127
-        elif stream.name not in ("codes", "high"):
-            raw[1::2] &= 0xAF  # two bits of a float16's exponent
-        shape = (rows, n) if experts is None else (experts, rows // experts, n)
-        arrays[stream.name] = mx.array(raw.view(dtype).reshape(shape))
-    return Segment(fmt, columns, arrays)
+    found = sample(BY_NAME[name], rows, columns)
+    if experts is None:
+        return found
+    shape = experts, rows // experts, -1
+    return replace(found, arrays={n: a.reshape(shape) for n, a in found.arrays.items()})
 
 
 def _of_mlx(bits: int, group: int, mode: str, rows: int, columns: int) -> AffineSegment:

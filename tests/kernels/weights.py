@@ -7,17 +7,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlxfuse.formats import FORMATS, Format
+from mlxfuse.gguf import blocks
 from mlxfuse.gguf.relayout import allocate, relayout
 from mlxfuse.kernels.weight import Segment
 
 WITH_KERNEL = [f for f in FORMATS.values() if f.kernel]
 
-# Places of the float16 numbers in a block; every other byte may hold any value.
-_HALVES = {
-    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82),
-    "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,),
-    "MXFP4": (),
-}  # fmt: skip
 EDGES = np.array([0, -0.0, 2**-24, -(2**-24), 2**-14, 65504, -65504, 1, -1, 0.1], np.float16)
 
 
@@ -28,19 +23,24 @@ def random_blocks(
     rng = np.random.default_rng([seed, format.id])
     data = rng.integers(0, 256, (rows, format.row_bytes(columns)), dtype=np.uint8)
     blocks = data.reshape(-1, format.type_size)
-    for at in _HALVES[format.name]:
+    for at in format.float16:
         scales = rng.uniform(-0.1, 0.1, len(blocks)).astype(np.float16)
         if edges:
             scales[::2] = rng.choice(EDGES, len(scales[::2]))
         blocks[:, at : at + 2] = scales.view(np.uint8).reshape(-1, 2)
-    if format.name == "MXFP4":
+    for at in format.exponents:
         low, high = (0, 252) if edges else (120, 130)
-        blocks[:, 0] = rng.integers(low, high, len(blocks))
+        blocks[:, at] = rng.integers(low, high, len(blocks))
+    for at in format.small:
+        blocks[:, at] = blocks[:, at] & 0x8F | 0x20
     return data
 
 
 def expected(data: np.ndarray, format: Format) -> np.ndarray:
-    """float32 ``[rows, columns]`` by gguf-py."""
+    """float32 ``[rows, columns]`` by gguf-py; of what it does not have, by our own reader."""
+    if format.name in ("Q1_0", "Q2_0"):
+        columns = data.shape[1] // format.type_size * format.block_size
+        return blocks.dequantize(data, format, (len(data), columns))
     return gguf.quants.dequantize(data, gguf.GGMLQuantizationType[format.name])
 
 

@@ -139,13 +139,13 @@ DENSE = "its linears are dense and quantised"
 def test_a_type_without_a_kernel_is_reported(tmp_path: Path) -> None:
     model = tiny.build("llama-k-quants", 0)
     shape = model.weights("blk.1.attn_v.weight").shape
-    blocks = np.zeros((shape[0], 54 * shape[1] // 256), np.uint8)
-    model.tensors["blk.1.attn_v.weight"] = blocks, "TQ1_0"
+    blocks = np.zeros((shape[0], 292 * shape[1] // 256), np.uint8)
+    model.tensors["blk.1.attn_v.weight"] = blocks, "Q8_K"
     path = tiny.write(tmp_path / "m.gguf", model)
     loaded, _ = load(path, fuse="all")
     report = loaded.load_report
-    assert report.dequantized == {"TQ1_0": [1, shape[0] * 54, shape[0] * 256 * 4]}
-    assert report.lines() == ["TQ1_0 has no kernel: 1 matrices of 0.0 MB take 0.1 MB"]
+    assert report.dequantized == {"Q8_K": [1, shape[0] * 292, shape[0] * 256 * 4]}
+    assert report.lines() == ["Q8_K has no kernel: 1 matrices of 0.0 MB take 0.1 MB"]
     assert str(report.patch).startswith("qkv 1/2 (1 mixed: q4_k, q6_k), gate/up 2/2")
     assert report.patch.rows()[0] == ("qkv", "1", "2", f"1 mixed: q4_k, q6_k; 1: {DENSE}")
     assert isinstance(loaded.layers[1].self_attn.q_proj, QuantizedLinear)

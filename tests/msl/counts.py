@@ -25,8 +25,12 @@ class Traffic:
         short_segments, long_segments: aligned pieces of 32 and 128 bytes that the loads of
             SIMD-groups touch, each counted anew for every load.
         short_ideal, long_ideal: the fewest pieces that hold as many distinct bytes.
+        bank_turns: of threadgroup memory, where 32 banks of 4 bytes answer at once: what each load
+            of a SIMD-group takes of them, 1 or more, added up. How many banks Apple's GPUs have
+            is not documented; other makers' have 32.
 
-    Threadgroup memory and constant tables have the first four only.
+    Threadgroup memory and constant tables have the first four; the former ``group_loads`` and
+    ``bank_turns`` too.
     """
 
     loads: int = 0
@@ -41,6 +45,7 @@ class Traffic:
     short_ideal: int = 0
     long_segments: int = 0
     long_ideal: int = 0
+    bank_turns: int = 0
 
     @property
     def times_read(self) -> float:
@@ -56,6 +61,11 @@ class Traffic:
     def times_fetched(self) -> float:
         """``times_read`` by SIMD-groups: what many lanes read in one load counts once."""
         return self.group_bytes / (self.distinct_read or 1)
+
+    @property
+    def bank_conflicts(self) -> float:
+        """Turns of the banks over loads of SIMD-groups; 1 is best."""
+        return self.bank_turns / (self.group_loads or 1)
 
     @property
     def coalescing(self) -> float:

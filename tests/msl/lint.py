@@ -173,7 +173,7 @@ class _Walker:
     @staticmethod
     def _shift(node: Node) -> Iterator[str]:
         count, type_ = node["inner"][1], _type(node)
-        while "value" not in count and count.get("inner"):
+        while "value" not in count and count.get("inner") and count["kind"] != "BinaryOperator":
             count = count["inner"][0]
         width = 64 if type_ in ("long", "ulong", "unsigned long", "int64_t", "uint64_t") else 32
         literal = count.get("kind") == "IntegerLiteral" and "dependent" not in type_

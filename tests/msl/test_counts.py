@@ -121,9 +121,34 @@ def test_threadgroup_memory_barriers_and_simd_operations():
     assert (counts.threadgroup.stores, counts.threadgroup.write_bytes) == (128, 512)
     assert (counts.barriers, counts.simdgroup_barriers, counts.simd_operations) == (2, 4, 8)
     np.testing.assert_array_equal(y, np.repeat([63, 31, 127, 95], 32) * 32.0)
+    assert (counts.threadgroup.group_loads, counts.threadgroup.bank_turns) == (4, 4)
     without, _ = counted("y[i] = x[i];", threads=128)
     assert without.threadgroup == msl.Traffic()
     assert (without.barriers, without.simdgroup_barriers, without.simd_operations) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("load", "turns"),
+    [
+        ("shared[t]", 1),
+        ("shared[0]", 1),  # one word for all lanes
+        ("shared[t / 2]", 1),
+        ("shared[2 * t]", 2),
+        ("shared[32 * t]", 32),
+        ("shared[32 * (t % 4) + 1]", 4),
+        ("length(((threadgroup float2*)shared)[t])", 2),  # 64 words of 32 banks
+    ],
+)
+def test_lanes_that_meet_in_a_bank_take_turns(load, turns):
+    counts, _ = counted(
+        "threadgroup float shared[1024];\n"
+        "const uint t = thread_position_in_threadgroup.x;\n"
+        "for (uint k = t; k < 1024; k += 32) { shared[k] = x[i]; }\n"
+        "threadgroup_barrier(mem_flags::mem_threadgroup);\n"
+        f"y[i] = {load};\n",
+        threads=32,
+    )
+    assert counts.threadgroup.bank_conflicts == turns
 
 
 def test_constant_tables_are_apart():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import mlx.core as mx
 
@@ -15,17 +17,25 @@ MAX_QUERIES = 8
 """Queries of a sequence up to which the kernel runs; above, keys and values are better
 dequantised once and given to `mx.fast.scaled_dot_product_attention`."""
 
-SPLIT_TOKENS = 256
-MAX_SPLITS = 64
-"""Tokens of capacity for each split of a sequence, and the most splits. Not measured on a Mac."""
+SPLIT_TOKENS = (128, 2048)
+MAX_SPLITS = 256
+"""Fewest and most tokens of capacity for each split of a sequence; the most splits."""
 
-Length = mx.array | int
+MAX_PLACES = 16
+"""Sequences whose rows may lie in arrays of their own: Metal binds 31 buffers."""
+
+# Threadgroups for the packed tokens, by the last letter of the GPU's architecture: base, Pro, Max
+# and Ultra chips have some 10, 20, 40 and 80 cores. Not measured on a Mac.
+_THREADGROUPS = {"p": 128, "g": 256, "s": 512, "c": 512, "d": 1024}
+
+Length = mx.array | int | list[int]
+Rows = mx.array | Sequence[mx.array | None] | None
 
 
 def compressed_sdpa(
     q: mx.array,
     scheme: KVScheme,
-    rows: mx.array | None,
+    rows: Rows,
     length: Length,
     tail: mx.array | None = None,
     tail_length: Length = 0,
@@ -53,8 +63,10 @@ def compressed_sdpa(
         q: ``[B, Hq, L, k_dim]``, float16, bfloat16 or float32; ``Hq`` a multiple of ``Hkv``.
         scheme: what a row of ``rows`` is.
         rows: uint32 ``[B, Hkv, capacity, scheme.row_words]``, ``capacity`` a multiple of 4; or
-            None.
-        length: rows in use: an integer, or an integer array of no dimension or ``[B]``.
+            None; or a list of those of each sequence, ``[1, Hkv, capacity, scheme.row_words]``
+            or None, of at most `MAX_PLACES` sequences. One dispatch reads them all where they lie.
+        length: rows in use: an integer, a list of ``B``, or an integer array of no dimension or
+            ``[B]``.
         tail: plain keys and values, not rotated, side by side in a row:
             ``[B, Hkv, rows, k_dim + v_dim]`` of the scheme's type; or None.
         tail_length: rows in use, as ``length``.
@@ -83,12 +95,10 @@ def compressed_sdpa(
     call = _Call(
         q=q,
         scheme=scheme,
-        rows=rows,
-        length=_lengths(length),
+        rows=_places(rows),
+        counts=_counts(q, length, tail_length, sink_length, left_padding),
         tail=tail,
-        tail_length=_lengths(tail_length),
         sink=sink,
-        sink_length=_lengths(sink_length),
         fresh=fresh,
         scale=scale,
         mask=mask,
@@ -96,18 +106,42 @@ def compressed_sdpa(
         window=window,
         sinks=sinks,
         softcap=softcap,
-        left=_lengths(0 if left_padding is None else left_padding),
     )
     call.check()
     return tuple(KERNEL(call))
 
 
-def _lengths(value: Length) -> mx.array:
-    """int32 ``[1]`` or ``[B]``."""
-    if isinstance(value, int) and value == 0:
-        return constants((0,))
-    array = value if isinstance(value, mx.array) else mx.array(value)
-    return array.astype(mx.int32).reshape(-1)
+def _places(rows: Rows) -> tuple[mx.array, ...]:
+    """None, one array for all sequences, or one for each."""
+    if rows is None or isinstance(rows, mx.array):
+        return () if rows is None else (rows,)
+    found = [array for array in rows if array is not None]
+    if not found:
+        return ()
+    empty = found[0][:, :, :0]
+    return tuple(empty if array is None else array for array in rows)
+
+
+def _counts(
+    q: mx.array, length: Length, tail: Length, sink: Length, left: mx.array | None
+) -> mx.array:
+    """int32 ``[4]``, or ``[4 B]`` where sequences differ: rows, tail and sink in use, padding."""
+    given = {
+        "length": length,
+        "tail_length": tail,
+        "sink_length": sink,
+        "left": 0 if left is None else left,
+    }
+    if all(isinstance(n, int) for n in given.values()):
+        return constants(tuple(given.values()))
+    batch, columns = q.shape[0], []
+    for name, value in given.items():
+        array = (value if isinstance(value, mx.array) else mx.array(value)).reshape(-1)
+        if array.shape not in ((1,), (batch,)):
+            raise ValueError(f"{name}: expected one number or {batch}, found {array.shape}")
+        columns.append(array.astype(mx.int32))
+    many = max(a.size for a in columns)
+    return mx.stack([mx.broadcast_to(a, (many,)) for a in columns], axis=-1).reshape(-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +150,10 @@ class _Call:
 
     q: mx.array
     scheme: KVScheme
-    rows: mx.array | None
-    length: mx.array
+    rows: tuple[mx.array, ...]
+    counts: mx.array
     tail: mx.array | None
-    tail_length: mx.array
     sink: mx.array | None
-    sink_length: mx.array
     fresh: tuple[mx.array, mx.array] | None
     scale: float
     mask: mx.array | None
@@ -129,11 +161,10 @@ class _Call:
     window: int | None
     sinks: mx.array | None
     softcap: float | None
-    left: mx.array
 
     @property
     def kv_heads(self) -> int:
-        held = (self.rows, self.tail, self.sink, *(self.fresh or ()))
+        held = (*self.rows, self.tail, self.sink, *(self.fresh or ()))
         found: int = next(a.shape[1] for a in held if a is not None)
         return found
 
@@ -147,7 +178,7 @@ class _Call:
         plain = scheme.k.dim + scheme.v.dim
         k, v = self.fresh or (None, None)
         held = (
-            ("rows", self.rows, mx.uint32, scheme.row_words),
+            *(("rows", rows, mx.uint32, scheme.row_words) for rows in self.rows),
             ("tail", self.tail, scheme.dtype, plain),
             ("sink", self.sink, scheme.dtype, plain),
             ("k", k, scheme.dtype, scheme.k.dim),
@@ -159,21 +190,18 @@ class _Call:
             if array is None:
                 continue
             many = queries if name in "kv" else array.shape[2] if array.ndim == 4 else "rows"
-            expected = (batch, self.kv_heads, many, width)
+            of = 1 if name == "rows" and len(self.rows) > 1 else batch
+            expected = (of, self.kv_heads, many, width)
             if array.dtype != dtype or array.shape != expected:
                 raise ValueError(
                     f"{name}: expected {dtype} {expected}, found {array.dtype} {array.shape}"
                 )
         if heads % self.kv_heads:
             raise ValueError(f"{heads} heads of queries for {self.kv_heads} of keys")
-        if self.rows is not None and self.rows.shape[2] % 4:
-            raise ValueError(
-                f"rows: expected a capacity that is a multiple of 4, found {self.rows.shape[2]}"
-            )
-        for name in ("length", "tail_length", "sink_length", "left"):
-            array = getattr(self, name)
-            if array.shape not in ((1,), (batch,)):
-                raise ValueError(f"{name}: expected one number or {batch}, found {array.shape}")
+        if len(self.rows) > 1 and len(self.rows) != batch:
+            raise ValueError(f"rows: expected one array or {batch}, found {len(self.rows)}")
+        if odd := [rows.shape[2] for rows in self.rows if rows.shape[2] % 4]:
+            raise ValueError(f"rows: expected a capacity that is a multiple of 4, found {odd[0]}")
         if self.sinks is not None and self.sinks.shape != (heads,):
             raise ValueError(f"sinks: expected ({heads},), found {self.sinks.shape}")
         if self.window is not None and self.window < 1:
@@ -200,22 +228,28 @@ def _reference(call: _Call) -> list[mx.array]:
     grouped = call.scale * q.astype(mx.float32).reshape(batch, call.kv_heads, -1, q.shape[-1])
     products, values, places, used = [], [], [], []
     start = mx.zeros((1,), mx.int32)
+    counts = call.counts.reshape(-1, 4)
+    capacity = max((rows.shape[2] for rows in call.rows), default=0)
+    held = [
+        mx.pad(rows, [(0, 0), (0, 0), (0, capacity - rows.shape[2]), (0, 0)]) for rows in call.rows
+    ]
     fresh = None if call.fresh is None else mx.concatenate(list(call.fresh), axis=-1)
-    for rows, length in (
-        (call.sink, call.sink_length),
-        (call.rows, call.length),
-        (call.tail, call.tail_length),
-        (fresh, mx.array([queries])),
+    for name, rows, length in (
+        ("sink", call.sink, counts[:, 2]),
+        ("rows", mx.concatenate(held) if held else None, counts[:, 0]),
+        ("tail", call.tail, counts[:, 1]),
+        ("fresh", fresh, mx.array([queries])),
     ):
         if rows is None:
             continue
-        packed = rows is call.rows
+        packed = name == "rows"
         if packed:
             k, v = decoded(scheme, rows)
         else:
             k, v = mx.split(rows.astype(mx.float32), [scheme.k.dim], axis=-1)
         index = mx.arange(rows.shape[2])
-        inside = index < mx.minimum(length, rows.shape[2])[:, None]
+        length = mx.minimum(length, rows.shape[2])
+        inside = index < length[:, None]
         own = rotated(grouped, scheme.k_block) if packed else grouped
         products.append(own @ k.swapaxes(-1, -2))
         # What lies beyond the length may be no number; 0 times that is none either.
@@ -231,7 +265,7 @@ def _reference(call: _Call) -> list[mx.array]:
         seen = seen & (place <= last)
     if call.window is not None:
         seen = seen & (place > last - call.window)
-    seen = seen & (place >= call.left.reshape(-1, 1, 1, 1))
+    seen = seen & (place >= counts[:, 3].reshape(-1, 1, 1, 1))
     scores = mx.concatenate(products, axis=-1).reshape(batch, heads, queries, -1)
     if call.softcap is not None:
         scores = call.softcap * mx.tanh(scores / call.softcap)
@@ -268,7 +302,35 @@ def _reference(call: _Call) -> list[mx.array]:
 def _refuse(call: _Call) -> str | None:
     if call.q.shape[2] > MAX_QUERIES:
         return f"more than {MAX_QUERIES} queries"
+    if len(call.rows) > MAX_PLACES:
+        return f"rows of more than {MAX_PLACES} sequences"
     return refuse_dims(call.scheme)
+
+
+def _splits(capacity: int, kv_heads: int) -> int:
+    """Parts that the packed tokens of a sequence are read in: enough for all of the GPU's cores."""
+    fewest, most = SPLIT_TOKENS
+    wanted = max(-(-_threadgroups() // kv_heads), -(-capacity // most))
+    return max(1, min(-(-capacity // fewest), wanted, MAX_SPLITS))
+
+
+@cache
+def _threadgroups() -> int:
+    info = mx.device_info() if mx.metal.is_available() else {}
+    return _THREADGROUPS.get(str(info.get("architecture", ""))[-1:], _THREADGROUPS["s"])
+
+
+def _inputs(call: _Call) -> dict[str, mx.array]:
+    """What is given of the program's inputs that change from token to token."""
+    k, v = call.fresh or (None, None)
+    held = [a for a in call.rows if a.size]
+    given = {"q": call.q}
+    for i, rows in enumerate(call.rows if held else ()):
+        # A sequence without rows has some other's, as Metal binds small arrays elsewhere.
+        given["rows" if len(call.rows) == 1 else f"rows{i}"] = rows if rows.size else held[0]
+    optional = {"tail": call.tail, "sink": call.sink, "k": k, "v": v, "mask": call.mask}
+    given |= {n: a for n, a in optional.items() if a is not None and a.size}
+    return {**given, "counts": call.counts}
 
 
 def _launch(call: _Call) -> Launch:
@@ -276,29 +338,21 @@ def _launch(call: _Call) -> Launch:
     batch, heads, queries, _ = q.shape
     rows = heads // call.kv_heads * queries
     shape = geometry(rows, scheme)
-    k, v = call.fresh or (None, None)
-    optional = {
-        "rows": call.rows,
-        "tail": call.tail,
-        "sink": call.sink,
-        "k": k,
-        "v": v,
-        "mask": call.mask,
-    }
-    given = {n: a for n, a in optional.items() if a is not None and a.size}
-    splits = 0
-    if call.rows is not None:
-        splits = min(-(-call.rows.shape[2] // SPLIT_TOKENS), MAX_SPLITS)
-    parts = splits + any(n in given for n in ("tail", "sink", "k"))
-    lengths = (call.length, call.tail_length, call.sink_length, call.left)
+    inputs = _inputs(call)
+    capacities = [a.shape[2] for a in call.rows] or [0]
+    splits = [_splits(n, call.kv_heads) if any(capacities) else 0 for n in capacities]
+    parts = max(splits) + any(n in inputs for n in ("tail", "sink", "k"))
     sizes = (
-        *(queries, rows, call.kv_heads, splits, int(call.causal), call.window or 0),
-        *(0 if a is None else a.shape[2] for a in (call.rows, call.tail, call.sink)),
+        *(queries, rows, call.kv_heads, max(splits), int(call.causal), call.window or 0),
+        *(0 if a is None else a.shape[2] for a in (call.tail, call.sink)),
         *_mask_strides(call.mask),
-        *(int(a.size > 1) for a in lengths),
+        4 if call.counts.size > 4 else 0,
+        2 if len(capacities) > 1 else 0,
+        *(n for pair in zip(capacities, splits, strict=True) for n in pair),
     )
     held = batch * call.kv_heads
-    fresh = () if k is None else ((batch, call.kv_heads, queries, scheme.k.dim + scheme.v.dim),)
+    plain = scheme.k.dim + scheme.v.dim
+    fresh = () if call.fresh is None else ((batch, call.kv_heads, queries, plain),)
 
     def merge(outputs: list[mx.array]) -> Launch:
         sinks = () if call.sinks is None else (call.sinks,)
@@ -315,8 +369,8 @@ def _launch(call: _Call) -> Launch:
 
     numbers = constants((call.scale, call.softcap or 0.0), mx.float32)
     return Launch(
-        program=parts_program(scheme, tuple(given), shape),
-        arrays=(q, *given.values(), *lengths, constants(sizes), numbers),
+        program=parts_program(scheme, tuple(n for n in inputs if n not in ("q", "counts")), shape),
+        arrays=(*inputs.values(), constants(sizes), numbers),
         grid=(parts * shape.threads, -(-rows // (shape.rows * shape.groups)), held),
         threadgroup=(shape.threads, 1, 1),
         template=(("T", q.dtype),),

@@ -13,7 +13,7 @@ MAX_ROWS = 32
 """Queries of all heads that share a KV head which one reading of the cache serves."""
 
 _RUN = 8  # tokens that a SIMD-group scores at once, as in the Metal source
-_TILE_BYTES = 8192  # of threadgroup memory for packed rows, where a run of them fits
+_TILE_BYTES = 8192  # of threadgroup memory for tokens, where a run of them fits
 _TILE = 32  # most tokens in it
 
 
@@ -22,7 +22,8 @@ class Geometry:
     """How a threadgroup's SIMD-groups share its rows and tokens. Not measured on a Mac.
 
     rows    of each SIMD-group; a row is a query of one head.
-    groups  SIMD-groups along the rows.
+    groups  SIMD-groups along the rows; several read the same tokens, which are staged in the
+            threadgroup's memory then.
     slices  SIMD-groups along the tokens.
     """
 
@@ -33,6 +34,10 @@ class Geometry:
     @property
     def threads(self) -> int:
         return 32 * self.groups * self.slices
+
+    @property
+    def staged(self) -> bool:
+        return self.groups > 1
 
 
 def geometry(rows: int, scheme: KVScheme) -> Geometry:
@@ -74,14 +79,30 @@ class _Source:
         """Elements of 16 bytes."""
         return self.tile * self.words // 4
 
+    def attend(self, shape: Geometry, mask: str) -> str:
+        """The call that looks at the tokens of ``span``."""
+        numbers = [str(bool(mask)).lower(), shape.slices]
+        given = ["state", "source", "span.x", "span.y", "row", mask or "q", "numbers[1]"]
+        if shape.staged:
+            numbers.append(self.tile)
+            given += ["scratch", "me", str(shape.threads)]
+        arguments = ", ".join(map(str, (*self.types, *numbers)))
+        return f"attend<{arguments}>({', '.join((*given, 'slice', 'lane'))});"
 
-def _packed(scheme: KVScheme) -> _Source:
+
+def _packed(scheme: KVScheme, places: tuple[str, ...]) -> _Source:
     words = scheme.row_words
+    array, at = places[0], "at.z"
+    if len(places) > 1:  # one array for each sequence of the batch
+        for i, place in enumerate(places[1:], 1):
+            array = f"h.batch == {i} ? {place} : {array}"
+        array, at = f"({array})", "h.head"
     return _Source(
         name="packed",
         types=sides(scheme),
         words=words,
-        tokens=f"Packed<{words}>{{rows + ulong(at.z) * uint(size[6]) * {words}, uint(h.sinks)}}",
+        tokens=f"const Packed<{words}> source{{{array} + ulong({at}) * h.capacity * {words}, "
+        "uint(h.sinks)};",
         span="span_of(size, h, at.x)",
         blocks=(scheme.k_block, scheme.v_block),
     )
@@ -93,27 +114,30 @@ def _plain(scheme: KVScheme, given: tuple[str, ...]) -> _Source:
 
     def pointer(name: str, tokens: str, width: int) -> str:
         if name not in given:
-            return "(const device uint4*)q"
-        return f"(const device uint4*)({name} + ulong(at.z) * uint({tokens}) * {width})"
+            return "(const device uint*)q"
+        return f"(const device uint*)({name} + ulong(at.z) * uint({tokens}) * {width})"
 
-    to = f"fresh + ulong(at.z) * uint(size[0]) * {dk + dv}" if fresh else "sums"
     members = (
-        pointer("sink", "size[8]", dk + dv),
-        pointer("tail", "size[7]", dk + dv),
+        pointer("sink", "size[7]", dk + dv),
+        pointer("tail", "size[6]", dk + dv),
         pointer("k", "size[0]", dk),
         pointer("v", "size[0]", dv),
-        f"(device uint4*)({to})",
-        "at.y == 0",
         "uint(h.sinks)",
         "uint(h.tails)",
         "uint(h.packed)",
     )
     kind = f"Plain<{NAMES[scheme.dtype]}, {dk}, {dv}, {str(fresh).lower()}>"
+    tokens = f"const {kind} source{{{', '.join(members)}}};"
+    if fresh:
+        tokens += (
+            f"\nif (at.y == 0) source.put(h.queries, (device uint4*)(fresh + ulong(at.z) * "
+            f"uint(size[0]) * {dk + dv}), me, THREADS);"
+        )
     return _Source(
         name="plain",
         types=plain_sides(scheme),
         words=(dk + dv) * scheme.dtype.size // 4,
-        tokens=f"{kind}{{{', '.join(members)}}}",
+        tokens=tokens,
         span="uint2(0, uint(h.keys - h.packed))",
         blocks=(1, 1),
     )
@@ -124,27 +148,29 @@ def parts_program(scheme: KVScheme, given: tuple[str, ...], shape: Geometry) -> 
     """Softmax and sums of each part of the keys.
 
     Args:
-        given: which of ``rows tail sink k v mask`` there are, in this order.
+        given: which of ``rows tail sink k v mask`` there are, in this order; ``rows`` may be
+            ``rows0 rows1 ...``, an array for each sequence.
     """
     dk, dv = scheme.k.dim, scheme.v.dim
-    sources = [_packed(scheme)] if "rows" in given else []
+    places = tuple(name for name in given if name.startswith("rows"))
+    sources = [_packed(scheme, places)] if places else []
     if {"tail", "sink", "k"} & set(given):
         sources.append(_plain(scheme, given))
-    more = int(len(sources) == 2 or "rows" not in given)
-    fresh, mask = ("k" in given, "mask" in given)
+    more = int(len(sources) == 2 or not places)
+    fresh, mask = "k" in given, "mask" if "mask" in given else ""
     # `join` needs for the rows of a SIMD-group the sums of all lanes, a largest score and a total.
     room = shape.rows * (8 * _units(dv) + 2)
     joined = room * shape.groups // 4 + 1 if shape.slices > 1 else 0
+    scratch = max(joined, *(s.scratch for s in sources)) if shape.staged else joined
     lines = [
         "const uint3 at = threadgroup_position_in_grid;",
         "const uint me = thread_index_in_threadgroup;",
         "const uint lane = thread_index_in_simdgroup;",
         f"const uint group = simdgroup_index_in_threadgroup % {shape.groups};",
         f"const uint slice = simdgroup_index_in_threadgroup / {shape.groups};",
-        f"threadgroup uint4 scratch[{max(joined, *(s.scratch for s in sources))}];",
+        f"threadgroup uint4 scratch[{scratch}];",
         f"typedef Softmax<{dk}, {dv}, {shape.rows}> State;",
-        f"const Head h = head_of(size, at.z, {str(fresh).lower()}, length, tail_length, "
-        "sink_length, left);",
+        f"const Head h = head_of(size, at.z, {str(fresh).lower()}, counts);",
         f"const uint first = (at.y * {shape.groups} + group) * {shape.rows};",
         "const Row row = row_of(size, h, first + State::row(lane));",
         f"const ulong part = ulong(at.z * (uint(size[3]) + {more}) + at.x) * h.rows;",
@@ -152,33 +178,42 @@ def parts_program(scheme: KVScheme, given: tuple[str, ...], shape: Geometry) -> 
         "state.start();",
         f"state.load(q + ulong(at.z) * h.rows * {dk}, first, h.rows, numbers[0], lane);",
     ]
-    for i, s in enumerate(sources):
-        if len(sources) == 2:
-            lines.append("} else {" if i else "if (at.x < uint(size[3])) {")
-        lines += [
-            f"state.template prepare<{s.blocks[0]}>(lane);",
-            f"const uint2 span = {s.span};",
-            f"attend<{s.types[0]}, {s.types[1]}, {str(mask).lower()}, {s.words}, {s.tile}, "
-            f"{shape.slices}>(state, {s.tokens}, span.x, span.y, row, {'mask' if mask else 'q'}, "
-            f"numbers[1], scratch, me, {shape.threads}, slice, lane);",
-            f"state.template join<{shape.slices}>((threadgroup float*)scratch + group * {room}, "
-            "slice, lane);",
-            "if (slice == 0) {",
-            f"state.template finish<{s.blocks[1]}>(sums + part * {dv}, stats + part * 2, first, "
-            "h.rows, lane);",
-            "}",
-        ]
-    lines += ["}"] * (len(sources) == 2)
-    lengths = ("length", "tail_length", "sink_length", "left")
+    which = "if (at.x < uint(size[3])) {{\n{}\n}} else {{\n{}\n}}"
+    blocks = [
+        "\n".join(
+            (
+                f"state.template prepare<{s.blocks[0]}>(lane);",
+                s.tokens.replace("THREADS", str(shape.threads)),
+                f"const uint2 span = {s.span};",
+                s.attend(shape, mask),
+            )
+        )
+        for s in sources
+    ]
+    lines.append(which.format(*blocks) if len(blocks) == 2 else blocks[0])
+    lines += [
+        f"state.template join<{shape.slices}>((threadgroup float*)scratch + group * {room}, "
+        "slice, lane);",
+        "if (slice == 0) {",
+    ]
+    if places and scheme.v_block > 1:
+        lines.append(
+            f"if (at.x < uint(size[3])) {{\nstate.template turn<{scheme.v_block}>(lane);\n}}"
+        )
+    lines += [
+        f"state.finish(sums + part * {dv}, stats + part * 2, first, h.rows, lane);",
+        "}",
+    ]
     return Program(
         op="compressed_sdpa",
-        inputs=("q", *given, *lengths, "size", "numbers"),
+        inputs=("q", *given, "counts", "size", "numbers"),
         outputs=("sums", "stats", *(["fresh"] if fresh else [])),
         body="\n".join(lines) + "\n",
         parts=(
             *sections(scheme),
             "online_softmax.h",
-            "compressed_sdpa.metal:parts",
+            f"compressed_sdpa.metal:{'staged' if shape.staged else 'direct'}",
+            "compressed_sdpa.metal:heads",
             *(f"compressed_sdpa.metal:{s.name}" for s in sources),
         ),
     )

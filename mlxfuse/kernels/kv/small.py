@@ -33,14 +33,12 @@ def _attention(call: Attention) -> tuple[Attention]:
     small = replace(
         call,
         q=normal(call.q.dtype, *call.q.shape),
-        length=mx.full(call.length.shape, _PACKED - 1, mx.int32),
-        tail_length=mx.full(call.tail_length.shape, _PLAIN - 1, mx.int32),
-        sink_length=mx.full(call.sink_length.shape, _FIRST - 1, mx.int32),
-        left=mx.zeros_like(call.left),
+        counts=mx.array([_PACKED - 1, _PLAIN - 1, _FIRST - 1, 0] * (call.counts.size // 4)),
     )
-    if call.rows is not None:
-        k, v = (normal(scheme.dtype, *lead, _PACKED, dim) for dim in dims)
-        small = replace(small, rows=pack(scheme, k, v))
+    if call.rows:
+        batch = call.rows[0].shape[0]
+        k, v = (normal(scheme.dtype, batch, lead[1], _PACKED, dim) for dim in dims)
+        small = replace(small, rows=(pack(scheme, k, v),) * len(call.rows))
     if call.tail is not None:
         small = replace(small, tail=normal(scheme.dtype, *lead, _PLAIN, sum(dims)))
     if call.sink is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import mlx.core as mx
@@ -34,24 +35,26 @@ def sides(scheme: KVScheme) -> tuple[str, str]:
     """The types of ``kv_rows.h`` that decode K and V of a packed row."""
     k, v, k_scales, v_scales = scheme.offsets
     return (
-        _side(scheme.k, scheme.dtype, k, k_scales),
-        _side(scheme.v, scheme.dtype, v, v_scales),
+        _side(scheme.k, scheme.dtype, k, k_scales, scheme.row_words),
+        _side(scheme.v, scheme.dtype, v, v_scales, scheme.row_words),
     )
 
 
 def plain_sides(scheme: KVScheme) -> tuple[str, str]:
-    """The types that decode a plain row: K and V side by side."""
-    return sides(KVScheme(KVSide(scheme.k.dim, 16), KVSide(scheme.v.dim, 16), scheme.dtype))
+    """The types that decode plain keys and plain values, each from their first word on."""
+    k, v = (_side(KVSide(s.dim, 16), scheme.dtype, 0, 0, s.dim) for s in (scheme.k, scheme.v))
+    return k, v
 
 
-def _side(side: KVSide, dtype: mx.Dtype, first: int, scales: int) -> str:
+def _side(side: KVSide, dtype: mx.Dtype, first: int, scales: int, words: int) -> str:
     numbers = f"Numbers<{NAMES[dtype]}>"
+    align = math.gcd(first, words, 4)
     if not side.quantized:
-        return f"Side<{numbers}, void, {numbers}, {first}, 0, 0>"
+        return f"Side<{numbers}, void, {numbers}, {first}, 0, 0, {align}>"
     codes = f"Codes<{side.bits}>"
     kinds = {"affine": "Affine", "zero_point": "ZeroPoint"}
     kind = kinds.get(side.kind, f"Symmetric<{1 << (side.bits - 1)}>")
-    return f"Side<{codes}, {kind}, {numbers}, {first}, {scales}, {side.group}>"
+    return f"Side<{codes}, {kind}, {numbers}, {first}, {scales}, {side.group}, {align}>"
 
 
 @lru_cache(maxsize=1024)

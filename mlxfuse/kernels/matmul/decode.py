@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
+from ... import codebooks
 from ..weight import AffineSegment, AnySegment
-
-IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-E2M1_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 Scales = tuple[mx.array, mx.array | None]
 
@@ -32,10 +32,10 @@ def decode(segment: AnySegment) -> mx.array:
     lead = segment.arrays["codes"].shape[:-1]
     if 0 in lead:
         return mx.zeros((*lead, segment.columns))  # below, sizes are inferred
-    name = segment.format.name
+    name = segment.trait
     arrays = {s: a.flatten(0, -2) for s, a in segment.arrays.items()}
     codes = _CODES[name](arrays)
-    scale, bias = _SCALES[name](arrays)
+    scale, bias = _scales(name, arrays)
     # [rows, groups of one scale, weights of a group]
     weights = scale[..., None] * codes.reshape(*scale.shape, segment.columns // scale.shape[1])
     if bias is not None:
@@ -79,9 +79,9 @@ def _fives(a: dict[str, mx.array]) -> mx.array:
     return _nibbles(a) | _rotated_bits(a) << 4
 
 
-def _table(values: tuple[int, ...]) -> Callable[[dict[str, mx.array]], mx.array]:
+def _table(values: NDArray[np.int8]) -> Callable[[dict[str, mx.array]], mx.array]:
     def codes(a: dict[str, mx.array]) -> mx.array:
-        return mx.array(values, mx.float32)[_nibbles(a)]
+        return mx.array(values.astype(np.float32))[_nibbles(a)]
 
     return codes
 
@@ -95,6 +95,85 @@ def _minus(
     return centred
 
 
+def _fields(words: mx.array, bits: int, count: int) -> mx.array:
+    """``count`` neighbouring fields of ``bits`` bits of every word, lowest first, in float32 or as
+    indices: ``[rows, words * count]``."""
+    shifts = mx.arange(count, dtype=mx.uint32) * bits
+    fields = words.astype(mx.uint32)[..., None] >> shifts & ((1 << bits) - 1)
+    return fields.reshape(words.shape[0], -1)
+
+
+def _even_signs(words: mx.array) -> mx.array:
+    """32 signs, 1 or -1, from four times 7 bits of every word; each eighth makes them even."""
+    bits = _fields(words, 1, 28).reshape(words.shape[0], -1, 7)
+    eighth = bits.sum(axis=-1, keepdims=True) & 1
+    return _signs(mx.concatenate([bits, eighth], axis=-1))
+
+
+def _signs(bits: mx.array) -> mx.array:
+    return 1 - 2 * bits.astype(mx.float32).reshape(bits.shape[0], -1)
+
+
+def _plane_signs(a: dict[str, mx.array]) -> mx.array:
+    return _signs(_rotated_bits({"high": a["signs"]}))
+
+
+def _entries(name: str, index: mx.array) -> mx.array:
+    """The values of a codebook's entries, float32 ``[rows, values]``."""
+    values = mx.array(codebooks.grid(name).astype(np.float32))
+    return values[index].reshape(index.shape[0], -1)
+
+
+def _bytes(words: mx.array) -> mx.array:
+    return words.view(mx.uint8).astype(mx.uint32)
+
+
+def _iq2_xxs(a: dict[str, mx.array]) -> mx.array:
+    return _entries("IQ2_XXS", _bytes(a["codes"][:, 0::2])) * _even_signs(a["codes"][:, 1::2])
+
+
+def _iq2_xs(a: dict[str, mx.array]) -> mx.array:
+    both = a["codes"].view(mx.uint16)
+    bits = _fields(both >> 9, 1, 7).reshape(both.shape[0], -1, 7)
+    eighth = bits.sum(axis=-1, keepdims=True) & 1
+    return _entries("IQ2_XS", both & 511) * _signs(mx.concatenate([bits, eighth], axis=-1))
+
+
+def _iq2_s(a: dict[str, mx.array]) -> mx.array:
+    high = _fields(a["high"], 2, 16)
+    return _entries("IQ2_S", _bytes(a["codes"]) | high << 8) * _plane_signs(a)
+
+
+def _iq3_xxs(a: dict[str, mx.array]) -> mx.array:
+    return _entries("IQ3_XXS", _bytes(a["codes"])) * _even_signs(a["signs"])
+
+
+def _iq3_s(a: dict[str, mx.array]) -> mx.array:
+    high = _fields(a["high"], 1, 32)
+    return _entries("IQ3_S", _bytes(a["codes"]) | high << 8) * _plane_signs(a)
+
+
+def _iq1(index: mx.array, minus: mx.array) -> mx.array:
+    """8 times the grid's values, plus or minus 1: of ``minus`` a bit for every 8 weights."""
+    values = 8 * _entries("IQ1_S", index).reshape(*index.shape, 8)
+    return values + (1 - 2 * minus.astype(mx.float32))[..., None]
+
+
+def _iq1_s(a: dict[str, mx.array]) -> mx.array:
+    high = a["high"].view(mx.uint16)
+    minus = mx.repeat(high >> 15, 4, axis=1)
+    return _iq1(_bytes(a["codes"]) | _fields(high & 0xFFF, 3, 4) << 8, minus)
+
+
+def _iq1_m(a: dict[str, mx.array]) -> mx.array:
+    four = _fields(a["high"], 4, 8)
+    return _iq1(_bytes(a["codes"]) | (four & 7) << 8, four >> 3)
+
+
+def _one_bit(a: dict[str, mx.array]) -> mx.array:
+    return 1 - _signs(_rotated_bits({"high": a["codes"]}))
+
+
 _CODES: dict[str, Callable[[dict[str, mx.array]], mx.array]] = {
     "Q4_0": _minus(_nibbles, 8),
     "Q4_1": _minus(_nibbles, 0),
@@ -106,9 +185,20 @@ _CODES: dict[str, Callable[[dict[str, mx.array]], mx.array]] = {
     "Q4_K": _minus(_nibbles, 0),
     "Q5_K": _minus(lambda a: _nibbles(a) | _bits(a) << 4, 0),
     "Q6_K": _minus(lambda a: _nibbles(a) | _pairs(a["high"]) << 4, 32),
-    "IQ4_NL": _table(IQ4_VALUES),
-    "IQ4_XS": _table(IQ4_VALUES),
-    "MXFP4": _table(E2M1_VALUES),
+    "IQ4_NL": _table(codebooks.IQ4),
+    "IQ4_XS": _table(codebooks.IQ4),
+    "MXFP4": _table(codebooks.E2M1X2),
+    "NVFP4": _table(codebooks.E2M1X2),
+    "IQ2_XXS": _iq2_xxs,
+    "IQ2_XS": _iq2_xs,
+    "IQ2_S": _iq2_s,
+    "IQ3_XXS": _iq3_xxs,
+    "IQ3_S": _iq3_s,
+    "IQ1_S": _iq1_s,
+    "IQ1_M": _iq1_m,
+    "TQ2_0": _minus(lambda a: _pairs(a["codes"]), 1),
+    "Q2_0": _minus(lambda a: _pairs(a["codes"]), 1),
+    "Q1_0": _minus(_one_bit, 1),
 }
 
 
@@ -128,15 +218,71 @@ def _q2_k(a: dict[str, mx.array]) -> Scales:
     return scale, -(mx.repeat(d[:, 1::2], 16, axis=1) * (packed >> 4))
 
 
-def _q3_k(a: dict[str, mx.array]) -> Scales:
+def _q3_k_times(a: dict[str, mx.array]) -> mx.array:
     packed = a["scales"].view(mx.uint8)
     packed = packed.reshape(packed.shape[0], packed.shape[1] // 12, 12)
     low, high = packed[..., :8], packed[..., 8:]
     four = mx.concatenate([low & 15, low >> 4], axis=-1)
     two = mx.concatenate([(high >> s) & 3 for s in (0, 2, 4, 6)], axis=-1)
-    six = (four | two << 4).astype(mx.float32) - 32
-    d = a["supers"].astype(mx.float32)
-    return (d[..., None] * six).reshape(packed.shape[0], -1), None
+    return ((four | two << 4).astype(mx.float32) - 32).reshape(packed.shape[0], -1)
+
+
+def _odd(fields: mx.array) -> mx.array:
+    return 2 * fields.astype(mx.float32) + 1
+
+
+def _iq1_m_words(a: dict[str, mx.array]) -> mx.array:
+    return a["scales"].view(mx.uint16)
+
+
+def _iq1_m_supers(a: dict[str, mx.array]) -> mx.array:
+    """The float16 in the top four bits of four words, lowest first."""
+    words = _iq1_m_words(a)
+    nibbles = (words >> 12).reshape(words.shape[0], -1, 4) << mx.array([0, 4, 8, 12], mx.uint16)
+    return nibbles.sum(axis=-1).astype(mx.uint16).view(mx.float16).astype(mx.float32) / 8
+
+
+_TIMES: dict[str, Callable[[dict[str, mx.array]], mx.array]] = {
+    "Q3_K": _q3_k_times,
+    "Q6_K": lambda a: a["scales"].view(mx.int8).astype(mx.float32),
+    "IQ2_XS": lambda a: _odd(_fields(a["scales"], 4, 8)),
+    "IQ2_S": lambda a: _odd(_fields(a["scales"], 4, 8)),
+    "IQ1_M": lambda a: _odd(_fields(_iq1_m_words(a), 3, 4)),
+}
+
+
+def _scales(name: str, a: dict[str, mx.array]) -> Scales:
+    """The scale of every group of weights, and the bias where there is one."""
+    if name in _TIMES:
+        return mx.repeat(_blocks(name, a), 16, axis=1) * _TIMES[name](a), None
+    return _SCALES[name](a)
+
+
+def _blocks(name: str, a: dict[str, mx.array]) -> mx.array:
+    """The float32 scale of each block, which `_TIMES` multiplies for every 16 weights."""
+    if name == "IQ1_M":
+        return _iq1_m_supers(a)
+    return _supers(a) / (8 if name in ("IQ2_XS", "IQ2_S") else 1)
+
+
+def _supers(a: dict[str, mx.array]) -> mx.array:
+    return a["supers"].astype(mx.float32)
+
+
+def _scaled(
+    factor: float, odd: Callable[[dict[str, mx.array]], mx.array]
+) -> Callable[[dict[str, mx.array]], Scales]:
+    """Scales of 32 weights: the block's times an odd number that is 2 times a field plus 1."""
+
+    def scales(a: dict[str, mx.array]) -> Scales:
+        return mx.repeat(factor * _supers(a), 8, axis=1) * _odd(odd(a)), None
+
+    return scales
+
+
+def _e4m3_half(a: dict[str, mx.array]) -> Scales:
+    values = mx.array(codebooks.UE4M3_HALF)
+    return values[_bytes(a["scales"])], None
 
 
 def _six_bits(a: dict[str, mx.array]) -> Scales:
@@ -151,16 +297,6 @@ def _six_bits(a: dict[str, mx.array]) -> Scales:
         (d[..., :1] * scale).reshape(rows, -1),
         (-(d[..., 1:] * minimum)).reshape(rows, -1),
     )
-
-
-def _q6_k(a: dict[str, mx.array]) -> tuple[mx.array, mx.array]:
-    """A block's scale, and the integers it is multiplied by for each 16 weights."""
-    return a["supers"].astype(mx.float32), a["scales"].view(mx.int8).astype(mx.float32)
-
-
-def _q6_k_products(a: dict[str, mx.array]) -> Scales:
-    d, times = _q6_k(a)
-    return mx.repeat(d, 16, axis=1) * times, None
 
 
 def _iq4_xs(a: dict[str, mx.array]) -> Scales:
@@ -185,21 +321,20 @@ _SCALES: dict[str, Callable[[dict[str, mx.array]], Scales]] = {
     "Q5_1": _with_bias,
     "Q8_0": _single,
     "Q2_K": _q2_k,
-    "Q3_K": _q3_k,
     "Q4_K": _six_bits,
     "Q5_K": _six_bits,
-    "Q6_K": _q6_k_products,
     "IQ4_NL": _single,
     "IQ4_XS": _iq4_xs,
     "MXFP4": _mxfp4,
+    "NVFP4": _e4m3_half,
+    "IQ2_XXS": _scaled(0.125, lambda a: a["codes"][:, 1::2] >> 28),
+    "IQ3_XXS": _scaled(0.25, lambda a: a["signs"] >> 28),
+    "IQ3_S": _scaled(1.0, lambda a: _fields(a["scales"], 4, 8)),
+    "IQ1_S": _scaled(0.125, lambda a: a["high"].view(mx.uint16) >> 12 & 7),
+    "TQ2_0": _single,
+    "Q2_0": _single,
+    "Q1_0": _single,
 }
-
-INTEGERS = (
-    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"),
-    *("IQ4_NL", "IQ4_XS", "MXFP4"),
-    *(f"affine{bits}g{group}" for bits in (4, 8) for group in (32, 64, 128)),
-)
-"""Names of the segments that `integers` takes."""
 
 
 class Integers(NamedTuple):
@@ -228,9 +363,15 @@ def integers(segment: AnySegment) -> Integers:
         )
         scales, biases = (mx.repeat(a, group // 32, -1) for a in (scales, biases + offset * scales))
         return Integers(codes, None, scales, biases)
-    name, arrays = segment.format.name, dict(segment.arrays)
+    name, arrays = segment.trait, dict(segment.arrays)
     codes = _CODES[name](arrays).astype(mx.float32).reshape(segment.rows, segment.columns)
-    if name == "Q6_K":
-        d, times = _q6_k(arrays)
-        return Integers(codes, times, mx.repeat(d, 8, axis=1), None)
-    return Integers(codes, None, *_SCALES[name](arrays))
+    if name in _TIMES:
+        supers = mx.repeat(_blocks(name, arrays), 8, axis=1)
+        return Integers(codes, _TIMES[name](arrays), supers, None)
+    single, bias = _SCALES[name](arrays)
+    return Integers(codes, None, _of_groups(single, segment.columns), bias)
+
+
+def _of_groups(scales: mx.array, columns: int) -> mx.array:
+    """One for each 32 weights, of those that belong to more."""
+    return mx.repeat(scales, columns // 32 // scales.shape[1], axis=1)

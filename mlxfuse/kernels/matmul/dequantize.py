@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import cache
 
 import mlx.core as mx
 
+from ... import codebooks
 from ..runtime.kernel import Kernel, Launch, Program
 from ..weight import FLOATS, STREAMS, AnySegment
 from .decode import decode
+
+_THREADS = 128
 
 
 def dequantize(
@@ -44,45 +48,102 @@ def section(trait: str) -> str:
     return f"formats.h:{trait.partition('<')[0]}"
 
 
-def bindings(segment: AnySegment, suffix: str = "") -> tuple[tuple[str, ...], str]:
-    """Input names of a segment's streams, and the Metal expression that gathers them."""
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """How a kernel's body speaks of a segment.
+
+    inputs      names of its arrays there.
+    trait       the trait that decodes it.
+    expression  gathers the arrays; ``{grid}`` stands for where its codebook is.
+    grid        the name of the input that is its codebook, if it has one, and its words.
+    """
+
+    inputs: tuple[str, ...]
+    trait: str
+    expression: str
+    grid: str = ""
+    words: int = 0
+
+    def at(self, grid: str) -> str:
+        """The expression with the codebook at ``grid``."""
+        return self.expression.replace("{grid}", grid)
+
+    def stage(self, to: str, threads: int) -> str:
+        """The statement with which all threads copy the codebook to threadgroup memory."""
+        me = "thread_index_in_threadgroup"
+        return f"stage({self.grid}, {to}, {self.words}, {me}, {threads});"
+
+
+def bind(segment: AnySegment, suffix: str = "") -> tuple[Bound, dict[str, mx.array]]:
+    """What the body of a kernel needs to read a segment, and the arrays by name."""
     held = [s for s in STREAMS if s in segment.arrays]
+    arrays = {f"{s}{suffix}": segment.arrays[s] for s in held}
     names = [f"{s}{suffix}" if s in held else f"codes{suffix}" for s in STREAMS]
-    return tuple(f"{s}{suffix}" for s in held), f"streams({', '.join(names)})"
+    grid, words = "", 0
+    if segment.grid:
+        grid = f"grid_{segment.grid}"
+        arrays[grid] = codebook(segment.grid)
+        words = arrays[grid].size
+    gathered = f"streams({', '.join(names)}, {'{grid}' if grid else names[0]})"
+    return Bound(tuple(arrays), segment.trait, gathered, grid, words), arrays
 
 
 @cache
-def _program(trait: str, held: tuple[str, ...], expression: str, gathered: bool) -> Program:
+def codebook(name: str) -> mx.array:
+    """The words of `mlxfuse.codebooks.staged`."""
+    array = mx.array(codebooks.staged(name))
+    mx.eval(array)
+    return array
+
+
+@cache
+def _program(bound: Bound, gathered: bool) -> Program:
     row = "uint(rows[to])" if gathered else "to"
+    lines = ["const uint me = thread_index_in_threadgroup;"]
+    if bound.grid:
+        lines += [f"threadgroup uint grid[{bound.words}];", bound.stage("grid", _THREADS)]
+    lines += [
+        f"const uint from = threadgroup_position_in_grid.x * {_steps(bound) * _THREADS} + me;",
+        f"for (uint n = 0; n < {_steps(bound)}; n++) {{",
+        f"const uint at = from + n * {_THREADS};",
+        "const uint units = uint(size[1]), to = at / units;",
+        "if (at < uint(size[2])) {",
+        f"dequantize_unit<{bound.trait}, T>({bound.at('grid')}, out, "
+        f"min({row}, uint(size[0] - 1)), units, at % units, to);",
+        "}",
+        "}",
+    ]
     return Program(
         op="dequantize",
-        inputs=(*held, *(["rows"] if gathered else []), "size"),
+        inputs=(*bound.inputs, *(["rows"] if gathered else []), "size"),
         outputs=("out",),
-        body=(
-            "const uint i = thread_position_in_grid.x;\n"
-            "const uint to = thread_position_in_grid.y;\n"
-            f"dequantize_unit<{trait}, T>({expression}, out, min({row}, uint(size[0] - 1)), "
-            "uint(size[1]), i, to);\n"
-        ),
-        parts=(section(trait), "dequantize.metal"),
+        body="\n".join(lines) + "\n",
+        parts=(section(bound.trait), "dequantize.metal"),
     )
 
 
+def _steps(bound: Bound) -> int:
+    """Units of a thread: several where a codebook is copied first."""
+    return 8 if bound.grid else 1
+
+
 def _launch(segment: AnySegment, rows: mx.array | None, dtype: mx.Dtype) -> Launch:
-    held, expression = bindings(segment)
+    bound, arrays = bind(segment)
     units = segment.columns // segment.unit
     # Rows of all experts lie one after the other.
     lead = segment.arrays["codes"].shape[:-1] if rows is None else rows.shape
+    total = math.prod(lead) * units
     chosen = () if rows is None else (rows.reshape(-1),)
+    each = _steps(bound) * _THREADS
     return Launch(
-        program=_program(segment.trait, held, expression, rows is not None),
+        program=_program(bound, rows is not None),
         arrays=(
-            *(segment.arrays[s] for s in held),
+            *arrays.values(),
             *chosen,
-            mx.array([segment.rows * (segment.experts or 1), units], mx.int32),
+            mx.array([segment.rows * (segment.experts or 1), units, total], mx.uint32),
         ),
-        grid=(units, math.prod(lead), 1),
-        threadgroup=(min(units, 128), 1, 1),
+        grid=(-(-total // each) * _THREADS, 1, 1),
+        threadgroup=(_THREADS, 1, 1),
         template=(("T", dtype),),
         shapes=((*lead, segment.columns),),
         dtypes=(dtype,),

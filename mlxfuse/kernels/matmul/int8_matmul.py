@@ -10,8 +10,8 @@ import mlx.core as mx
 from ..activations import GROUP, Int8Activations
 from ..runtime.kernel import Kernel, Launch
 from ..weight import AnySegment, QuantizedWeight
-from .decode import INTEGERS, integers
-from .product import MAX_VECTOR_ROWS, Call, Tile, batches, finish, launch, refuse
+from .decode import integers
+from .product import MAX_VECTOR_ROWS, Call, Tile, batches, finish, launch, refuse, simd_groups
 
 _CHUNK = 1 << 24
 """Sums of groups that the reference holds at once."""
@@ -60,17 +60,16 @@ def int8_matmul(
 def unsupported(weight: QuantizedWeight) -> str | None:
     """None where `int8_matmul` takes the weight, else why not."""
     for segment in weight.segments:
-        if segment.name not in INTEGERS:
-            return f"int8 activations: expected {', '.join(INTEGERS)}; found {segment.name}"
+        if not segment.integers:
+            return f"int8 activations: {segment.name} is no scale times small integers"
     return None
 
 
 def _tile(call: Call[Int8Activations]) -> Tile:
     segments = call.weight.segments
-    sums = "x_sums" if any(biased(s) for s in segments) else "x_scales"
+    sums = "x_sums" if any(s.biased for s in segments) else "x_scales"
     x = f"int8_rows(x, x_scales, {sums})"
-    traits = {s.trait.partition("<")[0] for s in segments}
-    own = tuple(f"int8_matmul.metal:{s}" for s in sorted(traits & {"Affine8"}))
+    own = ("int8_matmul.metal:Affine8",) * any(s.trait.startswith("Affine<8") for s in segments)
     op, shared = "int8_matmul", "quantized_matmul.metal"
     if call.experts is None and call.rows > MAX_VECTOR_ROWS:
         sections = (*own, shared, f"{op}.metal:tiles")
@@ -78,22 +77,20 @@ def _tile(call: Call[Int8Activations]) -> Tile:
         return Tile(op, sections, "int8_tile", "", x, rows, 32, 128, scratch)
     lanes = f"{shared}:{'floor' if call.floor else 'lanes'}"
     sections = (*own, lanes, f"{op}.metal:{call.part('batch')}", f"{shared}:batch_tile")
+    many, groups = batches(call.rows), simd_groups(call.weight)
+    function = "batch_tile"
     if call.experts is not None:
         sections = (*sections, f"{shared}:experts", f"{op}.metal:gathered")
-        return Tile(op, sections, "gathered_tile", ", 2, 1", x, 4, 1, 64, "")
-    many = batches(call.rows)
-    return Tile(op, sections, "batch_tile", f", 2, {many}", x, 4, many, 64, "")
-
-
-def biased(segment: AnySegment) -> bool:
-    """True where the format has biases, so that the sums of x are needed."""
-    return segment.name not in ("Q4_0", "Q5_0", "Q8_0", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4")
+        many, function = 1, "gathered_tile"
+    return Tile(
+        op, sections, function, f", 2, {groups}, {many}", x, 2 * groups, many, 32 * groups, ""
+    )
 
 
 def _launch(call: Call[Int8Activations]) -> Launch:
     x = call.x
     arrays = {"x": x.codes, "x_scales": x.scales}
-    if any(biased(s) for s in call.weight.segments):
+    if any(s.biased for s in call.weight.segments):
         arrays["x_sums"] = x.sums
     return launch(call, _tile(call), arrays)
 

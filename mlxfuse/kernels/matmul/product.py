@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Generic, TypeVar
@@ -16,7 +16,7 @@ import mlx.core as mx
 from ..activations import Int8Activations
 from ..runtime.kernel import Launch, Program
 from ..weight import FLOATS, Part, QuantizedWeight, type_name
-from .dequantize import bindings, section
+from .dequantize import Bound, bind, section
 
 X = TypeVar("X", mx.array, Int8Activations)
 
@@ -165,6 +165,8 @@ class Tile:
     many      rows of x.
     threads   threads of the threadgroup.
     scratch   declares the threadgroup memory ``scratch``, if there is any.
+    staged    words of the largest codebook that is copied to threadgroup memory first; a larger one
+              is read where it is.
     """
 
     op: str
@@ -176,6 +178,12 @@ class Tile:
     many: int
     threads: int
     scratch: str
+    staged: int = 2048
+
+
+def simd_groups(weight: QuantizedWeight) -> int:
+    """SIMD-groups of a threadgroup: more where they share a codebook in threadgroup memory."""
+    return 4 if any(s.grid for s in weight.segments) else 2
 
 
 def batches(rows: int) -> int:
@@ -192,14 +200,12 @@ def launch(call: Call[X], tile: Tile, x: dict[str, mx.array]) -> Launch:
     parts = weight.parts[:1] if call.gated else weight.parts
     widths = call.widths
     size, tiles = _size(call, parts, widths[0], tile.rows)
-    held: list[str] = []
-    arrays: list[mx.array] = []
-    expressions = []
+    held: dict[str, mx.array] = {}
+    bounds = []
     for i, segment in enumerate(segments):
-        names, expression = bindings(segment, str(i))
-        held += names
-        arrays += [segment.arrays[n[: -len(str(i))]] for n in names]
-        expressions.append(expression)
+        bound, arrays = bind(segment, str(i))
+        held |= arrays
+        bounds.append(bound)
     optional = {
         **{"bias": call.bias, "residual": call.residual},
         **{"experts": call.experts, "scores": call.scores},
@@ -207,8 +213,7 @@ def launch(call: Call[X], tile: Tile, x: dict[str, mx.array]) -> Launch:
     given: dict[str, mx.array] = {n: a for n, a in optional.items() if a is not None}
     program = _program(
         tile,
-        tuple(s.trait for s in segments),
-        tuple(expressions),
+        tuple(bounds),
         tuple(places[id(p.segment)] for p in weight.parts),
         call.activation,
         (*held, *given, *x, "size"),
@@ -216,7 +221,7 @@ def launch(call: Call[X], tile: Tile, x: dict[str, mx.array]) -> Launch:
     )
     return Launch(
         program=program,
-        arrays=(*arrays, *(_as(n, a, dtype) for n, a in given.items()), *x.values(), size),
+        arrays=(*held.values(), *(_as(n, a, dtype) for n, a in given.items()), *x.values(), size),
         grid=(tiles * tile.threads, -(-call.rows // tile.many), 1),
         threadgroup=(tile.threads, 1, 1),
         template=(("T", dtype),),
@@ -257,8 +262,7 @@ def _numbers(values: tuple[int, ...]) -> mx.array:
 @cache
 def _program(
     tile: Tile,
-    traits: tuple[str, ...],
-    expressions: tuple[str, ...],
+    bounds: tuple[Bound, ...],
     of_part: tuple[int, ...],
     activation: str | None,
     inputs: tuple[str, ...],
@@ -278,14 +282,16 @@ def _program(
     if tile.scratch:
         lines += [tile.scratch]
         place = "tile, simdgroup_index_in_threadgroup, thread_index_in_threadgroup, scratch"
+    # The segments of a call: one of them for the parts that it holds, or gate's and up's.
+    calls = [of_part] if gated else [(s, s) for s in range(len(bounds))]
+    if words := max(sum(_grids(bounds, call, tile).values()) for call in calls):
+        lines += [f"threadgroup uint grid[{words}];"]
     if not gated:
         later = (f" + uint(tile.x >= parts[{j}].tile)" for j in range(1, len(of_part)))
         lines += [f"const uint j = 0{''.join(later)};"]
     out = "out0"
     for j in range(1, outputs):
         out = f"j == {j} ? out{j} : {out}" if j == 1 else f"j == {j} ? out{j} : ({out})"
-    # The segments of a call: one of them for the parts that it holds, or gate's and up's.
-    calls = [of_part] if gated else [(s, s) for s in range(len(traits))]
     for f, g in calls:
         x = tile.x
         if "experts" in inputs:
@@ -294,10 +300,12 @@ def _program(
             steps += ["uint(bias_shape[1])" if bias == "bias" else "0"]
             scores = "scores" if "scores" in inputs else "x"
             x = f"chosen({x}, experts, {scores}, {', '.join(steps)})"
+        staged, p, q = _staged(bounds, (f, g), tile)
         block = [
+            *staged,
             f"Part a = parts[{'0' if gated else 'j'}], b = {'parts[1]' if gated else 'a'};",
-            f"{tile.function}<{traits[f]}, {traits[g]}{tile.numbers}>("
-            f"{expressions[f]}, {expressions[g]}, {x}, (const device Size*)size, "
+            f"{tile.function}<{bounds[f].trait}, {bounds[g].trait}{tile.numbers}>("
+            f"{p}, {q}, {x}, (const device Size*)size, "
             f"{epilogue}(a, b, {bias}, {residual}, {out}), {place});",
         ]
         if len(calls) > 1:
@@ -311,11 +319,34 @@ def _program(
         outputs=tuple(f"out{i}" for i in range(outputs)),
         body="\n".join(lines) + "\n",
         parts=(
-            *dict.fromkeys(section(t) for t in traits),
+            *dict.fromkeys(section(b.trait) for b in bounds),
             *tile.sections,
             *(f"quantized_matmul.metal:{s}" for s in sections),
         ),
     )
+
+
+def _grids(bounds: Sequence[Bound], call: Sequence[int], tile: Tile) -> dict[str, int]:
+    """The codebooks of a call's segments that are staged, and the words of each."""
+    grids = {bounds[i].grid: bounds[i].words for i in call}
+    return {grid: words for grid, words in grids.items() if 0 < words <= tile.staged}
+
+
+def _staged(
+    bounds: Sequence[Bound], call: tuple[int, int], tile: Tile
+) -> tuple[list[str], str, str]:
+    """Statements that copy the codebooks of a call, and the expressions of its two segments."""
+    at: dict[str, str] = {}
+    lines: list[str] = []
+    words = 0
+    grids = _grids(bounds, call, tile)
+    for bound in {i: bounds[i] for i in call}.values():
+        if bound.grid in grids and bound.grid not in at:
+            at[bound.grid] = f"grid + {words}"
+            lines.append(bound.stage(at[bound.grid], tile.threads))
+            words += bound.words
+    p, q = (bounds[i].at(at.get(bounds[i].grid, bounds[i].grid)) for i in call)
+    return lines, p, q
 
 
 def _sigmoid_gelu_tanh(v: mx.array) -> mx.array:

@@ -12,7 +12,7 @@ from ..runtime.kernel import Kernel, Launch, Prepared
 from ..weight import AffineSegment, AnySegment, QuantizedWeight
 from .decode import decode
 from .dequantize import dequantize
-from .product import Call, Tile, batches, finish, launch, refuse
+from .product import Call, Tile, batches, finish, launch, refuse, simd_groups
 
 LARGE = "dequantize"
 """What runs above `MAX_VECTOR_ROWS` unless `mlxfuse tune` has chosen: ``dequantize``, or ``tiles``,
@@ -149,7 +149,11 @@ def _tile(call: Call[mx.array]) -> Tile:
         name = "matrix" if kind == "tiles" else kind
         rows = 32 if call.gated else 64
         scratch = "threadgroup float scratch[96 * tile_pitch * sizeof(T) / 4];"
-        return Tile(op, (f"{op}.metal:{name}",), f"{name}_tile", "", "x", rows, 32, 128, scratch)
+        # 96 rows of 72 numbers leave 18 KiB for two codebooks in 16 bits, 5 KiB in 32.
+        staged = 512 if call.x.dtype == mx.float32 else 2048
+        return Tile(
+            op, (f"{op}.metal:{name}",), f"{name}_tile", "", "x", rows, 32, 128, scratch, staged
+        )
     slots = _SLOTS[call.kind][call.variant or tuning.VARIANTS[op][call.kind][0]]
     if kind == "summed":
         groups = min(call.x.shape[-2], 8)
@@ -158,12 +162,13 @@ def _tile(call: Call[mx.array]) -> Tile:
         sections = tuple(f"{op}.metal:{s}" for s in (call.part("vector"), kind))
         return Tile(op, sections, "summed_tile", numbers, "x", slots, 1, 32 * groups, scratch)
     many = batches(call.rows) if kind == "batch" else 1
-    numbers = f", {slots}, {many}" if kind == "batch" else f", {slots}"
+    groups = simd_groups(call.weight)
+    numbers = f", {slots}, {groups}" + f", {many}" * (kind == "batch")
     needs = [call.part(kind), f"{kind}_tile"]
     if kind == "vector" and call.experts is not None:
         needs, kind = [*needs, "gathered"], "gathered"
     sections = tuple(f"{op}.metal:{s}" for s in needs)
-    return Tile(op, sections, f"{kind}_tile", numbers, "x", 2 * slots, many, 64, "")
+    return Tile(op, sections, f"{kind}_tile", numbers, "x", groups * slots, many, 32 * groups, "")
 
 
 def _launch(call: Call[mx.array]) -> Launch:

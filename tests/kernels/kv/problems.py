@@ -10,7 +10,7 @@ import numpy as np
 
 from mlxfuse.kernels.kv.scheme import KVScheme, KVSide, pack
 
-from .weights import to_float64
+from ..weights import to_float64
 
 THRESHOLD = {mx.float16: 1.466e-3, mx.bfloat16: 2.0**-7, mx.float32: 1e-5}
 """Of an element, times the sum of |p v|; oneDNN's."""

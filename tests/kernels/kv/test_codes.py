@@ -13,7 +13,7 @@ from mlxfuse.kernels.runtime import kernel as _kernel
 from tests import msl
 
 from ..weights import to_float64
-from . import THRESHOLD, normal
+from .problems import THRESHOLD, normal
 
 B, HEADS, KV, S, D = 2, 4, 2, 37, 64
 # Shape of the scales, by what they belong to.

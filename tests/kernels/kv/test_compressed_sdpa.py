@@ -23,7 +23,7 @@ from tests import msl
 
 from ..pairwise import Case, covering, pairs, possible
 from ..weights import to_float64
-from . import Problem, normal, oracle, packed
+from .problems import Problem, normal, oracle, packed
 
 AXES: dict[str, tuple[Any, ...]] = {
     "dims": ((64, 64), (80, 80), (96, 64), (112, 112), (128, 128), (192, 128), (256, 256),
@@ -191,7 +191,7 @@ USUAL: Case = {
     ("text", "wrong"),
     [
         ("key <= row.last", "key < row.last"),  # the last key is not seen
-        ("total = fma(total, decay, p)", "total = total + p"),
+        ("total *= decay;", ""),
         ("scale.y * q_sum[r][j]", "0.0f"),  # the bias is left out
         ("const uint unit = Values::unit(lane, i / 2);", "const uint unit = lane ^ 1;"),
     ],
@@ -242,13 +242,24 @@ def test_any_number_of_splits_agrees(
 ) -> None:
     problem = problem_of(case | {"length": 1025, "dtype": mx.float32})
     results = []
-    for tokens in (4096, 256, 40, 8):
-        monkeypatch.setattr(module, "SPLIT_TOKENS", tokens)
+    splits = []
+    for tokens in (4096, 256, 40, 4):
+        monkeypatch.setattr(module, "SPLIT_TOKENS", (tokens, tokens))
+        splits.append(module._splits(1032, 1))
         results.append(compressed_sdpa(*problem.arguments, **problem.options)[0])
         assert_close(results[-1], problem)
-    splits = [min(-(-1032 // t), module.MAX_SPLITS) for t in (4096, 256, 40, 8)]
-    assert splits == [1, 5, 26, 64]
+    assert splits == [1, 5, 26, 256]
     assert not mx.array_equal(results[0], results[2])
+
+
+def test_splits_follow_the_length_and_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def splits(threadgroups: int) -> list[int]:
+        monkeypatch.setattr(module, "_threadgroups", lambda: threadgroups)
+        return [module._splits(n, 8) for n in (0, 100, 1024, 8192, 65536, 1 << 20)]
+
+    # No fewer tokens than 128 each, no more than 2,048 but for the most splits.
+    assert splits(128) == [1, 1, 8, 16, 32, 256]
+    assert splits(1024) == [1, 1, 8, 64, 128, 256]
 
 
 def test_a_query_that_sees_nothing_gives_zeros(kernels: str) -> None:
@@ -329,8 +340,10 @@ def test_a_step_is_three_dispatches() -> None:
     mx.eval(problem.arguments, fresh)
 
     def step(q: mx.array, k: mx.array, v: mx.array, tail: mx.array, n: mx.array) -> Any:
-        given = problem.arguments[1:4]
-        out, packed = compressed_sdpa(q, *given, tail, n, fresh=(k, v), **problem.options)
+        scheme, rows, _ = problem.arguments[1:4]
+        out, packed = compressed_sdpa(
+            q, scheme, rows, 385, tail, 11, fresh=(k, v), **problem.options
+        )
         return out, mx.slice_update(tail, packed, n, axes=[2])
 
     at = mx.array([11])

@@ -16,7 +16,7 @@ from tests import msl
 
 from ..pairwise import Case, covering
 from ..weights import to_float64
-from . import decode, normal, rotate
+from .problems import decode, normal, rotate
 
 AXES: dict[str, tuple[Any, ...]] = {
     "k": (64, 80, 96, 112, 128, 192, 256, 512),

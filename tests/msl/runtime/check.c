@@ -136,7 +136,8 @@ static void check_threadgroup(const Access *a) {
       Target t = {v->name, &w->tg_cells[a->addr - (uint64_t)w->tg_memory],
                   a->addr - (uint64_t)v->ptr, 0};
       check_cells(a, &t);
-      msl_count_access(msl_run_state->buffer_count, 0, a->size, a->write, a->pc);
+      msl_count_access(msl_run_state->buffer_count, a->addr - (uint64_t)w->tg_memory, a->size,
+                       a->write, a->pc);
       return;
     }
     if (!nearest || distance(a->addr, v->ptr, v->size) <

@@ -5,7 +5,7 @@
 
 #include "msl.h"
 
-enum { SHORT_SEGMENT = 32, LONG_SEGMENT = 128 };
+enum { SHORT_SEGMENT = 32, LONG_SEGMENT = 128, WORD = 4, BANKS = 32 };
 
 typedef struct {
   uint64_t pc, offset;
@@ -41,8 +41,9 @@ void msl_count_access(uint32_t place, uint64_t offset, uint32_t size, bool write
   Traffic *t = traffic(place);
   *(write ? &t->stores : &t->loads) += 1;
   *(write ? &t->write_bytes : &t->read_bytes) += size;
-  if (place >= run->buffer_count) return;
-  for (uint32_t i = 0; i < size; i++) state.touched[place][offset + i] |= write ? 2 : 1;
+  if (place > run->buffer_count) return;
+  if (place < run->buffer_count)
+    for (uint32_t i = 0; i < size; i++) state.touched[place][offset + i] |= write ? 2 : 1;
   if (write) return;
   if (state.count == state.capacity) {
     size_t capacity = state.capacity ? 2 * state.capacity : 1 << 12;
@@ -99,8 +100,28 @@ static uint64_t segments(const Load *first, const Load *end, uint64_t unit) {
   return found;
 }
 
+// How often the busiest of 32 banks of 4 bytes is asked for another word by loads in order of their
+// offsets. Lanes that want the same word ask once.
+static uint64_t bank_turns(const Load *first, const Load *end) {
+  uint64_t turns[BANKS] = {0}, next = 0, most = 0;
+  for (const Load *l = first; l < end; l++) {
+    uint64_t from = l->offset / WORD, to = (l->offset + l->size - 1) / WORD + 1;
+    for (uint64_t word = from < next ? next : from; word < to; word++) {
+      uint64_t now = ++turns[word % BANKS];
+      if (now > most) most = now;
+    }
+    if (to > next) next = to;
+  }
+  return most;
+}
+
 static void count_group(const Load *first, const Load *end) {
   Traffic *t = traffic(first->place);
+  if (first->place == msl_run_state->buffer_count) {
+    t->group_loads++;
+    t->bank_turns += bank_turns(first, end);
+    return;
+  }
   uint64_t distinct = segments(first, end, 1);
   t->group_loads++;
   t->group_bytes += distinct;

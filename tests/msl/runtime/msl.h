@@ -46,13 +46,15 @@ typedef struct {
   uint32_t writable, initialised;
 } Buffer;
 // Of each buffer, then of threadgroup memory and of the library's constant tables. What follows
-// `write_bytes` is counted for buffers only; what follows `distinct_written` for loads only.
+// `write_bytes` is counted for buffers only, but for the loads of threadgroup memory by SIMD-groups and
+// `bank_turns`; what follows `distinct_written` for loads only.
 typedef struct {
   uint64_t loads, stores, read_bytes, write_bytes;  // by single lanes
   uint64_t distinct_read, distinct_written;         // bytes of the buffer
   uint64_t group_loads, group_bytes;                // by SIMD-groups: a byte many lanes load is one
   uint64_t short_segments, short_ideal;             // 32 bytes: touched, fewest for as many bytes
   uint64_t long_segments, long_ideal;               // 128 bytes
+  uint64_t bank_turns;                              // of threadgroup memory: see count.c
 } Traffic;
 typedef struct {
   uint32_t order;           // 0 ascending, 1 descending, 2 random (seed)

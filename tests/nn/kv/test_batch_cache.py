@@ -7,12 +7,13 @@ import pytest
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import KVCache
 
+from mlxfuse.kernels.runtime import kernel
 from mlxfuse.loader import load
 from mlxfuse.nn.kv.batch_cache import BatchCompressedKVCache
 from mlxfuse.nn.kv.cache import CompressedKVCache
 from tests.models import tiny
 
-from .test_cache import HEADS, K_DIM, feed, part, same, stream
+from .test_cache import BLOCK, HEADS, K_DIM, feed, part, same, stream
 
 LENGTHS = (230, 7, 131)
 
@@ -55,6 +56,37 @@ def test_a_batch_is_its_sequences(length, settings, padded):
             assert mx.abs(other - want).max().item() > 1e-2
         assert all(same(a, b) for a, b in zip(batch.caches, alone, strict=True))
         assert batch.offset.tolist() == [a + n for a, n in zip(LENGTHS, valid, strict=True)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"keep": 0, "window": 90}], ids=["whole", "window"])
+def test_a_step_of_a_batch_is_one_attention(settings, monkeypatch):
+    """And bit for bit what each sequence gives, also when blocks are sealed on the way."""
+    monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
+    alone = singles(settings)
+    batch = CompressedKVCache.merge(alone)
+    steps = stream(70, batch=3, seed=9)
+    queries = mx.random.normal((3, 2 * HEADS, 70, K_DIM), key=mx.random.key(1))
+    for i in (*range(0, 65, 5), *range(65, 70)):
+        n = 5 if i < 65 else 1
+        before = kernel.launches["compressed_sdpa"]
+        new = part(steps, i, i + n)
+        mask = batch.make_mask(n)
+        got = batch.attend(queries[:, :, i : i + n], *new, scale=0.1, mask=mask)
+        assert kernel.launches["compressed_sdpa"] == before + 1
+        for b, cache in enumerate(alone):
+            q, k, v = (x[b : b + 1] for x in (queries[:, :, i : i + n], *new))
+            want = cache.attend(q, k, v, scale=0.1, mask=cache.make_mask(n))
+            # A window reads fewer tokens than a mask does, in other splits.
+            limit = 1e-5 if settings and n > 1 else 0
+            assert mx.abs(got[b : b + 1] - want).max().item() <= limit
+    assert batch.nbytes >= sum(c.nbytes for c in alone)
+    assert all(same(a, b) for a, b in zip(batch.caches, alone, strict=True))
+    assert alone[2]._first + alone[2]._sealed > BLOCK  # one was sealed
+    # A mask of somebody else is looked at, which takes an attention for each sequence.
+    fresh = stream(1, batch=3, seed=3)
+    other = mx.array(batch.make_mask(1))
+    got = batch.attend(queries[:, :, :1], *fresh, scale=0.1, mask=mx.zeros_like(other))
+    assert not mx.any(got)
 
 
 def test_joining_and_leaving_move_no_token():

@@ -65,6 +65,23 @@ def packed_grid(name: str) -> NDArray[np.uint64] | NDArray[np.uint32]:
     return table.view(np.uint64)[:, 0] if table.shape[1] == 8 else table.view(np.uint32)[:, 0]
 
 
+@cache
+def staged(name: str) -> NDArray[np.uint32]:
+    """The codebook that kernels copy to threadgroup memory, in 32-bit words, at most 8 KiB.
+
+    ``IQ4`` is 16 floats. Of ``IQ1_S`` an entry is a word, which holds each value plus 1: that of
+    weight b in bits 8 b and the next, that of weight 4 + b in bits 8 b + 4 and the next. Of the
+    others the entries are bytes.
+    """
+    if name == "IQ4":
+        return IQ4.astype(np.float32).view(np.uint32)
+    table = grid(name)
+    if name == "IQ1_S":
+        nibbles = (table + np.int8(1)).view(np.uint8)
+        table = nibbles[:, :4] | nibbles[:, 4:] << np.uint8(4)
+    return np.ascontiguousarray(table).view(np.uint32).reshape(-1)
+
+
 def _byte_bits() -> NDArray[np.uint8]:
     return np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
 
