@@ -8,6 +8,7 @@ from mlx_lm import generate
 from mlx_lm.models.gemma3_text import RMSNorm
 
 import mlxfuse
+from mlxfuse.errors import NotFusible
 from mlxfuse.fusion import Candidate, Skip, Tree
 
 
@@ -21,8 +22,10 @@ def ready_norms(tree: Tree) -> Iterator[Candidate | Skip]:
     for path, norm in tree.modules:
         if type(norm) is not RMSNorm:  # a subclass may compute something else
             continue
-        if reason := tree.shared(norm, ()):
-            yield Skip("ready_norm", path, reason)
+        try:
+            tree.check_alone(norm)
+        except NotFusible as reason:
+            yield Skip("ready_norm", path, str(reason))
             continue
 
         def emit(norm: RMSNorm = norm) -> None:
@@ -33,9 +36,7 @@ def ready_norms(tree: Tree) -> Iterator[Candidate | Skip]:
             norm.__class__ = RMSNorm
             norm.pop("_ready", None)
 
-        yield Candidate(
-            "ready_norm", 10, path, frozenset({path}), frozenset(), emit, undo, "1 + w, once"
-        )
+        yield Candidate("ready_norm", 10, path, frozenset({path}), emit, undo, "1 + w, once")
 
 
 model, tokenizer = mlxfuse.load(sys.argv[1], fuse="off")

@@ -503,6 +503,55 @@ struct Signs {
   }
 };
 
+//@ One:
+struct One {
+  static constexpr constant bool halves = false;
+  static constexpr constant bool biased = false;
+  template <typename P>
+  METAL_FUNC One(P, uint, uint) {}
+  METAL_FUNC float scale(int) const {
+    return 1.0f;
+  }
+  METAL_FUNC float bias(int) const {
+    return 0.0f;
+  }
+};
+
+//@ Dense:
+// Ordinary numbers: float32 if `wide`, else the upper half of one if `brain`, else float16.
+template <bool wide, bool brain>
+struct Dense {
+  static constexpr constant int width = wide ? 4 : 8;
+  uint4 w;
+  template <typename P>
+  METAL_FUNC Dense(P p, uint first, uint i) : w(elements<uint4>(p.codes)[first + i]) {}
+  METAL_FUNC static constexpr int shift(int) {
+    return 0;
+  }
+  METAL_FUNC float code(int i) const {
+    if (wide) {
+      return as_type<float>(w[i & 3]);
+    }
+    const uint two = w[i >> 1];
+    if (brain) {
+      return as_type<float>(i & 1 ? two & 0xffff0000u : two << 16);
+    }
+    return float(as_type<half2>(two)[i & 1]);
+  }
+  METAL_FUNC float4 quad(int q) const {
+    return float4(code(4 * q), code(4 * q + 1), code(4 * q + 2), code(4 * q + 3));
+  }
+};
+
+//@ F32: Dense One
+using F32 = Unit<Dense<true, false>, One>;
+
+//@ F16: Dense One
+using F16 = Unit<Dense<false, false>, One>;
+
+//@ BF16: Dense One
+using BF16 = Unit<Dense<false, true>, One>;
+
 //@ NVFP4: E2M1 E4M3
 using NVFP4 = Unit<E2M1<false>, E4M3>;
 

@@ -12,9 +12,13 @@ from pathlib import Path
 
 # name -> (default, meaning); the README's table is generated from this.
 VARIABLES: dict[str, tuple[str, str]] = {
+    "MLXFUSE_BENCH": ("tests.msl", "the module that emulates Metal (default: a checkout's)"),
     "MLXFUSE_CACHE": ("", "cache folder (default: ~/.cache/mlxfuse, ~/Library/Caches/mlxfuse)"),
     "MLXFUSE_CPU_BLAS": ("1", "0: on CPU use only MLX's own matmul, not numpy's BLAS"),
-    "MLXFUSE_DISABLE": ("", "fusions that are off, with commas: qkv,residual:model.layers.0*"),
+    "MLXFUSE_DISABLE": (
+        "",
+        "fusions that patching leaves out: qkv,residual:model.layers.0*; int8 at any time",
+    ),
     "MLXFUSE_KERNELS": (
         "auto",
         "auto, metal (raise instead of falling back), reference, or emulated (a checkout only)",

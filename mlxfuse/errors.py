@@ -58,6 +58,12 @@ class ExportError(MLXFuseError, ValueError):
     exit_code = 4
 
 
+class CheckpointError(MLXFuseError, ValueError):
+    """An MLX-LM checkpoint that is incomplete or malformed."""
+
+    exit_code = 4
+
+
 class GrammarError(MLXFuseError, ValueError):
     """A JSON schema or grammar that is malformed, or that no answer can follow."""
 
@@ -74,6 +80,12 @@ class PatchError(MLXFuseError):
     """A fusion that was demanded and is not possible, or that changes what the model computes."""
 
     exit_code = 3
+
+
+class FusionNameError(MLXFuseError, ValueError):
+    """``fuse`` or ``MLXFUSE_DISABLE`` names no fusion."""
+
+    exit_code = 2
 
 
 class NotFusible(Exception):

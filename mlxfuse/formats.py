@@ -91,7 +91,8 @@ class Traits:
     """How the kernels read a type: what the trait of its name in ``metal/formats.h`` is made of.
 
     streams   the fields of a block.
-    unit      consecutive weights that one lane decodes.
+    unit      consecutive weights that one lane decodes; rows are a multiple of it, whatever the
+              block.
     halves    whether each 16 weights have a scale of their own.
     biased    whether weights have a bias.
     offset    what is subtracted from every code.
@@ -112,6 +113,7 @@ class Traits:
     integers: bool = True
 
 
+_SIXTEEN = (Stream("codes", "uint16", 0, 2),)
 _TERNARY = Stream("codes", "uint32", 0, 64, _PAIRS), Stream("scales", "float16", 64, 66)
 _FOURS = Stream("codes", "uint32", 2, 18), Stream("scales", "float16", 0, 2)
 
@@ -151,8 +153,12 @@ class Format:
 
     @property
     def kernel(self) -> bool:
-        """True where a fused Metal kernel multiplies this type where it lies."""
-        return self.traits is not None
+        """True where a fused Metal kernel multiplies this type where it lies.
+
+        A dense type, which MLX multiplies as well, is only read by the kernels where a matrix of
+        a quantised type is multiplied by the same activations.
+        """
+        return self.traits is not None and self.quantized
 
     @property
     def quantized(self) -> bool:
@@ -164,8 +170,8 @@ class Format:
 
 
 _TYPES = (
-    Format("F32", 0, 1, 4),
-    Format("F16", 1, 1, 2),
+    Format("F32", 0, 1, 4, Traits((Stream("codes", "uint32", 0, 4),), unit=4, integers=False)),
+    Format("F16", 1, 1, 2, Traits(_SIXTEEN, unit=8, integers=False), (0,)),
     Format("Q4_0", 2, 32, 18, Traits(_FOURS, offset=8), (0,)),
     Format(
         *("Q4_1", 3, 32, 20),
@@ -368,7 +374,7 @@ _TYPES = (
         ),
         small=(55,),
     ),
-    Format("BF16", 30, 1, 2),
+    Format("BF16", 30, 1, 2, Traits(_SIXTEEN, unit=8, integers=False)),
     # Five weights in a byte have no order in which lanes could read them side by side.
     Format("TQ1_0", 34, 256, 54, Traits(_TERNARY, offset=1, stored="TQ2_0"), (52,)),
     Format("TQ2_0", 35, 256, 66, Traits(_TERNARY, offset=1), (64,)),

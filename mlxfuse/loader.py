@@ -1,12 +1,14 @@
-"""GGUF file -> mlx-lm model and tokenizer."""
+"""A GGUF file, an export or an MLX-LM checkpoint -> mlx-lm model and tokenizer, fused."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,11 +16,15 @@ import mlx.nn as nn
 from .errors import UnsupportedError
 from .fusion import PatchReport, chosen, patch_model
 from .gguf.exported import ExportedFile, open_model
+from .hub.bars import bars
+from .hub.folders import is_checkpoint
 from .hub.resolve import resolve
 from .kernels import unavailable
 from .kernels.weight import type_name
 from .models import Architecture
+from .models.adapters import apply_adapter
 from .models.build import build
+from .models.checkpoint import load_checkpoint
 from .models.config import read_config
 from .models.plan import plan, stored_rows
 from .models.sampling import recommended
@@ -72,25 +78,38 @@ class LoadReport:
 
 
 def load(
-    ref: str | os.PathLike[str] | None = None,
+    path_or_hf_repo: str | os.PathLike[str] | None = None,
+    tokenizer_config: Mapping[str, Any] | None = None,
+    model_config: Mapping[str, Any] | None = None,
+    adapter_path: str | os.PathLike[str] | None = None,
+    lazy: bool = False,
+    return_config: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
     *,
     dtype: mx.Dtype | str | None = None,
-    revision: str | None = None,
     context_length: int | None = None,
     fuse: str | Iterable[str] = "auto",
     act_quant: str = "auto",
     kv_bits: int | str | None = None,
     kv_group_size: int = 64,
-) -> tuple[nn.Module, TokenizerWrapper]:
-    """Load a GGUF file: the same pair as ``mlx_lm.load``.
+) -> tuple[Any, ...]:
+    """Load a model: the same arguments and the same pair as ``mlx_lm.load``, and a few more.
 
     Args:
-        ref: a path, also of a folder that ``mlxfuse export`` wrote,
-            ``org/repo[@revision]:Q4_K_M``, or None for the demo model.
-        dtype: type of activations and dense weights: float32, float16 or bfloat16. By default
-            float32 on CPU and, on Metal, float16 or, for the architectures whose residual stream
-            leaves its range, bfloat16.
+        path_or_hf_repo: a .gguf file; a folder with one, with an MLX-LM checkpoint, or that
+            ``mlxfuse export`` wrote; ``org/repo[@revision]:Q4_K_M``; or None for the demo model.
+        tokenizer_config: as for ``mlx_lm.load``; of a GGUF file ``chat_template`` and the special
+            tokens, such as ``eos_token``.
+        model_config: as for ``mlx_lm.load``: values that replace those of the configuration.
+        adapter_path: a folder with a LoRA adapter that ``mlx_lm.lora`` wrote.
+        lazy: as for ``mlx_lm.load``; the weights of a GGUF file are always read at once.
+        return_config: also return the model's configuration.
         revision: branch, tag or commit of the repository.
+        trust_remote_code: only False: mlxfuse never runs code that comes with a model.
+        dtype: type of activations and dense weights: float32, float16 or bfloat16. By default
+            that of an MLX-LM checkpoint; for other models float32 on CPU and, on Metal, float16
+            or, for the architectures whose residual stream leaves its range, bfloat16.
         context_length: tokens the model will be used with, by default as many as it was made for.
             Only ``longrope`` models (Phi-3) depend on it: above their original context they use
             their long rotary factors, else the short ones, as llama.cpp does with ``-c``.
@@ -102,24 +121,98 @@ def load(
             and values apart as in ``k8v4``. Keys and values are rotated first.
         kv_group_size: values of a head that share a scale: 32, 64 or 128.
 
+    Returns:
+        (model, tokenizer), with ``return_config`` (model, tokenizer, configuration);
+        ``model.load_report`` tells what was done.
+
     Raises:
         ModelRefError: nothing has that name.
         DownloadError: it cannot be downloaded.
-        ExportError: the exported folder is not as it was written.
+        ExportError, CheckpointError: the folder, or the adapter, is not as it was written.
         GGUFError: the file is malformed, or its tensors contradict its metadata.
         UnsupportedError: the architecture, a tensor type or a feature is not supported.
         ValueError: ``kv_bits`` or ``kv_group_size`` is not one of these.
     """
+    if trust_remote_code:
+        raise UnsupportedError("trust_remote_code: mlxfuse never runs code that comes with a model")
     if kv_bits is not None:
         KVOptions.parse(kv_bits, kv_group_size)  # refused before anything is read
     account = Account()
-    quantized = unavailable() is None or bool(chosen(fuse))
-    path = resolve(None if ref is None else os.fspath(ref), revision=revision)
+    ref = None if path_or_hf_repo is None else os.fspath(path_or_hf_repo)
+    with bars() as progress:
+        path = resolve(ref, revision=revision, progress=progress, note=_warn)
+    changes = Changes(dict(tokenizer_config or {}), dict(model_config or {}))
+    if is_checkpoint(path):
+        if context_length is not None:
+            raise UnsupportedError(f"{path}: context_length is for GGUF files; leave it out")
+        opened = _open_checkpoint(path, dtype, changes, lazy, account)
+    else:
+        quantized = unavailable() is None or bool(chosen(fuse))
+        opened = _open_gguf(path, dtype, changes, context_length, quantized, account)
+    model = opened.model
+    if adapter_path is not None:
+        apply_adapter(model, Path(adapter_path))
+    patch = patch_model(
+        model, fuse=fuse, act_quant=act_quant, kv_bits=kv_bits, kv_group_size=kv_group_size
+    )
+    if patch.self_test_seconds:
+        account.seconds["self-test"] = patch.self_test_seconds
+    model.load_report = LoadReport(
+        dict(account.seconds), account.dequantized, patch, opened.sampling, opened.notes
+    )
+    pair = (model, opened.tokenizer)
+    return (*pair, opened.config) if return_config else pair
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What a script wants otherwise than the model's files have it."""
+
+    tokenizer: dict[str, Any]
+    model: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A model that is not fused yet; see `LoadReport` for the last two."""
+
+    model: nn.Module
+    tokenizer: TokenizerWrapper
+    config: dict[str, Any]
+    sampling: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def _open_checkpoint(
+    path: Path, dtype: mx.Dtype | str | None, changes: Changes, lazy: bool, account: Account
+) -> Opened:
+    wanted = None if dtype is None else named_dtype(dtype)
+    with account.time("read"):
+        model, tokenizer, config = load_checkpoint(
+            path,
+            dtype=wanted,
+            tokenizer_config=changes.tokenizer,
+            model_config=changes.model,
+            lazy=lazy,
+        )
+    return Opened(model, tokenizer, config)
+
+
+def _open_gguf(
+    path: Path,
+    dtype: mx.Dtype | str | None,
+    changes: Changes,
+    context_length: int | None,
+    quantized: bool,
+    account: Account,
+) -> Opened:
     with ExitStack() as stack:
         with account.time("header"):
             file = stack.enter_context(open_model(path))
             try:
-                weights = plan(file, read_config(file, context_length))
+                config = read_config(file, context_length)
+                config = replace(config, args={**config.args, **changes.model})
+                weights = plan(file, config)
             except UnsupportedError as error:
                 named = str(path) in str(error)
                 raise (error if named else UnsupportedError(f"{path}: {error}")) from None
@@ -127,26 +220,52 @@ def load(
                 file.arrange(stored_rows(weights))
         with account.time("tokenizer"):
             tokenizer = load_tokenizer(file)
+            _change(tokenizer, changes.tokenizer)
             sampling, notes = recommended(file.metadata)
-        activations = activation_dtype(weights.config.architecture, dtype)
+        activations = activation_dtype(config.architecture, dtype)
         model = build(file, weights, activations, quantized=quantized, account=account)
-    patch = patch_model(
-        model, fuse=fuse, act_quant=act_quant, kv_bits=kv_bits, kv_group_size=kv_group_size
-    )
-    if patch.self_test_seconds:
-        account.seconds["self-test"] = patch.self_test_seconds
-    model.load_report = LoadReport(
-        dict(account.seconds), account.dequantized, patch, sampling, notes
-    )
-    return model, tokenizer
+    return Opened(model, tokenizer, dict(config.args), sampling, notes)
+
+
+# What a tokenizer_config may change of a GGUF file's tokenizer.
+_CHANGEABLE = ("chat_template", "bos_token", "eos_token", "pad_token", "unk_token")
+
+
+def _change(tokenizer: TokenizerWrapper, changes: Mapping[str, Any]) -> None:
+    for name, value in changes.items():
+        if name == "trust_remote_code":
+            continue  # a GGUF file has no code
+        if name not in _CHANGEABLE:
+            raise UnsupportedError(
+                f"tokenizer_config: {name} cannot be changed for a GGUF file; expected "
+                + ", ".join(_CHANGEABLE)
+            )
+        setattr(tokenizer._tokenizer, name, value)
+        if name == "eos_token":
+            tokenizer.eos_token_ids = {tokenizer.convert_tokens_to_ids(value)}
+        if name == "chat_template":
+            tokenizer.has_chat_template = value is not None
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
+
+
+def named_dtype(dtype: mx.Dtype | str) -> mx.Dtype:
+    """A type of activations by its name.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(dtype, mx.Dtype):
+        dtype = type_name(dtype)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype}; expected {', '.join(DTYPES)}")
+    return DTYPES[dtype]
 
 
 def activation_dtype(arch: Architecture, dtype: mx.Dtype | str | None = None) -> mx.Dtype:
     """The type that ``load`` uses; see there."""
-    if isinstance(dtype, mx.Dtype):
-        dtype = type_name(dtype)
     if dtype is None:
         dtype = arch.metal_dtype if mx.default_device() == mx.gpu else "float32"
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype}; expected {', '.join(DTYPES)}")
-    return DTYPES[dtype]
+    return named_dtype(dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,9 +12,6 @@ from mlxfuse.hub.demo import demo_path
 from tests import msl
 
 METAL = mx.metal.is_available()
-
-# mlxfuse.kernels finds the bench beside the package; it must be this copy.
-sys.modules.setdefault(msl.MODULE_NAME, msl)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -14,11 +13,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import env
-from ..errors import KernelError, UnsupportedError
+from ..errors import KernelError
 from ..fusion import PatchReport, patch_model
 from ..fusion.checks import Reference, logits
 from ..fusion.dispatches import per_token
-from ..gguf.exported import is_export, open_model
+from ..gguf.exported import open_model
+from ..hub.folders import is_checkpoint
 from ..loader import load
 from ..nn.kv.options import KVOptions, compress_caches
 from .arms import Arm, Runner, compare, decoded, nbytes, stock_of
@@ -131,22 +131,9 @@ def bench(
     return found
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether it is a folder that mlx-lm loads, and none that ``mlxfuse export`` wrote."""
-    return (path / "config.json").is_file() and not is_export(path)
-
-
 def load_model(path: Path, dtype: str | None) -> tuple[nn.Module, int]:
     """The model, not fused, and the size of its vocabulary."""
-    if is_checkpoint(path):
-        from mlx_lm.utils import load as load_checkpoint
-
-        # mlx-lm would run the code of such a file.
-        if "model_file" in json.loads((path / "config.json").read_text("utf-8")):
-            raise UnsupportedError(f"{path}: its config.json names code of its own (model_file)")
-        model, tokenizer = load_checkpoint(str(path))
-    else:
-        model, tokenizer = load(path, dtype=dtype, fuse="off")
+    model, tokenizer = load(path, dtype=dtype, fuse="off")
     return model, tokenizer.vocab_size
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ..process import fail
 from .progress import download_bar
 
 
@@ -22,7 +23,17 @@ def resolve_model(ref: str | None, revision: str | None, shown: bool) -> Path:
     from ..hub.resolve import resolve
 
     with download_bar(shown) as progress:
-        return resolve(ref, revision=revision, progress=progress)
+        return resolve(ref, revision=revision, progress=progress, note=fail)
+
+
+def expect_gguf(path: Path, what: str) -> Path:
+    """The path, unless it is that of a checkpoint, which ``what`` is not for."""
+    from ..errors import ModelRefError
+    from ..hub.folders import is_checkpoint
+
+    if is_checkpoint(path):
+        raise ModelRefError(f"{path} is an MLX-LM checkpoint; {what} takes GGUF files")
+    return path
 
 
 def complete_model(incomplete: str) -> list[str]:

@@ -135,6 +135,10 @@ class Fusing:
 class Loading(Fusing):
     """How a model is loaded."""
 
+    adapter_path: Annotated[
+        Path | None,
+        of_model("A folder with a LoRA adapter that mlx_lm.lora wrote.", metavar="FOLDER"),
+    ] = None
     act_quant: Annotated[
         ActQuant,
         of_model(
@@ -151,8 +155,13 @@ class Loading(Fusing):
         """`mlxfuse.load` as the options say."""
         from ..loader import load
 
-        dtype = self.dtype and self.dtype.value
-        return load(path, dtype=dtype, fuse=self.fuse, act_quant=self.act_quant.value)
+        return load(
+            path,
+            adapter_path=self.adapter_path,
+            dtype=self.dtype and self.dtype.value,
+            fuse=self.fuse,
+            act_quant=self.act_quant.value,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -178,7 +178,8 @@ def _of_model(
 
     from ..bench import llama
     from ..bench.measure import tests
-    from ..bench.run import about, bench, is_checkpoint
+    from ..bench.run import about, bench
+    from ..hub.folders import is_checkpoint
 
     path = model.fetch()
     on_cpu = mx.default_device() == mx.cpu

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from . import _options as opt
 from ._common import command
-from ._models import before_imports
+from ._models import before_imports, expect_gguf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ def doctor_command(
     ] = 0,
 ) -> None:
     """Show this machine, the kernels' self-tests, and whether a model fits; loads no weights."""
-    path = None if model.ref is None else model.fetch()
+    path = None if model.ref is None else expect_gguf(model.fetch(), "doctor")
     before_imports()
     from ..bench.doctor import diagnose, render
 

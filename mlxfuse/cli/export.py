@@ -12,7 +12,7 @@ import typer
 
 from . import _options as opt
 from ._common import command
-from ._models import before_imports, resolve_model
+from ._models import before_imports, expect_gguf, resolve_model
 from .progress import status_line
 
 
@@ -36,7 +36,7 @@ def export_command(
     With --mlx, a checkpoint for stock mlx_lm: matrices of the types that MLX's own quantised
     layers hold exactly stay quantised, the others become float16.
     """
-    path = resolve_model(model, revision, True)
+    path = expect_gguf(resolve_model(model, revision, True), "export")
     before_imports()
     with status_line(True) as say:
 
@@ -52,7 +52,7 @@ def export_command(
 
             export(path, folder, force=out.force, progress=progress)
             summary = {}
-    size = sum(p.stat().st_size for p in folder.iterdir())
+    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     if out.as_json:
         print(json.dumps({"folder": str(folder), "size": size, **summary}))
         return

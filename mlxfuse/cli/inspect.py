@@ -11,7 +11,12 @@ from ._common import command
 @command("Look", "mlxfuse inspect model-Q4_K_M.gguf --json")
 def inspect_command(model: opt.Model, out: opt.Output) -> None:
     """Show what a model's header tells; no weight is read."""
+    from ..hub.folders import is_checkpoint
+    from ..inspect.checkpoint import inspect_checkpoint, render_checkpoint
     from ..inspect.header import inspect, render
 
-    summary = inspect(model.fetch())
-    print(json.dumps(summary) if out.as_json else render(summary))
+    path = model.fetch()
+    whole = is_checkpoint(path)
+    summary = inspect_checkpoint(path) if whole else inspect(path)
+    shown = render_checkpoint if whole else render
+    print(json.dumps(summary) if out.as_json else shown(summary))

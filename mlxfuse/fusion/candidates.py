@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+
+from ..errors import NotFusible
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,8 @@ class Candidate:
     name      of the kind of fusion.
     score     higher is chosen first.
     path      of the module it belongs to.
-    replaced  paths of modules whose place the fused form takes.
-    absorbed  paths of modules whose own results are no more computed.
+    claims    paths of modules that it replaces, or whose own results are no more computed; no other
+              candidate may claim them, nor what is below or above them.
     emit      makes the fused form; once it is made, does nothing.
     undo      takes it off again, likewise.
     explain   what it does, for a report.
@@ -29,17 +31,11 @@ class Candidate:
     name: str
     score: float
     path: str
-    replaced: frozenset[str]
-    absorbed: frozenset[str]
+    claims: frozenset[str]
     emit: Callable[[], None]
     undo: Callable[[], None]
     explain: str
     formats: tuple[str, ...] = ()
-
-    @property
-    def claims(self) -> frozenset[str]:
-        """Paths that no other candidate may claim; nor what is below or above them."""
-        return self.replaced | self.absorbed
 
     def __reduce__(self) -> tuple[object, ...]:
         """A copy, or a pickle, does nothing: it does not reach the model."""
@@ -83,21 +79,25 @@ class Tree:
         )
         return cls(model, modules, uses, holders)
 
-    def shared(self, parent: nn.Module, names: Iterable[str], *, arrays: bool = True) -> str | None:
-        """Why the parent or its children cannot be changed for themselves alone, or None.
+    def check_alone(
+        self, parent: nn.Module, names: Iterable[str] = (), *, arrays: bool = True
+    ) -> None:
+        """Nothing where the parent and its children can be changed for themselves alone.
 
         Args:
-            arrays: also if only an array of a child is used elsewhere.
+            arrays: nor may an array of a child be used elsewhere.
+
+        Raises:
+            NotFusible: they cannot.
         """
         if self._uses[id(parent)] > 1:
-            return "it is used in several places"
+            raise NotFusible("it is used in several places")
         for name in names:
             if self._uses[id(parent[name])] > 1:
-                return f"{name} is used in several places"
+                raise NotFusible(f"{name} is used in several places")
             held = [a for a in parent[name].values() if isinstance(a, mx.array)]
             if arrays and any(self._holders[id(a)] > 1 for a in held):
-                return f"{name} shares its weight with another module"
-        return None
+                raise NotFusible(f"{name} shares its weight with another module")
 
     def holders(self, module: nn.Module) -> int:
         """How many modules have the weight that this one has."""
@@ -111,7 +111,7 @@ def site(candidate: Candidate, modules: Mapping[str, nn.Module]) -> str:
         modules: of the model by path.
     """
     sizes = []
-    for path in sorted(candidate.absorbed, key=natural):
+    for path in sorted(candidate.claims, key=natural):
         weight = getattr(modules.get(path), "weight", None)
         if weight is not None:
             shape = weight.shape if isinstance(weight, mx.array) else (weight.rows, weight.columns)
@@ -142,43 +142,9 @@ def register_detector(name: str) -> Callable[[Detector], Detector]:
     return register
 
 
-def select(candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Skip]]:
-    """The candidates of which none claims what another does: by score, then by path and name.
-
-    Returns:
-        Those to emit, in order, and a skip for each of the others.
-    """
-    order = sorted(candidates, key=lambda c: (-c.score, natural(c.path), c.name))
-    chosen: list[Candidate] = []
-    skipped: list[Skip] = []
-    owner: dict[str, Candidate] = {}
-    above: dict[str, Candidate] = {}
-    for candidate in order:
-        rival = None
-        for path in sorted(candidate.claims, key=natural):
-            rival = rival or above.get(path) or next(filter(None, map(owner.get, _up(path))), None)
-        if rival is not None:
-            reason = f"{rival.name} of {rival.path or 'the model'} is fused there"
-            skipped.append(Skip(candidate.name, candidate.path, reason))
-            continue
-        chosen.append(candidate)
-        for path in candidate.claims:
-            owner[path] = candidate
-            for parent in _up(path):
-                above.setdefault(parent, candidate)
-    return chosen, skipped
-
-
 def natural(path: str) -> tuple[tuple[int, str], ...]:
     """Order of paths in which layer 10 follows layer 9."""
     return tuple((int(p), "") if p.isdigit() else (-1, p) for p in path.split("."))
-
-
-def _up(path: str) -> Iterator[str]:
-    """The path and all above it."""
-    while path:
-        yield path
-        path = path.rpartition(".")[0]
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

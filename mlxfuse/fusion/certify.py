@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import ast
 import inspect
-import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from types import CodeType, FunctionType
 from typing import Any
 
 import mlx.nn as nn
 
+from ..errors import NotFusible
 from .bodies.attentions import ATTENTIONS
 from .bodies.delta_nets import DELTA_NETS
-from .bodies.mlps import BODIES, WEIGHTED_SUMS, Body
+from .bodies.mlps import BODIES, Body
+from .bodies.moes import MOES
 
-KNOWN = (*ATTENTIONS, *BODIES, *DELTA_NETS)
+KNOWN = (*ATTENTIONS, *BODIES, *MOES, *DELTA_NETS)
 
 
 @dataclass(frozen=True)
@@ -32,91 +32,48 @@ class Match:
     body: Body
     names: dict[str, str]
 
+    @property
+    def form(self) -> Mapping[str, Any]:
+        return self.body.form
 
-def certify(cls: type[nn.Module], kind: str) -> Match | str:
-    """The known body of ``kind`` that the class has, or why it has none."""
+
+def certify(cls: type[nn.Module], kind: str) -> Match:
+    """The known body of ``kind`` that the class has.
+
+    Raises:
+        NotFusible: it has none.
+    """
     call = cls.__call__
+    _check_plain(cls, call)
+    match = _alike(cls, call, kind)
+    if match is None:
+        raise NotFusible(f"{_name(cls)}.__call__ is not a body that is known")
     # What names mean may change; text cannot.
-    match = _elsewhere(cls) or _alike(cls, call, kind)
-    if isinstance(match, Match):
-        wrong = _wrong_global(match.body, call.__globals__)
-        if wrong is not None:
-            return f"{_name(cls)}.__call__ has another {wrong}"
+    for name, path in match.body.names.items():
+        if call.__globals__.get(name) is not _resolve(path):
+            raise NotFusible(f"{_name(cls)}.__call__ has another {name}")
     return match
 
 
-def summing(cls: type[nn.Module]) -> tuple[str, Callable[..., Any]] | str:
-    """The class's `__call__` with the weighted sum over experts left to them, or why there is none.
-
-    All but the sum is as it was: the method's own text, with the same globals and defaults.
-
-    Returns:
-        Name of the experts, which are called with ``(x, ids, scores, cast=)``, and the function.
-    """
-    call = cls.__call__
-    found = _elsewhere(cls) or _summing(cls, call)
-    if not isinstance(found, str) and call.__globals__.get("mx") is not sys.modules["mlx.core"]:
-        return f"{_name(cls)}.__call__ has another mx"
-    return found
+def is_known(cls: type[nn.Module], kind: str) -> bool:
+    """Whether `certify` finds a body."""
+    try:
+        certify(cls, kind)
+    except NotFusible:
+        return False
+    return True
 
 
-@cache
-def _summing(
-    cls: type[nn.Module], call: Callable[..., Any]
-) -> tuple[str, Callable[..., Any]] | str:
-    source = _source(cls, call)
-    if not source.startswith("def "):
-        return source
-    text = ast.unparse(ast.parse(source)) + "\n"
-    found = next(filter(None, (re.search(p, text, re.MULTILINE) for p in WEIGHTED_SUMS)), None)
-    if found is None:
-        return f"{_name(cls)}.__call__ has no weighted sum that is known"
-    y, rest = found["y"], text[found.end() :]
-    if found["into"] != f"{y} = " and re.search(rf"\b{y}\b", rest):
-        return f"{_name(cls)}.__call__ uses {y} after the weighted sum"
-    arguments = f"{found['x']}, {found['ids']}, {found['scores']}, cast={bool(found['cast'])}"
-    whole = f"{found['into']}self.{found['experts']}({arguments})\n"
-    # What is run is what runs now: the file may be another since it was imported.
-    if not any(_same_code(call.__code__, code) for code in _compiled(_file(call))):
-        return f"{_name(cls)}.__call__ has another source"
-    # Within a class of the same name, for the sake of private names; nothing of it is executed.
-    lines = f"class {cls.__name__}:\n" + textwrap.indent(
-        text[: found.start("y")] + whole + rest, " "
-    )
-    body = next(code for code in _compiled(lines) if code.co_name == "__call__")
-    made = FunctionType(body, call.__globals__, "__call__", call.__defaults__)
-    made.__kwdefaults__ = call.__kwdefaults__
-    return found["experts"], made
-
-
-def _file(call: Callable[..., Any]) -> str:
-    """All of the file, or of the notebook's cell, that a method is from."""
-    return "".join(inspect.findsource(call.__code__)[0])
-
-
-def _compiled(text: str) -> Iterator[CodeType]:
-    # A notebook's cell may await.
-    flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
-    return _codes(compile(text, "<without its sum>", "exec", flags, dont_inherit=True))
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    """It and all within."""
-    yield code
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            yield from _codes(inner)
-
-
-def _same_code(a: CodeType, b: CodeType) -> bool:
-    same = ("co_firstlineno", "co_name", "co_code", "co_consts", "co_names", "co_varnames")
-    return all(getattr(a, name) == getattr(b, name) for name in same)
-
-
-def _elsewhere(cls: type[nn.Module]) -> str | None:
+def _check_plain(cls: type[nn.Module], call: Callable[..., Any]) -> None:
+    """Nothing where the class has a plain method of its own."""
+    name = _name(cls)
     if getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is not cls:
-        return f"{_name(cls)} is not the class that its module has under this name"
-    return None
+        raise NotFusible(f"{name} is not the class that its module has under this name")
+    if "__call__" not in vars(cls):
+        # It may have changed anything that the body relies on.
+        raise NotFusible(f"{name} is a subclass without a __call__ of its own")
+    if getattr(call, "__code__", None) is None or call.__closure__ or hasattr(call, "__wrapped__"):
+        raise NotFusible(f"{name}.__call__ is wrapped")
 
 
 def _name(cls: type[nn.Module]) -> str:
@@ -124,44 +81,30 @@ def _name(cls: type[nn.Module]) -> str:
 
 
 @cache
-def _alike(cls: type[nn.Module], call: Callable[..., Any], kind: str) -> Match | str:
-    """The known body of which the class's has the text, or why there is none."""
-    source = _source(cls, call)
-    if not source.startswith("def "):
-        return source
-    try:
-        found = parse(source)
-    except SyntaxError:
-        return f"{_name(cls)}.__call__ has no source"
+def _alike(cls: type[nn.Module], call: Callable[..., Any], kind: str) -> Match | None:
+    """The known body of which the class's has the text, if there is one."""
+    found = _parsed(cls, call)
     for body in KNOWN:
-        names = unify(_known(body.source), found) if body.kind == kind else None
-        if names is not None:
-            return Match(body, names)
-    return f"{_name(cls)}.__call__ is not a body that is known"
-
-
-def _source(cls: type[nn.Module], call: Callable[..., Any]) -> str:
-    """The text of the class's own plain method, or why there is none."""
-    name = _name(cls)
-    if "__call__" not in vars(cls):
-        # It may have changed anything that the body relies on.
-        return f"{name} is a subclass without a __call__ of its own"
-    code = getattr(call, "__code__", None)
-    if code is None or call.__closure__ or hasattr(call, "__wrapped__"):
-        return f"{name}.__call__ is wrapped"
-    try:
-        text = textwrap.dedent(inspect.getsource(code))
-    except (OSError, TypeError):
-        return f"{name}.__call__ has no source"
-    return text if text.startswith("def ") else f"{name}.__call__ is no plain method"
-
-
-def _wrong_global(body: Body, scope: dict[str, Any]) -> str | None:
-    """The first global name that is not what the body needs."""
-    for name, path in body.names.items():
-        if name not in scope or scope[name] is not _resolve(path):
-            return name
+        if body.kind == kind:
+            unified = find_fragment if body.fragment else unify
+            names = unified(_known(body.source), found)
+            if names is not None:
+                return Match(body, names)
     return None
+
+
+def _parsed(cls: type[nn.Module], call: Callable[..., Any]) -> ast.FunctionDef:
+    """The class's own plain method."""
+    try:
+        text = textwrap.dedent(inspect.getsource(call.__code__))
+    except (OSError, TypeError) as error:
+        raise NotFusible(f"{_name(cls)}.__call__ has no source") from error
+    if not text.startswith("def "):
+        raise NotFusible(f"{_name(cls)}.__call__ is no plain method")
+    try:
+        return parse(text)
+    except SyntaxError as error:
+        raise NotFusible(f"{_name(cls)}.__call__ has no source") from error
 
 
 def _resolve(path: str) -> object:
@@ -169,7 +112,7 @@ def _resolve(path: str) -> object:
     if path in sys.modules:
         return sys.modules[path]
     module, _, name = path.rpartition(".")
-    return getattr(sys.modules.get(module), name, None)
+    return getattr(sys.modules.get(module), name, NotFusible)
 
 
 @cache
@@ -256,10 +199,62 @@ def _return_at_once(body: list[ast.stmt]) -> None:
 
 def unify(known: ast.AST, found: ast.AST) -> dict[str, str] | None:
     """What the capitals of ``known`` are in ``found``, or None if they are different methods."""
+    return _unified(known, found, _locals(known), _locals(found))
+
+
+def find_fragment(known: ast.FunctionDef, found: ast.FunctionDef) -> dict[str, str] | None:
+    """`unify` for the statements of ``known`` somewhere in ``found``, one after the other.
+
+    The last one gives a value, which may be assigned or returned. What the statements assign is
+    not used by any other, but for that value; attributes in capitals occur nowhere else.
+    """
+    last = known.body[-1]
+    assert isinstance(last, ast.Return)
+    local = {n.id for n in ast.walk(known) if isinstance(n, ast.Name)} - {"self", "mx"}
+    everywhere = (_locals(found) | {a.arg for a in found.args.args}) - {"self"}
+    count = len(known.body)
+    for body in _bodies(found):
+        for at in range(len(body) - count + 1):
+            *before, end = body[at : at + count]
+            if not isinstance(end, ast.Assign | ast.Return) or end.value is None:
+                continue
+            # The value alone, whatever becomes of it.
+            whole = ast.Module([*before, ast.Return(end.value)], [])
+            names = _unified(ast.Module(known.body, []), whole, local, everywhere)
+            if names is not None and _used_once(found, before, end, set(names.values())):
+                return names
+    return None
+
+
+def _bodies(node: ast.FunctionDef | ast.If) -> Iterator[list[ast.stmt]]:
+    """Every list of statements in it that is run once."""
+    for statements in (node.body, getattr(node, "orelse", [])):
+        yield statements
+        for statement in statements:
+            if isinstance(statement, ast.If):
+                yield from _bodies(statement)
+
+
+def _used_once(
+    function: ast.FunctionDef, before: Sequence[ast.stmt], end: ast.stmt, attributes: set[str]
+) -> bool:
+    """Whether a fragment's attributes are used in it alone, and its variables not behind it."""
+    own = {name for statement in before for name in _locals(statement)} - _locals(end)
+    inside = {id(n) for statement in (*before, end) for n in ast.walk(statement)}
+    return not any(
+        (isinstance(n, ast.Name) and n.id in own and n.lineno > end.lineno)
+        or (isinstance(n, ast.Attribute) and n.attr in attributes)
+        for n in ast.walk(function)
+        if id(n) not in inside
+    )
+
+
+def _unified(
+    known: ast.AST, found: ast.AST, local: set[str], local_found: set[str]
+) -> dict[str, str] | None:
     slots: dict[str, str] = {}
     there: dict[str, str] = {}
     back: dict[str, str] = {}
-    local, local_found = _locals(known), _locals(found)
 
     def same(a: Any, b: Any) -> bool:
         if isinstance(a, list):

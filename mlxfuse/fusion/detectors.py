@@ -10,28 +10,30 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..errors import NotFusible
 from ..nn.attention import AttentionForm, FusedAttention, FusedSharedAttention
 from ..nn.delta_net import DeltaNetForm, FusedDeltaNet
 from ..nn.embedding import EmbeddingForm, FusedEmbedding
-from ..nn.fused import Form, FusedModule, adopt, release
 from ..nn.join_linears import (
+    check_experts,
+    check_joinable,
     copies,
     cut,
     describe,
     embedding_rows,
-    experts_refusal,
     format_of,
     join,
     join_experts,
-    refusal,
     single,
 )
 from ..nn.linear import PLAIN
-from ..nn.mlp import FusedBlock, FusedExperts, FusedMLP, FusedMoE, MLPForm, MoEForm
+from ..nn.mlp import BlockForm, FusedBlock, FusedMLP, MLPForm
+from ..nn.moe import ExpertsForm, FusedExperts, FusedMoE, FusedWeightedExperts, MoEForm
 from ..nn.norm import FusedNorm
 from ..nn.projection import Projection
 from .candidates import Candidate, Skip, Tree, register_detector
-from .certify import Match, certify, summing
+from .certify import Match, certify, is_known
+from .emit import Piece, candidate
 from .forms import (
     attention_form,
     block_form,
@@ -43,352 +45,280 @@ from .forms import (
     row_count,
 )
 
-# (module, class, form, name of the piece, what makes it)
-_Piece = tuple[nn.Module, type[FusedModule], Form, str, Callable[[], Any]]
+# What makes a projection, and the formats of its weights.
+_Made = tuple[Callable[[], Projection], tuple[str, ...]]
+_Find = Callable[[Tree, str, nn.Module, Any], Candidate | None]
 
 
-def _emit(pieces: list[_Piece]) -> None:
-    for module, mixin, form, name, make in pieces:
-        held = adopt(module, mixin, form)
-        if not getattr(held, name):
-            setattr(held, name, make())
-
-
-def _undo(pieces: list[_Piece]) -> None:
-    for module, _, form, name, _ in pieces:
-        held = vars(module).get("_fused")
-        if held is not None:
-            setattr(held, name, getattr(type(form), name))
-            release(module)
-
-
-def _candidate(
+def _places(
     name: str,
-    score: float,
-    path: str,
-    absorbed: list[str],
-    pieces: list[_Piece],
-    explain: str,
-    formats: tuple[str, ...] = (),
-) -> Candidate:
-    return Candidate(
-        name,
-        score,
-        path,
-        frozenset(),
-        frozenset(_below(path, child) for child in absorbed),
-        lambda: _emit(pieces),
-        lambda: _undo(pieces),
-        explain,
-        formats,
-    )
+    kind: str,
+    form: Callable[[nn.Module, Match], Any],
+    looks: Callable[[nn.Module], bool] | None = None,
+) -> Callable[[_Find], _Find]:
+    """Decorator: register what finds the place in one module that has a known body.
+
+    Args:
+        kind: of the body.
+        form: what the place is found from.
+        looks: whether a module without such a body is reported all the same. None: neither it nor
+            one that is odd in its form, of which another detector tells.
+    """
+
+    def register(find: _Find) -> _Find:
+        @register_detector(name)
+        def detector(tree: Tree) -> Iterator[Candidate | Skip]:
+            for path, module in tree.modules:
+                known = is_known(type(module), kind)
+                if not (known or (looks is not None and looks(module))):
+                    continue
+                told = looks is not None
+                try:
+                    held = form(module, certify(type(module), kind))
+                    told = True
+                    found = find(tree, path, module, held)
+                except NotFusible as reason:
+                    if told:
+                        yield Skip(name, path, str(reason))
+                    continue
+                if found is not None:
+                    yield found
+
+        return find
+
+    return register
+
+
+def _match(_: nn.Module, match: Match) -> Match:
+    return match
 
 
 def _same(value: Any) -> Callable[[], Any]:
     return lambda: value
 
 
-def _below(path: str, child: str) -> str:
-    return f"{path}.{child}" if path else child
-
-
 def _attention_class(form: AttentionForm) -> type[FusedAttention]:
     return FusedSharedAttention if form.shares else FusedAttention
 
 
-@register_detector("qkv")
-def _qkv(tree: Tree) -> Iterator[Candidate | Skip]:
+def _joined(tree: Tree, module: nn.Module, names: tuple[str, ...], rows: Any = None) -> _Made:
+    """One projection of the linears, or of so many rows each of the only one."""
+    tree.check_alone(module, names, arrays=False)
+    if len(names) == 1:
+        whole = cut(module, names[0], rows)
+        return _same(whole), whole.formats
+    linears = [module[name] for name in names]
+    check_joinable(linears)
+    if copies(linears):
+        tree.check_alone(module, names)
+    return partial(join, module, names), tuple(map(format_of, linears))
+
+
+def _joined_experts(tree: Tree, module: nn.Module, names: tuple[str, ...]) -> _Made:
+    """`_joined` for switch linears."""
+    linears = [module[name] for name in names]
+    tree.check_alone(module, names, arrays=False)
+    check_experts(linears)
+    return partial(join_experts, module, names), tuple(map(format_of, linears))
+
+
+def _single(tree: Tree, module: nn.Module, name: str) -> Projection:
+    tree.check_alone(module, [name], arrays=False)
+    return single(module, name)
+
+
+@_places(
+    "qkv",
+    "attention",
+    attention_form,
+    lambda m: has(m, "q_proj", "k_proj", "v_proj") or has(m, "qkv_proj"),
+)
+def _qkv(tree: Tree, path: str, module: nn.Module, form: AttentionForm) -> Candidate | None:
     """Q, k and v in one dispatch, or their one matrix with three results."""
-    for path, module in tree.modules:
-        match = certify(type(module), "attention")
-        if isinstance(match, str):
-            if has(module, "q_proj", "k_proj", "v_proj") or has(module, "qkv_proj"):
-                yield Skip("qkv", path, match)
-            continue
-        form = attention_form(module, match)
-        if isinstance(form, str):
-            yield Skip("qkv", path, form)
-            continue
-        if len(form.rows) == 1:
-            continue
-        made = _joined(tree, module, form.linears, form.rows)
-        if isinstance(made, str):
-            yield Skip("qkv", path, made)
-            continue
-        make, formats = made
-        piece = (module, _attention_class(form), form, "qkv", make)
-        explain = f"{', '.join(form.linears)} of {path} in one dispatch"
-        yield _candidate("qkv", 80, path, list(form.linears), [piece], explain, formats)
+    if len(form.rows) == 1:
+        return None
+    make, formats = _joined(tree, module, form.linears, form.rows)
+    piece = Piece(module, _attention_class(form), form, "qkv", make)
+    explain = f"{', '.join(form.linears)} of {path} in one dispatch"
+    return candidate("qkv", 80, path, form.linears, [piece], explain, formats)
 
 
 def _looks_gated(module: nn.Module) -> bool:
-    return has(module, "gate_proj", "up_proj") or has(module, "gate_up_proj")
+    gated = has(module, "gate_proj", "up_proj") or has(module, "gate_up_proj")
+    return gated and not is_known(type(module), "experts")
 
 
-@register_detector("gate_up")
-def _gate_up(tree: Tree) -> Iterator[Candidate | Skip]:
+@_places("gate_up", "mlp", mlp_form, _looks_gated)
+def _gate_up(tree: Tree, path: str, module: nn.Module, form: MLPForm) -> Candidate | None:
     """``act(gate) * up`` in one dispatch."""
-    for path, module in tree.modules:
-        match = certify(type(module), "mlp")
-        if isinstance(match, str):
-            switch = isinstance(certify(type(module), "experts"), Match)
-            if not switch and _looks_gated(module):
-                yield Skip("gate_up", path, match)
-            continue
-        form = mlp_form(module, match)
-        if isinstance(form, str):
-            yield Skip("gate_up", path, form)
-            continue
-        if form.activation in PLAIN:
-            continue
-        rows = [row_count(module[name]) for name in form.linears]
-        if len(rows) == 1:
-            rows = [rows[0] // 2] * 2
-        made = _joined(tree, module, form.linears, rows)
-        if isinstance(made, str):
-            yield Skip("gate_up", path, made)
-        elif rows[0] != rows[1]:
-            yield Skip("gate_up", path, f"gate has {rows[0]} rows and up {rows[1]}")
-        else:
-            make, formats = made
-            piece = (module, FusedMLP, form, "up", make)
-            explain = f"{form.activation} of {' and '.join(form.linears)} of {path} in one dispatch"
-            yield _candidate("gate_up", 70, path, list(form.linears), [piece], explain, formats)
+    if form.activation in PLAIN:
+        return None
+    rows = [row_count(module[name]) for name in form.linears]
+    if len(rows) == 1:
+        rows = [rows[0] // 2] * 2
+    make, formats = _joined(tree, module, form.linears, rows)
+    if rows[0] != rows[1]:
+        raise NotFusible(f"gate has {rows[0]} rows and up {rows[1]}")
+    piece = Piece(module, FusedMLP, form, "up", make)
+    explain = f"{form.activation} of {' and '.join(form.linears)} of {path} in one dispatch"
+    return candidate("gate_up", 70, path, form.linears, [piece], explain, formats)
 
 
-@register_detector("experts")
-def _experts(tree: Tree) -> Iterator[Candidate | Skip]:
+@_places("experts", "experts", experts_form, lambda _: False)
+def _experts(tree: Tree, path: str, module: nn.Module, form: ExpertsForm) -> Candidate:
     """``act(gate) * up`` of the chosen experts in one dispatch."""
-    for path, module in tree.modules:
-        match = certify(type(module), "experts")
-        if isinstance(match, str):
-            continue
-        form = experts_form(module, match)
-        if isinstance(form, str):
-            yield Skip("experts", path, form)
-            continue
-        names = list(form.linears)
-        made = _experts_joined(tree, module, names)
-        if isinstance(made, str):
-            yield Skip("experts", path, made)
-            continue
-        make, formats = made
-        explain = f"{form.activation} of {' and '.join(names)} of {path} in one dispatch"
-        piece = (module, FusedExperts, form, "up", make)
-        yield _candidate("experts", 70, path, names, [piece], explain, formats)
+    make, formats = _joined_experts(tree, module, form.linears)
+    explain = f"{form.activation} of {' and '.join(form.linears)} of {path} in one dispatch"
+    piece = Piece(module, FusedExperts, form, "up", make)
+    return candidate("experts", 70, path, form.linears, [piece], explain, formats)
 
 
-def _experts_joined(
-    tree: Tree, module: nn.Module, names: list[str]
-) -> tuple[Callable[[], Projection], tuple[str, ...]] | str:
-    """`_joined` for switch linears."""
-    linears = [module[name] for name in names]
-    reason = tree.shared(module, names, arrays=False) or experts_refusal(linears)
-    if reason is not None:
-        return reason
-    return partial(join_experts, module, names), tuple(format_of(x) for x in linears)
+def _has_experts(module: nn.Module) -> bool:
+    children = (c for c in module.children().values() if isinstance(c, nn.Module))
+    return any(is_known(type(child), "experts") for child in children)
 
 
-@register_detector("experts_sum")
-def _experts_sum(tree: Tree) -> Iterator[Candidate | Skip]:
+@_places("experts_sum", "experts_sum", _match, _has_experts)
+def _experts_sum(tree: Tree, path: str, module: nn.Module, match: Match) -> Candidate | None:
     """The sum over a token's experts, by the router's scores, where down is multiplied."""
-    for path, module in tree.modules:
-        held = {n: c for n, c in module.children().items() if isinstance(c, nn.Module)}
-        known = {n: certify(type(c), "experts") for n, c in held.items()}
-        if not any(isinstance(match, Match) for match in known.values()):
-            continue
-        found = summing(type(module))
-        if isinstance(found, str):
-            yield Skip("experts_sum", path, found)
-            continue
-        name, body = found
-        match = known.get(name, f"{name} is no module")
-        form = match if isinstance(match, str) else experts_form(held[name], match)
-        if isinstance(form, str):
-            yield Skip("experts_sum", path, form)
-            continue
-        shared = tree.shared(module, [name], arrays=False)
-        made = shared or _experts_joined(tree, held[name], [form.output])
-        if isinstance(made, str):
-            yield Skip("experts_sum", path, made)
-            continue
-        make, formats = made
-        pieces: list[_Piece] = [
-            (held[name], FusedExperts, form, "down", make),
-            (module, FusedMoE, MoEForm(type(module), name, body), "sums", _same(True)),
-        ]
-        output = f"{name}.{form.output}"
-        explain = f"the sum over experts of {path} in {output}"
-        yield _candidate("experts_sum", 55, path, [output], pieces, explain, formats)
+    name = match.names["EXPERTS"]
+    if not has(module, name):
+        return None
+    form = experts_form(module[name], certify(type(module[name]), "experts"))
+    tree.check_alone(module, [name], arrays=False)
+    make, formats = _joined_experts(tree, module[name], (form.output,))
+    whole = match.form.get("whole", False)
+    sums = MoEForm(type(module), name, match.form.get("cast", False))
+    pieces = [
+        Piece(module[name], FusedExperts, form, "down", make),
+        Piece(module, FusedWeightedExperts if whole else FusedMoE, sums, "sums", _same(True)),
+    ]
+    output = f"{name}.{form.output}"
+    explain = f"the sum over experts of {path} in {output}"
+    return candidate("experts_sum", 55, path, [output], pieces, explain, formats)
 
 
-@register_detector("activation")
-def _activation(tree: Tree) -> Iterator[Candidate | Skip]:
+@_places("activation", "mlp", mlp_form)
+def _activation(tree: Tree, path: str, module: nn.Module, form: MLPForm) -> Candidate | None:
     """The activation of an MLP without a gate, where its linear is multiplied."""
-    for path, module in tree.modules:
-        match = certify(type(module), "mlp")
-        form = match if isinstance(match, str) else mlp_form(module, match)
-        if isinstance(form, str) or form.activation not in PLAIN:
-            continue
-        (name,) = form.linears
-        made = tree.shared(module, [name], arrays=False) or single(module, name)
-        if isinstance(made, str):
-            yield Skip("activation", path, made)
-            continue
-        piece = (module, FusedMLP, form, "up", _same(made))
-        explain = f"{form.activation} of {name} of {path} in one dispatch"
-        yield _candidate("activation", 60, path, [name], [piece], explain, made.formats)
+    if form.activation not in PLAIN:
+        return None
+    (name,) = form.linears
+    made = _single(tree, module, name)
+    piece = Piece(module, FusedMLP, form, "up", _same(made))
+    explain = f"{form.activation} of {name} of {path} in one dispatch"
+    return candidate("activation", 60, path, [name], [piece], explain, made.formats)
 
 
-@register_detector("residual")
-def _residual(tree: Tree) -> Iterator[Candidate | Skip]:
+def _adder(tree: Tree, module: nn.Module, name: str) -> tuple[str, Piece]:
+    """The last linear of the attention or MLP ``name``, and what lets it add."""
+    child = module[name]
+    try:
+        if is_known(type(child), "attention"):
+            form = attention_form(child, certify(type(child), "attention"))
+            made = _single(tree, child, form.output)
+            return form.output, Piece(child, _attention_class(form), form, "o", _same(made))
+        mlp = mlp_form(child, certify(type(child), "mlp"))
+        made = _single(tree, child, mlp.output)
+    except NotFusible as reason:
+        raise NotFusible(f"{name}: {reason}") from reason
+    return mlp.output, Piece(child, FusedMLP, mlp, "down", _same(made))
+
+
+@_places("residual", "block", block_form, lambda m: has(m, "self_attn", "mlp"))
+def _residual(tree: Tree, path: str, module: nn.Module, form: BlockForm) -> Candidate:
     """The additions of a decoder layer, where o and down are multiplied."""
-    for path, module in tree.modules:
-        match = certify(type(module), "block")
-        if isinstance(match, str):
-            if has(module, "self_attn", "mlp"):
-                yield Skip("residual", path, match)
+    tree.check_alone(module)
+    pieces: list[Piece] = []
+    absorbed, reasons = [], []
+    for flag, child in (("mixer_adds", form.mixer), ("mlp_adds", form.mlp)):
+        try:
+            output, piece = _adder(tree, module, child)
+        except NotFusible as reason:
+            reasons.append(str(reason))
             continue
-        form = block_form(module, match)
-        if isinstance(form, str):
-            yield Skip("residual", path, form)
-            continue
-        if reason := tree.shared(module, []):
-            yield Skip("residual", path, reason)
-            continue
-        adding = [("mixer_adds", form.mixer), ("mlp_adds", form.mlp)]
-        found = [_adder(tree, module[child], child) for _, child in adding]
-        pieces: list[_Piece] = []
-        absorbed = []
-        for (flag, child), made in zip(adding, found, strict=True):
-            if not isinstance(made, str):
-                output, piece = made
-                absorbed.append(f"{child}.{output}")
-                pieces += [piece, (module, FusedBlock, form, flag, _same(True))]
-        if pieces:
-            explain = f"residual of {path} added in {' and '.join(absorbed)}"
-            yield _candidate("residual", 50, path, absorbed, pieces, explain)
-        else:
-            yield Skip("residual", path, "; ".join(made for made in found if isinstance(made, str)))
+        absorbed.append(f"{child}.{output}")
+        pieces += [piece, Piece(module, FusedBlock, form, flag, _same(True))]
+    if not pieces:
+        raise NotFusible("; ".join(reasons))
+    explain = f"residual of {path} added in {' and '.join(absorbed)}"
+    return candidate("residual", 50, path, absorbed, pieces, explain)
 
 
-@register_detector("norm_rope")
-def _norm_rope(tree: Tree) -> Iterator[Candidate | Skip]:
+@_places("norm_rope", "attention", attention_form)
+def _norm_rope(tree: Tree, path: str, module: nn.Module, form: AttentionForm) -> Candidate | None:
     """The norms of q and k and the rotary embedding of both in one dispatch."""
-    for path, module in tree.modules:
-        match = certify(type(module), "attention")
-        form = match if isinstance(match, str) else attention_form(module, match)
-        if isinstance(form, str) or not form.rope:
-            continue  # the reason is given by qkv
-        made = tree.shared(module, []) or rotation(module, form)
-        if isinstance(made, str):
-            yield Skip("norm_rope", path, made)
-            continue
-        piece = (module, _attention_class(form), form, "rotation", _same(made))
-        names = [*(form.norms if form.norm else ()), form.rope]
-        explain = f"{', '.join(names)} of {path} in one dispatch"
-        yield _candidate("norm_rope", 65, path, names, [piece], explain)
+    if not form.rope:
+        return None
+    tree.check_alone(module)
+    made = rotation(module, form)
+    piece = Piece(module, _attention_class(form), form, "rotation", _same(made))
+    names = [*(form.norms if form.norm else ()), form.rope]
+    explain = f"{', '.join(names)} of {path} in one dispatch"
+    return candidate("norm_rope", 65, path, names, [piece], explain)
 
 
-def _adder(tree: Tree, module: nn.Module, name: str) -> tuple[str, _Piece] | str:
-    """The last linear of an attention or MLP, and what lets it add; or why it cannot."""
-    form: AttentionForm | MLPForm | str
-    attention = certify(type(module), "attention")
-    mlp = certify(type(module), "mlp")
-    if not isinstance(attention, str):
-        form = attention_form(module, attention)
-    else:
-        form = f"{name}: {mlp}" if isinstance(mlp, str) else mlp_form(module, mlp)
-    if isinstance(form, str):
-        return form
-    made = tree.shared(module, [form.output], arrays=False) or single(module, form.output)
-    if isinstance(made, str):
-        return f"{name}: {made}"
-    if isinstance(form, AttentionForm):
-        return form.output, (module, _attention_class(form), form, "o", _same(made))
-    return form.output, (module, FusedMLP, form, "down", _same(made))
+def _can_add(tree: Tree, module: nn.Module, name: str) -> bool:
+    try:
+        _adder(tree, module, name)
+    except NotFusible:
+        return False
+    return True
 
 
-def _joined(
-    tree: Tree, module: nn.Module, names: tuple[str, ...], rows: Any
-) -> tuple[Callable[[], Projection], tuple[str, ...]] | str:
-    """What makes one projection of the linears, with their formats; or why there is none."""
-    if len(names) == 1:
-        whole = tree.shared(module, names, arrays=False) or cut(module, names[0], rows)
-        return whole if isinstance(whole, str) else (_same(whole), whole.formats)
-    linears = [module[name] for name in names]
-    reason = tree.shared(module, names, arrays=False) or refusal(linears)
-    if reason is None and copies(linears):
-        reason = tree.shared(module, names)
-    if reason is not None:
-        return reason
-    return lambda: join(module, names), tuple(format_of(x) for x in linears)
-
-
-@register_detector("add_rms_norm")
-def _add_rms_norm(tree: Tree) -> Iterator[Candidate | Skip]:
+@_places("add_rms_norm", "block", block_form)
+def _add_rms_norm(tree: Tree, path: str, module: nn.Module, form: BlockForm) -> Candidate | None:
     """The first addition of a decoder layer with the norm behind it, where attention cannot add."""
-    for path, module in tree.modules:
-        match = certify(type(module), "block")
-        form = match if isinstance(match, str) else block_form(module, match)
-        if isinstance(form, str) or not isinstance(_adder(tree, module[form.mixer], ""), str):
-            continue
-        name = form.norms[1]
-        found = tree.shared(module, [name]) or norm_options(module[name])
-        if isinstance(found, str):
-            yield Skip("add_rms_norm", path, found)
-            continue
-        piece = (module, FusedBlock, form, "second", _same(FusedNorm(module, name, **found)))
-        explain = f"the addition before {name} of {path} in its dispatch"
-        yield _candidate("add_rms_norm", 45, path, [name], [piece], explain)
+    if _can_add(tree, module, form.mixer):
+        return None
+    name = form.norms[1]
+    tree.check_alone(module, [name])
+    norm = FusedNorm(module, name, **norm_options(module[name]))
+    piece = Piece(module, FusedBlock, form, "second", _same(norm))
+    explain = f"the addition before {name} of {path} in its dispatch"
+    return candidate("add_rms_norm", 45, path, [name], [piece], explain)
 
 
-@register_detector("in_proj")
-def _in_proj(tree: Tree) -> Iterator[Candidate | Skip]:
+def _looks_linear(module: nn.Module) -> bool:
+    return has(module, "in_proj_ba") or has(module, "in_proj_qkv", "in_proj_z")
+
+
+@_places("in_proj", "delta_net", _match, _looks_linear)
+def _in_proj(tree: Tree, path: str, module: nn.Module, match: Match) -> Candidate:
     """The linears of a gated delta net's input in one dispatch; dense ones are in another."""
-    for path, module in tree.modules:
-        match = certify(type(module), "delta_net")
-        if isinstance(match, str):
-            if has(module, "in_proj_ba") or has(module, "in_proj_qkv", "in_proj_z"):
-                yield Skip("in_proj", path, match)
-            continue
-        linears = [match.names[slot] for slot in match.body.form["linears"]]
-        kinds = [describe(module[name]) for name in linears]
-        runs = [
-            tuple(name for _, name in run)
-            for _, run in groupby(zip(kinds, linears, strict=True), lambda pair: pair[0])
-        ]
-        together = tuple(run for run in runs if len(run) > 1)
-        made = [_joined(tree, module, run, None) for run in together]
-        reasons = [m for m in made if isinstance(m, str)]
-        if reasons or not made:
-            reason = refusal([module[n] for n in linears])
-            yield Skip("in_proj", path, reasons[0] if reasons else str(reason))
-            continue
-        makes, formats = zip(*made, strict=True)
-        form = DeltaNetForm(type(module), together)
-        piece = (module, FusedDeltaNet, form, "joined", lambda ms=makes: tuple(m() for m in ms))
-        names = [name for run in together for name in run]
-        explain = f"{', '.join(names)} of {path} in {len(together)} dispatch(es)"
-        yield _candidate("in_proj", 80, path, names, [piece], explain, sum(formats, ()))
+    linears = [match.names[slot] for slot in match.form["linears"]]
+    runs = [tuple(run) for _, run in groupby(linears, lambda name: describe(module[name]))]
+    together = tuple(run for run in runs if len(run) > 1)
+    if not together:
+        check_joinable([module[name] for name in linears])
+    makes, formats = zip(*(_joined(tree, module, run) for run in together), strict=True)
+    form = DeltaNetForm(type(module), together)
+    piece = Piece(module, FusedDeltaNet, form, "joined", lambda: tuple(make() for make in makes))
+    names = [name for run in together for name in run]
+    explain = f"{', '.join(names)} of {path} in {len(together)} dispatch(es)"
+    return candidate("in_proj", 80, path, names, [piece], explain, sum(formats, ()))
 
 
 @register_detector("embedding")
 def _embedding(tree: Tree) -> Iterator[Candidate | Skip]:
     """The look-up of MLX's quantised rows in one dispatch."""
     for path, module in tree.modules:
-        if not isinstance(module, nn.QuantizedEmbedding):
-            continue
-        made = tree.shared(module, []) or embedding_rows(module)
-        if type(module) is not nn.QuantizedEmbedding:
-            made = f"it is {type(module).__name__}"
-        elif tree.holders(module) > 1:
-            made = "it shares its weight with another module"
-        if isinstance(made, str):
-            yield Skip("embedding", path, made)
-            continue
-        form = EmbeddingForm(type(module), module(mx.array([0])).dtype)
-        piece = (module, FusedEmbedding, form, "rows", _same(made))
-        explain = f"rows of {path} looked up in one dispatch"
-        parent, _, name = path.rpartition(".")
-        yield _candidate("embedding", 40, parent, [name], [piece], explain, made.formats)
+        if isinstance(module, nn.QuantizedEmbedding):
+            try:
+                yield _rows(tree, path, module)
+            except NotFusible as reason:
+                yield Skip("embedding", path, str(reason))
+
+
+def _rows(tree: Tree, path: str, module: nn.QuantizedEmbedding) -> Candidate:
+    if type(module) is not nn.QuantizedEmbedding:
+        raise NotFusible(f"it is {type(module).__name__}")
+    tree.check_alone(module)
+    if tree.holders(module) > 1:
+        raise NotFusible("it shares its weight with another module")
+    made = embedding_rows(module)
+    form = EmbeddingForm(type(module), module(mx.array([0])).dtype)
+    piece = Piece(module, FusedEmbedding, form, "rows", _same(made))
+    explain = f"rows of {path} looked up in one dispatch"
+    parent, _, name = path.rpartition(".")
+    return candidate("embedding", 40, parent, [name], [piece], explain, made.formats)

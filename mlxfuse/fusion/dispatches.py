@@ -18,8 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..kernels import assuming_metal, opaque
-from ..nn.fused import unfused
+from ..kernels.runtime.backend import Counting, opaque, using
 
 # Primitives that make another view of the same memory. (A reshape of a transposed array copies,
 # but not where the moved axis has one element, as in the decoding of one token.)
@@ -37,14 +36,15 @@ _NODE = re.compile(r'\{ \d+ \[label ="(\w+)[^"]*"')
 _lock = threading.Lock()
 
 
-def dispatches(function: Callable[[], Any]) -> Counter[str]:
+def dispatches(function: Callable[[], Any], *, fused: bool = True) -> Counter[str]:
     """Dispatches by primitive, of a kernel of ours by its op; a compiled group counts as one.
 
     Args:
         function: gives the arrays of which the graph is counted, not evaluated.
+        fused: of patched modules as they are patched, or else by their own code.
     """
     counted: Counter[str] = Counter()
-    with assuming_metal(counted), _stand_ins(counted):
+    with using(Counting(counted, fused=fused)), _stand_ins(counted):
         graph = io.StringIO()
         mx.export_to_dot(graph, function())
     names = Counter(_NODE.findall(graph.getvalue()))
@@ -60,15 +60,13 @@ def dispatches(function: Callable[[], Any]) -> Counter[str]:
 def per_token(model: nn.Module) -> tuple[int, int]:
     """Dispatches of one decoded token, by the model's own code and as it is patched."""
 
-    def count() -> int:
+    def count(*, fused: bool) -> int:
         cache = make_prompt_cache(model)
-        with assuming_metal(Counter()):  # the cache has its memory
+        with using(Counting(Counter(), fused=fused)):  # the cache has its memory
             mx.eval(model(mx.array([[1, 2]]), cache=cache))
-        return dispatches(lambda: model(mx.array([[3]]), cache=cache)).total()
+        return dispatches(lambda: model(mx.array([[3]]), cache=cache), fused=fused).total()
 
-    with unfused():
-        before = count()
-    return before, count()
+    return count(fused=False), count(fused=True)
 
 
 @contextmanager

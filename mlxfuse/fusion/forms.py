@@ -1,4 +1,4 @@
-"""What the modules with a known body are: the variant, or what is odd about it."""
+"""What the modules with a known body are: the variant; `NotFusible` says what is odd about one."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..errors import NotFusible
 from ..nn.attention import AttentionForm
-from ..nn.mlp import BlockForm, ExpertsForm, MLPForm
+from ..nn.join_linears import describe
+from ..nn.mlp import BlockForm, MLPForm
+from ..nn.moe import ExpertsForm
 from ..nn.rope import FrequencyRoPE
 from ..nn.rotation import Rotation
 from .certify import Match, certify
@@ -20,8 +23,13 @@ def has(module: nn.Module, *names: str) -> bool:
     return all(isinstance(module.get(name), nn.Module) for name in names)
 
 
-def attention_form(module: nn.Module, match: Match) -> AttentionForm | str:
-    """The variant of attention that a module with a known body has, or what is odd about it."""
+def _check_modules(module: nn.Module, *names: str) -> None:
+    if not has(module, *names):
+        raise NotFusible("its children are not modules")
+
+
+def attention_form(module: nn.Module, match: Match) -> AttentionForm:
+    """The variant of attention that a module with a known body has."""
     names = match.names
 
     def value(slot: str, default: Any = None) -> Any:
@@ -30,15 +38,14 @@ def attention_form(module: nn.Module, match: Match) -> AttentionForm | str:
     shares, own = "HAS_KV" in names, bool(value("HAS_KV", True))
     slots = ["Q", *(["K"] if own else []), *(["V"] if own and not value("K_IS_V", False) else [])]
     linears = tuple(names[n] for n in (["QKV"] if "QKV" in names else slots))
-    norm = match.body.form.get("norm", "") if value("USE_NORM", True) else ""
+    norm = match.form.get("norm", "") if value("USE_NORM", True) else ""
     norms = (names["Q_NORM"], *([names["K_NORM"]] if own else [])) if norm else ()
     values_norm = names["V_NORM"] if shares and own else ""
     rope = names["ROPE"] if value("USE_ROPE", True) else ""
-    if not has(module, *linears, names["O"], *norms, *filter(None, (values_norm, rope))):
-        return "its children are not modules"
+    _check_modules(module, *linears, names["O"], *norms, *filter(None, (values_norm, rope)))
     scale, softcap = value("SCALE"), value("SOFTCAP", 0.0)
     if not _positive(scale) or ("SOFTCAP" in names and not _positive(softcap)):
-        return "its scale is not a positive number"
+        raise NotFusible("its scale is not a positive number")
     size = value("HEAD_DIM")
     if "QKV" in names:
         rows = tuple(value(n) * size for n in ("HEADS", "KV_HEADS", "KV_HEADS"))
@@ -59,7 +66,7 @@ def attention_form(module: nn.Module, match: Match) -> AttentionForm | str:
         rope,
         float(softcap),
         names.get("SINKS", ""),
-        match.body.form.get("gated", False),
+        match.form.get("gated", False),
         values_norm,
         shares,
         shares and own and _read(module),
@@ -83,52 +90,46 @@ def _positive(value: object) -> bool:
 
 
 def row_count(linear: nn.Module) -> int:
+    """The rows of a linear's matrix; 0 where it does not tell, as an adapter does not."""
     weight = getattr(linear, "weight", None)
-    if isinstance(weight, mx.array):
-        return int(weight.shape[0])
-    return int(getattr(weight, "rows", 0))
+    return int(weight.shape[0] if isinstance(weight, mx.array) else getattr(weight, "rows", 0))
 
 
-def mlp_form(module: nn.Module, match: Match) -> MLPForm | str:
-    """The variant of MLP that a module with a known body has, or what is odd about it."""
+def mlp_form(module: nn.Module, match: Match) -> MLPForm:
+    """The variant of MLP that a module with a known body has."""
     names = match.names
     if "GATE_UP" in names:
         linears: tuple[str, ...] = (names["GATE_UP"],)
     else:
         linears = tuple(names[n] for n in ("GATE", "UP") if n in names)
-    if not has(module, *linears, names["DOWN"]):
-        return "its children are not modules"
+    _check_modules(module, *linears, names["DOWN"])
     found = activation(module, match) if "ACTIVATION" in names else match
-    if isinstance(found, str):
-        return found
-    return MLPForm(type(module), linears, names["DOWN"], found.body.form["activation"])
+    return MLPForm(type(module), linears, names["DOWN"], found.form["activation"])
 
 
-def experts_form(module: nn.Module, match: Match) -> ExpertsForm | str:
-    """The variant of gated experts that a module with a known body has, or what is odd about it."""
+def experts_form(module: nn.Module, match: Match) -> ExpertsForm:
+    """The variant of gated experts that a module with a known body has."""
     names = [match.names[n] for n in ("GATE", "UP", "DOWN")]
-    if not has(module, *names):
-        return "its children are not modules"
-    found = activation(module, match)
-    if isinstance(found, str):
-        return found
+    _check_modules(module, *names)
     gate, up, down = names
-    return ExpertsForm(type(module), (gate, up), down, found.body.form["activation"])
+    return ExpertsForm(type(module), (gate, up), down, activation(module, match).form["activation"])
 
 
-def activation(module: nn.Module, match: Match) -> Match | str:
-    """The known activation that is a child of a module, or why it is none."""
+def activation(module: nn.Module, match: Match) -> Match:
+    """The known activation that is a child of a module."""
     child = getattr(module, match.names["ACTIVATION"])
     found = certify(type(child), "activation")
-    if isinstance(found, Match):
-        for slot, value in found.body.form.get("values", {}).items():
-            name = found.names[slot]
-            if getattr(child, name) != value:
-                return f"{name.strip('_')} of its activation is {getattr(child, name)}, not {value}"
+    for slot, value in found.form.get("values", {}).items():
+        name = found.names[slot]
+        if getattr(child, name) != value:
+            raise NotFusible(
+                f"{name.strip('_')} of its activation is {getattr(child, name)}, not {value}"
+            )
     return found
 
 
-def block_form(module: nn.Module, match: Match) -> BlockForm | str:
+def block_form(module: nn.Module, match: Match) -> BlockForm:
+    """The variant of decoder layer that a module with a known body has."""
     names = match.names
     mixer = names["ATTENTION"]
     if "OTHER" in names:
@@ -136,57 +137,49 @@ def block_form(module: nn.Module, match: Match) -> BlockForm | str:
         flag = getattr(module, names["IS_OTHER" if other else "IS_ATTENTION"])
         mixer = names["OTHER"] if bool(flag) == other else mixer
     norms = (names["NORM1"], names["NORM2"])
-    if not has(module, mixer, names["MLP"], *norms):
-        return "its children are not modules"
-    return BlockForm(
-        type(module), norms, mixer, names["MLP"], match.body.form.get("keywords", False)
-    )
+    _check_modules(module, mixer, names["MLP"], *norms)
+    keywords = match.form.get("keywords", False)
+    return BlockForm(type(module), norms, mixer, names["MLP"], keywords)
 
 
-def norm_options(norm: nn.Module) -> dict[str, float] | str:
-    """Epsilon and offset of an RMSNorm, or why it is none."""
+def norm_options(norm: nn.Module) -> dict[str, float]:
+    """Epsilon and offset of an RMSNorm."""
     match = certify(type(norm), "norm")
-    if isinstance(match, str):
-        return match
-    return {"eps": getattr(norm, match.names["EPS"]), "offset": match.body.form["offset"]}
+    return {"eps": getattr(norm, match.names["EPS"]), "offset": match.form["offset"]}
 
 
-def rotation(module: nn.Module, form: AttentionForm) -> Rotation | str:
+def rotation(module: nn.Module, form: AttentionForm) -> Rotation:
+    """The rotary embedding of an attention, with its norms."""
     options = _rope_options(module[form.rope])
-    if isinstance(options, str):
-        return options
-    if form.norm not in ("", "head"):
-        return (
-            f"its norms act on the {form.norm}"
-            if form.norm == "width"
-            else ("its norms act after the rotation")
-        )
+    if form.norm == "width":
+        raise NotFusible("its norms act on the width")
+    if form.norm == "rotated":
+        raise NotFusible("its norms act after the rotation")
+    if not all(form.rows):
+        kinds = sorted({describe(module[name]) for name in form.linears})
+        raise NotFusible("its linears are " + " and ".join(kinds))
     norms = []
     for name in form.norms:
         found = norm_options(module[name])
-        if isinstance(found, str):
-            return found
         norms.append({"eps": found["eps"], "norm_offset": found["offset"]})
     if any(norm != norms[0] for norm in norms):
-        return "its norms differ"
+        raise NotFusible("its norms differ")
     if norms:
         weights = zip(("q_weight", "k_weight"), form.norms, strict=False)
         options = {**options, **norms[0], **{n: module[name].weight for n, name in weights}}
     size = form.rows[0] // form.heads // (1 + form.gated)
     if options["dims"] > size or any(n != size * form.kv_heads for n in form.rows[1:2]):
-        return "its heads of q and k have different sizes"
+        raise NotFusible("its heads of q and k have different sizes")
     parts = {name: module[name] for name in (*form.norms, form.rope)}
     return Rotation(module, parts, form.heads, form.kv_heads, options)
 
 
-def _rope_options(rope: nn.Module) -> dict[str, Any] | str:
-    """The arguments of `norm_rope` that do what a rotary embedding does, or why there are none."""
+def _rope_options(rope: nn.Module) -> dict[str, Any]:
+    """The arguments of `norm_rope` that do what a rotary embedding does."""
     if type(rope) is FrequencyRoPE:
         options = {"dims": rope.dims, "freqs": rope._freqs, "mscale": rope.scale}
         return options | {"traditional": rope.traditional}
     match = certify(type(rope), "rope")
-    if isinstance(match, str):
-        return match
     slots = {slot: getattr(rope, name) for slot, name in match.names.items()}
     given = {
         "DIMS": "dims",

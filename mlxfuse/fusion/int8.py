@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import mlx.nn as nn
 
+from ..errors import NotFusible
 from ..nn.attention import FusedAttention
 from ..nn.delta_net import FusedDeltaNet
 from ..nn.fused import FusedModule
 from ..nn.join_linears import single
-from ..nn.mlp import BlockForm, FusedBlock, FusedExperts, FusedMLP
+from ..nn.mlp import BlockForm, FusedBlock, FusedMLP
+from ..nn.moe import FusedExperts
 from ..nn.norm import FusedNorm
 from ..nn.projection import Projection, no_integers
 from .candidates import Candidate, Skip, Tree
-from .certify import readers
-from .forms import norm_options
+from .certify import is_known, readers
+from .forms import has, norm_options
 
 NAME = "int8"
 
 
 def places(tree: Tree) -> Iterator[Candidate | Skip]:
-    """The norms of each decoder layer, and the inputs of its o and down."""
+    """The norms of each decoder layer, and the inputs of its o and down; or the layer as one."""
     for path, module in tree.modules:
         if not isinstance(module, FusedBlock):
+            if is_known(type(module), "block") or has(module, "self_attn", "mlp"):
+                yield Skip(NAME, path, "no addition of the layer is fused")
             continue
         form: BlockForm = module._fused
         mixer, mlp = module[form.mixer], module[form.mlp]
@@ -34,12 +39,27 @@ def places(tree: Tree) -> Iterator[Candidate | Skip]:
             firsts = [*mixer._fused.joined]
         seconds = [m._fused.up for m in below.values()]
         for name, found in zip(form.norms, (firsts, seconds), strict=True):
-            yield _norm(module, path, name, found)
+            yield _place(f"{path}.{name}", partial(_norm, module, name, found))
         if attention:
-            yield _linear(module, path, f"{form.mixer}.o", mixer, "o")
+            yield _place(f"{path}.{form.mixer}.o", partial(_linear, module, mixer, "o"))
         for name, each in below.items():
             if isinstance(each, FusedMLP):
-                yield _linear(module, path, f"{name}.down", each, "down")
+                yield _place(f"{path}.{name}.down", partial(_linear, module, each, "down"))
+
+
+_Change = tuple[Callable[[], None], Callable[[], None]]
+
+
+def _place(path: str, change: Callable[[str], _Change]) -> Candidate | Skip:
+    """Args:
+    change: path -> what lets it give or take int8 activations, and what undoes it.
+    """
+    try:
+        emit, undo = change(path)
+    except NotFusible as reason:
+        return Skip(NAME, path, str(reason))
+    explain = f"{path} gives int8 activations"
+    return Candidate(NAME, 30, path, frozenset({path}), emit, undo, explain)
 
 
 def _readers(path: str, module: nn.Module) -> dict[str, FusedMLP | FusedExperts]:
@@ -51,46 +71,34 @@ def _readers(path: str, module: nn.Module) -> dict[str, FusedMLP | FusedExperts]
     return {name: m for name, m in below.items() if isinstance(m, FusedMLP | FusedExperts)}
 
 
-def _norm(
-    block: nn.Module, path: str, name: str, found: list[Projection | None]
-) -> Candidate | Skip:
+def _norm(block: nn.Module, name: str, found: list[Projection | None], _: str) -> _Change:
     """One norm, with what may read it besides those that need floats."""
-    place, options = f"{path}.{name}", norm_options(block[name])
+    held, norm = block._fused.int8, FusedNorm(block, name, **norm_options(block[name]))
     reasons = [no_integers(reader) for reader in found or [None]]
-    if isinstance(options, str):
-        return Skip(NAME, place, options)
     if None not in reasons:
-        return Skip(NAME, place, reasons[0] or "")
-    held, norm = block._fused.int8, FusedNorm(block, name, **options)
+        raise NotFusible(reasons[0] or "")
 
     def undo() -> None:
         held.pop(name, None)
 
-    return _candidate(place, lambda: held.update({name: norm}), undo)
+    return lambda: held.update({name: norm}), undo
 
 
-def _linear(
-    block: nn.Module, path: str, name: str, module: FusedAttention | FusedMLP, piece: str
-) -> Candidate | Skip:
+def _linear(block: nn.Module, module: FusedAttention | FusedMLP, piece: str, path: str) -> _Change:
     """The input of a last linear, which need not add anything."""
     form, held = module._fused, block._fused.int8
     before: Projection | None = getattr(form, piece)
     linear = before or single(module, form.output)
-    if reason := linear if isinstance(linear, str) else no_integers(linear):
-        return Skip(NAME, f"{path}.{name}", reason)
+    if reason := no_integers(linear):
+        raise NotFusible(reason)
 
     def emit() -> None:
         setattr(form, piece, linear)
-        form.int8, held[name] = True, None
+        form.int8, held[path] = True, None
 
     def undo() -> None:
         setattr(form, piece, before)
         form.int8 = False
-        held.pop(name, None)
+        held.pop(path, None)
 
-    return _candidate(f"{path}.{name}", emit, undo)
-
-
-def _candidate(path: str, emit: Callable[[], None], undo: Callable[[], None]) -> Candidate:
-    explain = f"{path} gives int8 activations"
-    return Candidate(NAME, 30, path, frozenset(), frozenset({path}), emit, undo, explain)
+    return emit, undo

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from .. import env
+from ..errors import FusionNameError
 from ..kernels import unavailable
 from .candidates import DETECTORS
 
@@ -18,14 +19,16 @@ LATER = ("int8",)
 class Choice:
     """Names of fusions, and those of them that are off at some paths.
 
-    names  in the order they are reported.
-    off    (name, pattern of paths, who says so).
-    tuned  leave out what `mlxfuse tune` has measured to be slower.
+    names    in the order they are reported.
+    off      (name, pattern of paths, who says so).
+    tuned    leave out what `mlxfuse tune` has measured to be slower.
+    nothing  why there are no names although they were asked for; empty if they were not.
     """
 
     names: tuple[str, ...]
     off: tuple[tuple[str, str, str], ...] = ()
     tuned: bool = False
+    nothing: str = ""
 
     def __bool__(self) -> bool:
         return bool(self.names)
@@ -42,14 +45,17 @@ def chosen(fuse: str | Iterable[str]) -> Choice:
     """What ``fuse`` and ``MLXFUSE_DISABLE`` ask for.
 
     Raises:
-        ValueError: no such fusion.
+        FusionNameError: no such fusion.
+        TypeError: ``fuse`` is neither text nor texts.
     """
     items = _items(fuse)
     off = [_entry(item[1:], "fuse") for item in items if item.startswith("-")]
     off += [_entry(item, "MLXFUSE_DISABLE") for item in _items(env.get("MLXFUSE_DISABLE"))]
     items = [item for item in items if not item.startswith("-")] or ["auto"]
-    if items == ["off"] or (items == ["auto"] and unavailable() is not None):
+    if items == ["off"]:
         return Choice((), tuple(off))
+    if items == ["auto"] and (reason := unavailable()) is not None:
+        return Choice((), tuple(off), nothing=reason)
     if items in (["auto"], ["all"]):
         return Choice(tuple(DETECTORS), tuple(off), items == ["auto"])
     only = [_entry(item, "fuse") for item in items]
@@ -60,6 +66,11 @@ def chosen(fuse: str | Iterable[str]) -> Choice:
 
 def _items(given: str | Iterable[str]) -> list[str]:
     items = given.split(",") if isinstance(given, str) else given
+    if not isinstance(items, Iterable) or not all(isinstance(item, str) for item in items):
+        raise TypeError(
+            "fuse is auto, all, off or names of fusions, as one text with commas or several; "
+            f"found {given!r}"
+        )
     return [item.strip() for item in items if item.strip()]
 
 
@@ -68,5 +79,6 @@ def _entry(item: str, source: str) -> tuple[str, str, str]:
     name, _, pattern = item.partition(":")
     if name not in (*DETECTORS, *LATER):
         also = "auto, all, off or " if source == "fuse" else ""
-        raise ValueError(f"{source} is {also}of {', '.join(DETECTORS)}; found {name}")
+        names = ", ".join((*DETECTORS, *LATER))
+        raise FusionNameError(f"{source} is {also}of {names}; found {name or repr(item)}")
     return name, pattern or "*", source

@@ -14,20 +14,19 @@ from .. import env
 from ..errors import PatchError
 from ..kernels import unavailable
 from ..kernels.matmul.product import MAX_ROWS_PER_EXPERT
-from ..kernels.runtime import self_test, tuning
+from ..kernels.runtime import self_test
 from ..nn.experts import QuantizedSwitchLinear
 from ..nn.fused import Form
 from ..nn.kv.options import KVOptions, check_model, compress_caches
 from ..nn.projection import MAX_IDS
 from ..nn.quantized import QuantizedLinear
 from . import int8
-from .candidates import DETECTORS, Candidate, Detector, Skip, Tree, natural, select, site
+from .candidates import DETECTORS, Detector, Tree
 from .checks import check_logits
+from .choose import choose
 from .dispatches import per_token
 from .options import Choice, chosen
-from .report import PatchReport, Tally
-
-SLOWER = "`mlxfuse tune` has measured it to be slower here"
+from .report import PatchReport
 
 
 @dataclass
@@ -65,10 +64,12 @@ def patch_model(
 
     Args:
         model: the model; only this instance is changed.
-        fuse: ``auto`` (all where kernels run, else nothing), ``all``, ``off``, or names of fusions,
-            as a string with commas or one by one. ``-name`` leaves one out and ``-name:pattern``
+        fuse: ``auto`` (all where kernels run, else nothing, with the reason), ``all``, ``off``, or
+            names of fusions, as a string with commas or one by one. ``-name`` leaves one out and
+            ``-name:pattern``
             leaves it out at the paths that match, for example ``-qkv:model.layers.0.*``. The
-            environment variable ``MLXFUSE_DISABLE`` leaves out too.
+            environment variable ``MLXFUSE_DISABLE``, which is read when a model is patched,
+            leaves out too. Only ``int8`` in it is heeded at any later time as well.
         act_quant: ``on`` rounds the activations of attention and MLP to int8, in groups of 32,
             wherever what reads them takes that; ``auto`` does where it was measured to be
             faster, which so far is nowhere; ``off`` never does. It costs some quality.
@@ -77,15 +78,18 @@ def patch_model(
         kv_group_size: values of a head that share a scale: 32, 64 or 128.
         check: compare the patched model's logits with the unpatched one's on a random prompt, with
             float activations.
-        strict: raise where a fusion would be skipped.
+        strict: raise where a fusion would be skipped, or activations not rounded.
         detectors: more detectors, for this call; see `register_detector`.
 
     Raises:
-        ValueError: no such fusion, or ``act_quant`` is none of the three.
+        FusionNameError: no such fusion.
+        TypeError: the model is none, or ``fuse`` is no text.
+        ValueError: ``act_quant`` is none of the three.
         UnsupportedError: the model cannot do with compressed caches.
         PatchError: ``strict`` and something cannot be fused, or ``check`` and the logits differ;
             the model is then as it was.
     """
+    _check_is_model(model)
     if act_quant not in ("auto", "on", "off"):
         raise ValueError(f"act_quant is auto, on or off; found {act_quant!r}")
     kv = None if kv_bits is None else KVOptions.parse(kv_bits, kv_group_size)
@@ -99,19 +103,31 @@ def patch_model(
         unpatch_model(model)
     if kv is not None:
         check_model(model, kv)
-    report = PatchReport()
+    report = PatchReport(nothing=choice.nothing)
+    if strict and choice.nothing:
+        raise PatchError(f'nothing can be fused: {choice.nothing}; fuse="all" does without')
     if choice or more or kv is not None:
         before = check_logits(model) if check else None
-        _fuse(model, choice, more, report, strict=strict)
+        mx.eval(model.parameters())
+        report.bytes_before = mx.get_active_memory()
+        _fuse(model, (*(DETECTORS[name] for name in choice.names), *more), choice, report, strict)
+        report.bytes_after = mx.get_active_memory()
         if before is not None:
             report.check = before.verify(model, report.fused)
         if act_quant == "on":
-            _round(model, choice, report)
+            _fuse(model, (int8.places,), choice, report, strict)
+        report.count = _counting(model)
         model._mlxfuse_patch = _Patch(asked, report)
     _self_test(model, report)
     if kv is not None:
         compress_caches(model, kv)
     return report
+
+
+def _check_is_model(given: object) -> None:
+    if not isinstance(given, nn.Module):
+        hint = "; take it apart first: model, tokenizer = load(...)" * isinstance(given, tuple)
+        raise TypeError(f"patch_model takes a model, found a {type(given).__name__}{hint}")
 
 
 def unpatch_model(model: nn.Module) -> None:
@@ -133,59 +149,25 @@ def _holds(model: nn.Module) -> bool:
 
 def _fuse(
     model: nn.Module,
+    detectors: Iterable[Detector],
     choice: Choice,
-    more: tuple[Detector, ...],
     report: PatchReport,
-    *,
     strict: bool,
 ) -> None:
+    """Find, choose and emit what some detectors see in the model as it is now."""
     tree = Tree.of(model)
-    modules = dict(tree.modules)
-    found: list[Candidate] = []
-    for detector in (*(DETECTORS[name] for name in choice.names), *more):
-        for place in detector(tree):
-            report.tallies.setdefault(place.name, Tally()).total += 1
-            reason = choice.refusal(place.name, place.path)
-            if reason is not None:
-                report.skipped.append(Skip(place.name, place.path, reason))
-            elif isinstance(place, Skip):
-                report.skipped.append(place)
-            elif choice.tuned and tuning.separate(site(place, modules)):
-                report.skipped.append(Skip(place.name, place.path, SLOWER))
-            else:
-                found.append(place)
-    fused, rivals = select(found)
-    report.skipped += rivals
-    order = {name: i for i, name in enumerate(report.tallies)}
-    report.skipped.sort(key=lambda s: (order[s.name], natural(s.path)))
-    if strict and report.skipped:
+    places = [place for detector in detectors for place in detector(tree)]
+    fused, skipped = choose(tree, places, choice)
+    report.add(places, fused, skipped)
+    if strict and skipped:
+        for candidate in reversed(report.fused):
+            candidate.undo()
         raise PatchError(
             "not everything can be fused:\n"
             + "\n".join(f"{s.name} of {s.path}: {s.reason}" for s in report.skipped)
         )
-    mx.eval(model.parameters())
-    report.bytes_before = mx.get_active_memory()
     for candidate in fused:
         candidate.emit()
-        report.tallies[candidate.name].fused.append(candidate.formats)
-    report.fused = sorted(fused, key=lambda c: (order[c.name], natural(c.path)))
-    report.bytes_after = mx.get_active_memory()
-    report.count = _counting(model)
-
-
-def _round(model: nn.Module, choice: Choice, report: PatchReport) -> None:
-    """Let the layers that are fused use int8 activations."""
-    tally = report.tallies.setdefault(int8.NAME, Tally())
-    for place in int8.places(Tree.of(model)):
-        tally.total += 1
-        reason = choice.refusal(place.name, place.path)
-        if reason is not None or isinstance(place, Skip):
-            why = reason if reason is not None else place[2] if isinstance(place, Skip) else ""
-            report.skipped.append(Skip(place.name, place.path, why))
-            continue
-        place.emit()
-        tally.fused.append(())
-        report.fused.append(place)
 
 
 def _counting(model: nn.Module) -> Callable[[], tuple[int, int] | None]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from ..kernels import fallbacks
-from .candidates import Candidate, Skip
+from .candidates import Candidate, Skip, natural
 
 LABELS = {
     "gate_up": "gate/up",
@@ -72,6 +72,7 @@ class PatchReport:
     self_test_seconds  time that the self-tests of kernel variants took.
     bytes_before, bytes_after  memory that MLX's arrays of the process took.
     check              what ``check=True`` found.
+    nothing            why ``auto`` fuses nothing on this machine; empty where it does.
     """
 
     tallies: dict[str, Tally] = field(default_factory=dict)
@@ -82,11 +83,31 @@ class PatchReport:
     bytes_before: int = 0
     bytes_after: int = 0
     check: Check | None = None
+    nothing: str = ""
     count: Callable[[], tuple[int, int] | None] = field(default=_uncounted, repr=False)
 
     def __getstate__(self) -> dict[str, object]:
         """A copy, or a pickle, is of the text: it does not reach the model."""
         return {**vars(self), "count": _uncounted}
+
+    def add(
+        self,
+        places: Iterable[Candidate | Skip],
+        fused: Sequence[Candidate],
+        skipped: Sequence[Skip],
+    ) -> None:
+        """What some detectors have found, and what became of it."""
+        for place in places:
+            self.tallies.setdefault(place.name, Tally()).total += 1
+        for candidate in fused:
+            self.tallies[candidate.name].fused.append(candidate.formats)
+        order = {name: i for i, name in enumerate(self.tallies)}
+
+        def place_of(each: Candidate | Skip) -> tuple[object, ...]:
+            return order[each.name], natural(each.path)
+
+        self.fused = sorted([*self.fused, *fused], key=place_of)
+        self.skipped = sorted([*self.skipped, *skipped], key=place_of)
 
     @cached_property
     def dispatches(self) -> tuple[int, int] | None:
@@ -121,6 +142,7 @@ class PatchReport:
             "fused": [{"fusion": c.name, "path": c.path, "formats": c.formats} for c in self.fused],
             "skipped": [s._asdict() for s in self.skipped],
             "disabled": self.disabled,
+            "nothing": self.nothing,
             "bytes": {"before": self.bytes_before, "after": self.bytes_after},
             "dispatches": self.dispatches
             and {"before": self.dispatches[0], "after": self.dispatches[1]},
@@ -130,7 +152,8 @@ class PatchReport:
 
     def __str__(self) -> str:
         tallies = (f"{LABELS.get(name, name)} {tally}" for name, tally in self.tallies.items())
-        lines = [", ".join(tallies) or "nothing fused"]
+        why = f"nothing fused: {self.nothing}" if self.nothing else "nothing fused"
+        lines = [", ".join(tallies) or why]
         reasons = Counter((s.name, s.reason) for s in self.skipped)
         lines += [
             f"{LABELS.get(name, name)} not fused in {count}: {reason}"

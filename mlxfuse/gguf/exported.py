@@ -39,7 +39,7 @@ LAYOUT = hashlib.sha256(
     repr([(f.name, f.streams) for f in FORMATS.values() if f.streams]).encode()
 ).hexdigest()[:16]
 
-_NUMPY = {"U8": "uint8", "U32": "uint32", "F16": "float16"}
+_NUMPY = {"U8": "uint8", "U16": "uint16", "U32": "uint32", "F16": "float16"}
 
 
 @dataclass(frozen=True, slots=True)

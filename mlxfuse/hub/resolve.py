@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 from ..errors import DownloadError, ModelRefError
-from ..gguf.exported import is_export
 from ..terminal import one_line
 from .demo import ensure_demo
 from .download import Progress, fetch
-
-DEFAULT_QUANT = "Q4_K_M"
-MAX_SHARDS = 1000
+from .folders import candidates, checkpoint_files, choose, in_folder, is_complete
 
 _HUB_PREFIX = re.compile(
     r"(?:(?:https?://)?(?:www\.)?(?:hf\.co|huggingface\.co)/|hf:(?://)?)", re.IGNORECASE
@@ -34,16 +31,6 @@ _FILE_PAGE = re.compile(
     r"(?:[?#].*)?",
     re.ASCII,
 )
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})")
-# The quantisation stands at the end of a file's name: model-Q4_K_M, model.i1-IQ3_XXS, UD-Q2_K_XL.
-_QUANT = re.compile(
-    r"(?:^|[-._])(?P<quant>(?:UD-)?(?:I?Q\d(?:_[A-Z0-9]+)*|TQ\d_\d|MXFP4(?:_MOE)?|NVFP4|BF16|F(?:P)?(?:16|32)))$",
-    re.IGNORECASE,
-)
-# Files beside a model that are not the model.
-_COMPANION = re.compile(
-    r"(?:^|[-._/])(?:mmproj|imatrix|draft|mtp|eagle3?)(?:[-._/]|$)", re.IGNORECASE
-)
 
 
 @dataclass(frozen=True)
@@ -55,30 +42,25 @@ class Ref:
     choice: str | None
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One model of a repository: its quantisation, if its name tells, and all its shards."""
-
-    quant: str | None
-    files: tuple[str, ...]
-
-
 def resolve(
     ref: str | None,
     *,
     revision: str | None = None,
     progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Path:
-    """The path of the GGUF file (its first shard) that ``ref`` names, downloaded if need be and
-    ``HF_HUB_OFFLINE`` does not forbid it.
+    """The path of what ``ref`` names, downloaded if need be and ``HF_HUB_OFFLINE`` does not
+    forbid it: a GGUF file (its first shard), or the folder of an export or of an MLX-LM checkpoint.
 
     Args:
-        ref: a path; ``org/repo[@revision][:choice]``, also with ``hf.co/``, ``hf:`` or the
-            address of a file's page in front, where ``choice`` is a quantisation or a file's
-            name in any case (default: Q4_K_M, or the only model there is); None for the
-            demo model. A path that exists wins.
+        ref: a path, also of a folder with GGUF files and ``folder:choice``;
+            ``org/repo[@revision][:choice]``, also with ``hf.co/``, ``hf:`` or the address of a
+            file's page in front, where ``choice`` is a quantisation or a file's name in any case
+            (default: the only model there is, or Q4_K_M); None for the demo model. A path that
+            exists wins.
         revision: branch, tag or commit of the repository.
         progress: called as (label, bytes done, bytes in all).
+        note: called where the hub cannot be reached and what is cached is used.
 
     Raises:
         ModelRefError: nothing has that name, or several things have.
@@ -86,28 +68,38 @@ def resolve(
     """
     if ref is None:
         return ensure_demo(progress=progress, offline=_hub_offline())
-    path = Path(ref).expanduser()
-    try:
-        mode = path.stat().st_mode if ref else None
-    except (OSError, ValueError):
-        mode = None
-    if mode is not None:
-        if not (stat.S_ISREG(mode) or is_export(path)):
-            what = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-            raise ModelRefError(
-                f"{one_line(ref)} is {what}; expected a .gguf file, "
-                "or a folder that mlxfuse export wrote"
-            )
+    here = _local(ref)
+    if here is not None:
         if revision:
             raise ModelRefError(f"{one_line(ref)} is a file: a revision is for hub repositories")
-        return path
+        return here
     parsed = parse(ref)
     if revision and parsed.revision and revision != parsed.revision:
         raise ModelRefError(f"two revisions are given: {parsed.revision} and {revision}")
     wanted = Ref(parsed.repo, revision or parsed.revision, parsed.choice)
     if _hub_offline():
         return _from_cache(wanted)
-    return _from_hub(wanted, progress)
+    return _from_hub(wanted, progress, note)
+
+
+def _local(ref: str) -> Path | None:
+    """What is at a path, or in the folder of ``folder:choice``; None where nothing is."""
+    for text, choice in ((ref, None), ref.rpartition(":")[::2]):
+        path = Path(text).expanduser()
+        try:
+            mode = path.stat().st_mode if text else None
+        except (OSError, ValueError):
+            mode = None
+        if mode is None or (choice is not None and not (choice and stat.S_ISDIR(mode))):
+            continue
+        if stat.S_ISDIR(mode):
+            return in_folder(path, choice)
+        if not stat.S_ISREG(mode):
+            raise ModelRefError(
+                f"{one_line(ref)} is not a regular file; expected a .gguf file or a folder"
+            )
+        return path
+    return None
 
 
 def parse(ref: str) -> Ref:
@@ -119,95 +111,19 @@ def parse(ref: str) -> Ref:
     prefix = _HUB_PREFIX.match(ref)
     rest = ref[prefix.end() :] if prefix else ref
     match = _REPO.fullmatch(rest.rstrip("/")) or (_FILE_PAGE.fullmatch(rest) if prefix else None)
-    if match and (prefix or ":" in rest or not rest.lower().endswith(".gguf")):
+    if match and (prefix or not _is_a_path(rest)):
         return Ref(match["repo"], match["revision"], match["choice"])
     raise ModelRefError(
-        f"{one_line(ref)}: no such file; expected the path of a .gguf file "
-        "or a hub repository such as org/repo:Q4_K_M"
+        f"{one_line(ref) or 'an empty name'}: no such file; expected the path of a .gguf file or "
+        "a folder, or a hub repository such as org/repo:Q4_K_M"
     )
 
 
-def candidates(names: Iterable[str]) -> list[Candidate]:
-    """The models among a repository's file names; incomplete shard sets are left out.
-
-    Projectors, importance matrices and draft models are never among them.
-    """
-    found: list[Candidate] = []
-    shards: dict[tuple[str, int], dict[int, str]] = {}
-    for name in sorted(set(names)):
-        if not _is_safe(name) or not name.lower().endswith(".gguf"):
-            continue
-        stem = name[: -len(".gguf")]
-        if _COMPANION.search(stem):
-            continue
-        if shard := _SHARD.fullmatch(stem):
-            key = (shard["stem"], int(shard["count"]))
-            shards.setdefault(key, {})[int(shard["index"])] = name
-        else:
-            found.append(Candidate(_quant(stem), (name,)))
-    for (stem, count), parts in shards.items():
-        if count <= MAX_SHARDS and sorted(parts) == list(range(1, count + 1)):
-            found.append(Candidate(_quant(stem), tuple(parts[i] for i in sorted(parts))))
-    return found
-
-
-def _quant(stem: str) -> str | None:
-    match = _QUANT.search(stem.rpartition("/")[2])
-    return match["quant"].upper() if match else None
-
-
-def _is_safe(name: str) -> bool:
-    """Whether a listed name is a plain relative path of printable characters."""
-    parts = name.split("/")
-    return (
-        name.isprintable()
-        and "\\" not in name
-        and len(name) <= 1000
-        and all(0 < len(part.encode()) <= 255 and part not in (".", "..") for part in parts)
-    )
-
-
-def choose(ref: Ref, names: Sequence[str]) -> tuple[str, ...]:
-    """The file names, in shard order, of the one model that ``ref`` names.
-
-    Raises:
-        ModelRefError: none or several match; the message lists what there is.
-    """
-    models = candidates(names)
-    if ref.choice is None:
-        wanted = DEFAULT_QUANT
-        matches = [m for m in models if m.quant == wanted] or (models if len(models) == 1 else [])
-    else:
-        wanted = ref.choice
-        # A draft model is there for who names its file: --draft-model needs it.
-        named = [n for n in names if _is_safe(n) and n.lower().endswith(".gguf")]
-        matches = [m for m in models if (m.quant or "").lower() == wanted.lower()]
-        matches = matches or [m for m in models if _has_file(m, wanted)]
-        matches = matches or [
-            Candidate(None, (n,)) for n in named if _has_file(Candidate(None, (n,)), wanted)
-        ]
-    if len(matches) == 1:
-        return matches[0].files
-    if not models:
-        raise ModelRefError(f"{ref.repo} has no complete GGUF model")
-    listed = sorted({_label(m, models) for m in (matches or models)}, key=str.lower)
-    problem = "names several models" if matches else "is not there"
-    raise ModelRefError(
-        f"{ref.repo}: {one_line(wanted)} {problem}; choose with {ref.repo}:NAME among\n  "
-        + "\n  ".join(one_line(label) for label in listed)
-    )
-
-
-def _has_file(model: Candidate, wanted: str) -> bool:
-    first = model.files[0].lower()
-    return wanted.lower() in (first, first.rpartition("/")[2])
-
-
-def _label(model: Candidate, models: Sequence[Candidate]) -> str:
-    """The quantisation where it is enough to name the model, else its first file."""
-    if model.quant and sum(m.quant == model.quant for m in models) == 1:
-        return model.quant
-    return model.files[0]
+def _is_a_path(ref: str) -> bool:
+    """Whether someone who writes this means a path: it ends so, or begins in a folder here."""
+    if ":" not in ref and ref.lower().endswith(".gguf"):
+        return True
+    return Path(ref.partition("/")[0]).is_dir()
 
 
 def _hub_offline() -> bool:
@@ -216,24 +132,44 @@ def _hub_offline() -> bool:
     return bool(HF_HUB_OFFLINE)
 
 
-def _from_hub(ref: Ref, progress: Progress | None) -> Path:
-    """Download what ``ref`` names, every shard at the same commit."""
+def _from_hub(ref: Ref, progress: Progress | None, note: Callable[[str], None] | None) -> Path:
+    """Download what ``ref`` names, every file at the same commit."""
     from huggingface_hub.errors import HfHubHTTPError
 
     # The root error class of the HTTP library that this huggingface_hub uses.
     transport_error = cast(type[Exception], HfHubHTTPError.__bases__[0])
     try:
         commit, names = _listing(ref)
-        files = choose(ref, names)
+        files, in_whole = _files(ref, names)
         paths = [_file_from_hub(ref.repo, name, commit, progress) for name in files]
-    except HfHubHTTPError as error:
-        raise DownloadError(_refusal(ref, error)) from error
     except (transport_error, OSError) as error:
-        raise DownloadError(
-            f"{ref.repo}: the hub cannot be reached ({error}); "
-            "HF_HUB_OFFLINE=1 uses what is already downloaded"
-        ) from error
-    return paths[0]
+        refused = isinstance(error, HfHubHTTPError)
+        if refused and getattr(getattr(error, "response", None), "status_code", 0) < 500:
+            raise DownloadError(_refusal(ref, error)) from error
+        try:
+            cached = _from_cache(ref)
+        except DownloadError:
+            raise DownloadError(
+                f"{ref.repo}: the hub cannot be reached ({one_line(str(error), 300)}), it is not "
+                "in the cache, and there is no such file or folder here"
+            ) from error
+        if note is not None:
+            note(f"{ref.repo}: the hub cannot be reached; using what is cached")
+        return cached
+    return paths[0].parent if in_whole else paths[0]
+
+
+def _files(ref: Ref, names: Sequence[str]) -> tuple[Sequence[str], bool]:
+    """The files that ``ref`` means, and whether their folder is the model: a checkpoint."""
+    checkpoint = checkpoint_files(names)
+    if checkpoint and not candidates(names):
+        if ref.choice is not None:
+            raise ModelRefError(
+                f"{ref.repo} is an MLX-LM checkpoint, which has no {one_line(ref.choice)}: leave "
+                f"out what is behind the colon"
+            )
+        return checkpoint, True
+    return choose(ref.repo, ref.choice, names), False
 
 
 def _listing(ref: Ref) -> tuple[str, list[str]]:
@@ -254,7 +190,7 @@ def _listing(ref: Ref) -> tuple[str, list[str]]:
     return info.sha, names
 
 
-def _refusal(ref: Ref, error: OSError) -> str:
+def _refusal(ref: Ref, error: Exception) -> str:
     from huggingface_hub.errors import (
         GatedRepoError,
         RepositoryNotFoundError,
@@ -334,7 +270,11 @@ def _from_cache(ref: Ref) -> Path:
             for f in snapshot.files
         }
         try:
-            return names[choose(ref, list(names))[0]]
+            files, in_whole = _files(ref, list(names))
+            if not in_whole:
+                return names[files[0]]
+            if is_complete(snapshot.snapshot_path, names):
+                return Path(snapshot.snapshot_path)
         except ModelRefError as error:
             missing = missing or error
     raise DownloadError(

@@ -1,31 +1,30 @@
-from .runtime.kernel import (
-    Prepared,
-    assumed,
-    assuming_metal,
+"""Kernels: functions of MLX arrays, each with its Metal source and its meaning in MLX operations.
+
+Nothing here knows of models or modules; that is ``nn``.
+"""
+
+from .runtime.backend import (
+    Backend,
+    backend,
     counts,
     disabled,
     fallbacks,
     launches,
-    noted,
-    opaque,
-    ready,
     summary,
     unavailable,
-    wanted,
+    using,
 )
+from .runtime.kernel import Prepared
 
 __all__ = [
+    "Backend",
     "Prepared",
-    "assumed",
-    "assuming_metal",
+    "backend",
     "counts",
     "disabled",
     "fallbacks",
     "launches",
-    "noted",
-    "opaque",
-    "ready",
     "summary",
     "unavailable",
-    "wanted",
+    "using",
 ]

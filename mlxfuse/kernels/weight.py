@@ -16,6 +16,7 @@ FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 
 _DTYPES: dict[str, mx.Dtype] = {
     "uint8": mx.uint8,
+    "uint16": mx.uint16,
     "uint32": mx.uint32,
     "float16": mx.float16,
 }

@@ -6,10 +6,34 @@ whose layers look like its own.
 
 from __future__ import annotations
 
-from .families import gemma, gemma4, gpt_oss, llama, olmo, phi3, qwen35, qwen_moe
+from .families import (
+    gemma,
+    gemma4,
+    glm4,
+    gpt_oss,
+    layer_norm,
+    llama,
+    muse_glimmer,
+    olmo,
+    phi3,
+    qwen35,
+    qwen_moe,
+)
 from .table import Architecture
 
-_FAMILIES = (gemma, gemma4, gpt_oss, llama, olmo, phi3, qwen35, qwen_moe)
+_FAMILIES = (
+    gemma,
+    gemma4,
+    glm4,
+    gpt_oss,
+    layer_norm,
+    llama,
+    muse_glimmer,
+    olmo,
+    phi3,
+    qwen35,
+    qwen_moe,
+)
 
 ARCHITECTURES: dict[str, Architecture] = {
     row.name: row for row in sorted((r for f in _FAMILIES for r in f.ROWS), key=lambda r: r.name)

@@ -54,11 +54,11 @@ def build(
     account = account or Account()
     module = import_module(config.architecture.module)
     model: nn.Module = module.Model(module.ModelArgs.from_dict(config.args))
-    if hasattr(model, "sanitize"):
-        # gemma3 learns here, from the names of the weights, whether its output head is tied.
-        model.sanitize({} if config.tied else {"lm_head.weight": None})
     _set_ropes(file, model, config)
     _check_parameters(model, weights)
+    for path, value in config.values.items():
+        parent, name = _parent(model, path)
+        setattr(parent, name, mx.array(value))
     left = memory.available() // 2 if budget is None else budget
     loader = StreamLoader(file, account)
     for group in groups(weights):
@@ -202,7 +202,7 @@ def _set_ropes(file: GGUFFile, model: nn.Module, config: Config) -> None:
                     f"layer {i} has no rotary embedding there, and has one in the file"
                 )
             attention.rope = made[rope]
-        elif attention is not None and "dims" in vars(attention.get("rope")):
+        elif attention is not None and hasattr(attention.get("rope"), "dims"):
             attention.rope = NoRoPE()
 
 
@@ -233,7 +233,8 @@ def _check_parameters(model: nn.Module, weights: Plan) -> None:
     expected = {
         name: value.shape[: 2 if ".conv1d." in name else None]  # of each channel alone
         for name, value in parameters
-        if not name.endswith(".bias")  # a linear has the biases that the file has
+        # A linear has the biases that the file has.
+        if not name.endswith(".bias") and name not in weights.config.values
     }
     if wrong := sorted(filled.items() ^ expected.items()):
         name, _ = wrong[0]

@@ -64,6 +64,7 @@ def read_config(file: GGUFFile, context_length: int | None = None) -> Config:
         types=arch.rope_types,
         partial=arch.partial_rope,
         pairs=arch.rope_layout == "interleaved",
+        yarn_log=arch.yarn_log,
     )
     tied = "output.weight" not in file.tensors
     if tied and not arch.may_tie:
@@ -80,11 +81,11 @@ def read_config(file: GGUFFile, context_length: int | None = None) -> Config:
         "head_dim": head,
         "attention_bias": False,  # linears have the biases that the file has
         "mlp_bias": False,
-        "rms_norm_eps": epsilon,
-        "layer_norm_eps": epsilon,
+        **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "norm_eps", "norm_epsilon"), epsilon),
         "vocab_size": sizes["vocab"],
         "max_position_embeddings": context,
         "rope_theta": rope.base,
+        **({"partial_rotary_factor": rope.dims / head} if arch.partial_rope else {}),
         "tie_word_embeddings": tied,
         **expert_args,
         **{field: sizes[name] for field, name in arch.same.items()},

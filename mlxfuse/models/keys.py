@@ -56,6 +56,19 @@ class Keys:
             )
         return [int(value) for value in array[:layers]]
 
+    def floats(self, key: str, layers: int) -> list[float]:
+        """A number for each layer, which the file gives one by one or once for all, under its
+        full name, without the architecture's.
+        """
+        values = self.file.metadata.get(key)
+        if not isinstance(values, np.ndarray):
+            return [self.file.get(key, float)] * layers
+        if values.dtype.kind not in "fiu" or len(values) < layers:
+            raise GGUFError(
+                self.file.path, f"{key} is not a list of {layers} numbers, one for each layer"
+            )
+        return [float(value) for value in values[:layers]]
+
     def count(self, key: str, default: int | None = None) -> int:
         """A positive integer; of an array with one value per layer, which must be uniform but
         for an ``uneven`` key, the first.

@@ -159,10 +159,15 @@ class Group:
         return [source for weight in self.weights for source in weight.weight]
 
     @property
-    def has_kernel(self) -> bool:
+    def readable(self) -> bool:
         """Whether all rows are of formats that kernels read."""
         matrices = all(len(weight.shape) > 1 for weight in self.weights)
-        return matrices and all(source.format.kernel for source in self.sources)
+        return matrices and all(source.format.traits for source in self.sources)
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether kernels read all rows, and some are of types that MLX does not multiply."""
+        return self.readable and any(source.format.kernel for source in self.sources)
 
 
 def groups(weights: Plan) -> Iterator[Group]:
@@ -172,10 +177,11 @@ def groups(weights: Plan) -> Iterator[Group]:
         for weight in layer:
             found.setdefault(weight.group or weight.module, []).append(weight)
         for members in found.values():
-            single = [Group((weight,)) for weight in members]
-            if together := tuple(g.weights[0] for g in single if g.has_kernel):
-                yield Group(together)
-            yield from (g for g in single if not g.has_kernel)
+            together = Group(tuple(w for w in members if Group((w,)).readable))
+            shared = together.weights if together.has_kernel else ()
+            if shared:
+                yield together
+            yield from (Group((w,)) for w in members if not any(w is s for s in shared))
 
 
 def first_rows(sources: Sequence[RowSource]) -> tuple[list[int], dict[Format, int]]:

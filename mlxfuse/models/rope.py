@@ -21,6 +21,8 @@ class Rope:
     scale     q and k are multiplied by this.
     factors   tensor that divides the frequencies, [dims/2], or empty.
     yarn      original context in tokens if the scaling is YaRN, else 0.
+    turns     with YaRN, the turns over the original context that the pairs at the ends of its ramp
+              make: those that turn more often keep their frequency.
     pairs     components 2i and 2i+1 belong together, else i and i + dims/2.
     """
 
@@ -30,6 +32,7 @@ class Rope:
     scale: float = 1.0
     factors: str = ""
     yarn: int = 0
+    turns: tuple[float, float] = (32.0, 1.0)
     pairs: bool = False
 
     @property
@@ -41,7 +44,7 @@ class Rope:
 
         ``base^(2i/dims)``, times ``factors``; YaRN blends the interpolated and the extrapolated
         frequency by a ramp over i (arXiv 2309.00071, section 3.2) whose ends are the pairs that
-        make 32 turns and 1 turn over the original context, llama.cpp's values for every file.
+        make ``turns`` over the original context.
         """
         extrapolated = self.base ** (np.arange(0, self.dims, 2, dtype=np.float64) / self.dims)
         if factors is not None:
@@ -55,8 +58,8 @@ class Rope:
             period = self.yarn / (turns * 2 * math.pi)
             return self.dims * math.log(period) / (2 * math.log(self.base))
 
-        low = max(0, math.floor(pair(32)))
-        high = min(self.dims - 1, math.ceil(pair(1)))
+        low = max(0, math.floor(pair(self.turns[0])))
+        high = min(self.dims - 1, math.ceil(pair(self.turns[1])))
         ramp = np.clip((np.arange(self.dims // 2) - low) / max(0.001, high - low), 0, 1)
         return (1 / (ramp / interpolated + (1 - ramp) / extrapolated)).astype(np.float32)
 
@@ -70,14 +73,15 @@ def read_rope(
     types: tuple[str, ...],
     partial: bool,
     pairs: bool,
+    yarn_log: float = 0.0,
 ) -> Rope:
     """The rotary embedding of the layers that see the whole context.
 
     Args:
         head: components of a head.
         trained, used: tokens of the file's context and of the one it is opened for.
-        types, partial, pairs: what the architecture's table says: ``rope_types``,
-            ``partial_rope``, and whether its ``rope_layout`` is interleaved.
+        types, partial, pairs, yarn_log: what the architecture's table says: ``rope_types``,
+            ``partial_rope``, whether its ``rope_layout`` is interleaved, and ``yarn_log``.
 
     Raises:
         UnsupportedError: a scaling that the architecture does not have.
@@ -99,7 +103,7 @@ def read_rope(
     scale = key("rope.scaling.attn_factor", float, 1.0)
     if kind == "none" or (kind == "linear" and factor == 1.0):
         kind, factor = "none", 1.0
-    factors = ""
+    factors, turns = "", (32.0, 1.0)
     if "rope_freqs.weight" in file.tensors:
         kind = "llama3" if kind == "none" else f"{kind} with rope_freqs.weight"
         factors = "rope_freqs.weight"
@@ -124,6 +128,13 @@ def read_rope(
         if base <= 1:
             raise GGUFError(file.path, f"rope.freq_base is {base}; expected more than 1 for YaRN")
         scale *= 1 + 0.1 * math.log(factor) if factor > 1 else 1.0
+        if yarn_log:
+            # What the scale of scores already has (``mscale_all_dim`` in the models' own files).
+            log = key("rope.scaling.yarn_log_multiplier", float, 0.0) * yarn_log
+            scale /= 1 + 0.1 * log * math.log(factor) if factor > 1 else 1.0
+            names = (f"rope.scaling.yarn_beta_{end}" for end in ("fast", "slow"))
+            fast, slow = (key(n, float, turn) for n, turn in zip(names, turns, strict=True))
+            turns = (fast, slow)
     return Rope(
         dims,
         base,
@@ -131,5 +142,6 @@ def read_rope(
         scale,
         factors,
         yarn=original if kind == "yarn" else 0,
+        turns=turns,
         pairs=pairs,
     )

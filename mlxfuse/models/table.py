@@ -78,6 +78,8 @@ class Architecture:
                  ``paired``     the file has 2i and 2i+1 next to each other, the converter's work;
                                 they are taken apart into halves, the order mlx-lm rotates.
                  ``interleaved`` 2i and 2i+1 belong together in both (``traditional`` in MLX).
+    yarn_log     llama.cpp reads the YaRN keys ``yarn_log_multiplier``, which is multiplied by this,
+                 ``yarn_beta_fast`` and ``yarn_beta_slow`` of the architecture's files; 0 if not.
     rope_types   rotary scalings that are supported besides none.
     partial_rope part of a head may be rotated.
     layer_norm   norms subtract the mean (``nn.LayerNorm``); the epsilon has another key.
@@ -105,6 +107,7 @@ class Architecture:
     present: Mapping[str, str] = field(default_factory=dict)
     rope_layout: str = "halves"
     rope_types: tuple[str, ...] = ("linear", "yarn")
+    yarn_log: float = 0.0
     partial_rope: bool = False
     layer_norm: bool = False
     metal_dtype: str = "bfloat16"
@@ -144,6 +147,7 @@ class Config:
     kinds     for each layer, or empty: which of the architecture's ``other_layers`` it is, empty
               for its ``layer``.
     unread    tensors that a file may have and nothing reads.
+    values    path of a parameter of the model -> its value, of those that no tensor has.
     ignored   blocks of the file after the layers, which predict tokens after the next one.
     """
 
@@ -158,6 +162,7 @@ class Config:
     ignored: int = 0
     by_layer: tuple[Mapping[str, int], ...] = ()
     unread: frozenset[str] = frozenset()
+    values: Mapping[str, float] = field(default_factory=dict)
 
     def sizes_of(self, layer: int) -> dict[str, int]:
         """The sizes of one layer."""

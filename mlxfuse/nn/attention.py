@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import scaled_dot_product_attention
 
+from ..kernels import Backend
 from ..kernels.activations import Int8Activations
 from .fused import Form, FusedModule, Run, plus, project
 from .projection import KernelProjection, Projection
@@ -77,9 +78,9 @@ class FusedAttention(FusedModule):
         residual: mx.array | None = None,
     ) -> mx.array:
         """x [B, L, hidden_size] -> the same shape, with ``residual`` added."""
-        if not self._holds():
-            return plus(self._fused.original.__call__(self, x, mask, cache), residual)
         run = Run.of(x)
+        if not self._holds(run.on):
+            return plus(self._fused.original.__call__(self, x, mask, cache), residual)
         heads = self._part(
             self._entering(run), self._enter, self._children, x, self._offset(run, cache)
         )
@@ -87,10 +88,10 @@ class FusedAttention(FusedModule):
         added = () if residual is None else (residual,)
         return self._part(run, self._leave, self._children, output, *added)
 
-    def _holds(self, *, counted: bool = True) -> bool:
+    def _holds(self, on: Backend, *, counted: bool = True) -> bool:
         """`fusible`, with what is fused of it."""
         form = self._fused
-        return self.fusible(form.qkv, form.o, form.rotation, counted=counted)
+        return self.fusible(on, form.qkv, form.o, form.rotation, counted=counted)
 
     def _children(self) -> list[tuple[nn.Module, str]]:
         """The norms of q and k and the linears that are not fused, for `_part`."""
@@ -103,7 +104,7 @@ class FusedAttention(FusedModule):
         form = self._fused
         if form.rotation or not form.rope or type(self[form.rope]) is nn.RoPE:
             return run
-        return Run(run.mode, False)
+        return Run(run.on, False)
 
     def _offset(self, run: Run, cache: Any) -> int | mx.array:
         """The tokens before; as an array where a graph is kept, of which it is an input."""
@@ -111,24 +112,24 @@ class FusedAttention(FusedModule):
         return position(offset) if self._entering(run).kept and isinstance(offset, int) else offset
 
     def _enter(
-        self, mode: str, x: mx.array | Int8Activations, offset: int | mx.array
+        self, on: Backend, x: mx.array | Int8Activations, offset: int | mx.array
     ) -> tuple[mx.array, ...]:
         """x [B, L, hidden_size] -> q, k, v and any gate, [B, heads, L, D], normed and rotated."""
         form = self._fused
-        queries, keys, values = self._projected(x, mode)
+        queries, keys, values = self._projected(x, on)
         gate: tuple[mx.array, ...] = ()
         if form.gated:
             heads = queries.reshape(*queries.shape[:2], form.heads, -1)
             queries, gates = mx.split(heads, 2, axis=-1)
             queries, gate = queries.flatten(2), (gates.transpose(0, 2, 1, 3),)
-        rotated = None if form.rotation is None else form.rotation(queries, keys, offset, mode)
+        rotated = None if form.rotation is None else form.rotation(queries, keys, offset, on)
         queries, keys = rotated or self._rotated(queries, keys, offset)
         values = values.reshape(*values.shape[:2], form.kv_heads, -1).transpose(0, 2, 1, 3)
         return queries, keys, values, *gate
 
     def _leave(
         self,
-        mode: str,
+        on: Backend,
         output: mx.array,
         residual: mx.array | None = None,
         *,
@@ -138,14 +139,14 @@ class FusedAttention(FusedModule):
         form = self._fused
         output = output.transpose(0, 2, 1, 3).flatten(2)
         int8 = int8 and form.int8
-        return project(self, form.output, form.o, output, residual, mode, int8=int8)
+        return project(self, form.output, form.o, output, residual, on, int8=int8)
 
-    def _projected(self, x: mx.array | Int8Activations, mode: str) -> Sequence[mx.array]:
+    def _projected(self, x: mx.array | Int8Activations, on: Backend) -> Sequence[mx.array]:
         form = self._fused
         if isinstance(x, Int8Activations):
             assert isinstance(form.qkv, KernelProjection)
             return form.qkv.integers(x, split=True)
-        parts = None if form.qkv is None else form.qkv.split(x, mode)
+        parts = None if form.qkv is None else form.qkv.split(x, on)
         if parts is not None:
             return parts
         if len(form.linears) < len(form.rows):
@@ -226,10 +227,10 @@ class FusedSharedAttention(FusedAttention):
         """
         form = self._fused
         own = shared_kv is None
-        if not self._holds() or own != (len(form.rows) > 1) or not (own or cache is None):
+        run = Run.of(x)
+        if not self._holds(run.on) or own != (len(form.rows) > 1) or not (own or cache is None):
             found: Any = form.original.__call__(self, x, mask, cache, shared_kv, offset)
             return found
-        run = Run.of(x)
         if own:
             offset = self._offset(run, cache)
             # A cache advances an array in place.
@@ -251,13 +252,13 @@ class FusedSharedAttention(FusedAttention):
         return self._part(run, self._leave, self._children, output), kept, offset
 
     def _enter(
-        self, mode: str, x: mx.array | Int8Activations, offset: int | mx.array
+        self, on: Backend, x: mx.array | Int8Activations, offset: int | mx.array
     ) -> tuple[mx.array, ...]:
         """x [B, L, hidden_size] -> q, or q, k and v, [B, heads, L, D], normed and rotated."""
         form = self._fused
-        parts, rotated = self._projected(x, mode), None
+        parts, rotated = self._projected(x, on), None
         if form.rotation is not None:
-            rotated = form.rotation(parts[0], parts[1] if parts[1:] else None, offset, mode)
+            rotated = form.rotation(parts[0], parts[1] if parts[1:] else None, offset, on)
         if rotated is None:
             rotated = [
                 self[form.rope](self._heads(x, name), offset=offset)

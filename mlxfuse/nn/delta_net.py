@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..kernels import Backend
 from ..kernels.activations import Int8Activations
 from .fused import Form, FusedModule, Run, given
 from .projection import KernelProjection, Projection, no_integers
@@ -51,16 +52,17 @@ class FusedDeltaNet(FusedModule):
         """inputs [B, L, hidden_size] -> the same shape."""
         form = self._fused
         module: Any = self
+        run = Run.of(inputs)
         # With a sharding group their own code changes the inputs' gradient first.
-        if self.fusible(*form.joined) and getattr(self, "sharding_group", None) is None:
+        if self.fusible(run.on, *form.joined) and getattr(self, "sharding_group", None) is None:
             codes = given(inputs) or ()
-            parts = self._part(Run.of(inputs), self._projected, list, inputs, *codes)
+            parts = self._part(run, self._projected, list, inputs, *codes)
             names = [name for group in form.linears for name in group]
             module = _Answering(self, {n: _constant(y) for n, y in zip(names, parts, strict=True)})
         y: mx.array = form.original.__call__(module, inputs, mask, cache)
         return y
 
-    def _projected(self, mode: str, x: mx.array, *codes: mx.array) -> list[mx.array]:
+    def _projected(self, on: Backend, x: mx.array, *codes: mx.array) -> list[mx.array]:
         """x [B, L, hidden_size] -> the result of each of the linears; by its codes, if there are
         any and they take them.
         """
@@ -71,7 +73,7 @@ class FusedDeltaNet(FusedModule):
                 int8 = Int8Activations(codes[0], codes[1], codes[2], x.dtype)
                 parts = projection.integers(int8, split=True)
             else:
-                parts = projection.split(x, mode)
+                parts = projection.split(x, on)
             found += [self[name](x) for name in names] if parts is None else parts
         return found
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..kernels import wanted
+from ..kernels import backend
 from ..kernels.matmul.dequantize import dequantize
 from .fused import Form, FusedModule
 from .projection import KernelProjection
@@ -32,8 +32,8 @@ class FusedEmbedding(FusedModule):
 
     def __call__(self, ids: mx.array) -> mx.array:
         """ids, integers of any shape -> ``[*ids.shape, K]``."""
-        form = self._fused
-        if form.rows is None or not self.fusible(form.rows) or not wanted("dequantize", None):
+        form, on = self._fused, backend()
+        if form.rows is None or not self.fusible(on, form.rows) or not on.takes("dequantize", None):
             own: mx.array = form.original.__call__(self, ids)
             return own
         (segment,) = form.rows.weight.segments

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,6 +21,7 @@ from ..kernels import unavailable
 from ..kernels.matmul.dequantize import dequantize
 from ..kernels.matmul.quantized_matmul import quantized_matmul
 from ..kernels.weight import QuantizedWeight
+from .adapters import lora_switch_linear
 from .linear import Rows, matmul
 from .quantized import Place, _Holder
 
@@ -146,6 +148,12 @@ class QuantizedSwitchLinear(_Holder):
             differentiable=self.training,
         )
         return y[..., None, :]
+
+    def to_lora(self, **options: Any) -> Any:
+        """The layer with low-rank adapters, for mlx-lm's ``linear_to_lora_layers``."""
+        experts = next(iter(self._streams[0].values())).shape[0]
+        shape = (experts, self.weight.rows, self.weight.columns)
+        return lora_switch_linear(self, shape, **options)
 
     def _matrix(self, expert: int) -> mx.array:
         """One expert's, float32 [N, K]."""

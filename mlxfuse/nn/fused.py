@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..kernels import assumed, fallbacks, ready
+from ..kernels import Backend, backend, fallbacks
 from ..kernels.matmul.product import MAX_BATCH
 from .kept_graph import Piece
 from .norm import FusedNorm
@@ -44,23 +44,6 @@ class Form:
     def empty(self) -> bool:
         """Whether no fusion is left in it."""
         return not any(getattr(self, piece) for piece in self.pieces)
-
-
-class _Switch(threading.local):
-    off: bool = False
-
-
-_switch = _Switch()
-
-
-@contextmanager
-def unfused() -> Iterator[None]:
-    """Within, patched modules run their own code in this thread."""
-    before, _switch.off = _switch.off, True
-    try:
-        yield
-    finally:
-        _switch.off = before
 
 
 class _Given(threading.local):
@@ -98,20 +81,18 @@ Fused = Projection | Rotation | FusedNorm
 class Run(NamedTuple):
     """How one call is run.
 
-    mode  `mlxfuse.kernels.ready`.
-    kept  whether by graphs that are kept: not for long inputs, each of which would have another,
-          nor where kernels are emulated or only assumed.
+    on    what runs kernels.
+    kept  whether by graphs that are kept: not for long inputs, each of which would have another.
     """
 
-    mode: str
+    on: Backend
     kept: bool
 
     @classmethod
     def of(cls, x: mx.array) -> Run:
         """Of x ``[..., K]``."""
-        mode = ready()
-        few = x.size <= MAX_BATCH * x.shape[-1]
-        return cls(mode, few and mode not in ("", "emulated") and not assumed())
+        on = backend()
+        return cls(on, on.keeps and x.size <= MAX_BATCH * x.shape[-1])
 
 
 class FusedModule(nn.Module):
@@ -125,13 +106,14 @@ class FusedModule(nn.Module):
         new, kind, state, *rest = of_class(self._fused.original, made)
         return new, kind, {n: v for n, v in state.items() if n != "_fused"}, *rest
 
-    def fusible(self, *pieces: Fused | None, counted: bool = True) -> bool:
+    def fusible(self, on: Backend, *pieces: Fused | None, counted: bool = True) -> bool:
         """Whether this call may be fused: kernels have no gradient, and arrays may have changed.
 
         Args:
+            on: what runs kernels.
             counted: as a fallback, if so.
         """
-        if self.training or _switch.off:
+        if self.training or not on.fused:
             return False
         for piece in pieces:
             if piece is not None and not piece.holds():
@@ -148,7 +130,7 @@ class FusedModule(nn.Module):
         *arrays: Any,
         int8: bool = False,
     ) -> Any:
-        """``function(run.mode, *arrays)``, a method of this module; see `Piece`.
+        """``function(run.on, *arrays)``, a method of this module; see `Piece`.
 
         Args:
             int8: that the function takes too; it has a graph of its own.
@@ -157,7 +139,7 @@ class FusedModule(nn.Module):
         if int8:
             name, function = f"{name}_int8", partial(function, int8=True)
         if not run.kept:
-            return function(run.mode, *arrays)
+            return function(run.on, *arrays)
         form: Form = self._fused
         kept = form.kept
         if form.fusings != Form.changes:
@@ -166,7 +148,7 @@ class FusedModule(nn.Module):
         piece = kept.get(name)
         if piece is None:
             piece = kept[name] = Piece(function, children())
-        return piece(run.mode, *arrays)
+        return piece(run.on, *arrays)
 
 
 @cache
@@ -205,7 +187,7 @@ def project(
     projection: Projection | None,
     x: mx.array,
     residual: mx.array | None,
-    mode: str,
+    on: Backend,
     *,
     int8: bool = False,
 ) -> mx.array:
@@ -219,5 +201,5 @@ def project(
     if residual is None:
         y: mx.array = parent[name](x)
         return y
-    added = None if projection is None else projection.added(x, residual, mode)
+    added = None if projection is None else projection.added(x, residual, on)
     return residual + parent[name](x) if added is None else added

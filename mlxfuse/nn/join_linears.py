@@ -1,4 +1,4 @@
-"""How linears become a `Projection`, or why they do not."""
+"""How linears become a `Projection`; where they do not, `NotFusible` says why."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import switch_layers
 
+from ..errors import NotFusible
 from ..kernels.weight import AffineSegment, Part, QuantizedWeight, type_name
 from .experts import QuantizedSwitchLinear
 from .linear import Linear, matmul
@@ -26,113 +27,109 @@ from .quantized import QuantizedLinear
 LINEARS = (QuantizedLinear, nn.QuantizedLinear, Linear, nn.Linear)
 
 
-def single(parent: nn.Module, name: str) -> Projection | str:
-    """One linear, for its epilogue; nothing is copied. Or why not."""
+def single(parent: nn.Module, name: str) -> Projection:
+    """One linear, for its epilogue; nothing is copied.
+
+    Raises:
+        NotFusible: it is a linear that cannot add anything.
+    """
     linear = parent[name]
     if type(linear) is QuantizedLinear:
         return KernelProjection(parent, [name], linear.weight, linear.get("bias"), stock=False)
     if type(linear) is nn.QuantizedLinear:
-        segment = _segment(linear, linear)
-        if isinstance(segment, str):
-            return segment
-        weight = QuantizedWeight.whole(segment)
+        weight = QuantizedWeight.whole(_segment(linear))
         return KernelProjection(parent, [name], weight, linear.get("bias"), stock=True)
     if type(linear) in (Linear, nn.Linear) and "bias" not in linear:
         return DenseProjection(parent, name, linear)
-    return f"{name} is {describe(linear)}, which cannot add it"
+    biased = " with a bias" if "bias" in linear else ""
+    raise NotFusible(f"{name} is {describe(linear)}{biased}, which cannot add it")
 
 
-def cut(parent: nn.Module, name: str, rows: Sequence[int]) -> Projection | str:
-    """One linear as several of so many ``rows``; nothing is copied. Or why not."""
+def cut(parent: nn.Module, name: str, rows: Sequence[int]) -> Projection:
+    """One linear as several of so many ``rows``; nothing is copied.
+
+    Raises:
+        NotFusible: it cannot be told apart so.
+    """
     linear = parent[name]
     if type(linear) not in LINEARS:
-        return f"its linear is {describe(linear)}"
+        raise NotFusible(f"its linear is {describe(linear)}")
     whole = linear.weight.rows if isinstance(linear, QuantizedLinear) else linear.weight.shape[0]
     if sum(rows) != whole:
-        return "its matrix has other rows than its parts"
-    if isinstance(linear, QuantizedLinear):
-        parts = _cut_parts(linear.weight.parts, rows)
-        if parts is None:
-            return "its matrix has other rows than its parts"
-        return KernelProjection(
-            parent, [name], QuantizedWeight(parts), linear.get("bias"), stock=False
-        )
-    if isinstance(linear, nn.QuantizedLinear):
-        segment = _segment(linear, linear)
-        if not isinstance(segment, str):
-            starts = [0, *accumulate(rows)]
-            split = tuple(Part(segment, a, n) for a, n in zip(starts, rows, strict=False))
-            return KernelProjection(
-                parent, [name], QuantizedWeight(split), linear.get("bias"), stock=True
-            )
+        raise NotFusible("its matrix has other rows than its parts")
+    stock = not isinstance(linear, QuantizedLinear)
+    if not stock or (isinstance(linear, nn.QuantizedLinear) and _has_kernel(linear)):
+        held = [_part(linear)] if stock else linear.weight.parts
+        weight = QuantizedWeight(_cut_parts(held, rows))
+        return KernelProjection(parent, [name], weight, linear.get("bias"), stock=stock)
     formats = [format_of(linear)] * len(rows)
     return JoinedProjection(parent, [name], formats, rows, _multiplication(linear, linear))
 
 
-def refusal(linears: Sequence[nn.Module]) -> str | None:
-    """Why the linears cannot be joined, or None."""
+def check_joinable(linears: Sequence[nn.Module]) -> None:
+    """Nothing where `join` can join the linears.
+
+    Raises:
+        NotFusible: it cannot.
+    """
     if any(type(x) not in LINEARS for x in linears) or len({_family(x) for x in linears}) > 1:
-        return "its linears are " + " and ".join(sorted({describe(x) for x in linears}))
+        kinds = sorted({describe(x) for x in linears})
+        raise NotFusible("its linears are " + " and ".join(kinds))
     if len({_columns(x) for x in linears}) > 1:
-        return "its linears have different inputs"
+        raise NotFusible("its linears have different inputs")
     if _family(linears[0]) is nn.Linear and len({x.weight.dtype for x in linears}) > 1:
-        return "its linears have different types"
-    if _family(linears[0]) is nn.QuantizedLinear:
-        without = [s for s in (_segment(x, x) for x in linears) if isinstance(s, str)]
-        if without and len({_stock_kind(x) for x in linears}) > 1:
-            return without[0]
-        if (
-            len(
-                {x.bias.dtype for x in linears if "bias" in x}
-                | {x.scales.dtype for x in linears if x.mode == "affine"}
-            )
-            > 1
-        ):
-            return "its linears have different types"
-    return None
+        raise NotFusible("its linears have different types")
+    if _family(linears[0]) is not nn.QuantizedLinear:
+        return
+    if len({_stock_kind(x) for x in linears}) > 1:
+        for linear in linears:
+            _segment(linear)
+    types = {x.bias.dtype for x in linears if "bias" in x}
+    if len(types | {x.scales.dtype for x in linears if x.mode == "affine"}) > 1:
+        raise NotFusible("its linears have different types")
 
 
-def embedding_rows(embedding: nn.QuantizedEmbedding) -> KernelProjection | str:
-    """The weight of MLX's quantised embedding; nothing is copied. Or why not."""
-    segment = _segment(embedding, embedding)
-    if isinstance(segment, str):
-        return segment
-    return KernelProjection(embedding, (), QuantizedWeight.whole(segment), None, stock=True)
+def embedding_rows(embedding: nn.QuantizedEmbedding) -> KernelProjection:
+    """The weight of MLX's quantised embedding; nothing is copied.
+
+    Raises:
+        NotFusible: there is no kernel for it.
+    """
+    weight = QuantizedWeight.whole(_segment(embedding))
+    return KernelProjection(embedding, (), weight, None, stock=True)
 
 
-def experts_refusal(linears: Sequence[nn.Module]) -> str | None:
-    """Why the experts of switch linears cannot be joined, or None."""
+def check_experts(linears: Sequence[nn.Module]) -> None:
+    """Nothing where `join_experts` can join the switch linears.
+
+    Raises:
+        NotFusible: it cannot.
+    """
     kinds = {type(x) for x in linears}
     if len(kinds) > 1 or not kinds <= {switch_layers.QuantizedSwitchLinear, QuantizedSwitchLinear}:
-        return "its experts are " + " and ".join(sorted({kind.__name__ for kind in kinds}))
+        raise NotFusible("its experts are " + " and ".join(sorted(kind.__name__ for kind in kinds)))
     if kinds == {QuantizedSwitchLinear}:
-        shapes = {(x.weight.rows, x.weight.columns, x.weight.experts) for x in linears}
-        return "gate and up have different shapes" if len(shapes) > 1 else None
+        if len({(x.weight.rows, x.weight.columns, x.weight.experts) for x in linears}) > 1:
+            raise NotFusible("gate and up have different shapes")
+        return
     if any(x.bits is None or x.group_size is None for x in linears):
-        return "its experts do not tell their bits and group size"
+        raise NotFusible("its experts do not tell their bits and group size")
     if len({_columns(x) for x in linears}) > 1 or len({x.scales.dtype for x in linears}) > 1:
-        return "its experts have different inputs or types"
+        raise NotFusible("its experts have different inputs or types")
     if len({x.bias.dtype for x in linears if "bias" in x}) > 1:
-        return "its experts have biases of different types"
-    segments = [_segment(x, x) for x in linears]
-    for segment in segments:
-        if isinstance(segment, str):
-            return segment
-    if len({s.rows for s in segments if not isinstance(s, str)}) > 1:
-        return "gate and up have different rows"
-    return None
+        raise NotFusible("its experts have biases of different types")
+    if len({_segment(x).rows for x in linears}) > 1:
+        raise NotFusible("gate and up have different rows")
 
 
 def join_experts(parent: nn.Module, names: Sequence[str]) -> KernelProjection:
-    """The experts of switch linears together; they must have no `experts_refusal`.
+    """The experts of switch linears together; see `check_experts`.
 
     Nothing is copied but biases, of which the linears' become views.
     """
     linears = [parent[name] for name in names]
     stock = not isinstance(linears[0], QuantizedSwitchLinear)
-    segments = [s for s in (_segment(x, x) for x in linears if stock) if not isinstance(s, str)]
-    parts = tuple(Part(s, 0, s.rows) for s in segments)
-    weight = QuantizedWeight(parts) if stock else _whole(linears)
+    weight = QuantizedWeight(tuple(map(_part, linears))) if stock else _whole(linears)
     bias = _join_biases(linears, [part.rows for part in weight.parts])
     return KernelProjection(parent, names, weight, bias, stock=stock)
 
@@ -140,12 +137,12 @@ def join_experts(parent: nn.Module, names: Sequence[str]) -> KernelProjection:
 def copies(linears: Sequence[nn.Module]) -> bool:
     """Whether `join` puts their rows in new arrays."""
     if isinstance(linears[0], nn.QuantizedLinear):
-        return any(isinstance(_segment(x, x), str) for x in linears)
+        return not all(map(_has_kernel, linears))
     return isinstance(linears[0], nn.Linear)
 
 
 def join(parent: nn.Module, names: Sequence[str]) -> Projection:
-    """The linears together; they must have no `refusal`.
+    """The linears together; see `check_joinable`.
 
     Where there is no kernel, the rows are put one after the other in new arrays, of which the
     linears' arrays become views: nothing is held twice.
@@ -156,9 +153,8 @@ def join(parent: nn.Module, names: Sequence[str]) -> Projection:
     if isinstance(linears[0], QuantizedLinear):
         return KernelProjection(parent, names, _whole(linears), bias, stock=False)
     if not copies(linears):
-        segments = [s for s in (_segment(x, x) for x in linears) if not isinstance(s, str)]
-        parts = tuple(Part(s, 0, s.rows) for s in segments)
-        return KernelProjection(parent, names, QuantizedWeight(parts), bias, stock=True)
+        weight = QuantizedWeight(tuple(map(_part, linears)))
+        return KernelProjection(parent, names, weight, bias, stock=True)
     arrays = _join_arrays(linears)
     held = dict(arrays) if bias is None else {**arrays, "bias": bias}
     formats = [format_of(x) for x in linears]
@@ -203,15 +199,32 @@ def _stock_kind(linear: nn.Module) -> tuple[object, ...]:
     return linear.bits, linear.group_size, linear.mode, linear.scales.dtype
 
 
-def _segment(linear: nn.Module, arrays: Any) -> AffineSegment | str:
-    """The rows in ``arrays``, quantised like those of ``linear``; or why there is no kernel."""
-    held = {"codes": arrays["weight"], "scales": arrays["scales"]}
+def _segment(linear: nn.Module) -> AffineSegment:
+    """The rows of one of MLX's quantised layers, for our kernels.
+
+    Raises:
+        NotFusible: there is no kernel for them.
+    """
+    held = {"codes": linear["weight"], "scales": linear["scales"]}
     if linear.mode == "affine":
-        held["supers"] = arrays["biases"]
+        held["supers"] = linear["biases"]
     try:
         return AffineSegment(linear.bits, linear.group_size, linear.mode, _columns(linear), held)
     except ValueError as error:
-        return str(error)
+        raise NotFusible(str(error)) from error
+
+
+def _part(linear: nn.Module) -> Part:
+    segment = _segment(linear)
+    return Part(segment, 0, segment.rows)
+
+
+def _has_kernel(linear: nn.Module) -> bool:
+    try:
+        _segment(linear)
+    except NotFusible:
+        return False
+    return True
 
 
 def _join_arrays(linears: Sequence[nn.Module]) -> dict[str, mx.array]:
@@ -289,14 +302,18 @@ def _whole(linears: Sequence[nn.Module]) -> QuantizedWeight:
     return QuantizedWeight(tuple(p for linear in linears for p in linear.weight.parts))
 
 
-def _cut_parts(given: Sequence[Part], rows: Sequence[int]) -> tuple[Part, ...] | None:
-    """Parts of so many rows; None if their ends are inside a format's."""
+def _cut_parts(given: Sequence[Part], rows: Sequence[int]) -> tuple[Part, ...]:
+    """Parts of so many rows.
+
+    Raises:
+        NotFusible: their ends are inside a format's.
+    """
     parts, left = [], list(given)
     for count in rows:
         if not left or left[0].rows < count:
-            return None
+            raise NotFusible("its matrix has other rows than its parts")
         part = left.pop(0)
         parts.append(Part(part.segment, part.first, count))
         if part.rows > count:
             left.insert(0, Part(part.segment, part.first + count, part.rows - count))
-    return None if left else tuple(parts)
+    return tuple(parts)

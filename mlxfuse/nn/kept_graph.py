@@ -10,15 +10,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..kernels import disabled, fallbacks, launches
+from ..kernels import Backend, disabled, fallbacks, launches
 from .snapshot import Snapshot
 
-_Key = tuple[str, int, int, tuple[int, ...]]
+_Key = tuple[Backend, int, int, tuple[int, ...]]
 _Graph = tuple[Callable[..., Any], Counter[str]]
 
 
 class Piece:
-    """``function(mode, *arrays)`` as a graph that `mx.compile` keeps, one for each shape.
+    """``function(on, *arrays)`` as a graph that `mx.compile` keeps, one for each shape.
 
     To call a Metal kernel costs the host 4 us and more, its place in a kept graph 0.5; MLX's own
     variable ``MLX_DISABLE_COMPILE=1`` does without. What the function reads besides its arguments
@@ -42,11 +42,11 @@ class Piece:
         self._graphs: dict[_Key, _Graph] = {}
         self._builds = 0
 
-    def __call__(self, mode: str, *arrays: mx.array) -> Any:
+    def __call__(self, on: Backend, *arrays: mx.array) -> Any:
         if not self._holds():
-            return self._function(mode, *arrays)
+            return self._function(on, *arrays)
         # A self-test that fails later is to be heeded; other shapes may have other launches.
-        key = mode, len(disabled), len(arrays), arrays[0].shape
+        key = on, len(disabled), len(arrays), arrays[0].shape
         graph, launched = self._graphs.get(key) or self._keep(key)
         builds = self._builds
         found = graph(*arrays)

@@ -16,8 +16,9 @@ import numpy as np
 from mlx_lm.models.activations import swiglu, swiglu_oai
 
 from .. import blas
-from ..kernels import assumed
+from ..kernels import backend
 from ..kernels.weight import type_name
+from .adapters import lora_linear
 
 # Float rows [start, stop) of a matrix, as float32 [stop - start, columns].
 Rows = Callable[[int, int], np.ndarray]
@@ -57,7 +58,7 @@ def matmul(x: mx.array, weight: mx.array) -> mx.array:
         and x.size > 0
         and mx.default_device() == mx.cpu
         and blas.numpy_is_faster()
-        and not assumed()
+        and backend().values
     )
     if fast:
         try:
@@ -136,6 +137,10 @@ class StreamedLinear(nn.Module):
         ]
         y = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
         return y + self.bias if "bias" in self else y
+
+    def to_lora(self, **options: Any) -> Any:
+        """The layer with a low-rank adapter, for mlx-lm's ``linear_to_lora_layers``."""
+        return lora_linear(self, self._shape, **options)
 
 
 class StreamedEmbedding(nn.Module):

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import _gather_sort, _scatter_unsort
 
 from ..env import switched_off
+from ..kernels import Backend
 from ..kernels.activations import Int8Activations
 from ..kernels.norm.rms_norm import NormResult
 from .attention import FusedAttention
 from .fused import Form, FusedModule, Run, given, giving, plus, project
 from .linear import GATED, PLAIN
 from .norm import FusedNorm
-from .projection import MAX_IDS, KernelProjection, Projection, no_integers
+from .projection import KernelProjection, Projection, no_integers
 
 
 @dataclass
@@ -48,15 +48,16 @@ class FusedMLP(FusedModule):
 
     def __call__(self, x: mx.array, *, residual: mx.array | None = None) -> mx.array:
         """x [..., hidden_size] -> the same shape, with ``residual`` added."""
-        if not self._holds():
+        run = Run.of(x)
+        if not self._holds(run.on):
             return plus(self._fused.original.__call__(self, x), residual)
         codes = given(x)
         arrays = (x,) if residual is None and not codes else (x, residual, *(codes or ()))
-        return self._part(Run.of(x), self._whole, self._children, *arrays, int8=codes is not None)
+        return self._part(run, self._whole, self._children, *arrays, int8=codes is not None)
 
-    def _holds(self, *, counted: bool = True) -> bool:
+    def _holds(self, on: Backend, *, counted: bool = True) -> bool:
         """`fusible`, with what is fused of it."""
-        return self.fusible(self._fused.up, self._fused.down, counted=counted)
+        return self.fusible(on, self._fused.up, self._fused.down, counted=counted)
 
     def _children(self) -> list[tuple[nn.Module, str]]:
         """The linears that are not fused, for `_part`."""
@@ -66,7 +67,7 @@ class FusedMLP(FusedModule):
 
     def _whole(
         self,
-        mode: str,
+        on: Backend,
         x: mx.array | Int8Activations,
         residual: mx.array | None = None,
         *codes: mx.array,
@@ -80,14 +81,14 @@ class FusedMLP(FusedModule):
             assert isinstance(form.up, KernelProjection)
             (hidden,) = form.up.integers(x, activation=form.activation)
         else:
-            hidden = self._activated(mode, x)
+            hidden = self._activated(on, x)
         int8 = int8 and form.int8
-        return project(self, form.output, form.down, hidden, residual, mode, int8=int8)
+        return project(self, form.output, form.down, hidden, residual, on, int8=int8)
 
-    def _activated(self, mode: str, x: mx.array) -> mx.array:
+    def _activated(self, on: Backend, x: mx.array) -> mx.array:
         """What the last linear gets."""
         form = self._fused
-        hidden = None if form.up is None else form.up.activated(x, form.activation, mode)
+        hidden = None if form.up is None else form.up.activated(x, form.activation, on)
         if hidden is not None:
             return hidden
         parts = [self[name](x) for name in form.linears]
@@ -95,136 +96,6 @@ class FusedMLP(FusedModule):
             return PLAIN[form.activation](parts[0])
         gate, up = parts if len(parts) == 2 else mx.split(parts[0], 2, axis=-1)
         return GATED[form.activation](gate, up)
-
-
-@dataclass
-class ExpertsForm(Form):
-    """The variant of mlx-lm's gated experts that a module has.
-
-    linears     names of gate and up.
-    output      name of down.
-    activation  of `mlxfuse.kernels.matmul.quantized_matmul`.
-    up          gate and up, fused.
-    down        for the sum over experts.
-    """
-
-    linears: tuple[str, str]
-    output: str
-    activation: str
-    up: KernelProjection | None = None
-    down: KernelProjection | None = None
-    pieces = ("up", "down")
-
-
-class FusedExperts(FusedModule):
-    """Mixed with the class of mlx-lm's ``SwitchGLU``; see `ExpertsForm`."""
-
-    _fused: ExpertsForm
-
-    def __call__(
-        self,
-        x: mx.array,
-        indices: mx.array,
-        scores: mx.array | None = None,
-        *,
-        cast: bool = False,
-    ) -> mx.array:
-        """x [..., hidden_size], ids of experts [..., k] -> [..., k, hidden_size].
-
-        With ``scores`` [..., k] their sum by these, [..., hidden_size], for `FusedMoE`.
-
-        Args:
-            cast: the sum is of the experts' type, if the scores are of a wider one.
-        """
-        form = self._fused
-        alike = scores is None or cast or scores.dtype == x.dtype
-        if not (alike and self.fusible(form.up, form.down)):
-            y: mx.array = form.original.__call__(self, x, indices)
-            total = _weighted(y, scores)
-            return total.astype(y.dtype) if cast else total
-        codes = given(x) or ()
-        arrays = (x, indices) if scores is None and not codes else (x, indices, scores, *codes)
-        return self._part(Run.of(x), self._whole, self._children, *arrays)
-
-    def _children(self) -> list[tuple[nn.Module, str]]:
-        form = self._fused
-        own = () if form.up is not None else form.linears
-        return [(self, name) for name in (*own, form.output)]
-
-    def _whole(
-        self,
-        mode: str,
-        x: mx.array,
-        indices: mx.array,
-        scores: mx.array | None = None,
-        *codes: mx.array,
-    ) -> mx.array:
-        """All of it; by the codes of x, if there are any and gate and up take them."""
-        form, up = self._fused, self._fused.up
-        hidden = None
-        if up is not None and codes and not up.large(x, indices) and no_integers(up) is None:
-            int8 = Int8Activations(codes[0], codes[1], codes[2], x.dtype)
-            (hidden,) = up.integers(int8, None, form.activation, indices)
-        elif up is not None:
-            hidden = up.gathered(x, indices, mode, activation=form.activation)
-        elif scores is not None and indices.size < MAX_IDS:
-            wide = mx.expand_dims(x, (-2, -3))
-            both = (self[name](wide, indices) for name in form.linears)
-            hidden = GATED[form.activation](*both).squeeze(-2)
-        if hidden is None:
-            y = self._sorted(mode, x, indices)
-        else:
-            if scores is not None and form.down is not None:
-                total = form.down.gathered(hidden, indices, mode, scores=scores)
-                if total is not None:
-                    return total
-            y = self[form.output](mx.expand_dims(hidden, -2), indices).squeeze(-2)
-        return _weighted(y, scores).astype(y.dtype)
-
-    def _sorted(self, mode: str, x: mx.array, indices: mx.array) -> mx.array:
-        """All of it as mlx-lm has it, which sorts many ids; gate and up together if that can be."""
-        form, up = self._fused, self._fused.up
-        y: mx.array
-        if up is None or indices.size < MAX_IDS or not up.takes_many(mode):
-            y = form.original.__call__(self, x, indices)
-            return y
-        rows, ids, order = _gather_sort(mx.expand_dims(x, (-2, -3)), indices)
-        hidden = up.gathered(rows, ids, mode, activation=form.activation, sorted_experts=True)
-        assert hidden is not None
-        y = self[form.output](mx.expand_dims(hidden, -2), ids, sorted_indices=True)
-        y = _scatter_unsort(y, order, indices.shape).squeeze(-2)
-        return y
-
-
-def _weighted(y: mx.array, scores: mx.array | None) -> mx.array:
-    return y if scores is None else (y * scores[..., None]).sum(axis=-2)
-
-
-@dataclass
-class MoEForm(Form):
-    """A block of mlx-lm that sums its experts' results by their scores.
-
-    experts  name of the experts.
-    body     its `__call__`, with the sum left to a `FusedExperts`.
-    sums     whether it is.
-    """
-
-    experts: str
-    body: Callable[..., mx.array]
-    sums: bool = False
-    pieces = ("sums",)
-
-
-class FusedMoE(FusedModule):
-    """Mixed with the class of an mlx-lm block of experts; see `MoEForm`."""
-
-    _fused: MoEForm
-
-    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
-        form = self._fused
-        whole = self.fusible() and isinstance(self[form.experts], FusedExperts)
-        body: Callable[..., mx.array] = form.body if whole else form.original.__call__
-        return body(self, *args, **kwargs)
 
 
 @dataclass
@@ -263,23 +134,27 @@ class FusedBlock(FusedModule):
     ) -> mx.array:
         """x [B, L, hidden_size] -> the same shape."""
         form = self._fused
-        if not self.fusible():
+        run = Run.of(x)
+        if not self.fusible(run.on):
             own: mx.array = form.original.__call__(self, x, mask, cache)
             return own
         mixer, mlp = self[form.mixer], self[form.mlp]
         int8 = bool(form.int8) and not switched_off("int8")
-        if form.mixer_adds and isinstance(mixer, FusedAttention) and mixer._holds(counted=False):
-            run = Run.of(x)
+        if (
+            form.mixer_adds
+            and isinstance(mixer, FusedAttention)
+            and mixer._holds(run.on, counted=False)
+        ):
             arrays = x, mixer._offset(run, cache)
             heads = self._part(
                 mixer._entering(run), self._enter, self._children, *arrays, int8=int8
             )
             output = mixer._attended(heads, mask, cache)
-            if form.mlp_adds and isinstance(mlp, FusedMLP) and mlp._holds(counted=False):
+            if form.mlp_adds and isinstance(mlp, FusedMLP) and mlp._holds(run.on, counted=False):
                 return self._part(run, self._leave, self._children, output, x, int8=int8)
             h, normed, *codes = self._part(run, self._left, self._children, output, x, int8=int8)
         else:
-            h, normed, *codes = self._mixed(x, mask, cache, int8=int8)
+            h, normed, *codes = self._mixed(run, x, mask, cache, int8=int8)
         with giving(normed, tuple(codes)) if int8 else nullcontext():
             if form.mlp_adds and isinstance(mlp, FusedMLP):
                 return mlp(normed, residual=h)
@@ -287,17 +162,17 @@ class FusedBlock(FusedModule):
             return out
 
     def _mixed(
-        self, x: mx.array, mask: mx.array | str | None, cache: Any, *, int8: bool
+        self, run: Run, x: mx.array, mask: mx.array | str | None, cache: Any, *, int8: bool
     ) -> Sequence[mx.array]:
         """`_left` where attention does not add, by its own modules."""
         form, mixer = self._fused, self[self._fused.mixer]
         normed, *codes = self._first(x, int8=int8)
         if form.mixer_adds and isinstance(mixer, FusedAttention):
-            return self._second("", mixer(normed, mask, cache, residual=x), int8=int8)
+            return self._second(run.on, mixer(normed, mask, cache, residual=x), int8=int8)
         how = {"mask": mask, "cache": cache}
         with giving(normed, tuple(codes)) if codes else nullcontext():
             r = mixer(normed, **how) if form.keywords else mixer(normed, mask, cache)
-        h: Sequence[mx.array] = self._part(Run.of(x), self._second, self._children, r, x, int8=int8)
+        h: Sequence[mx.array] = self._part(run, self._second, self._children, r, x, int8=int8)
         return h
 
     def _children(self) -> list[tuple[nn.Module, str]]:
@@ -320,27 +195,27 @@ class FusedBlock(FusedModule):
         return norm if norm is not None and norm.holds() else None
 
     def _enter(
-        self, mode: str, x: mx.array, offset: int | mx.array, *, int8: bool = False
+        self, on: Backend, x: mx.array, offset: int | mx.array, *, int8: bool = False
     ) -> tuple[mx.array, ...]:
         """What comes before attention."""
         found: tuple[mx.array, ...] = self[self._fused.mixer]._enter(
-            mode, self._normed(0, x, int8=int8), offset
+            on, self._normed(0, x, int8=int8), offset
         )
         return found
 
-    def _leave(self, mode: str, output: mx.array, x: mx.array, *, int8: bool = False) -> mx.array:
+    def _leave(self, on: Backend, output: mx.array, x: mx.array, *, int8: bool = False) -> mx.array:
         """What comes after it."""
         form = self._fused
-        h = self[form.mixer]._leave(mode, output, x, int8=int8)
-        y: mx.array = self[form.mlp]._whole(mode, self._normed(1, h, int8=int8), h, int8=int8)
+        h = self[form.mixer]._leave(on, output, x, int8=int8)
+        y: mx.array = self[form.mlp]._whole(on, self._normed(1, h, int8=int8), h, int8=int8)
         return y
 
     def _left(
-        self, mode: str, output: mx.array, x: mx.array, *, int8: bool = False
+        self, on: Backend, output: mx.array, x: mx.array, *, int8: bool = False
     ) -> Sequence[mx.array]:
         """What comes after it and before the MLP; see `_second`."""
-        h = self[self._fused.mixer]._leave(mode, output, x, int8=int8)
-        return self._second(mode, h, int8=int8)
+        h = self[self._fused.mixer]._leave(on, output, x, int8=int8)
+        return self._second(on, h, int8=int8)
 
     def _first(self, x: mx.array, *, int8: bool) -> Sequence[mx.array]:
         """The first norm of x and, if its reader takes them, its codes."""
@@ -350,7 +225,7 @@ class FusedBlock(FusedModule):
         return _arrays(norm(x, outputs=("y", "int8")))
 
     def _second(
-        self, mode: str, x: mx.array, residual: mx.array | None = None, *, int8: bool = False
+        self, on: Backend, x: mx.array, residual: mx.array | None = None, *, int8: bool = False
     ) -> Sequence[mx.array]:
         """h, which is x with the residual, its norm and, if some reader takes them, its codes."""
         form = self._fused

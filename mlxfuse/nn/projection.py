@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..kernels import Prepared, noted, wanted
+from ..kernels import Backend, Prepared
 from ..kernels.activations import Int8Activations
 from ..kernels.matmul.int8_matmul import int8_matmul, unsupported
 from ..kernels.matmul.product import MAX_BATCH, MAX_VECTOR_ROWS
@@ -50,19 +50,19 @@ class Projection(ABC):
         self.holds = Snapshot(held).holds
 
     @abstractmethod
-    def split(self, x: mx.array, mode: str) -> Sequence[mx.array] | None:
+    def split(self, x: mx.array, on: Backend) -> Sequence[mx.array] | None:
         """The result of each linear, x ``[..., K]`` -> ``[..., N]``.
 
         Args:
-            mode: `mlxfuse.kernels.ready`, here and below.
+            on: what runs kernels, here and below.
         """
 
     @abstractmethod
-    def activated(self, x: mx.array, activation: str, mode: str) -> mx.array | None:
+    def activated(self, x: mx.array, activation: str, on: Backend) -> mx.array | None:
         """``act(gate) * up`` of two, or ``act`` of one; see `quantized_matmul` for the names."""
 
     @abstractmethod
-    def added(self, x: mx.array, residual: mx.array, mode: str) -> mx.array | None:
+    def added(self, x: mx.array, residual: mx.array, on: Backend) -> mx.array | None:
         """The result of one linear, plus ``residual``."""
 
 
@@ -98,7 +98,7 @@ class KernelProjection(Projection):
     def _run(
         self,
         x: mx.array,
-        mode: str,
+        on: Backend,
         residual: mx.array | None = None,
         activation: str | None = None,
         experts: mx.array | None = None,
@@ -116,9 +116,10 @@ class KernelProjection(Projection):
             "scores": scores,
             "split": split,
         }
-        if mode and x.size <= MAX_VECTOR_ROWS * x.shape[-1]:  # prompts have lengths of every kind
+        # Not for prompts, which have lengths of every kind.
+        if on.prepares and x.size <= MAX_VECTOR_ROWS * x.shape[-1]:
             free = [a for a in (x, residual, experts, scores) if a is not None]
-            key = (mode, activation, split, *[(a.shape, a.dtype) for a in free])
+            key = (activation, split, *[(a.shape, a.dtype) for a in free])
             prepared = self._prepared.get(key)
             if prepared is None and not self.large(x, experts):
                 if self._refusal(x, residual) is None:
@@ -126,13 +127,13 @@ class KernelProjection(Projection):
                 if prepared is not None:
                     self._prepared[key] = prepared
             if prepared is not None:
-                found = prepared(*free)
+                found = prepared(*free, on=on)
                 if found is not None:
                     return found
                 reason = "it failed its self-test"
         if self._stock:
             reason = reason or self._refusal(x, residual)
-            if self.large(x, experts) or not wanted("quantized_matmul", reason):
+            if self.large(x, experts) or not on.takes("quantized_matmul", reason):
                 return None
         given["sorted_experts"] = sorted_experts
         return quantized_matmul(x, self.weight, bias=self.bias, **given)
@@ -151,18 +152,18 @@ class KernelProjection(Projection):
             return f"activations are {x.dtype} and what is added is {residual.dtype}"
         return None
 
-    def split(self, x: mx.array, mode: str) -> Sequence[mx.array] | None:
-        return self._run(x, mode, split=True)
+    def split(self, x: mx.array, on: Backend) -> Sequence[mx.array] | None:
+        return self._run(x, on, split=True)
 
-    def activated(self, x: mx.array, activation: str, mode: str) -> mx.array | None:
-        found = self._run(x, mode, activation=activation)
+    def activated(self, x: mx.array, activation: str, on: Backend) -> mx.array | None:
+        found = self._run(x, on, activation=activation)
         return None if found is None else found[0]
 
     def gathered(
         self,
         x: mx.array,
         experts: mx.array,
-        mode: str,
+        on: Backend,
         *,
         activation: str | None = None,
         scores: mx.array | None = None,
@@ -177,14 +178,14 @@ class KernelProjection(Projection):
         """
         # The file's own experts know how to multiply without kernels.
         unsorted = self.large(x, experts) and not sorted_experts
-        if not self._stock and (unsorted or not self.takes_many(mode)):
+        if not self._stock and (unsorted or not self.takes_many(on)):
             return None
-        found = self._run(x, mode, None, activation, experts, scores, sorted_experts=sorted_experts)
+        found = self._run(x, on, None, activation, experts, scores, sorted_experts=sorted_experts)
         return None if found is None else found[0]
 
-    def takes_many(self, mode: str) -> bool:
+    def takes_many(self, on: Backend) -> bool:
         """Whether `gathered` takes many ids, if they are sorted."""
-        return not self._stock and (bool(mode) or noted())
+        return not self._stock and on.reason is None
 
     def integers(
         self,
@@ -207,10 +208,10 @@ class KernelProjection(Projection):
             experts=experts,
         )
 
-    def added(self, x: mx.array, residual: mx.array, mode: str) -> mx.array | None:
+    def added(self, x: mx.array, residual: mx.array, on: Backend) -> mx.array | None:
         if not self._stock and residual.dtype != x.dtype:
             return None
-        found = self._run(x, mode, residual)
+        found = self._run(x, on, residual)
         return None if found is None else found[0]
 
 
@@ -236,15 +237,15 @@ class JoinedProjection(Projection):
         self._ends = tuple(accumulate(rows))[:-1]
         self._multiply = multiply
 
-    def split(self, x: mx.array, mode: str) -> Sequence[mx.array]:
+    def split(self, x: mx.array, on: Backend) -> Sequence[mx.array]:
         return list(mx.split(self._multiply(x), self._ends, axis=-1))
 
-    def activated(self, x: mx.array, activation: str, mode: str) -> mx.array:
+    def activated(self, x: mx.array, activation: str, on: Backend) -> mx.array:
         if not self._ends:
             return PLAIN[activation](self._multiply(x))
-        return GATED[activation](*self.split(x, mode))
+        return GATED[activation](*self.split(x, on))
 
-    def added(self, x: mx.array, residual: mx.array, mode: str) -> mx.array:
+    def added(self, x: mx.array, residual: mx.array, on: Backend) -> mx.array:
         return residual + self._multiply(x)
 
 
@@ -255,13 +256,13 @@ class DenseProjection(Projection):
         super().__init__(parent, [name], [type_name(linear.weight.dtype)])
         self._linear = linear
 
-    def split(self, x: mx.array, mode: str) -> Sequence[mx.array]:
+    def split(self, x: mx.array, on: Backend) -> Sequence[mx.array]:
         return (self._linear(x),)
 
-    def activated(self, x: mx.array, activation: str, mode: str) -> mx.array:
+    def activated(self, x: mx.array, activation: str, on: Backend) -> mx.array:
         return PLAIN[activation](self._linear(x))
 
-    def added(self, x: mx.array, residual: mx.array, mode: str) -> mx.array:
+    def added(self, x: mx.array, residual: mx.array, on: Backend) -> mx.array:
         if isinstance(self._linear, Linear) and mx.default_device() == mx.cpu:
             return residual + self._linear(x)  # by the faster BLAS
         return mx.addmm(residual, x, self._linear.weight.T)

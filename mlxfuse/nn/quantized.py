@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,6 +11,7 @@ import mlx.nn as nn
 from ..kernels.matmul.dequantize import dequantize
 from ..kernels.matmul.quantized_matmul import quantized_matmul
 from ..kernels.weight import QuantizedWeight, type_name
+from .adapters import lora_linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,10 @@ class QuantizedLinear(_Holder):
             differentiable=self.training,
         )
         return y
+
+    def to_lora(self, **options: Any) -> Any:
+        """The layer with a low-rank adapter, for mlx-lm's ``linear_to_lora_layers``."""
+        return lora_linear(self, (self.weight.rows, self.weight.columns), **options)
 
 
 class QuantizedEmbedding(_Holder):

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..kernels import Prepared, wanted
+from ..kernels import Backend, Prepared
 from ..kernels.norm.norm_rope import norm_rope, prepare
 from .snapshot import Snapshot
 
@@ -43,25 +43,25 @@ class Rotation:
         self._prepared: dict[tuple[object, ...], Prepared] = {}
 
     def __call__(
-        self, queries: mx.array, keys: mx.array | None, offset: int | mx.array, mode: str
+        self, queries: mx.array, keys: mx.array | None, offset: int | mx.array, on: Backend
     ) -> list[mx.array] | None:
         """[B, L, heads * D] each -> [B, heads, L, D]; None if the modules are to be called."""
         reason = None
         given = (queries,) if keys is None else (queries, keys)
-        if mode:
+        if on.prepares:
             place = position(offset) if isinstance(offset, int) else offset
-            key = (mode, queries.shape, place.ndim, *(x.dtype for x in given))
+            key = (queries.shape, place.ndim, *(x.dtype for x in given))
             prepared = self._prepared.get(key)
             if prepared is None:
                 prepared = prepare(queries, keys, offset=place, **self._options)
                 if prepared is not None and queries.shape[1] <= _KEPT:
                     self._prepared[key] = prepared
             if prepared is not None:
-                found = prepared(*given, place.astype(mx.int32).reshape(-1))
+                found = prepared(*given, place.astype(mx.int32).reshape(-1), on=on)
                 if found is not None:
                     return found
                 reason = "it failed its self-test"
-        if not wanted("norm_rope", reason):
+        if not on.takes("norm_rope", reason):
             return None
         return list(norm_rope(queries, keys, offset=offset, **self._options))
 

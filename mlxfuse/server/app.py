@@ -24,6 +24,8 @@ from starlette.routing import Route
 from ..errors import MLXFuseError
 from ..nn.kv.options import compress_caches
 from ..text.generate import Settings
+from . import anthropic
+from .anthropic import MessagesRequest
 from .engine import Engine, Event, Job, Limits
 from .gate import Gate
 from .prompts import Plan, Planner
@@ -110,7 +112,12 @@ class Application:
 
     def routes(self) -> list[Route]:
         """Each path also without the version in front, as llama.cpp and MLX-LM have it."""
-        posts = {"/chat/completions": self.chat, "/completions": self.completions}
+        posts = {
+            "/chat/completions": self.chat,
+            "/completions": self.completions,
+            "/messages": self.messages,
+            "/messages/count_tokens": self.count_tokens,
+        }
         found = [
             Route(prefix + path, handler, methods=["POST"])
             for path, handler in posts.items()
@@ -124,12 +131,31 @@ class Application:
     async def chat(self, request: Request) -> Response:
         """``/v1/chat/completions``."""
         body = parse(ChatRequest, read_body(await request.body()))
-        return await self._answer(request, body, await self._plan(self._planner.chat, body))
+        return await self._openai(request, body, await self._plan(self._planner.chat, body))
 
     async def completions(self, request: Request) -> Response:
         """``/v1/completions``."""
         body = parse(CompletionRequest, read_body(await request.body()))
-        return await self._answer(request, body, await self._plan(self._planner.completion, body))
+        return await self._openai(request, body, await self._plan(self._planner.completion, body))
+
+    async def _openai(self, request: Request, body: Any, plan: Plan) -> Response:
+        reply = Reply(body, plan, self._tokenizer, self._name)
+        return await self._answer(request, reply, plan, body.stream)
+
+    async def messages(self, request: Request) -> Response:
+        """``/v1/messages``."""
+        body = parse(MessagesRequest, read_body(await request.body()), anthropic.IGNORED)
+        if body.max_tokens is None:
+            raise RequestError("max_tokens: Field required", param="max_tokens")
+        plan = await self._plan(self._planner.chat, body.chat())
+        reply = anthropic.Reply(plan, self._tokenizer, self._name)
+        return await self._answer(request, reply, plan, body.stream)
+
+    async def count_tokens(self, request: Request) -> Response:
+        """``/v1/messages/count_tokens``."""
+        body = parse(MessagesRequest, read_body(await request.body()), anthropic.IGNORED)
+        plan = await self._plan(self._planner.chat, body.chat())
+        return JSONResponse({"input_tokens": len(plan.prompts[0])})
 
     async def models(self, request: Request) -> Response:
         """``/v1/models``: the one that is served."""
@@ -162,9 +188,10 @@ class Application:
             raise RequestError("too many requests wait already", status=503)
         return made
 
-    async def _answer(self, request: Request, body: Any, plan: Plan) -> Response:
-        reply = Reply(body, plan, self._tokenizer, self._name)
-        if body.stream:
+    async def _answer(
+        self, request: Request, reply: Reply | anthropic.Reply, plan: Plan, stream: bool
+    ) -> Response:
+        if stream:
             return StreamingResponse(self._stream(reply, plan), media_type="text/event-stream")
         collect = asyncio.ensure_future(self._collect(reply, plan))
         gone = asyncio.ensure_future(_disconnected(request))
@@ -177,7 +204,7 @@ class Application:
             for task in (collect, gone):
                 task.cancel()
 
-    async def _collect(self, reply: Reply, plan: Plan) -> dict[str, Any]:
+    async def _collect(self, reply: Reply | anthropic.Reply, plan: Plan) -> dict[str, Any]:
         answers = Answers(self._engine, plan)
         async with aclosing(answers.pieces()) as pieces:
             async for found in pieces:
@@ -188,7 +215,7 @@ class Application:
                     answers.done(index)
         return reply.whole()
 
-    async def _stream(self, reply: Reply, plan: Plan) -> AsyncIterator[bytes]:
+    async def _stream(self, reply: Reply | anthropic.Reply, plan: Plan) -> AsyncIterator[bytes]:
         answers = Answers(self._engine, plan)
         try:
             async with aclosing(answers.pieces(_SILENCE)) as pieces:
@@ -224,7 +251,9 @@ def _error_response(request: Request, error: Exception) -> Response:
 
 
 def _body(path: str, error: RequestError) -> dict[str, Any]:
-    return error_body(error)
+    """The form of an error that the clients of this path read."""
+    of = anthropic.error_body if "/messages" in path else error_body
+    return of(error)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -101,6 +101,7 @@ class Engine:
         self._model, self._tokenizer, self._limits = model, tokenizer, limits
         self._draft, self._num_draft_tokens, self._later = draft, num_draft_tokens, later or {}
         self._on_death = on_death
+        mx.eval(model.parameters())  # what is lazy belongs to this thread
         fresh = make_prompt_cache(model)
         mergeable = all(hasattr(cache, "merge") for cache in fresh)
         self._batches = mergeable and draft is None and not later

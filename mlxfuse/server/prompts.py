@@ -218,18 +218,7 @@ class Planner:
             return None
         if not known:
             raise RequestError("tool_choice: required, and there are no tools", param="tools")
-        calls = [
-            {
-                "type": "object",
-                "properties": {
-                    "name": {"const": name},
-                    "arguments": {"type": "object", **function.get("parameters", {})},
-                },
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-            for name, function in known.items()
-        ]
+        calls = [_call_schema(name, each.get("parameters", {})) for name, each in known.items()]
         return calls[0] if len(calls) == 1 else {"anyOf": calls}
 
     def _constraint(
@@ -332,6 +321,13 @@ class Planner:
                 size = self.context if size is None else min(size, self.context)
                 how = {f"{kind}_penalty": penalty, f"{kind}_context_size": size}
                 yield from map(_of_the_answer, make_logits_processors(**how))
+
+
+def _call_schema(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    closed = {"type": "object", "additionalProperties": False}
+    arguments = {**(closed if parameters.get("properties") else {"type": "object"}), **parameters}
+    properties = {"name": {"const": name}, "arguments": arguments}
+    return {**closed, "properties": properties, "required": list(properties)}
 
 
 def _of_the_answer(processor: Any) -> Any:

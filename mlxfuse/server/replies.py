@@ -79,7 +79,8 @@ class Reply:
         """The chunks for what an answer gained; its last has ``finish_reason``."""
         answer = self.answers[index]
         deltas = list(itertools.chain.from_iterable(self._deltas(index, part) for part in parts))
-        if answer.finish is not None or (not deltas and len(answer.tokens) > self._told[index]):
+        told = self._request.top is None or len(answer.tokens) == self._told[index]
+        if answer.finish is not None or not (deltas or told):
             deltas.append({} if self._chat else {"text": ""})
         for number, delta in enumerate(deltas):
             choice: dict[str, Any] = {"delta": delta} if self._chat else dict(delta)

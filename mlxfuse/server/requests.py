@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Set
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -59,7 +60,8 @@ class RequestError(Exception):
         self.message, self.param, self.code, self.status = message, param, code, status
 
 
-def _wrong(message: str) -> PydanticCustomError:
+def wrong(message: str) -> PydanticCustomError:
+    """What a validator raises."""
     return PydanticCustomError("wrong", "{message}", {"message": message})
 
 
@@ -68,15 +70,15 @@ def _flat_text(content: Any) -> Any:
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list):
-        raise _wrong("expected a string or a list of text parts")
+        raise wrong("expected a string or a list of text parts")
     texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in ("text", "input_text", "output_text", "refusal"):
-            raise _wrong(f"this model reads text only; found a part of type {str(kind)[:40]!r}")
+            raise wrong(f"this model reads text only; found a part of type {str(kind)[:40]!r}")
         text = part.get("refusal" if kind == "refusal" else "text")
         if not isinstance(text, str):
-            raise _wrong(f"expected a string as the text of a part of type {kind!r}")
+            raise wrong(f"expected a string as the text of a part of type {kind!r}")
         texts.append(text)
     return "".join(texts)
 
@@ -84,9 +86,9 @@ def _flat_text(content: Any) -> Any:
 def _stops(stop: Any) -> Any:
     stops = [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list) or not all(isinstance(s, str) for s in stops):
-        raise _wrong("expected a string or a list of strings")
+        raise wrong("expected a string or a list of strings")
     if len(stops) > 64 or sum(map(len, stops)) > 4096:
-        raise _wrong("expected at most 64 strings of 4,096 characters together")
+        raise wrong("expected at most 64 strings of 4,096 characters together")
     return [s for s in stops if s]
 
 
@@ -97,30 +99,32 @@ def _prompts(prompt: Any) -> Any:
     )
     prompts = [prompt] if whole else prompt
     if not isinstance(prompts, list) or not 1 <= len(prompts) <= MAX_CHOICES:
-        raise _wrong(
+        raise wrong(
             f"expected a string, a list of token ids, or a list of 1 to {MAX_CHOICES} of these"
         )
     for each in prompts:
         ids = isinstance(each, list) and all(type(i) is int for i in each)
         if not (ids or isinstance(each, str)):
-            raise _wrong("expected a string or a list of whole numbers")
+            raise wrong("expected a string or a list of whole numbers")
     return prompts
 
 
 def _bias(bias: Any) -> Any:
     if not isinstance(bias, dict):
-        raise _wrong("expected an object of token id to number")
+        raise wrong("expected an object of token id to number")
     found: dict[int, float] = {}
     for token, value in bias.items():
         if type(value) not in (int, float) or not -100 <= value <= 100:
-            raise _wrong(f"expected numbers from -100 to 100; found {str(value)[:40]!r}")
+            raise wrong(f"expected numbers from -100 to 100; found {str(value)[:40]!r}")
         if not (token.isascii() and token.isdecimal() and len(token) < 12):
-            raise _wrong(f"expected token ids; found {token[:40]!r}")
+            raise wrong(f"expected token ids; found {token[:40]!r}")
         found[int(token)] = float(value)
     return found
 
 
-class _Model(BaseModel):
+class Model(BaseModel):
+    """Values have exactly the types that are named; null is as if it were not there."""
+
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
@@ -131,26 +135,28 @@ class _Model(BaseModel):
         return {name: value for name, value in values.items() if value is not None}
 
 
-class _Open(_Model):
+class Open(Model):
+    """And names that are not known are let through."""
+
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
 
-class StreamOptions(_Open):
+class StreamOptions(Open):
     include_usage: bool = False
 
 
-class CalledFunction(_Open):
+class CalledFunction(Open):
     name: str
     arguments: str | dict[str, Any] = "{}"
 
 
-class ToolCall(_Open):
+class ToolCall(Open):
     id: str = ""
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class Message(_Open):
+class Message(Open):
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: Annotated[str, BeforeValidator(_flat_text)] = ""
     tool_calls: list[ToolCall] = []
@@ -170,32 +176,32 @@ class Message(_Open):
         return made
 
 
-class Function(_Open):
+class Function(Open):
     name: Annotated[str, Field(min_length=1, max_length=256)]
     parameters: dict[str, Any] = {}
 
 
-class Tool(_Open):
+class Tool(Open):
     type: Literal["function"]
     function: Function
 
 
-class JSONSchema(_Open):
+class JSONSchema(Open):
     schema_: Annotated[dict[str, Any], Field(alias="schema")] = {}
 
 
-class ResponseFormat(_Model):
+class ResponseFormat(Model):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JSONSchema | None = None
     schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
 
 
-_Fraction = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 _Penalty = Annotated[float, Field(ge=-100, le=100)]
 _Count = Annotated[int, Field(ge=0)]
 
 
-class _Completion(_Model):
+class _Completion(Model):
     """The parameters that chat and text completions share; None is for the server's default."""
 
     model: str = ""
@@ -204,10 +210,10 @@ class _Completion(_Model):
     max_tokens: _Count | None = None
     max_completion_tokens: _Count | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: _Fraction | None = None
+    top_p: Fraction | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
-    min_p: _Fraction | None = None
-    xtc_probability: _Fraction = 0.0
+    min_p: Fraction | None = None
+    xtc_probability: Fraction = 0.0
     xtc_threshold: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     repetition_penalty: Annotated[float, Field(ge=0, le=100)] = 0.0
     repetition_context_size: _Count = 20
@@ -281,13 +287,16 @@ def read_body(body: bytes) -> dict[str, Any]:
     return found
 
 
-def parse(kind: type[R], body: dict[str, Any]) -> R:
+def parse(kind: type[R], body: dict[str, Any], ignored: Set[str] = IGNORED) -> R:
     """``body`` as a request of this kind.
+
+    Args:
+        ignored: names that are let through.
 
     Raises:
         RequestError: a parameter is missing, unknown, not supported, or has a wrong value.
     """
-    given = {k: v for k, v in body.items() if k not in IGNORED and v not in OFF.get(k, ())}
+    given = {k: v for k, v in body.items() if k not in ignored and v not in OFF.get(k, ())}
     try:
         return kind.model_validate(given)
     except ValidationError as error:

@@ -97,7 +97,6 @@ class Constraint:
     ) -> None:
         self._matcher = matcher
         self._prompt: int | None = None
-        self._seen: list[int] = []
         self._ends = [] if tools else sorted(tokenizer.eos_token_ids)
         self._think: int | None = None  # the token that may begin a reasoning
         self._tool: int | None = None  # and a tool call
@@ -112,12 +111,13 @@ class Constraint:
         if tools and len(tokenizer.tool_call_start_tokens or ()) == 1:
             self._tool = tokenizer.tool_call_start_tokens[0]
         self._first = "free" if reasoning and self._trigger else "begin"
-        self._state = self._first
+        self._restart()
 
     def copy(self) -> Constraint:
         """The same, at its beginning, for another answer."""
         made: Constraint = object.__new__(type(self))
-        made.__dict__ |= self.__dict__ | {"_matcher": self._matcher.deep_copy(), "_seen": []}
+        made.__dict__ |= self.__dict__ | {"_matcher": self._matcher.deep_copy(), "_prompt": None}
+        made._restart()
         return made
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
@@ -153,10 +153,14 @@ class Constraint:
             return
         found: Any = tokens[self._prompt :].tolist() if count else []
         if found[: len(self._seen)] != self._seen:
-            self._matcher.reset()
-            self._seen, self._state = [], self._first
+            self._restart()
         for token in found[len(self._seen) :]:
             self._advance(token)
+
+    def _restart(self) -> None:
+        self._matcher.reset()
+        self._seen: list[int] = []
+        self._state = self._first
 
     def _advance(self, token: int) -> None:
         self._seen.append(token)

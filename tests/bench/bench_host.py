@@ -30,6 +30,7 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlxfuse.fusion import patch_model
+from mlxfuse.kernels.runtime import backend as _backend
 from mlxfuse.kernels.runtime import kernel as _kernel
 from mlxfuse.kernels.runtime.source import header
 from tests.fusion import zoo
@@ -62,7 +63,7 @@ class Opaque:
     @contextmanager
     def installed(self) -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_kernel, "_unavailable", lambda mode: None)
+            patch.setattr(_backend, "_no_device", lambda: None)
             patch.setattr(_kernel, "_compiled", lambda program, factory: self.kernel)
             patch.setenv("MLXFUSE_KERNELS", "metal")
             patch.setattr(mx.fast, "rms_norm", lambda x, weight, eps: mx.multiply(x, weight))

@@ -12,7 +12,7 @@ from pkgutil import iter_modules
 import mlx.nn as nn
 import mlx_lm.models
 
-from mlxfuse.fusion.certify import KNOWN, Match, certify
+from mlxfuse.fusion.certify import KNOWN, certify, is_known
 from mlxfuse.models import families
 
 PACKAGES = (mlx_lm.models, families)
@@ -43,8 +43,8 @@ def covered() -> dict[int, list[str]]:
     found: dict[int, list[str]] = defaultdict(list)
     for cls in classes():
         for kind in dict.fromkeys(body.kind for body in KNOWN):
-            match = certify(cls, kind)
-            if isinstance(match, Match):
+            if is_known(cls, kind):
+                match = certify(cls, kind)
                 name = f"{cls.__module__.rpartition('.')[2]}.{cls.__qualname__}"
                 found[KNOWN.index(match.body)].append(name)
     return found

@@ -1,21 +1,26 @@
 """A class is known by the text of its `__call__` and by what its names mean."""
 
-import linecache
-import sys
-import types
 from collections import Counter
+from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx_lm.models import gpt_oss, llama, mixtral, phimoe, qwen3_moe
+from mlx_lm.models import gemma4_text, gpt_oss, kimi_k3, llama, mixtral, qwen3_moe
 
-from mlxfuse.fusion import certify as certify_module
-from mlxfuse.fusion.certify import KNOWN, Match, certify, parse, readers, summing, unify
+from mlxfuse.errors import NotFusible
+from mlxfuse.fusion.certify import KNOWN, certify, parse, readers, unify
+from mlxfuse.nn.moe import Summands
 from tests.fusion.survey import covered
 
 FIRST_MLP = next(i for i, body in enumerate(KNOWN) if body.kind == "mlp")
 ATTENTION, MLP = KNOWN[0].source, KNOWN[FIRST_MLP].source
+
+
+def refusal(cls: type, kind: str) -> str:
+    with pytest.raises(NotFusible) as reason:
+        certify(cls, kind)
+    return str(reason.value)
 
 
 def match(known: str, found: str) -> dict[str, str] | None:
@@ -57,93 +62,67 @@ class Conditional(nn.Module):
         return y
 
 
-def test_sums_over_experts() -> None:
-    """All of a method but the sum is its own text; what else reads the summands keeps it."""
-    seen = []
+class Looped(nn.Module):
+    """Asks for the experts' results again."""
 
-    class Experts(nn.Module):
-        def __call__(self, x, ids, scores=None, cast=None):
-            seen.append((scores is not None, cast))
-            return x if scores is not None else mx.broadcast_to(x[..., None, :], (*ids.shape, 8))
-
-    for cls, name, cast in (
-        (mixtral.MixtralSparseMoeBlock, "switch_mlp", False),
-        (qwen3_moe.Qwen3MoeSparseMoeBlock, "switch_mlp", True),
-        (gpt_oss.MLPBlock, "experts", False),
-    ):
-        found = summing(cls)
-        assert found[0] == name
-        block = cls.__new__(cls)
-        nn.Module.__init__(block)
-        block.gate = block.router = nn.Linear(8, 4)
-        block.top_k = block.num_experts_per_tok = 2
-        block.sharding_group, block.norm_topk_prob = None, True
-        block[name] = Experts()
-        x = mx.random.normal((3, 8))
-        assert mx.allclose(found[1](block, x), block(x), atol=1e-6)  # scores add up to one
-        assert seen == [(True, cast), (False, None)]
-        seen.clear()
-    assert summing(Sparse).endswith("Sparse.__call__ uses y after the weighted sum")
-    assert summing(Conditional).endswith("has no weighted sum that is known")
-    other = type("Other", (mixtral.MixtralSparseMoeBlock,), {})
-    assert "is not the class" in summing(other)
+    def __call__(self, x, ids, scores):
+        for _ in range(2):
+            y = self.experts(x, ids)
+            x = (y * scores[..., None]).sum(axis=-2)
+        return x
 
 
-def test_a_sum_whose_source_has_changed_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    cls = phimoe.PhiMoESparseMoeBlock
-    real = certify_module._file
-    assert isinstance(summing(cls), tuple)
-    certify_module._summing.cache_clear()
-    monkeypatch.setattr(
-        certify_module, "_file", lambda call: real(call).replace("axis=-2", "axis=-3")
-    )
-    assert summing(cls).endswith("__call__ has another source")
-    certify_module._summing.cache_clear()
+class Twice(nn.Module):
+    """Needs the experts' own results elsewhere."""
 
-
-BLOCKS = """
-import mlx.core as mx
-import mlx.nn as nn
-
-FACTOR = 2
-
-def unchanged(function):
-    return function
-
-class Decorated(nn.Module):
-    @unchanged
     def __call__(self, x, ids, scores):
         y = self.experts(x, ids)
-        y = (y * scores[..., None]).sum(axis=-2)
-        return y
+        total = (y * scores[..., None]).sum(axis=-2)
+        return total + self.experts(total, ids).sum(axis=-2)
 
-class Private(nn.Module):
-    FACTOR = 3
 
-    def __call__(self, x, ids, scores, factor=FACTOR, *, more=FACTOR):
+class Wider(nn.Module):
+    """Adds up along another axis."""
+
+    def __call__(self, x, ids, scores):
         y = self.experts(x, ids)
-        y = (y * scores[..., None]).sum(axis=-2)
-        return y * self.__own * factor * more
-"""
+        return (y * scores[..., None]).sum(axis=-3)
 
 
-def test_sums_of_methods_with_defaults_decorators_and_private_names(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Of a notebook, whose cells are no module's file."""
-    name = "mlxfuse_notebook"
-    module = types.ModuleType(name)
-    monkeypatch.setitem(sys.modules, name, module)
-    lines = BLOCKS.splitlines(keepends=True)
-    monkeypatch.setitem(linecache.cache, "<cell 1>", (len(BLOCKS), None, lines, "<cell 1>"))
-    exec(compile(BLOCKS, "<cell 1>", "exec"), vars(module))
-    assert summing(module.Decorated) == f"{name}.Decorated.__call__ is no plain method"
-    assert certify(module.Decorated, "mlp") == f"{name}.Decorated.__call__ is no plain method"
-    attribute, body = summing(module.Private)
-    block = module.Private()
-    block._Private__own = 5
-    block[attribute] = lambda x, ids, scores=None, cast=None: x
-    assert body(block, mx.ones(1), None, None).item() == 5 * 3 * 3
+def test_sums_over_experts() -> None:
+    for cls, names, form in (
+        (mixtral.MixtralSparseMoeBlock, "switch_mlp", {}),
+        (qwen3_moe.Qwen3MoeSparseMoeBlock, "switch_mlp", {"cast": True}),
+        (kimi_k3.KimiK3SparseMoE, "switch_mlp", {}),
+        (gpt_oss.MLPBlock, "experts", {}),
+        (gemma4_text.Experts, "switch_glu", {"whole": True}),
+    ):
+        found = certify(cls, "experts_sum")
+        assert found.names == {"EXPERTS": names}
+        assert found.form == form
+    for cls in (Sparse, Conditional, Looped, Twice, Wider, llama.MLP):
+        assert refusal(cls, "experts_sum").endswith("__call__ is not a body that is known")
+    other = type("Other", (mixtral.MixtralSparseMoeBlock,), {})
+    assert "is not the class" in refusal(other, "experts_sum")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda y, scores: y + scores,
+        lambda y, scores: (y * scores[..., None]).sum(axis=-1),
+        lambda y, scores: y.sum(axis=-2),
+    ],
+    ids=["no sum", "another axis", "no scores"],
+)
+def test_results_that_are_only_to_be_added_up(wrong: Callable[..., object]) -> None:
+    """Whatever else a block did with them would fail; it would not compute something else."""
+    y = Summands(lambda scores: scores.sum(axis=-1, keepdims=True), mx.float16)
+    scores = mx.array([[1.0, 2.0], [3.0, 5.0]])
+    assert (y * scores[..., None]).sum(axis=-2).tolist() == [[3.0], [8.0]]
+    assert y.dtype == mx.float16
+    with pytest.raises((AssertionError, TypeError, ValueError)):
+        wrong(y, scores)
 
 
 class Any(nn.Module):
@@ -211,18 +190,18 @@ def test_an_assignment_that_reads_what_it_writes_is_not_taken_apart() -> None:
 
 
 def test_what_a_class_must_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(certify(llama.MLP, "mlp"), Match)
-    assert certify(llama.MLP, "attention") == "llama.MLP.__call__ is not a body that is known"
-    assert "not a body" in certify(nn.Linear, "mlp")
+    assert certify(llama.MLP, "mlp").names["DOWN"] == "down_proj"
+    assert refusal(llama.MLP, "attention") == "llama.MLP.__call__ is not a body that is known"
+    assert "not a body" in refusal(nn.Linear, "mlp")
     monkeypatch.setattr(llama, "Louder", type("Louder", (llama.MLP,), {}), raising=False)
     llama.Louder.__module__ = llama.__name__
-    assert "subclass" in certify(llama.Louder, "mlp")
+    assert "subclass" in refusal(llama.Louder, "mlp")
     monkeypatch.setattr(llama, "MLP", nn.Linear)
-    assert "not the class" in certify(type_of_mlp, "mlp")
+    assert "not the class" in refusal(type_of_mlp, "mlp")
     exec(compile(MLP.replace("swiglu(", "print("), "<text>", "exec"), scope := {})
     monkeypatch.setattr(type_of_mlp, "__call__", scope["__call__"])
     monkeypatch.setattr(llama, "MLP", type_of_mlp)
-    assert certify(type_of_mlp, "mlp") == "llama.MLP.__call__ has no source"
+    assert refusal(type_of_mlp, "mlp") == "llama.MLP.__call__ has no source"
 
 
 type_of_mlp = llama.MLP

@@ -2,6 +2,7 @@
 
 import pytest
 
+from mlxfuse.kernels.runtime.backend import METAL
 from mlxfuse.nn.fused import Run
 from tests.bench import bench_host
 
@@ -22,7 +23,7 @@ def test_what_kernels_would_cost_without_kept_graphs(monkeypatch: pytest.MonkeyP
         for _ in range(3):
             ours.seconds(opaque, 0.0)
         assert opaque.calls == 0
-        monkeypatch.setattr(Run, "of", lambda x: Run("metal", False))
+        monkeypatch.setattr(Run, "of", lambda x: Run(METAL, False))
         ours.seconds(opaque, 0.0)
         assert opaque.calls == 5 * LAYERS
     assert bench_host.compare(stock, ours, PAIRS)[2] > 1.1

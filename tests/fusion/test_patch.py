@@ -12,7 +12,7 @@ from mlx_lm.models import llama
 from mlx_lm.tuner.lora import LoRALinear
 
 from mlxfuse.fusion import patch_model, unpatch_model
-from mlxfuse.kernels import fallbacks, launches
+from mlxfuse.kernels import fallbacks, launches, unavailable
 from mlxfuse.kernels.weight import QuantizedWeight
 from mlxfuse.loader import load
 from mlxfuse.nn.attention import FusedAttention
@@ -183,7 +183,7 @@ def test_the_report_says_what_is_mixed(tmp_path: Path) -> None:
 def test_the_choice_of_fusions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, "llama-q4")
     for fuse, text in (
-        ("auto", "nothing fused"),
+        ("auto", f"nothing fused: {unavailable()}"),
         ("off", "nothing fused"),
         ("gate_up", "gate/up 3/3"),
         (["qkv", "gate_up"], "qkv 3/3 (3 mixed: q4_0, q8_0), gate/up 3/3"),

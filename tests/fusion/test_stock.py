@@ -17,7 +17,7 @@ from mlx_lm.tuner.lora import LoRALinear
 
 import mlxfuse
 from mlxfuse import patch_model, unpatch_model
-from mlxfuse.errors import PatchError
+from mlxfuse.errors import FusionNameError, PatchError
 from mlxfuse.fusion.dispatches import per_token
 from mlxfuse.kernels import fallbacks, launches
 from mlxfuse.nn.fused import FusedModule
@@ -497,7 +497,6 @@ def test_a_check_that_fails_names_the_layer(monkeypatch: pytest.MonkeyPatch) -> 
             100,
             "model.layers.1.mlp",
             frozenset({"model.layers.1.mlp"}),
-            frozenset(),
             lambda: adopt(mlp, Broken, MLPForm(type(mlp), (), "down_proj", "swiglu", up=True)),
             undo,
             "wrong",
@@ -538,6 +537,32 @@ def test_fusions_are_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLXFUSE_DISABLE", "qvk")
     with pytest.raises(ValueError, match=r"MLXFUSE_DISABLE is of qkv, .*; found qvk"):
         patch_model(model, fuse="all")
+
+
+def test_what_cannot_be_patched_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("llama")
+    with pytest.raises(TypeError, match=r"found a tuple; take it apart first: model, tokenizer"):
+        patch_model((model, None))
+    for fuse in (True, 3, ["qkv", 1]):
+        with pytest.raises(TypeError, match=r"fuse is auto, all, off or names .*; found "):
+            patch_model(model, fuse=fuse)
+    with pytest.raises(FusionNameError, match=r"auto, all, off or of qkv, .*, int8; found qvk$"):
+        patch_model(model, fuse="qvk")
+    monkeypatch.setenv("MLXFUSE_KERNELS", "reference")
+    report = patch_model(model)
+    assert str(report) == "nothing fused: MLXFUSE_KERNELS is reference"
+    assert report.as_dict()["nothing"] == "MLXFUSE_KERNELS is reference"
+    with pytest.raises(PatchError, match="nothing can be fused: MLXFUSE_KERNELS is reference"):
+        patch_model(model, strict=True)
+    assert str(patch_model(model, fuse="off")) == "nothing fused"
+
+
+def test_strict_covers_int8_activations() -> None:
+    model = make("llama", "affine6")
+    want = {path: type(m) for path, m in model.named_modules()}
+    with pytest.raises(PatchError, match=r"int8 of model\.layers\.0"):
+        patch_model(model, fuse="qkv,gate_up", act_quant="on", strict=True)
+    assert {path: type(m) for path, m in model.named_modules()} == want
 
 
 def test_kernels_are_switched_off_after_patching(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3
 
-from mlxfuse.fusion import detectors, patch_model, unpatch_model
+from mlxfuse.fusion import emit, patch_model, unpatch_model
 from mlxfuse.kernels import fallbacks, launches
 from mlxfuse.nn import join_linears as joining
 from mlxfuse.nn.linear import GATED
@@ -138,6 +138,6 @@ def test_a_weight_held_twice_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_incomplete_undo_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: the class stays the fused one."""
-    monkeypatch.setattr(detectors, "release", lambda module: None)
+    monkeypatch.setattr(emit, "release", lambda module: None)
     with pytest.raises(AssertionError, match="unpatching leaves other modules"):
         examine("qwen3", "float32")

@@ -26,7 +26,7 @@ def rivals(tree):
     for path in paths:
         for name in {"b", "a", "c"}:
             claims = frozenset({f"{path}.down_proj", "model.layers.2.mlp.up_proj"})
-            yield Candidate(name, 70, path, claims, frozenset(), nothing, nothing, "")
+            yield Candidate(name, 70, path, claims, nothing, nothing, "")
 
 print({f"name {i}" for i in range(8)})
 for name, form in ("llama", "affine4"), ("gpt_oss", "mxfp4"), ("gemma4_text", "float32"):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mlxfuse.errors import DownloadError, ModelRefError
+from mlxfuse.hub import folders
 from mlxfuse.hub import resolve as hub
 
 from .server import serve
@@ -67,7 +68,7 @@ def test_a_path_that_exists_wins(tmp_path, monkeypatch):
 
 
 def test_only_regular_files(tmp_path):
-    with pytest.raises(ModelRefError, match="a folder"):
+    with pytest.raises(ModelRefError, match="has no model"):
         hub.resolve(str(tmp_path))
     os.mkfifo(tmp_path / "pipe.gguf")
     with pytest.raises(ModelRefError, match="not a regular file"):
@@ -112,7 +113,7 @@ LISTING = [
 
 
 def pick(choice, names=LISTING):
-    return hub.choose(hub.Ref("org/repo", None, choice), names)
+    return folders.choose("org/repo", choice, names)
 
 
 @pytest.mark.parametrize(
@@ -314,6 +315,51 @@ def test_refusals(fake, start, status, headers, message):
     code, out, err = finish(start("org/repo@v9"))
     assert (code, out) == (5, ""), err
     assert message in err
+
+
+def test_what_begins_in_a_folder_is_a_path(tmp_path, monkeypatch):
+    """A misspelt path is not asked of a hub, whatever it looks like."""
+    monkeypatch.chdir(tmp_path)
+    assert hub.parse("k/out").repo == "k/out"
+    Path("k").mkdir()
+    with pytest.raises(ModelRefError, match="k/out: no such file"):
+        hub.resolve("k/out")
+
+
+def test_an_unreachable_hub_falls_back_to_the_cache(fake, start):
+    publish(fake, {"m-Q4_K_M.gguf": BODY})
+    _, out, _ = finish(start("org/repo"))
+    assert finish(start("org/repo:Q4_K_M", HF_ENDPOINT="http://127.0.0.1:9"))[:2] == (0, out)
+    fake.add("/api/models/org/repo", "{}", status=503)
+    assert finish(start("org/repo"))[:2] == (0, out)
+    code, _, err = finish(start("org/repo:Q8_0", HF_ENDPOINT="http://127.0.0.1:9"))
+    assert code == 5
+    assert "not in the cache" in err
+
+
+def test_a_repository_with_a_checkpoint(fake, start):
+    index = b'{"weight_map": {"a": "model-1.safetensors"}}'
+    files = {
+        "config.json": b"{}",
+        "model-1.safetensors": BODY,
+        "model.safetensors.index.json": index,
+        "tokenizer.json": b"{}",
+        "x.py": b"raise SystemExit",
+        "original/consolidated.safetensors": b"no",
+    }
+    publish(fake, files)
+    code, out, err = finish(start("org/repo"))
+    assert code == 0, err
+    names = sorted(p.name for p in Path(out).iterdir())
+    assert names == sorted(files.keys() - {"x.py", "original/consolidated.safetensors"})
+    assert (Path(out) / "model-1.safetensors").read_bytes() == BODY
+    assert finish(start("org/repo", HF_HUB_OFFLINE="1"))[:2] == (0, out)
+    code, _, err = finish(start("org/repo:8bit"))
+    assert code == 1
+    assert "leave out what is behind the colon" in err
+    # A checkpoint without one of its shards is not offered offline.
+    (Path(out) / "model-1.safetensors").unlink()
+    assert finish(start("org/repo", HF_HUB_OFFLINE="1"))[0] == 5
 
 
 def test_an_unreachable_hub(start):

@@ -25,7 +25,7 @@ K = (32, 96, 256, 576, 768, 2880, 4096)
 AFFINE = {f"affine{b}g{g}": (b, g, "affine") for b in (4, 8) for g in (32, 64, 128)}
 AFFINE["mxfp4"] = (4, 32, "mxfp4")
 
-LATER = ("NVFP4", "Q1_0", "Q2_0", "TQ1_0", "TQ2_0")
+LATER = ("F32", "F16", "BF16", "NVFP4", "Q1_0", "Q2_0", "TQ1_0", "TQ2_0")
 FEWER = [f.name for f in WITH_KERNEL if f.name[:3] in ("IQ1", "IQ2", "IQ3") or f.name in LATER]
 FEWER_VALUES = {"m": (1, 5, 40), "n": (7, 300), "activation": (None, "swiglu")}
 
@@ -44,7 +44,8 @@ FACTORS = {
 
 
 def block_size(name: str) -> int:
-    return AFFINE[name][1] if name in AFFINE else BY_NAME[name].block_size
+    """What K is a multiple of."""
+    return AFFINE[name][1] if name in AFFINE else max(BY_NAME[name].block_size, 32)
 
 
 def allowed(case: Case) -> bool:

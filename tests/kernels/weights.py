@@ -11,7 +11,7 @@ from mlxfuse.gguf import blocks
 from mlxfuse.gguf.relayout import allocate, relayout
 from mlxfuse.kernels.weight import Segment
 
-WITH_KERNEL = [f for f in FORMATS.values() if f.kernel]
+WITH_KERNEL = [f for f in FORMATS.values() if f.traits]
 
 EDGES = np.array([0, -0.0, 2**-24, -(2**-24), 2**-14, 65504, -65504, 1, -1, 0.1], np.float16)
 
@@ -21,6 +21,13 @@ def random_blocks(
 ) -> np.ndarray:
     """Bytes ``[rows, row_bytes]`` of random codes and scales; ``edges``: extreme scales too."""
     rng = np.random.default_rng([seed, format.id])
+    if format.name in ("F32", "BF16"):
+        values = rng.standard_normal((rows, columns)).astype(np.float32)
+        return (
+            values.view(np.uint8)
+            .reshape(rows, columns, 4)[..., -format.type_size :]
+            .reshape(rows, -1)
+        )
     data = rng.integers(0, 256, (rows, format.row_bytes(columns)), dtype=np.uint8)
     blocks = data.reshape(-1, format.type_size)
     for at in format.float16:

@@ -36,13 +36,15 @@ class Case:
     """One model. `keys` are metadata under the architecture's prefix and override the usual ones;
     one that is None is left out.
 
-    `formats` maps a tensor's short name (`attn_q`) to a GGUF type, "" being the default; vectors
+    `formats` maps a tensor's short name (`attn_q`) or, first, its whole one without `.weight`
+    (`blk.0.attn_q`) to a GGUF type, "" being the default; vectors
     and routers are always F32. Without a default each seed has a format of `SPREAD`. `prompt` is a
     number of tokens. With `experts`, the MLP is that many experts of `expert_ffn`, of which each
     token uses `used`, beside a shared one of `shared_ffn`.
 
     What else an architecture has is said by these:
 
+    others    metadata under their full names.
     extra     tensors of every layer in addition or in place of the usual ones -> their shapes,
               of numbers and of names of this class's attributes; None leaves a usual one out.
     outside   likewise for tensors outside the layers.
@@ -82,6 +84,7 @@ class Case:
     unrotated: int = 0  # of the factors the last ones, which are so large that nothing turns
     keys: Mapping[str, object] = field(default_factory=dict)
     formats: Mapping[str, str] = field(default_factory=dict)
+    others: Mapping[str, object] = field(default_factory=dict)
     extra: Mapping[str, tuple[int | str, ...] | None] = field(default_factory=dict)
     outside: Mapping[str, tuple[int | str, ...] | None] = field(default_factory=dict)
     only: Callable[[Case, int, dict[str, Shape]], dict[str, Shape]] | None = None

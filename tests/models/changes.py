@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,5 +45,38 @@ def set_key(key: str, value: object) -> Change:
             del model.metadata[full]
         else:
             model.metadata[full] = value
+
+    return apply
+
+
+def set_full(key: str, value: object) -> Change:
+    """Let a key of the full name have another value."""
+
+    def apply(model: Tiny) -> None:
+        model.metadata[key] = value
+
+    return apply
+
+
+def swap_keys(one: str, other: str) -> Change:
+    """Let the values of two keys, by their full names, change places."""
+
+    def apply(model: Tiny) -> None:
+        first, second = model.metadata[one], model.metadata[other]
+        model.metadata |= {one: second, other: first}
+
+    return apply
+
+
+def read_as(arch: str) -> Change:
+    """Let the file say that it is of another architecture."""
+
+    def apply(model: Tiny) -> None:
+        own = f"{model.case.arch}."
+        model.metadata = {
+            key.replace(own, f"{arch}.") if key.startswith(own) else key: value
+            for key, value in model.metadata.items()
+        }
+        model.case = replace(model.case, arch=arch)
 
     return apply

@@ -49,7 +49,7 @@ def test_every_value_of_a_llama(tmp_path: Path) -> None:
         "attention_bias": False,
         "mlp_bias": False,
         "rms_norm_eps": pytest.approx(1e-5),
-        "layer_norm_eps": pytest.approx(1e-5),
+        **dict.fromkeys(("layer_norm_eps", "norm_eps", "norm_epsilon"), pytest.approx(1e-5)),
         "vocab_size": tiny.VOCABULARY,
         "max_position_embeddings": 256,
         "rope_theta": 10000.0,

@@ -16,6 +16,7 @@ from mlxfuse.gguf.exported import open_model
 from mlxfuse.gguf.reader import open_gguf
 from mlxfuse.inspect.header import inspect
 from mlxfuse.inspect.needs import needs
+from mlxfuse.kernels.runtime import backend as _backend
 from mlxfuse.kernels.runtime import kernel as _kernel
 from mlxfuse.kernels.runtime import self_test
 from mlxfuse.loader import load
@@ -259,7 +260,7 @@ def test_both_ways_to_multiply_by_experts_are_self_tested(
         return {}
 
     monkeypatch.setattr(self_test, "check", note)
-    monkeypatch.setattr(_kernel, "_unavailable", lambda mode: None)
+    monkeypatch.setattr(_backend, "_no_device", lambda: None)
     load(path, dtype=mx.float16)
     assert ("quantized_matmul", True, True) in seen
     assert ("quantized_matmul", True, False) not in seen

@@ -20,7 +20,7 @@ from mlxfuse.fusion import unpatch_model
 from mlxfuse.gguf.reader import open_gguf
 from mlxfuse.inspect.header import inspect, render
 from mlxfuse.inspect.needs import needs
-from mlxfuse.kernels import fallbacks, launches, ready
+from mlxfuse.kernels import backend, fallbacks, launches
 from mlxfuse.loader import load
 from mlxfuse.models.config import read_config
 from mlxfuse.models.plan import plan
@@ -222,7 +222,7 @@ def test_the_first_norm_gives_int8_to_the_projections(
     )
     got = layer(x)
     (parts,) = seen
-    wanted = projection.split(layer.input_layernorm(x), ready())
+    wanted = projection.split(layer.input_layernorm(x), backend())
     for part, want in zip(parts, wanted, strict=True):
         apart = mx.abs(part - want).max() / mx.abs(want).max()
         assert 1e-5 < apart < 0.02

@@ -19,6 +19,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from gguf.quants import dequantize, quantize
 
+from mlxfuse.formats import BY_NAME
 from tests.models.case import VOCABULARY, Case, shapes
 from tests.models.cases import CASES
 
@@ -54,6 +55,31 @@ class Tiny:
         return digest.hexdigest()
 
 
+# How far the weights of random blocks deviate from 0 where the blocks' scales are 1.
+_DEVIATION = {
+    **{"Q2_K": 13.0, "Q3_K": 43.0, "IQ4_XS": 1240.0, "TQ2_0": 1.2, "NVFP4": 2.9},
+    **{"IQ1_S": 7.2, "IQ1_M": 7.2, "IQ2_XXS": 53.0, "IQ2_XS": 56.0, "IQ2_S": 56.0},
+    **{"IQ3_XXS": 143.0, "IQ3_S": 140.0},
+}
+
+
+def _scaled_blocks(
+    random: np.random.RandomState, kind: str, blocks: int, gain: float
+) -> np.ndarray:
+    format = BY_NAME[kind]
+    packed = random.randint(0, 256, (blocks, format.type_size), dtype=np.uint8)
+    scale = np.array([gain / _DEVIATION[kind]], np.float16)
+    for at in format.float16:
+        packed[:, at : at + 2] = scale.view(np.uint8)
+    if kind == "IQ1_M":  # four bits of the scale above each word of the others
+        for i, at in enumerate((49, 51, 53, 55)):
+            packed[:, at] = packed[:, at] & 15 | int(scale.view(np.uint16)[0]) >> 4 * i << 4 & 0xF0
+    if kind == "NVFP4":  # floats of 4 bits of the exponent, whose bias is 7, and 3 of the mantissa
+        exponent = 7 + math.frexp(gain / _DEVIATION[kind])[1]
+        packed[:, :4] = exponent << 3 | random.randint(0, 8, (blocks, 4))
+    return packed
+
+
 def blocks(random: np.random.RandomState, kind: str, shape: tuple[int, ...]) -> np.ndarray:
     """Random valid rows of about unit gain: uint8 [..., rows, packed bytes].
 
@@ -61,9 +87,11 @@ def blocks(random: np.random.RandomState, kind: str, shape: tuple[int, ...]) -> 
     from one machine to the next.
     """
     columns = shape[-1]
-    blocks = math.prod(shape) // (32 if kind in ("MXFP4", "IQ4_NL") else 256)
+    blocks = math.prod(shape) // BY_NAME[kind].block_size
     gain = columns**-0.5
-    if kind == "MXFP4":  # exponent, 16 bytes of codes, whose values are 2.9 on average
+    if kind in _DEVIATION:
+        packed = _scaled_blocks(random, kind, blocks, gain)
+    elif kind == "MXFP4":  # exponent, 16 bytes of codes, whose values are 2.9 on average
         packed = random.randint(0, 256, (blocks, 17), dtype=np.uint8)
         packed[:, 0] = 126 + math.frexp(gain / 2.9)[1] + random.randint(0, 2, blocks)
     elif kind == "IQ4_NL":  # d, 16 bytes of codes, whose values deviate by 69
@@ -103,8 +131,9 @@ def build(name: str, seed: int) -> Tiny:
             tensors[full] = random.uniform(low, high, shape).astype(np.float32), "F32"
         else:
             router = short.startswith(("ffn_gate_inp", "ssm_conv1d"))
-            kind = "F32" if router else formats.get(short, formats[""])
-            if kind in ("Q4_K", "Q6_K", "MXFP4", "IQ4_NL"):
+            usual = formats.get(short, formats[""])
+            kind = "F32" if router else formats.get(full.removesuffix(".weight"), usual)
+            if kind in ("Q4_K", "Q6_K", "MXFP4", "IQ4_NL", *_DEVIATION):
                 tensors[full] = blocks(random, kind, shape), kind
                 continue
             # Uniform of standard deviation gain / sqrt(columns); sharper attention than 1.
@@ -141,7 +170,8 @@ def _metadata(case: Case) -> dict[str, object]:
     if case.head_dim != case.hidden // case.heads:
         keys |= {"attention.key_length": case.head_dim, "attention.value_length": case.head_dim}
     found = (keys | dict(case.keys)).items()
-    return {f"{case.arch}.{key}": value for key, value in found if value is not None}
+    own = {f"{case.arch}.{key}": value for key, value in found if value is not None}
+    return own | dict(case.others)
 
 
 def byte_tokens() -> list[str]:

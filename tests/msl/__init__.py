@@ -22,9 +22,8 @@ Public names:
 * ``compiler()``, ``cache_dir()``, ``preamble()``;
 * ``MslError`` and its ``MslCompileError``, ``MslRunError`` (``.kind``), ``MslSetupError``.
 
-All imports inside are relative, so the package may be loaded from its path under any name. There
-must be one copy of ``options`` and ``log`` in a process: loaders look for ``MODULE_NAME`` in
-``sys.modules`` first, and the tests' conftest registers this package under it.
+``MLXFUSE_KERNELS=emulated`` takes ``metal_kernel`` of the module that ``MLXFUSE_BENCH`` names, by
+default of this package. All imports inside are relative; nothing of ``mlxfuse`` is imported.
 """
 
 from .build import BUILDS, Build, Compiler, Library, cache_dir, compile_kernel, compiler
@@ -50,13 +49,10 @@ from .lint import LANGUAGES, Finding, check, check_languages
 from .run import KINDS, ORDERS, Buffer, Report, Schedule, launch
 from .source import mlx_include, preamble
 
-MODULE_NAME = "_mlxfuse_msl"
-
 __all__ = [
     "BUILDS",
     "KINDS",
     "LANGUAGES",
-    "MODULE_NAME",
     "ORDERS",
     "Buffer",
     "Build",

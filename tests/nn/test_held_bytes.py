@@ -14,7 +14,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, load_prompt_cache, sav
 
 from mlxfuse.fusion import patch_model
 from mlxfuse.kernels.matmul import quantized_matmul
-from mlxfuse.kernels.runtime import kernel as _kernel
+from mlxfuse.kernels.runtime import backend as _backend
 from mlxfuse.loader import load
 from mlxfuse.nn.kv.batch_cache import BatchCompressedKVCache
 from mlxfuse.nn.kv.cache import CompressedKVCache
@@ -119,7 +119,7 @@ def test_nothing_of_a_prompt_is_alive(
     """On Metal, after prompts of several lengths, also where `tune` chose tiles."""
     model, _ = load(tiny.write(tmp_path / "m.gguf", tiny.build("llama-q4", 0)), fuse="all")
     monkeypatch.setattr(mx.fast, "metal_kernel", stand_in)
-    monkeypatch.setattr(_kernel, "_unavailable", lambda mode: None)
+    monkeypatch.setattr(_backend, "_no_device", lambda: None)
     monkeypatch.setattr(quantized_matmul, "LARGE", large)
     monkeypatch.setenv("MLXFUSE_KERNELS", "metal")
     limit = mx.set_cache_limit(0)

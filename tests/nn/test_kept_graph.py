@@ -20,10 +20,11 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlxfuse.fusion import patch_model, unpatch_model
-from mlxfuse.kernels import disabled, fallbacks, launches
+from mlxfuse.kernels import Backend, disabled, fallbacks, launches
 from mlxfuse.kernels.matmul import quantized_matmul as matmul
 from mlxfuse.kernels.matmul.product import Call
 from mlxfuse.kernels.norm.norm_rope import norm_rope
+from mlxfuse.kernels.runtime import backend as _backend
 from mlxfuse.nn import fused as form
 from mlxfuse.nn import projection, rotation
 from mlxfuse.nn.kept_graph import Piece
@@ -42,7 +43,7 @@ class StandIn:
         self.op = op
         self.function = function
 
-    def __call__(self, *arrays: mx.array) -> list[mx.array] | None:
+    def __call__(self, *arrays: mx.array, on: Backend) -> list[mx.array] | None:
         if self.disabled:
             return None
         launches[self.op] += 1
@@ -83,10 +84,17 @@ def prepare_rotation(
     return StandIn("norm_rope", turn)
 
 
+class Keeping(_backend.Reference):
+    """Keeps graphs as Metal does, of the references."""
+
+    keeps = prepares = True
+
+
 @pytest.fixture(autouse=True)
 def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("MLXFUSE_KERNELS", "reference")
-    monkeypatch.setattr(form, "ready", lambda: "metal")
+    keeping = Keeping("it is a stand-in")
+    monkeypatch.setattr(_backend, "_default", lambda: keeping)
     monkeypatch.setattr(projection, "prepare", prepare_matmul)
     monkeypatch.setattr(rotation, "prepare", prepare_rotation)
     launches.clear()
@@ -159,7 +167,7 @@ def test_int8_activations_have_graphs_of_their_own(monkeypatch: pytest.MonkeyPat
     assert zoo.apart(zoo.logits(model), want) <= BOUND
     monkeypatch.delenv("MLXFUSE_DISABLE")
     assert 1e-4 < zoo.apart(got, want) < 0.2
-    monkeypatch.setattr(form.Run, "of", lambda x: form.Run("", False))
+    monkeypatch.setattr(form.Run, "of", lambda x: form.Run(_backend._REFERENCE, False))
     assert zoo.apart(zoo.logits(model), got) <= BOUND
 
 
@@ -218,7 +226,7 @@ def test_launches_are_counted_at_every_call(monkeypatch: pytest.MonkeyPatch) -> 
     counted = launches.copy()
     zoo.logits(model)
     assert launches == counted + counted
-    monkeypatch.setattr(form, "assumed", lambda: True)
+    monkeypatch.setattr(Keeping, "keeps", False)
     launches.clear()
     zoo.logits(model)
     assert launches == counted
@@ -231,14 +239,14 @@ def test_launches_are_those_of_the_shape() -> None:
     model = nn.Module()
     model.norm = nn.RMSNorm(4)
 
-    def function(mode: str, x: mx.array) -> mx.array:
+    def function(on: Backend, x: mx.array) -> mx.array:
         launches["op"] += len(x)
         return model.norm(x)
 
     piece = Piece(function, [(model, "norm")])
     for rows in (1, 3, 1, 3):
         launches.clear()
-        piece("metal", mx.ones((rows, 4)))
+        piece(_backend.METAL, mx.ones((rows, 4)))
         assert launches["op"] == rows
 
 
@@ -328,12 +336,12 @@ def test_a_kernel_that_is_disabled_later_is_not_used(monkeypatch: pytest.MonkeyP
 
 
 def test_fallbacks_are_counted_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fall_back(name: str, reason: str | None) -> bool:
+    def fall_back(on: Backend, name: str, reason: str | None) -> bool:
         fallbacks[name, "no reason"] += 1
         return False
 
     monkeypatch.setattr(projection, "prepare", lambda *arguments, **options: None)
-    monkeypatch.setattr(projection, "wanted", fall_back)
+    monkeypatch.setattr(Keeping, "takes", fall_back)
     model = patched("llama")
     want = zoo.logits(stock("llama"))
     for times in (1, 2):

@@ -22,17 +22,19 @@ CLIPPED = {"swiglu_oai": _MODELS + "activations.swiglu_oai"}
 class Body:
     """One known body.
 
-    kind    what stands for it: ``attention``, ``mlp``, ``block``, ``experts``, ``norm``, ``rope``,
-            ``delta_net``, ``activation``.
-    source  the method.
-    names   global name -> the module, or the object of a module, that it must be.
-    form    what the fused class has to know about it.
+    kind      what stands for it: ``attention``, ``mlp``, ``block``, ``experts``, ``experts_sum``,
+              ``norm``, ``rope``, ``delta_net``, ``activation``.
+    source    the method.
+    names     global name -> the module, or the object of a module, that it must be.
+    form      what the fused class has to know about it.
+    fragment  it is a part of a method: these statements, one after the other, somewhere in it.
     """
 
     kind: str
     source: str
     names: Mapping[str, str] = field(default_factory=dict)
     form: Mapping[str, Any] = field(default_factory=dict)
+    fragment: bool = False
 
 
 def _gated(source: str, activation: str, names: Mapping[str, str]) -> Body:
@@ -107,22 +109,6 @@ def __call__(self, x, indices):
         x = _scatter_unsort(x, inv_order, indices.shape)
     return x.squeeze(-2)
 """
-
-# Lines of a method, as patterns of its normalised text: experts are called and their results added
-# up by scores, which the experts are to do themselves.
-_EXPERTS_CALL = r"^(?P<indent> +)(?P<y>\w+) = self\.(?P<experts>\w+)\((?P<x>\w+), (?P<ids>\w+)\)\n"
-WEIGHTED_SUMS = (
-    # mixtral, qwen3_moe and most others
-    _EXPERTS_CALL
-    + r"(?P=indent)(?P<into>\w+ = )\((?P=y) \* (?P<scores>\w+)\[\.\.\., None\]\)\.sum\(axis=-2\)"
-    r"(?P<cast>\.astype\((?P=y)\.dtype\))?\n",
-    # gpt_oss
-    _EXPERTS_CALL + r"(?P=indent)(?P=y) = (?P=y) \* mx\.expand_dims\((?P<scores>\w+), axis=-1\)\n"
-    r"(?P=indent)(?P<into>\w+ = )(?P=y)\.sum\(axis=-2\)(?P<cast>)\n",
-    # gemma4_text
-    r"^ +(?P<w>\w+) = mx\.expand_dims\((?P<scores>\w+), -1\)\n" + _EXPERTS_CALL + r"(?P=indent)"
-    r"(?P<into>return )\((?P=w) \* (?P=y)\)\.sum\(-2\)(?P<cast>)\n",
-)
 
 BODIES: tuple[Body, ...] = (
     _gated("swiglu(self.GATE(x), self.UP(x))", "swiglu", SWIGLU),

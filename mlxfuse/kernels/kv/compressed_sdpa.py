@@ -9,6 +9,7 @@ from functools import cache
 import mlx.core as mx
 
 from ..runtime.kernel import Kernel, Launch
+from . import small
 from .scheme import FLOATS, KVScheme, decoded, rotated
 from .sdpa_program import geometry, merge_program, parts_program
 from .source import constants, refuse_dims
@@ -390,4 +391,4 @@ def _mask_strides(mask: mx.array | None) -> tuple[int, ...]:
     return (keys, *(s if n > 1 else 0 for n, s in zip(lead, strides, strict=True)))
 
 
-KERNEL = Kernel("compressed_sdpa", _launch, _refuse, _reference)
+KERNEL = Kernel("compressed_sdpa", _launch, _refuse, _reference, small.attention)

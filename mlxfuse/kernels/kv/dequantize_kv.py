@@ -7,6 +7,7 @@ from functools import cache
 import mlx.core as mx
 
 from ..runtime.kernel import Kernel, Launch, Program
+from . import small
 from .scheme import FLOATS, KVScheme, unpack
 from .source import THREADGROUP, refuse_dims, sections, sides
 
@@ -79,4 +80,4 @@ def _reference(rows: mx.array, scheme: KVScheme, dtype: mx.Dtype) -> list[mx.arr
     return [x.astype(dtype) for x in unpack(scheme, rows)]
 
 
-KERNEL = Kernel("dequantize_kv", _launch, _refuse, _reference)
+KERNEL = Kernel("dequantize_kv", _launch, _refuse, _reference, small.dequantize)

@@ -7,6 +7,7 @@ from functools import cache
 import mlx.core as mx
 
 from ..runtime.kernel import Kernel, Launch, Program
+from . import small
 from .scheme import FLOATS, KVScheme, KVSide, pack
 from .source import NAMES, THREADGROUP, refuse_dims
 
@@ -99,4 +100,4 @@ def _reference(k: mx.array, v: mx.array, scheme: KVScheme) -> list[mx.array]:
     return [pack(scheme, k, v)]
 
 
-KERNEL = Kernel("quantize_kv", _launch, _refuse, _reference)
+KERNEL = Kernel("quantize_kv", _launch, _refuse, _reference, small.quantize)

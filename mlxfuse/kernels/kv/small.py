@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
-from .compressed_sdpa import KERNEL as COMPRESSED_SDPA
-from .compressed_sdpa import _Call as Attention
-from .dequantize_kv import KERNEL as DEQUANTIZE_KV
-from .quantize_kv import KERNEL as QUANTIZE_KV
 from .scheme import KVScheme, pack
+
+if TYPE_CHECKING:
+    from .compressed_sdpa import _Call as Attention
 
 # Packed, plain and first tokens: more than one run, and no multiple of that.
 _PACKED, _PLAIN, _FIRST = 12, 8, 4
 _SEED = 20
 
 
-def _attention(call: Attention) -> tuple[Attention]:
+def attention(call: Attention) -> tuple[Attention]:
     """The same heads and queries over a few random tokens."""
     random = np.random.default_rng(_SEED)
     lead = call.q.shape[0], call.kv_heads
@@ -63,18 +61,11 @@ def _tokens(scheme: KVScheme, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
     return k, v
 
 
-def _quantize(k: mx.array, v: mx.array, scheme: KVScheme) -> tuple[mx.array, mx.array, KVScheme]:
+def quantize(k: mx.array, v: mx.array, scheme: KVScheme) -> tuple[mx.array, mx.array, KVScheme]:
     return (*_tokens(scheme, k.dtype), scheme)
 
 
-def _dequantize(
+def dequantize(
     rows: mx.array, scheme: KVScheme, dtype: mx.Dtype
 ) -> tuple[mx.array, KVScheme, mx.Dtype]:
     return pack(scheme, *_tokens(scheme, mx.float32)), scheme, dtype
-
-
-SMALL_KV: dict[str, Callable[..., tuple[Any, ...]]] = {
-    COMPRESSED_SDPA.name: _attention,
-    DEQUANTIZE_KV.name: _dequantize,
-    QUANTIZE_KV.name: _quantize,
-}

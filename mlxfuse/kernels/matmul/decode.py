@@ -199,6 +199,9 @@ _CODES: dict[str, Callable[[dict[str, mx.array]], mx.array]] = {
     "TQ2_0": _minus(lambda a: _pairs(a["codes"]), 1),
     "Q2_0": _minus(lambda a: _pairs(a["codes"]), 1),
     "Q1_0": _minus(_one_bit, 1),
+    "F32": lambda a: a["codes"].view(mx.float32),
+    "F16": lambda a: a["codes"].view(mx.float16).astype(mx.float32),
+    "BF16": lambda a: a["codes"].view(mx.bfloat16).astype(mx.float32),
 }
 
 
@@ -334,6 +337,7 @@ _SCALES: dict[str, Callable[[dict[str, mx.array]], Scales]] = {
     "TQ2_0": _single,
     "Q2_0": _single,
     "Q1_0": _single,
+    **dict.fromkeys(("F32", "F16", "BF16"), lambda a: (mx.ones((a["codes"].shape[0], 1)), None)),
 }
 
 

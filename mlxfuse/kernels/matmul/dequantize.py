@@ -11,6 +11,7 @@ import mlx.core as mx
 from ... import codebooks
 from ..runtime.kernel import Kernel, Launch, Program
 from ..weight import FLOATS, STREAMS, AnySegment
+from . import small
 from .decode import decode
 
 _THREADS = 128
@@ -165,4 +166,4 @@ def _reference(segment: AnySegment, rows: mx.array | None, dtype: mx.Dtype) -> l
     return [decode(segment).astype(dtype)]
 
 
-KERNEL = Kernel("dequantize", _launch, _refuse, _reference)
+KERNEL = Kernel("dequantize", _launch, _refuse, _reference, small.rows)

@@ -5,11 +5,15 @@ Source of the formula: ggml's products of Q8_1 with its other formats (``vecdotq
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 
 from ..activations import GROUP, Int8Activations
+from ..norm import quantize_int8
 from ..runtime.kernel import Kernel, Launch
 from ..weight import AnySegment, QuantizedWeight
+from . import small
 from .decode import integers
 from .product import MAX_VECTOR_ROWS, Call, Tile, batches, finish, launch, refuse, simd_groups
 
@@ -139,4 +143,10 @@ def _product(given: list[mx.array], segment: AnySegment) -> mx.array:
     return mx.concatenate(outputs)
 
 
-KERNEL = Kernel("int8_matmul", _launch, refuse, _reference)
+def _small(call: Call[Int8Activations]) -> tuple[Call[Int8Activations]]:
+    (floats,) = small.product(call)
+    codes, scales, sums = quantize_int8.reference(floats.x)
+    return (replace(floats, x=Int8Activations(codes, scales, sums, call.x.dtype)),)
+
+
+KERNEL = Kernel("int8_matmul", _launch, refuse, _reference, _small)

@@ -10,6 +10,7 @@ from ..runtime import kernel as _kernel
 from ..runtime import tuning
 from ..runtime.kernel import Kernel, Launch, Prepared
 from ..weight import AffineSegment, AnySegment, QuantizedWeight
+from . import small
 from .decode import decode
 from .dequantize import dequantize
 from .product import Call, Tile, batches, finish, launch, refuse, simd_groups
@@ -218,4 +219,4 @@ def _product(x: mx.array, segment: AnySegment, activated: bool) -> mx.array:
     return x @ dequantize(segment, dtype=x.dtype).T
 
 
-KERNEL = Kernel("quantized_matmul", _launch, refuse, _dense)
+KERNEL = Kernel("quantized_matmul", _launch, refuse, _dense, small.product)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from ..runtime.kernel import Kernel, Launch, Prepared, Program
+from ..runtime.kernel import Kernel, Launch, Prepared, Program, normal
 from ..weight import FLOATS
 
 HEADS_EACH = 4
@@ -262,4 +262,20 @@ def _reference(call: _Call) -> list[mx.array]:
     return found
 
 
-KERNEL = Kernel("norm_rope", _launch, _refuse, _reference)
+def _small(call: _Call) -> tuple[_Call]:
+    """A few random positions of the same heads."""
+    draw = normal(call.q.dtype)
+    lead = tuple(min(n, 8) for n in call.q.shape[:2])
+    offset = mx.arange(lead[0], dtype=call.offset.dtype)
+    small = replace(
+        call,
+        q=draw(*lead, call.q.shape[-1]),
+        k=None if call.k is None else draw(*lead, call.k.shape[-1]),
+        offset=offset if call.offset.ndim else offset[0],
+    )
+    names = [n for n in ("q_weight", "k_weight") if getattr(call, n) is not None]
+    weights: Any = {name: draw(call.columns) for name in names}
+    return (replace(small, **weights),)
+
+
+KERNEL = Kernel("norm_rope", _launch, _refuse, _reference, _small)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 import mlx.core as mx
 
 from ..activations import GROUP, Int8Activations
-from ..runtime.kernel import Kernel, Launch, Program
+from ..runtime.kernel import Kernel, Launch, Program, normal
 from ..weight import FLOATS
 from . import quantize_int8
 
@@ -230,4 +230,16 @@ def _reference(call: _Call) -> list[mx.array]:
     return [found[n] for n in call.names]
 
 
-KERNEL = Kernel("rms_norm", _launch, _refuse, _reference)
+def _small(call: _Call) -> tuple[_Call]:
+    """A few random rows of the same length."""
+    draw = normal(call.x.dtype)
+    shape = min(call.x.size // call.columns, 8), call.columns
+    small = replace(call, x=draw(*shape))
+    if call.residual is not None:
+        small = replace(small, residual=draw(*shape))
+    if call.weight is not None:
+        small = replace(small, weight=draw(call.columns))
+    return (small,)
+
+
+KERNEL = Kernel("rms_norm", _launch, _refuse, _reference, _small)

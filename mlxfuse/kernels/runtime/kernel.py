@@ -1,14 +1,7 @@
-"""What a kernel is, and the one place that decides what runs: Metal, or the reference.
+"""What a kernel is: a pure description.
 
-A `Kernel` is a pure description: given arguments it names a program, a grid and outputs
-(`Launch`), or the reason why it cannot run. ``MLXFUSE_KERNELS`` chooses:
-
-* ``auto``: Metal where there is a Metal device, it is MLX's default device and nothing
-  speaks against it; else the reference in MLX operations. Every fallback is counted with its
-  reason, none raises.
-* ``metal``: as above, but a fallback raises `KernelError`.
-* ``reference``: always the reference.
-* ``emulated``: the Metal source, run on the CPU by the test bench of a checkout.
+Given arguments, a `Kernel` names a program, a grid and outputs (`Launch`), or the reason why it
+cannot run; `backend` decides what becomes of that.
 
 A Metal kernel has no gradient. MLX itself raises under `mx.grad`; a wrapper that says more would
 add a fifth to the host time of every launch (`mx.custom_function`). The emulated launches,
@@ -17,32 +10,33 @@ which MLX does not see, have it.
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, Generic, ParamSpec, cast
+from typing import Any, Generic, ParamSpec
 
 import mlx.core as mx
+import numpy as np
 
-from ... import env
-from ...errors import KernelError
-from .source import bench, header
+from .backend import METAL, Backend, backend, disabled, fallbacks, launches
+from .backend import emulated as _emulated
+from .source import header
 
 P = ParamSpec("P")
 
-MODES = ("auto", "metal", "reference", "emulated")
-
-launches: Counter[str] = Counter()
-"""Launches of each ``metal/<op>.metal`` since the start of the process, by op."""
-
-fallbacks: Counter[tuple[str, str]] = Counter()
-"""Calls that ran as reference although a kernel was wanted, by op and reason."""
-
-disabled: dict[Program, str] = {}
-"""Programs that must not run, with the reason; a failed self-test writes here."""
+__all__ = [
+    "Kernel",
+    "Launch",
+    "Prepared",
+    "Program",
+    "Recorded",
+    "disabled",
+    "fallbacks",
+    "header",
+    "launches",
+    "normal",
+    "run",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,171 +99,62 @@ class Launch:
         split = len(outputs) - self.extra
         return dispatch(self.then(outputs[:split])) + outputs[split:]
 
+    def dispatch(self, arrays: Sequence[mx.array], factory: Callable[..., Any]) -> list[mx.array]:
+        """The outputs of this dispatch alone.
+
+        Args:
+            factory: `mx.fast.metal_kernel`, or what stands for it.
+        """
+        return _compiled(self.program, factory)(inputs=list(arrays), **self.options())
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of MLX's kernel but for the inputs."""
+        return {
+            "grid": self.grid,
+            "threadgroup": self.threadgroup,
+            "template": list(self.template),
+            "output_shapes": list(self.shapes),
+            "output_dtypes": list(self.dtypes),
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Kernel(Generic[P]):
-    """A Metal kernel and its meaning in MLX operations; three functions of the same arguments.
+    """A Metal kernel and its meaning in MLX operations; four functions of the same arguments.
 
     name       stem of ``metal/<name>.metal``.
     launch     the dispatch; reads shapes and types only, so it needs no GPU.
     refuse     None, or why this call cannot run on Metal.
     reference  the outputs, by MLX's own operations.
+    small      arguments of a small random case of the same variant, for its self-test.
     """
 
     name: str
     launch: Callable[P, Launch]
     refuse: Callable[P, str | None]
     reference: Callable[P, list[mx.array]]
+    small: Callable[P, tuple[Any, ...]]
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> list[mx.array]:
-        if _recording.found is not None:
-            return self._record(_recording.found, *args, **kwargs)
-        mode = _mode()
-        if mode == "reference":
-            return self.reference(*args, **kwargs)
-        reason = _unavailable(mode) or self.refuse(*args, **kwargs)
-        if reason is None:
-            launch = self.launch(*args, **kwargs)
-            reason = disabled.get(launch.program)
-            if reason is None:
-                if _recording.assumed is None:
-                    launches[self.name] += 1
-                return run(launch, emulated=mode == "emulated")
-        _fall_back(self.name, mode, reason)
-        return self.reference(*args, **kwargs)
+        return backend().call(self, *args, **kwargs)
 
-    def _record(self, found: list[Recorded], *args: P.args, **kwargs: P.kwargs) -> list[mx.array]:
-        """Note the call; zeros that are never computed stand for its outputs."""
-        if self.refuse(*args, **kwargs) is not None:
-            return self.reference(*args, **kwargs)
-        found.append((self, args))
-        return self.launch(*args, **kwargs).results(Launch.blank)
+
+def normal(dtype: mx.Dtype) -> Callable[..., mx.array]:
+    """For small cases: the same random values each time, of given shapes, one after the other."""
+    random = np.random.default_rng(20)
+
+    def draw(*shape: int) -> mx.array:
+        return mx.array(random.standard_normal(shape, np.float32)).astype(dtype)
+
+    return draw
 
 
 Recorded = tuple[Kernel[Any], tuple[Any, ...]]
 
 
-class _Recording(threading.local):
-    """Of this thread alone, so that other models go on: where calls are noted, if they are."""
-
-    found: list[Recorded] | None = None
-    assumed: Counter[str] | None = None
-
-
-_recording = _Recording()
-
-
-@contextmanager
-def recording(found: list[Recorded]) -> Iterator[None]:
-    """Within, calls of this thread that could be launched are added to ``found`` instead."""
-    before, _recording.found = _recording.found, found
-    try:
-        yield
-    finally:
-        _recording.found = before
-
-
-@contextmanager
-def assuming_metal(counted: Counter[str]) -> Iterator[None]:
-    """Within, this thread builds the graphs that it would build on Metal.
-
-    An opaque operation stands for each kernel, of which the results are zeros; ``counted`` gets
-    the name of each.
-    """
-    before, _recording.assumed = _recording.assumed, counted
-    try:
-        yield
-    finally:
-        _recording.assumed = before
-
-
-def noted() -> bool:
-    """Whether this thread is within `recording`."""
-    return _recording.found is not None
-
-
-def assumed() -> bool:
-    """Whether this thread is within `assuming_metal`."""
-    return _recording.assumed is not None
-
-
-def opaque(
-    inputs: Sequence[mx.array], shapes: Sequence[tuple[int, ...]], dtypes: Sequence[mx.Dtype]
-) -> list[mx.array]:
-    """One operation from ``inputs`` to zeros, of which the primitive is ``Depends``."""
-    zeros = [mx.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
-    mx.eval(zeros)
-    return list(mx.depends(zeros, list(inputs)))
-
-
-def wanted(name: str, refusal: str | None) -> bool:
-    """Whether kernel ``name`` is to run, for a caller with a better reference than the kernel's.
-
-    Args:
-        refusal: why this call cannot run on Metal, if so.
-    """
-    if _recording.found is not None:
-        return refusal is None
-    mode = _mode()
-    if mode == "reference":
-        return False
-    reason = _unavailable(mode) or refusal
-    if reason is not None:
-        _fall_back(name, mode, reason)
-    return reason is None
-
-
-def _fall_back(name: str, mode: str, reason: str) -> None:
-    if mode == "metal":
-        raise KernelError(f"{name} cannot run on Metal: {reason}")
-    fallbacks[name, reason] += 1
-
-
-def counts() -> dict[str, dict[str, int]]:
-    """`launches` and `fallbacks` so far, the latter by ``"op: reason"``."""
-    return {
-        "launches": dict(sorted(launches.items())),
-        "fallbacks": {f"{op}: {reason}": n for (op, reason), n in sorted(fallbacks.items())},
-    }
-
-
-def summary() -> list[str]:
-    """`counts` in words, one line for what ran and one for each reason of a fallback."""
-    where = "emulated on the CPU" if env.get("MLXFUSE_KERNELS") == "emulated" else "on Metal"
-    ran = ", ".join(f"{op}.metal {n} times" for op, n in sorted(launches.items()))
-    return [f"Kernels {where}: {ran}"] * bool(ran) + [
-        f"Without its kernel: {op} {n} times: {reason}"
-        for (op, reason), n in sorted(fallbacks.items())
-    ]
-
-
 def run(launch: Launch, *, emulated: bool = False) -> list[mx.array]:
-    """Dispatch, unconditionally."""
-    if (counted := _recording.assumed) is not None:
-
-        def stand_in(one: Launch) -> list[mx.array]:
-            counted[one.program.op] += 1
-            return opaque(one.arrays, one.shapes, one.dtypes)
-
-        return launch.results(stand_in)
-    if emulated:
-        return launch.results(lambda one: cast(list[mx.array], _emulate(list(one.arrays), one)))
-    return launch.results(lambda one: _dispatch(one.arrays, one, mx.fast.metal_kernel))
-
-
-def _dispatch(
-    arrays: Sequence[mx.array], launch: Launch, factory: Callable[..., Any]
-) -> list[mx.array]:
-    kernel = _compiled(launch.program, factory)
-    outputs: list[mx.array] = kernel(
-        inputs=list(arrays),
-        grid=launch.grid,
-        threadgroup=launch.threadgroup,
-        template=list(launch.template),
-        output_shapes=list(launch.shapes),
-        output_dtypes=list(launch.dtypes),
-    )
-    return outputs
+    """Dispatch on Metal or emulated, unconditionally."""
+    return (_emulated() if emulated else METAL).run(launch)
 
 
 class Prepared:
@@ -282,7 +167,7 @@ class Prepared:
         shapes: of the outputs, each with as many elements as the launch's.
     """
 
-    __slots__ = ("_emulated", "_inputs", "_kernel", "_launch", "_options", "_places", "name")
+    __slots__ = ("_inputs", "_places", "kernel", "launch", "name", "options")
 
     def __init__(
         self, launch: Launch, free: Sequence[str], shapes: Sequence[tuple[int, ...]]
@@ -290,59 +175,27 @@ class Prepared:
         self.name = launch.program.op
         self._places = [launch.program.inputs.index(n) for n in free]
         # Nothing of the first call's activations stays.
-        self._launch = replace(launch, arrays=(), shapes=tuple(shapes))
+        self.launch = replace(launch, arrays=(), shapes=tuple(shapes))
         self._inputs = [
             None if i in self._places else array for i, array in enumerate(launch.arrays)
         ]
-        self._emulated = _mode() == "emulated"
-        self._kernel = _compiled(
-            launch.program, bench() if self._emulated else mx.fast.metal_kernel
-        )
-        self._options: dict[str, Any] = {
-            "grid": launch.grid,
-            "threadgroup": launch.threadgroup,
-            "template": list(launch.template),
-            "output_shapes": list(shapes),
-            "output_dtypes": list(launch.dtypes),
-        }
+        self.kernel = _compiled(launch.program, mx.fast.metal_kernel)
+        self.options = self.launch.options()
         # What does not change is cast now, not in every call.
         mx.eval([array for array in self._inputs if array is not None])
 
-    def __call__(self, *arrays: mx.array) -> list[mx.array] | None:
-        """The outputs; None if a self-test found the program to be wrong."""
-        if disabled and self._launch.program in disabled:
+    def __call__(self, *arrays: mx.array, on: Backend | None = None) -> list[mx.array] | None:
+        """The outputs; None if a self-test found the program to be wrong.
+
+        Args:
+            on: the `backend`, for who has asked already.
+        """
+        if disabled and self.launch.program in disabled:
             return None
         inputs: list[Any] = self._inputs.copy()
         for place, array in zip(self._places, arrays, strict=True):
             inputs[place] = array
-        options = self._options
-        if _recording.assumed is not None:
-            _recording.assumed[self.name] += 1
-            return opaque(inputs, options["output_shapes"], options["output_dtypes"])
-        launches[self.name] += 1
-        if self._emulated:
-            return cast(list[mx.array], _emulate(inputs, self._launch))
-        return self._kernel(inputs=inputs, **options)
-
-
-def ready() -> str:
-    """The mode in which kernels are launched now; empty where they are not."""
-    if _recording.found is not None:
-        return ""
-    mode = _mode()
-    return "" if mode == "reference" or _unavailable(mode) is not None else mode
-
-
-@mx.custom_function
-def _emulate(arrays: list[mx.array], launch: Launch) -> list[mx.array]:
-    return _dispatch(arrays, launch, bench())
-
-
-@_emulate.vjp
-def _no_gradient(arrays: Any, cotangents: Any, outputs: Any) -> None:
-    raise KernelError(
-        "a Metal kernel has no gradient: call model.train(), or set MLXFUSE_KERNELS=reference"
-    )
+        return (on or backend()).repeat(self, inputs)
 
 
 @cache
@@ -355,34 +208,3 @@ def _compiled(program: Program, factory: Callable[..., Any]) -> Callable[..., li
         header=header(program.parts),
     )
     return kernel
-
-
-def unavailable() -> str | None:
-    """None where kernels can run now, on Metal or emulated; else why they cannot.
-
-    Raises:
-        KernelError: ``MLXFUSE_KERNELS`` has no such value, or is ``metal`` without a device.
-    """
-    mode = _mode()
-    if mode == "reference":
-        return "MLXFUSE_KERNELS is reference"
-    reason = _unavailable(mode)
-    if reason is not None and mode == "metal":
-        raise KernelError(f"kernels cannot run on Metal: {reason}")
-    return reason
-
-
-def _mode() -> str:
-    return "metal" if _recording.assumed is not None else env.get("MLXFUSE_KERNELS")
-
-
-def _unavailable(mode: str) -> str | None:
-    if mode == "emulated" or _recording.assumed is not None:
-        return None
-    if mode not in MODES:
-        raise KernelError(f"MLXFUSE_KERNELS is one of {', '.join(MODES)}; found {mode!r}")
-    if not mx.metal.is_available():
-        return "this MLX has no Metal device"
-    if mx.default_device() != mx.gpu:
-        return "MLX's default device is the CPU"
-    return None

@@ -1,14 +1,10 @@
-"""The Metal sources: where they are, the parts of them that a kernel needs, and their bench."""
+"""The Metal sources: where they are, and the parts of them that a kernel needs."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from ...errors import KernelError
 
@@ -84,29 +80,3 @@ def _squeeze(text: str) -> str:
     lines = (line.strip() for line in _COMMENT.sub("", text).splitlines())
     # In a preprocessor's line a space may end the name of a macro.
     return "".join(f"{x if x[0] == '#' else _SPACE.sub('', x)}\n" for x in lines if x)
-
-
-@cache
-def bench() -> Callable[..., Any]:
-    """The test bench's stand-in for `mx.fast.metal_kernel`.
-
-    It is loaded by its path under a private name, so that no other ``tests`` package is ever
-    imported in its place.
-    """
-    folder = checkout() / "tests" / "msl"
-    name = "_mlxfuse_msl"
-    if not (folder / "emulate.py").is_file():
-        raise KernelError(
-            f"MLXFUSE_KERNELS=emulated needs a checkout: expected the test bench at {folder}"
-        )
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    factory: Callable[..., Any] = sys.modules[name].metal_kernel
-    return factory

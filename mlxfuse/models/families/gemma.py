@@ -1,4 +1,4 @@
-"""Gemma 2 and 3: norms before and after each branch, and a window in most layers.
+"""Gemma 1 to 3. The later two: norms before and after each branch, a window in most layers.
 
 The residual stream leaves float16's range (65504): mlx-lm clips it there
 (gemma3_text.clip_residual), and the authors trained and publish the models in bfloat16.
@@ -12,7 +12,7 @@ from typing import Any
 from ...errors import UnsupportedError
 from ..keys import Keys
 from ..layers import period, windows, with_windows
-from ..pieces import GROUPS, QK_NORMS, attention, mlp
+from ..pieces import GROUPS, NORMS, QK_NORMS, attention, mlp
 from ..rope import Rope
 from ..table import OUTER, Architecture, Config, Weight, Weights
 
@@ -78,6 +78,15 @@ def _gemma(
 
 
 ROWS = (
+    Architecture(
+        name="gemma",
+        models="Gemma 2B and 7B, CodeGemma",
+        module="mlx_lm.models.gemma",
+        outer=offset(OUTER),
+        layer=offset(NORMS) | attention() | mlp(),
+        groups=GROUPS,
+        rope_types=("linear",),
+    ),
     Architecture(
         name="gemma2",
         models="Gemma 2",

@@ -6,14 +6,17 @@ a mean KLD of 1e-4 in a model of 62 layers.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models import gemma3_text
 from mlx_lm.models.base import create_attention_mask
-from mlx_lm.models.gemma3_text import ModelArgs
 
-__all__ = ["Model", "ModelArgs"]
+
+@dataclass
+class ModelArgs(gemma3_text.ModelArgs):
+    tie_word_embeddings: bool = True
 
 
 class Gemma3Model(gemma3_text.Gemma3Model):
@@ -39,3 +42,6 @@ class Model(gemma3_text.Model):
     def __init__(self, args: ModelArgs) -> None:
         super().__init__(args)
         self.model = Gemma3Model(args)
+        if args.tie_word_embeddings:  # mlx-lm learns it from the names of the weights
+            self.tie_word_embeddings = True
+            self.pop("lm_head")

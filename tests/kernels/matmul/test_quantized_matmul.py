@@ -13,6 +13,7 @@ from mlxfuse.formats import BY_NAME, Format
 from mlxfuse.kernels.matmul import quantized_matmul as module
 from mlxfuse.kernels.matmul.product import ACTIVATIONS
 from mlxfuse.kernels.matmul.quantized_matmul import quantized_matmul
+from mlxfuse.kernels.runtime import backend as _backend
 from mlxfuse.kernels.runtime import kernel as _kernel
 from mlxfuse.kernels.weight import AffineSegment, Part, QuantizedWeight
 from mlxfuse.nn.quantized import QuantizedLinear
@@ -446,7 +447,7 @@ def test_gradients_are_those_of_the_reference_or_an_error(
 def test_mlx_refuses_gradients_of_a_metal_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a Mac; here as far as the graph that would be run."""
     found = joined(("Q4_K",), (11,), 256)
-    monkeypatch.setattr(_kernel, "_unavailable", lambda mode: None)
+    monkeypatch.setattr(_backend, "_no_device", lambda: None)
     monkeypatch.setenv("MLXFUSE_KERNELS", "metal")
 
     def loss(x: mx.array) -> mx.array:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,7 +14,9 @@ import pytest
 
 from mlxfuse import KernelError
 from mlxfuse.formats import BY_NAME
+from mlxfuse.kernels import unavailable
 from mlxfuse.kernels.matmul.dequantize import KERNEL, dequantize
+from mlxfuse.kernels.runtime import backend as _backend
 from mlxfuse.kernels.runtime import kernel as _kernel
 from mlxfuse.kernels.runtime import source as _source
 
@@ -98,18 +103,71 @@ def test_missing_sources_say_where_they_were_expected(
         _source.metal_dir()
 
 
-def test_the_bench_is_loaded_by_its_path_only(tmp_path: Path) -> None:
-    """A package named ``tests`` that comes first on the path is not what `emulated` runs."""
-    decoy = tmp_path / "tests" / "msl"
-    decoy.mkdir(parents=True)
-    for folder in (decoy, decoy.parent):
-        (folder / "__init__.py").write_text("raise SystemExit('the wrong bench')")
+def test_the_bench_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
+    monkeypatch.setenv("MLXFUSE_BENCH", "tests.nothing")
+    _backend.emulated.cache_clear()
+    with pytest.raises(KernelError, match=r"needs the test bench .* tests\.nothing .* pip install"):
+        dequantize(WEIGHT)
+    monkeypatch.setenv("MLXFUSE_BENCH", "tests")  # a package that is no bench
+    with pytest.raises(KernelError, match="module tests cannot be used"):
+        dequantize(WEIGHT)
+    monkeypatch.delenv("MLXFUSE_BENCH")
+    assert isinstance(_backend.backend(), _backend.Emulated)
+
+
+def test_emulated_in_a_checkout() -> None:
+    """As the README says; nothing is loaded by its path."""
     code = (
-        "import sys\n"
-        "from mlxfuse.kernels.runtime.kernel import bench\n"
-        "assert bench().__module__ == '_mlxfuse_msl.emulate'\n"
-        "assert 'tests' not in sys.modules\n"
+        "import mlx.core as mx\n"
+        "from mlxfuse.kernels.norm.quantize_int8 import quantize_int8\n"
+        "print(quantize_int8(mx.arange(32.0)[None]).codes.tolist()[0][-1])\n"
+        "from mlxfuse.kernels import launches; print(launches)\n"
     )
-    root = str(_source.checkout())
-    paths = f"import sys\nsys.path[:0] = {[str(tmp_path), root]!r}\n"
-    subprocess.run([sys.executable, "-c", paths + code], check=True, cwd=tmp_path)
+    environment = {**os.environ, "MLXFUSE_KERNELS": "emulated"}
+    environment.pop("PYTHONPATH", None)
+    found = subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=_source.checkout(), text=True,
+        env=environment, capture_output=True,
+    )  # fmt: skip
+    assert found.stdout.split("\n")[:2] == ["127", "Counter({'quantize_int8': 1})"]
+
+
+def test_a_backend_is_of_its_thread() -> None:
+    counted: Counter[str] = Counter()
+    with _backend.using(_backend.Counting(counted)):
+        dequantize(WEIGHT)
+        assert counted == {"dequantize": 1}
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(_backend.backend).result()
+        assert not isinstance(other, _backend.Counting)
+        with _backend.using(_backend.METAL):
+            assert _backend.backend() is _backend.METAL
+        assert isinstance(_backend.backend(), _backend.Counting)
+    assert not isinstance(_backend.backend(), _backend.Counting)
+
+
+def test_while_counting_a_refusal_is_a_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it would raise: a count is no run."""
+    monkeypatch.setenv("MLXFUSE_KERNELS", "metal")
+    monkeypatch.setattr(_backend, "_no_device", lambda: None)
+    with pytest.raises(KernelError, match="results are float16, bfloat16 or float32"):
+        dequantize(WEIGHT, dtype=mx.float64)
+    before = _kernel.fallbacks.copy()
+    with _backend.using(_backend.Counting(Counter())):
+        dequantize(WEIGHT, dtype=mx.float64)
+    assert _kernel.fallbacks == before
+
+
+def test_kernels_do_not_run_where_the_default_device_is_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLXFUSE_KERNELS", "auto")
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
+    assert unavailable() == "MLX's default device is the CPU"
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    assert unavailable() is None
+    assert _backend.backend() is _backend.METAL
+    monkeypatch.setenv("MLXFUSE_KERNELS", "metal")
+    assert _backend.backend().strict

@@ -2,22 +2,26 @@
 
 import dataclasses
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlxfuse.fusion import patch_model
 from mlxfuse.fusion.patch import unpatch_model
-from mlxfuse.kernels import fallbacks
+from mlxfuse.kernels import fallbacks, launches
+from mlxfuse.kernels.runtime import backend as _backend
 from mlxfuse.kernels.runtime import kernel as _kernel
 from mlxfuse.kernels.runtime import self_test
 from mlxfuse.loader import load
 from mlxfuse.nn.quantized import QuantizedLinear
 from tests import msl
+from tests.fusion import zoo
 from tests.kernels import variants
 from tests.models import tiny
 
@@ -86,14 +90,17 @@ def test_a_wrong_kernel_is_disabled(factor: float, tmp_path: Path, own_cache: Pa
     fallbacks.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLXFUSE_KERNELS", "emulated")
-        matmul(*self_test._small_matmul(*arguments))
+        matmul(*matmul.small(*arguments))
     assert fallbacks["quantized_matmul", disabled[program]] == 1
-    # A new process knows it from the file, and warns.
+    # It is not stored: the next process tries it again, and stores that it passed.
+    assert not own_cache.exists()
     _kernel.disabled.clear()
-    with pytest.warns(RuntimeWarning, match="failed its self-test"):
-        assert self_test.check([(matmul, arguments)], emulated=True) == disabled
+    assert self_test.check([(matmul, arguments)], emulated=True) == {}
+    assert len(json.loads(own_cache.read_text())) == 1
+    # A failure that an older version stored is as none.
+    own_cache.write_text(json.dumps(dict.fromkeys(json.loads(own_cache.read_text()), "wrong")))
+    assert self_test.check([(matmul, arguments)], emulated=True) == {}
     # Another MLX is tried anew.
-    _kernel.disabled.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(self_test, "version", lambda name: "0.99")
         assert self_test.check([(matmul, arguments)], emulated=True) == {}
@@ -122,17 +129,105 @@ def test_the_norm_kernels_pass(variant: variants.Variant) -> None:
         assert self_test.compare(off, variant.arguments, emulated=True).startswith("largest error")
 
 
-def test_a_kernel_that_does_not_compile_is_disabled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(launch: _kernel.Launch, *, emulated: bool = False) -> list[mx.array]:
-        raise RuntimeError("[metal::Device] Unable to build metal library\nprogram_source:3: no")
+# What MLX says of a source that does not compile, and of a threadgroup that is too large.
+NO_LIBRARY = """[metal::Device] Unable to build metal library from source
+program_source:12:5: warning: unused variable 'q'
+program_source:34:9: error: use of undeclared identifier 'simd_shuffle_rotate'
+program_source:40:1: note: expanded from here
+program_source:41:7: error: no matching function for call to 'f'
+"""
+TOO_LARGE = "Thread group size (1024) is greater than  the maximum allowed threads per group (448)."
 
-    found = recorded(tmp_path, "llama", (1,))[:1]
-    monkeypatch.setattr(_kernel, "run", broken)
-    with pytest.warns(RuntimeWarning):
-        (reason,) = self_test.check(found).values()
-    assert reason == "[metal::Device] Unable to build metal library"
+
+def planted(error: Exception | None) -> Any:
+    """A stand-in for `mx.fast.metal_kernel`: its products are wrong, or raise."""
+
+    def factory(**what: Any) -> Any:
+        kernel = msl.metal_kernel(**what)
+
+        def launch(**how: Any) -> list[mx.array]:
+            if what["name"] != "mlxfuse_quantized_matmul":
+                return kernel(**how)
+            if error is not None:
+                raise error
+            return [1.01 * y for y in kernel(**how)]
+
+        return launch
+
+    return factory
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (None, r"largest error [\d.e-]+, largest value [\d.]+, in mlx.core.float32"),
+        (
+            RuntimeError(NO_LIBRARY),
+            r"program_source:34:9: error: use of undeclared identifier 'simd_shuffle_rotate'; "
+            r"program_source:41:7: error: no matching function for call to 'f'",
+        ),
+        (ValueError(TOO_LARGE), re.escape(TOO_LARGE)),
+        (MemoryError(), "MemoryError"),
+    ],
+    ids=["wrong", "does not compile", "too large", "no memory"],
+)
+def test_a_planted_fault_ends_in_a_working_model(
+    error: Exception | None,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    own_cache: Path,
+) -> None:
+    """On Metal, for which the emulated source stands, with prepared launches and kept graphs."""
+    path = tiny.write(tmp_path / "m.gguf", tiny.build("qwen3", 0))
+    model, _ = load(path, fuse="all")
+    unpatch_model(model)
+    tokens = mx.array([[3, 14, 15]])
+    want = model(tokens)
+    monkeypatch.setattr(_backend, "_no_device", lambda: None)
+    monkeypatch.setattr(mx.fast, "metal_kernel", planted(error))
+    monkeypatch.setattr(self_test, "LENGTHS", (3,))
+    mx.disable_compile()
+    try:
+        with pytest.warns(RuntimeWarning, match="quantized_matmul failed its self-test"):
+            report = patch_model(model, fuse="all")
+        assert list(report.disabled) == ["quantized_matmul"]
+        assert re.fullmatch(reason, report.disabled["quantized_matmul"])
+        assert "quantized_matmul is not used: " in str(report)
+        assert set(json.loads(own_cache.read_text()).values()) == {""}
+        fallbacks.clear()
+        launches.clear()
+        assert zoo.apart(np.array(model(tokens)), np.array(want)) < 1e-5
+        assert not launches["quantized_matmul"]
+        assert launches["norm_rope"]
+        assert fallbacks["quantized_matmul", report.disabled["quantized_matmul"]]
+        # Control: without the self-test's verdict, the fault reaches the model.
+        _kernel.disabled.clear()
+        if error is None:
+            assert zoo.apart(np.array(model(tokens)), np.array(want)) > 1e-3
+        else:
+            with pytest.raises(type(error)):
+                mx.eval(model(tokens))
+    finally:
+        mx.enable_compile()
+
+
+def test_references_are_computed_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where float32 products are not TF32."""
+    (variant, *_) = variants.norms()
+    seen = []
+
+    def reference(*arguments: Any) -> list[mx.array]:
+        seen.append(mx.default_stream(mx.default_device()))
+        return variant.kernel.reference(*arguments)
+
+    streams = []
+    real = mx.stream
+    monkeypatch.setattr(mx, "stream", lambda where: streams.append(where) or real(where))
+    kernel = dataclasses.replace(variant.kernel, reference=reference)
+    assert self_test.compare(kernel, variant.arguments, emulated=True) == ""
+    assert seen
+    assert streams == [mx.cpu]
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"a": 1}', "\xff", "[" * 100000])
@@ -150,7 +245,7 @@ def test_patching_runs_them_where_there_is_metal(
     assert "self-test" not in model.load_report.seconds
     unpatch_model(model)
     seen = []
-    monkeypatch.setattr(_kernel, "_unavailable", lambda mode: None)
+    monkeypatch.setattr(_backend, "_no_device", lambda: None)
     monkeypatch.setattr(self_test, "check", lambda found: seen.extend(found) or {})
     report = patch_model(model)
     assert str(report) == "qkv 3/3, gate/up 3/3, residual 3/3, norm+rope 3/3"

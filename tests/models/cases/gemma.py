@@ -12,6 +12,7 @@ GEMMA2 = {
 GEMMA3 = {"attention.sliding_window": 6, "rope.freq_base": 100.0}
 
 CASES = {
+    "gemma": Case("gemma", hidden=96, head_dim=32),
     "gemma2": Case(
         "gemma2",
         layers=4,

@@ -1,0 +1,66 @@
+"""MLX-LM checkpoints, as mlx-lm loads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.utils import load as load_with_mlx_lm
+
+from ..errors import CheckpointError, UnsupportedError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of a checkpoint.
+
+    Raises:
+        CheckpointError: it holds no JSON object.
+    """
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: expected JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def load_checkpoint(
+    path: Path,
+    *,
+    dtype: mx.Dtype | None = None,
+    tokenizer_config: Mapping[str, Any] | None = None,
+    model_config: Mapping[str, Any] | None = None,
+    lazy: bool = False,
+) -> tuple[nn.Module, Any, dict[str, Any]]:
+    """``mlx_lm.load``: the model, its tokenizer and its configuration.
+
+    Args:
+        dtype: what its float parameters become; None leaves them as they are stored.
+
+    Raises:
+        CheckpointError: a file of it is missing or malformed.
+        UnsupportedError: mlx-lm does not have the architecture, or the checkpoint wants code of
+            its own to be run, which mlxfuse never does.
+    """
+    if "model_file" in read_json(path / "config.json"):
+        raise UnsupportedError(f"{path}: its config.json names code of its own (model_file)")
+    try:
+        model, tokenizer, config = load_with_mlx_lm(
+            str(path),
+            tokenizer_config=dict(tokenizer_config or {}),
+            model_config=dict(model_config or {}),
+            lazy=lazy,
+            return_config=True,
+        )
+    except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+        unknown = isinstance(error, ValueError) and "not supported" in str(error)
+        kind = UnsupportedError if unknown else CheckpointError
+        raise kind(f"{path}: mlx-lm cannot load this checkpoint: {error}") from error
+    if dtype is not None:
+        model.set_dtype(dtype)
+    return model, tokenizer, config

@@ -1,0 +1,208 @@
+"""Experts of mlx-lm's models with fewer dispatches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.switch_layers import _gather_sort, _scatter_unsort
+
+from ..kernels import Backend, backend
+from ..kernels.activations import Int8Activations
+from .fused import Form, FusedModule, Run, given
+from .linear import GATED
+from .projection import MAX_IDS, KernelProjection, no_integers
+
+
+@dataclass
+class ExpertsForm(Form):
+    """The variant of mlx-lm's gated experts that a module has.
+
+    linears     names of gate and up.
+    output      name of down.
+    activation  of `mlxfuse.kernels.matmul.quantized_matmul`.
+    up          gate and up, fused.
+    down        for the sum over experts.
+    """
+
+    linears: tuple[str, str]
+    output: str
+    activation: str
+    up: KernelProjection | None = None
+    down: KernelProjection | None = None
+    pieces = ("up", "down")
+
+
+class FusedExperts(FusedModule):
+    """Mixed with the class of mlx-lm's ``SwitchGLU``; see `ExpertsForm`."""
+
+    _fused: ExpertsForm
+
+    def __call__(
+        self,
+        x: mx.array,
+        indices: mx.array,
+        scores: mx.array | None = None,
+        *,
+        cast: bool = False,
+    ) -> mx.array:
+        """x [..., hidden_size], ids of experts [..., k] -> [..., k, hidden_size].
+
+        With ``scores`` [..., k] their sum by these, [..., hidden_size], for `FusedMoE`.
+
+        Args:
+            cast: the sum is of the experts' type, if the scores are of a wider one.
+        """
+        form = self._fused
+        run = Run.of(x)
+        alike = scores is None or cast or scores.dtype == x.dtype
+        if not (alike and self.fusible(run.on, form.up, form.down)):
+            y: mx.array = form.original.__call__(self, x, indices)
+            total = _weighted(y, scores)
+            return total.astype(y.dtype) if cast else total
+        codes = given(x) or ()
+        arrays = (x, indices) if scores is None and not codes else (x, indices, scores, *codes)
+        return self._part(run, self._whole, self._children, *arrays)
+
+    def _children(self) -> list[tuple[nn.Module, str]]:
+        form = self._fused
+        own = () if form.up is not None else form.linears
+        return [(self, name) for name in (*own, form.output)]
+
+    def _whole(
+        self,
+        on: Backend,
+        x: mx.array,
+        indices: mx.array,
+        scores: mx.array | None = None,
+        *codes: mx.array,
+    ) -> mx.array:
+        """All of it; by the codes of x, if there are any and gate and up take them."""
+        form, up = self._fused, self._fused.up
+        hidden = None
+        if up is not None and codes and not up.large(x, indices) and no_integers(up) is None:
+            int8 = Int8Activations(codes[0], codes[1], codes[2], x.dtype)
+            (hidden,) = up.integers(int8, None, form.activation, indices)
+        elif up is not None:
+            hidden = up.gathered(x, indices, on, activation=form.activation)
+        elif scores is not None and indices.size < MAX_IDS:
+            wide = mx.expand_dims(x, (-2, -3))
+            both = (self[name](wide, indices) for name in form.linears)
+            hidden = GATED[form.activation](*both).squeeze(-2)
+        if hidden is None:
+            y = self._sorted(on, x, indices)
+        else:
+            if scores is not None and form.down is not None:
+                total = form.down.gathered(hidden, indices, on, scores=scores)
+                if total is not None:
+                    return total
+            y = self[form.output](mx.expand_dims(hidden, -2), indices).squeeze(-2)
+        return _weighted(y, scores).astype(y.dtype)
+
+    def _sorted(self, on: Backend, x: mx.array, indices: mx.array) -> mx.array:
+        """All of it as mlx-lm has it, which sorts many ids; gate and up together if that can be."""
+        form, up = self._fused, self._fused.up
+        y: mx.array
+        if up is None or indices.size < MAX_IDS or not up.takes_many(on):
+            y = form.original.__call__(self, x, indices)
+            return y
+        rows, ids, order = _gather_sort(mx.expand_dims(x, (-2, -3)), indices)
+        hidden = up.gathered(rows, ids, on, activation=form.activation, sorted_experts=True)
+        assert hidden is not None
+        y = self[form.output](mx.expand_dims(hidden, -2), ids, sorted_indices=True)
+        y = _scatter_unsort(y, order, indices.shape).squeeze(-2)
+        return y
+
+
+def _weighted(y: mx.array, scores: mx.array | None) -> mx.array:
+    return y if scores is None else (y * scores[..., None]).sum(axis=-2)
+
+
+class Summands:
+    """The results of chosen experts, ``[..., k, hidden_size]``, of which only the sum is asked for.
+
+    ``(y * scores[..., None]).sum(axis=-2)`` is all that can be done with it, and is computed by
+    the experts.
+
+    Args:
+        weighted: scores ``[..., k]`` -> the sum by them, ``[..., hidden_size]``.
+        dtype: of the results.
+    """
+
+    def __init__(self, weighted: Callable[[mx.array], mx.array], dtype: mx.Dtype) -> None:
+        self.dtype = dtype
+        self._weighted = weighted
+        self._scores: mx.array | None = None
+
+    def __mul__(self, scores: mx.array) -> Summands:
+        """scores ``[..., k, 1]``."""
+        found = Summands(self._weighted, self.dtype)
+        found._scores = scores.squeeze(-1)
+        return found
+
+    def sum(self, axis: int) -> mx.array:
+        """The sum over the experts, which are axis -2."""
+        assert axis == -2
+        assert self._scores is not None
+        return self._weighted(self._scores)
+
+
+@dataclass
+class MoEForm(Form):
+    """A block of mlx-lm that sums its experts' results by their scores.
+
+    experts  name of the experts.
+    cast     the sum gets the type of the experts' results, if the scores are of a wider one.
+    sums     whether the experts give the sum.
+    """
+
+    experts: str
+    cast: bool = False
+    sums: bool = False
+    pieces = ("sums",)
+
+
+class FusedMoE(FusedModule):
+    """Mixed with the class of an mlx-lm block of experts; see `MoEForm`."""
+
+    _fused: MoEForm
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        form = self._fused
+        own: Any = self
+        experts = self[form.experts]
+        if self.fusible(backend()) and isinstance(experts, FusedExperts):
+
+            def summands(x: mx.array, ids: mx.array) -> Summands:
+                return Summands(lambda scores: experts(x, ids, scores, cast=form.cast), x.dtype)
+
+            own = replacing(self, {form.experts: summands})
+        y: mx.array = form.original.__call__(own, *args, **kwargs)
+        return y
+
+
+class FusedWeightedExperts(FusedModule):
+    """Mixed with a class of mlx-lm that does nothing but to sum its experts' results."""
+
+    _fused: MoEForm
+
+    def __call__(self, x: mx.array, top_k_indices: mx.array, top_k_weights: mx.array) -> mx.array:
+        """x [..., hidden_size], ids and scores [..., k] -> [..., hidden_size]."""
+        form = self._fused
+        experts = self[form.experts]
+        if self.fusible(backend()) and isinstance(experts, FusedExperts):
+            return experts(x, top_k_indices, top_k_weights)
+        own: mx.array = form.original.__call__(self, x, top_k_indices, top_k_weights)
+        return own
+
+
+def replacing(module: nn.Module, children: dict[str, Callable[..., Any]]) -> nn.Module:
+    """The module as its own code sees it for one call, with something else for some children."""
+    other: nn.Module = type(module).__new__(type(module))
+    vars(other).update(vars(module))
+    dict.update(other, module)
+    dict.update(other, children)
+    return other
