@@ -400,15 +400,16 @@ struct IQ4XSScales {
 };
 
 //@ E8M0:
-// An exponent for each unit: 2^(e - 128), the scale that goes with twice the value; subnormal
-// for e < 2.
+// An exponent for each so many units: 2^(e - 128), the scale that goes with twice the value;
+// subnormal for e < 2.
+template <int units>
 struct E8M0 {
   static constexpr constant bool halves = false;
   static constexpr constant bool biased = false;
   float s;
   template <typename P>
   METAL_FUNC E8M0(P p, uint first, uint i) {
-    const uint e = p.scales[first + i];
+    const uint e = p.scales[(first + i) / units];
     s = as_type<float>(e < 2 ? 0x00200000u << e : (e - 1) << 23);
   }
   METAL_FUNC float scale(int) const {
@@ -456,7 +457,7 @@ using IQ4_NL = Unit<IQ4, Single<1>>;
 using IQ4_XS = Unit<IQ4, IQ4XSScales>;
 
 //@ MXFP4: E2M1 E8M0
-using MXFP4 = Unit<E2M1<false>, E8M0>;
+using MXFP4 = Unit<E2M1<false>, E8M0<1>>;
 
 //@ E4M3:
 // For each 16 weights an unsigned float of 8 bits, 4 of the exponent and 3 of the mantissa: half
@@ -892,4 +893,39 @@ using Affine = Unit<Packed<bits>, AffineScales<group / Packed<bits>::width>>;
 
 //@ MLXMXFP4: E2M1 E8M0
 // MLX's mxfp4: the values of MXFP4 in the order of the weights.
-using MLXMXFP4 = Unit<E2M1<true>, E8M0>;
+using MLXMXFP4 = Unit<E2M1<true>, E8M0<1>>;
+
+//@ MLXNVFP4: E2M1 E4M3
+// MLX's nvfp4, likewise.
+using MLXNVFP4 = Unit<E2M1<true>, E4M3>;
+
+//@ E4M3Bytes:
+// Twice the values of floats of 8 bits: 4 of the exponent, 3 of the mantissa. In the places that
+// these have in a float16 they are 2^9 times smaller; see E2M1.
+struct E4M3Bytes {
+  static constexpr constant int width = 16;
+  uint4 w;
+  template <typename P>
+  METAL_FUNC E4M3Bytes(P p, uint first, uint i) : w(elements<uint4>(p.codes)[first + i]) {}
+  METAL_FUNC static constexpr int shift(int) {
+    return -9;
+  }
+  // The bytes from bits 0 and 16 on.
+  METAL_FUNC static float2 pair(uint x) {
+    return float2(as_type<half2>(((x & 0x007f007fu) << 7) | ((x & 0x00800080u) << 8)));
+  }
+  METAL_FUNC float4 small(int q) const {
+    const float2 even = pair(w[q]);
+    const float2 odd = pair(w[q] >> 8);
+    return float4(even.x, odd.x, even.y, odd.y);
+  }
+  METAL_FUNC float code(int i) const {
+    return small(i >> 2)[i & 3];
+  }
+  METAL_FUNC float4 quad(int q) const {
+    return 512.0f * small(q);
+  }
+};
+
+//@ MLXMXFP8: E4M3Bytes E8M0
+using MLXMXFP8 = Unit<E4M3Bytes, E8M0<2>>;

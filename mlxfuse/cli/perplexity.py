@@ -7,15 +7,19 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .. import env
+from ..errors import MLXFuseError
 from . import _options as opt
 from . import _text_options as text_opt
 from ._common import command, show_report
 from .progress import status_line
+
+if TYPE_CHECKING:
+    from ..text.perplexity import Way
 
 
 @command("Look", "mlxfuse perplexity model-Q4_K_M.gguf -f text.txt --kv-bits k8v4 --kld")
@@ -31,6 +35,14 @@ def perplexity_command(
         bool,
         opt.of_text("Compare with plain cache and float activations: KLD, same top.", "--kld"),
     ] = False,
+    base: Annotated[
+        str | None,
+        opt.of_text(
+            "The same model in other types, such as F16: --kld compares with it.",
+            "--base",
+            metavar="MODEL",
+        ),
+    ] = None,
     ctx_size: Annotated[
         int, opt.of_text("Tokens of a chunk.", "--ctx-size", "-c", min=4, metavar="INTEGER")
     ] = 512,
@@ -47,10 +59,12 @@ def perplexity_command(
         ),
     ] = None,
 ) -> None:
-    """Score a text: perplexity, and what a compressed cache or int8 activations change."""
+    """Score a text: perplexity, and what another quantisation, cache or activations change."""
     rounded = load.act_quant is opt.ActQuant.on
-    if kld and cache.kv_bits is None and not rounded:
-        raise typer.BadParameter("--kld compares two ways: say with --kv-bits or --act-quant which")
+    if kld and cache.kv_bits is None and not rounded and base is None:
+        raise typer.BadParameter(
+            "--kld compares two ways: say with --kv-bits, --act-quant or --base which"
+        )
     if rounded and load.fuse == "auto":
         # Where no kernel runs "auto" fuses nothing, and nothing would be rounded.
         load = replace(load, fuse="all")
@@ -64,16 +78,19 @@ def perplexity_command(
         from ..text.perplexity import Way, perplexity, render
 
         loaded, tokenizer = load.load(path)
+        ids = tokenizer.encode(text)
         way = Way(loaded, lambda: plain_caches(loaded))
         plain = Way(_with_floats(loaded), way.make_caches)
         if kv is not None:
             check_model(loaded, kv, force=cache.kv_force)
             way = Way(loaded, lambda: compressed(plain_caches(loaded), kv))
-        ids = tokenizer.encode(text)
+        if base is not None:
+            say(f"loading {base}")
+            plain = _other(replace(model, model=base, model_option=None), load, text, ids)
         report = perplexity(
             ids,
             way,
-            plain if kld else None,
+            plain if kld or base else None,
             bos=tokenizer.bos_token_id if ids[:1] == [tokenizer.bos_token_id] else None,
             context=ctx_size,
             chunks=chunks,
@@ -82,12 +99,37 @@ def perplexity_command(
         )
     if out.as_json:
         scheme = None if kv is None else {"kv_bits": kv.name, "kv_rotate": kv.rotate}
-        found = {"model": str(path), "scheme": scheme, "act_quant": rounded}
+        found: dict[str, Any] = {"model": str(path), "scheme": scheme, "act_quant": rounded}
+        if base is not None:
+            found["base_model"] = base
         print(json.dumps({**found, "load": loaded.load_report.as_dict(), **report.as_dict()}))
         return
     names = [] if kv is None else [kv.name + (" rotated" if kv.rotate else "")]
-    print(render(report, ", ".join([*names, *["int8"] * rounded]) or "plain"))
+    ways = ", ".join([*names, *["int8"] * rounded])
+    if base is None:
+        print(render(report, ways or "plain"))
+    else:
+        print(render(report, ways or "model", "base"))
     show_report(loaded.load_report)
+
+
+def _other(model: opt.Model, load: opt.Loading, text: str, ids: list[int]) -> Way:
+    """The way to compare with that is another file.
+
+    Raises:
+        MLXFuseError: it has other tokens for the text.
+    """
+    from ..nn.kv.options import plain_caches
+    from ..text.perplexity import Way
+
+    path = model.fetch()
+    loaded, tokenizer = load.load(path)
+    if tokenizer.encode(text) != ids:
+        raise MLXFuseError(
+            f"--base {path}: expected the same tokens for the text as MODEL has, found others: "
+            "give the same model in another quantisation"
+        )
+    return Way(_with_floats(loaded), lambda: plain_caches(loaded))
 
 
 def _with_floats(model: Any) -> Any:

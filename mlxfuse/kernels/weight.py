@@ -116,12 +116,12 @@ class Segment(_Rows):
 class AffineSegment(_Rows):
     """MLX's own quantised rows, as ``mx.quantize`` and MLX-LM models have them; not copied.
 
-    bits        4 or 8.
-    group_size  weights of one scale: 32, 64 or 128; 32 in mode mxfp4.
-    mode        ``affine`` or ``mxfp4``.
+    bits        2, 3, 4, 5, 6 or 8; 4 or 8 of the other modes, as their names say.
+    group_size  weights of one scale: 32, 64 or 128; 16 in mode nvfp4, 32 in the others.
+    mode        ``affine``, ``mxfp4``, ``mxfp8`` or ``nvfp4``.
     columns     weights of a row, K.
     arrays      ``codes`` uint32, ``scales`` and, in mode affine, ``supers``: MLX's biases. Those
-                are float16, bfloat16 or float32, the type of the model; exponents in mode mxfp4.
+                are float16, bfloat16 or float32, the type of the model; bytes in other modes.
     """
 
     bits: int
@@ -131,9 +131,10 @@ class AffineSegment(_Rows):
     arrays: Mapping[str, mx.array] = field(compare=False)
 
     def __post_init__(self) -> None:
-        known = {(b, g, "affine") for b in (4, 8) for g in (32, 64, 128)} | {(4, 32, "mxfp4")}
+        known = {(b, g, "affine") for b in (2, 3, 4, 5, 6, 8) for g in (32, 64, 128)}
+        known |= {(4, 32, "mxfp4"), (8, 32, "mxfp8"), (4, 16, "nvfp4")}
         kind = (self.bits, self.group_size, self.mode)
-        if kind not in known or self.columns % self.group_size:
+        if kind not in known or self.columns % max(self.group_size, 32):
             raise ValueError(f"no kernel for MLX weights {kind} of {self.columns} columns")
         lead = self.arrays["codes"].shape[:-1]
         groups = (*lead, self.columns // self.group_size)
@@ -154,7 +155,9 @@ class AffineSegment(_Rows):
 
     @property
     def trait(self) -> str:
-        return "MLXMXFP4" if self.mode == "mxfp4" else f"Affine<{self.bits}, {self.group_size}>"
+        if self.mode != "affine":
+            return f"MLX{self.mode.upper()}"
+        return f"Affine<{self.bits}, {self.group_size}>"
 
     @property
     def unit(self) -> int:

@@ -2,7 +2,7 @@
 
 The text is cut into chunks of ``context`` tokens, each of which begins anew, with BOS where the
 model has it there; the second half of each is scored. KLD is the Kullback-Leibler divergence of
-the next token's distribution from the plain one.
+the next token's distribution from the plain one, or from that of the same model in other types.
 """
 
 from __future__ import annotations
@@ -148,6 +148,9 @@ def _scores(tokens: list[int], way: Way, base: Way | None, step: int) -> Iterato
             mx.eval([c.state for cache in caches for c in cache])
             continue
         targets = mx.array(tokens[start + skip + 1 : stop + 1])[:, None]
+        if len({x.shape for x in logits}) > 1:
+            shapes = " and ".join(str(x.shape[-1]) for x in logits)
+            raise MLXFuseError(f"expected two models with the same tokens, found {shapes} of them")
         scored = [_log_softmax(x[0, skip:].astype(mx.float32)) for x in logits]
         results = [-mx.take_along_axis(x, targets, axis=-1)[:, 0] for x in scored]
         if base is not None:
@@ -162,8 +165,8 @@ def _log_softmax(logits: mx.array) -> mx.array:
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def render(report: Report, name: str) -> str:
-    """A table for people; ``name`` is what the scored way is called."""
+def render(report: Report, name: str, base: str = "plain") -> str:
+    """A table for people; ``name`` and ``base`` are what the two ways are called."""
 
     def cell(mean: Mean | None, unit: str = "", scale: float = 1) -> str:
         digits = ".3e" if mean is not None and 0 < scale * mean.value < 0.01 else ".4f"
@@ -173,7 +176,7 @@ def render(report: Report, name: str) -> str:
             else f"{scale * mean.value:{digits}} ± {scale * mean.error:.1e}{unit}"
         )
 
-    rows = [("", "plain" if report.base else "", name)]
+    rows = [("", base if report.base else "", name)]
     rows.append(("perplexity", cell(report.base), cell(report.perplexity)))
     if report.kld:
         rows.append(("mean KLD", "", cell(report.kld)))

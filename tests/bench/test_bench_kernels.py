@@ -21,7 +21,7 @@ from mlxfuse.kernels.runtime import self_test
 from mlxfuse.kernels.weight import QuantizedWeight
 
 from .. import msl
-from ..kernels.variants import NAMES, capture, segment
+from ..kernels.variants import MLX, NAMES, capture, segment
 from ..msl.instructions import largest_loop
 
 FEW = [BY_NAME["Q4_0"]]
@@ -175,7 +175,7 @@ def test_the_table_has_every_kernel_in_every_format():
     found = [self_test.calls(case.ours[0])[0][0].name for case in cases.cases(SMALL)]
     assert set(found) == set(self_test._SMALL)
     names = [case.name.split()[0] for case in cases.cases(SMALL)]
-    of_gguf = set(NAMES) - {"affine4", "affine8", "mlx mxfp4"}
+    of_gguf = set(NAMES) - set(MLX)
     # Whole, with 1 and 4 rows and of experts 3 times; those with integers twice more.
     assert {name: names.count(name) for name in of_gguf} == {
         name: 8 if BY_NAME[name].traits.integers else 6 for name in of_gguf

@@ -27,7 +27,7 @@ SIZES: dict[str, Any] = {
 FORMATS: dict[str, dict[str, Any] | None] = {
     "dense": None,
     "affine4": {"bits": 4, "group_size": 64},
-    "affine6": {"bits": 6, "group_size": 32},
+    "affine1": {"bits": 1, "group_size": 32},
     "affine8": {"bits": 8, "group_size": 32},
     "mxfp4": {"bits": 4, "group_size": 32, "mode": "mxfp4"},
 }

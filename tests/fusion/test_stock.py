@@ -103,9 +103,9 @@ def test_the_kernels(
 
 @pytest.mark.parametrize("name", ["llama", "gemma"])
 def test_the_addition_before_a_norm(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is no kernel for 6 bits, in which attention could add."""
+    """There is no kernel for 1 bit, in which attention could add."""
     monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
-    model = make(name, "affine6")
+    model = make(name, "affine1")
     for layer in model.layers:
         layer.post_attention_layernorm.weight = mx.random.normal((128,))
     want = logits(model, (5, 1))
@@ -268,7 +268,7 @@ def test_a_clipped_mlp(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "form", "reason"),
     [
-        ("qwen3_moe", "affine6", "no kernel for MLX weights (6, 32, 'affine') of 128 columns"),
+        ("qwen3_moe", "affine1", "no kernel for MLX weights (1, 32, 'affine') of 128 columns"),
         ("qwen3_moe", "dense", "its experts are SwitchLinear"),
     ],
 )
@@ -349,7 +349,7 @@ def hooked(model: nn.Module) -> None:
 
 def two_types(model: nn.Module) -> None:
     mlp = model.layers[1].mlp
-    mlp.up_proj = nn.QuantizedLinear(128, 256, False, 64, 3)
+    mlp.up_proj = nn.QuantizedLinear(128, 256, False, 64, 1)
 
 
 @pytest.mark.parametrize(
@@ -362,7 +362,7 @@ def two_types(model: nn.Module) -> None:
         (subclass, "gate_up", [1], ".Louder is not the class that its module has under this name"),
         (used_twice, "gate_up", [0, 1], "it is used in several places"),
         (shared_weight, "qkv", [], ""),
-        (two_types, "gate_up", [1], "no kernel for MLX weights (3, 64, 'affine') of 128 columns"),
+        (two_types, "gate_up", [1], "no kernel for MLX weights (1, 64, 'affine') of 128 columns"),
     ],
 )
 def test_what_is_not_certain_is_left_alone(

@@ -23,15 +23,18 @@ N = (1, 7, 300, 4099)
 K = (32, 96, 256, 576, 768, 2880, 4096)
 
 AFFINE = {f"affine{b}g{g}": (b, g, "affine") for b in (4, 8) for g in (32, 64, 128)}
-AFFINE["mxfp4"] = (4, 32, "mxfp4")
+AFFINE |= {"mxfp4": (4, 32, "mxfp4"), "mxfp8": (8, 32, "mxfp8"), "nvfp4": (4, 16, "nvfp4")}
+RARE = {"affine2g32": 2, "affine3g64": 3, "affine5g128": 5, "affine6g64": 6}
+AFFINE |= {n: (bits, int(n.partition("g")[2]), "affine") for n, bits in RARE.items()}
 
 LATER = ("F32", "F16", "BF16", "NVFP4", "Q1_0", "Q2_0", "TQ1_0", "TQ2_0")
 FEWER = [f.name for f in WITH_KERNEL if f.name[:3] in ("IQ1", "IQ2", "IQ3") or f.name in LATER]
+FEWER += [*RARE, "mxfp8", "nvfp4"]
 FEWER_VALUES = {"m": (1, 5, 40), "n": (7, 300), "activation": (None, "swiglu")}
 
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "swiglu_clipped": None}
 FACTORS = {
-    "format": (*(f.name for f in WITH_KERNEL), "affine4g64", "affine8g32", "mxfp4"),
+    "format": (*(f.name for f in WITH_KERNEL), "affine4g64", "affine8g32", "mxfp4", *FEWER[-6:]),
     "dtype": tuple(NMSE),
     "m": M,
     "n": N,
@@ -45,7 +48,7 @@ FACTORS = {
 
 def block_size(name: str) -> int:
     """What K is a multiple of."""
-    return AFFINE[name][1] if name in AFFINE else max(BY_NAME[name].block_size, 32)
+    return max(AFFINE[name][1], 32) if name in AFFINE else max(BY_NAME[name].block_size, 32)
 
 
 def allowed(case: Case) -> bool:

@@ -47,7 +47,8 @@ def test_nothing_is_moved_twice(name, columns, qmv_fast):
     assert 1.0 <= found.distinct_ratio <= 1.001
     assert found.x_loads_per_weight <= qmv_fast.x_loads_per_weight
     assert found.x_values_per_weight(mx.float16) <= qmv_fast.x_values_per_weight(mx.float16)
-    if columns >= 2048:
+    # Lanes' codes of 3, 5 and 6 bits do not begin where a load of 16 bytes can.
+    if columns >= 2048 and name not in ("affine3", "affine5", "affine6"):
         assert found.coalescing >= 0.9
     assert found.constant_loads == 0
     # An entry of a codebook is 4 or 8 weights, but for the 16 values of IQ4.

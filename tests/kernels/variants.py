@@ -25,7 +25,8 @@ from mlxfuse.kernels.weight import AffineSegment, AnySegment, Part, QuantizedWei
 from tests import msl
 
 FORMATS = tuple(f.name for f in BY_NAME.values() if f.kernel)
-MLX = {"affine4": (4, 64, "affine"), "affine8": (8, 64, "affine"), "mlx mxfp4": (4, 32, "mxfp4")}
+MLX = {f"affine{bits}": (bits, 64, "affine") for bits in (2, 3, 4, 5, 6, 8)}
+MLX |= {"mlx mxfp4": (4, 32, "mxfp4"), "mlx mxfp8": (8, 32, "mxfp8"), "mlx nvfp4": (4, 16, "nvfp4")}
 NAMES = (*FORMATS, *MLX)
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 ROWS, COLUMNS = 24, 512

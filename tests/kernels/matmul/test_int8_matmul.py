@@ -30,6 +30,7 @@ TABLES = ("IQ4_NL", "IQ4_XS", "MXFP4")
 GGUF = tuple(f.name for f in BY_NAME.values() if f.traits and f.traits.integers)
 MIXED = ("Q4_0", "Q5_1", "Q6_K", "affine8g64")
 AFFINE = tuple(f"affine{bits}g{group}" for bits in (4, 8) for group in (32, 64, 128))
+AFFINE += ("affine2g64", "affine3g32", "affine5g64", "affine6g128")
 # Largest error, of the sum of |x| |w| of an output: of float32 sums, then of one rounding.
 EPS = {mx.float32: 2.0**-22, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}
 
@@ -75,8 +76,8 @@ def affine(name: str, rows: int, columns: int, *, ones: bool = False) -> AffineS
 def affine_values(s: AffineSegment) -> np.ndarray:
     """float64, by the definition in MLX's documentation."""
     words, scales, biases = (np.array(s.arrays[n]) for n in ("codes", "scales", "supers"))
-    shifts = np.arange(0, 32, s.bits, dtype=np.uint32)
-    codes = (words[..., None] >> shifts & ((1 << s.bits) - 1)).reshape(s.rows, -1)
+    bits = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")
+    codes = bits.reshape(s.rows, -1, s.bits) @ (1 << np.arange(s.bits))
     scales, biases = (np.repeat(a.astype(np.float64), s.group_size, -1) for a in (scales, biases))
     return codes * scales + biases
 
