@@ -233,10 +233,9 @@ METAL_FUNC Chosen<X, I, S> chosen(X x, I experts, S scores, uint a, uint b, uint
   return Chosen<X, I, S>{x, experts, scores, a, b, bias};
 }
 
-// Lets y be for the results of row i, whose expert has its own rows and bias.
+// Lets y be for the results of an expert, which has its own rows and bias.
 template <typename Y, typename X>
-METAL_FUNC void choose(thread Y& y, X x, uint i) {
-  const uint expert = uint(x.experts[i]);
+METAL_FUNC void choose(thread Y& y, X x, uint expert) {
   y.a.first += expert * x.a;
   y.b.first += expert * x.b;
   y.a.bias += expert * x.bias;
@@ -248,7 +247,7 @@ template <
     typename F, typename G, int slots, int groups, typename Y, typename X, typename P, typename Q>
 METAL_FUNC void gathered_tile(
     P p, Q q, X x, const device Size* size, Y y, uint3 tile, uint group, uint lane) {
-  choose(y, x, tile.y);
+  choose(y, x, uint(x.experts[tile.y]));
   vector_tile<F, G, slots, groups>(p, q, x.x, size, y, tile, group, lane);
 }
 
@@ -266,7 +265,7 @@ METAL_FUNC void summed_tile(
   float sum = 0.0f;
   for (uint i = tile.y * size->outputs + group; i < (tile.y + 1) * size->outputs; i += groups) {
     Y own = y;
-    choose(own, x, i);
+    choose(own, x, uint(x.experts[i]));
     float v = 0.0f;
     if (n + slots <= y.a.rows) {
       v = vector_dots<F, slots>(p, x.x + ulong(i) * columns, own.a.first + n, columns, lane);
@@ -444,8 +443,8 @@ METAL_FUNC void batch_dots(
 }
 
 //@ tiles: decoded
-// 32 rows of x by 64 rows of W (gated: 32 of the gate, 32 of up) for 4 SIMD-groups, K in steps
-// of 64. Each thread decodes the 32 weights of one row of the tile.
+// `many` rows of x, 16 or 32, by 64 rows of W (gated: 32 of the gate, 32 of up) for 4 SIMD-groups,
+// K in steps of 64. Each thread decodes the 32 weights of one row of the tile.
 constant constexpr int tile_pitch = 72;
 
 // Weights k to k + 31 of row n of W, zeros if that is outside.
@@ -470,24 +469,27 @@ METAL_FUNC void decode_run(
   }
 }
 
-// Rows `to` to `rows` - 1 of x, 32 at most.
-template <typename F, typename G, typename Y, typename T, typename P, typename Q>
+// Rows `to` to `rows` - 1 of x, `many` at most.
+template <typename F, typename G, int many, typename Y, typename T, typename P, typename Q>
 METAL_FUNC void matrix_rows(
     P p, Q q, const device T* x, uint columns, Y y, uint across, uint to, uint rows, uint group,
     uint me, threadgroup float* scratch) {
   constexpr uint count = Y::gated ? 32 : 64;
   const uint row = (across - y.a.tile) * count;
   threadgroup T* xs = (threadgroup T*)scratch;
-  threadgroup T* ws = xs + 32 * tile_pitch;
-  const uint m = me / 4;
-  const uint from = 16 * (me % 4);
+  threadgroup T* ws = xs + many * tile_pitch;
+  constexpr uint lanes = 128 / many;  // of a row of x
+  constexpr int frags = many / 16;    // of 8 rows, for each SIMD-group
+  const uint m = me / lanes;
+  const uint from = 64 / lanes * (me % lanes);
   const uint at = 32 * (me % 2);
   const uint n = row + me / 2 % count;
-  const uint sm = 16 * (group / 2);
+  const uint sm = many / 2 * (group / 2);
   const uint sn = 32 * (group % 2);
-  simdgroup_matrix<float, 8, 8> sums[2][4];
+  const bool busy = to + sm < rows;  // of the SIMD-group's rows, there are some
+  simdgroup_matrix<float, 8, 8> sums[frags][4];
   UNROLL
-  for (int i = 0; i < 2; i++) {
+  for (int i = 0; i < frags; i++) {
     UNROLL
     for (int j = 0; j < 4; j++) {
       sums[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
@@ -498,7 +500,7 @@ METAL_FUNC void matrix_rows(
     threadgroup vec<T, 4>* px = (threadgroup vec<T, 4>*)(xs + m * tile_pitch + from);
     const bool x_inside = to + m < rows && k + from < columns;
     UNROLL
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < int(16 / lanes); i++) {
       px[i] = x_inside ? *(const device vec<T, 4>*)(x + ulong(to + m) * columns + k + from + 4 * i)
                        : vec<T, 4>(T(0));
     }
@@ -510,31 +512,33 @@ METAL_FUNC void matrix_rows(
       decode_run<F, T>(p, y.a.first + n, k + at, columns, w_inside, pw);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    UNROLL
-    for (int kk = 0; kk < 64; kk += 8) {
-      simdgroup_matrix<T, 8, 8> mx[2];
-      simdgroup_matrix<T, 8, 8> mw[4];
+    if (busy) {
       UNROLL
-      for (int i = 0; i < 2; i++) {
-        simdgroup_load(mx[i], xs + (sm + 8 * i) * tile_pitch + kk, tile_pitch);
-      }
-      UNROLL
-      for (int j = 0; j < 4; j++) {
-        simdgroup_load(
-            mw[j], ws + (sn + 8 * j) * tile_pitch + kk, tile_pitch, ulong2(0, 0), true);
-      }
-      UNROLL
-      for (int i = 0; i < 2; i++) {
+      for (int kk = 0; kk < 64; kk += 8) {
+        simdgroup_matrix<T, 8, 8> mx[frags];
+        simdgroup_matrix<T, 8, 8> mw[4];
+        UNROLL
+        for (int i = 0; i < frags; i++) {
+          simdgroup_load(mx[i], xs + (sm + 8 * i) * tile_pitch + kk, tile_pitch);
+        }
         UNROLL
         for (int j = 0; j < 4; j++) {
-          simdgroup_multiply_accumulate(sums[i][j], mx[i], mw[j], sums[i][j]);
+          simdgroup_load(
+              mw[j], ws + (sn + 8 * j) * tile_pitch + kk, tile_pitch, ulong2(0, 0), true);
+        }
+        UNROLL
+        for (int i = 0; i < frags; i++) {
+          UNROLL
+          for (int j = 0; j < 4; j++) {
+            simdgroup_multiply_accumulate(sums[i][j], mx[i], mw[j], sums[i][j]);
+          }
         }
       }
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   UNROLL
-  for (int i = 0; i < 2; i++) {
+  for (int i = 0; i < frags; i++) {
     UNROLL
     for (int j = 0; j < 4; j++) {
       simdgroup_store(
@@ -542,7 +546,7 @@ METAL_FUNC void matrix_rows(
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (uint e = me; e < 32 * count; e += 128) {
+  for (uint e = me; e < many * count; e += 128) {
     const uint ym = e / count;
     const uint yn = e % count;
     if (to + ym < rows && row + yn < y.a.rows) {
@@ -553,29 +557,50 @@ METAL_FUNC void matrix_rows(
 }
 
 //@ matrix: tiles
-template <typename F, typename G, typename Y, typename T, typename P, typename Q>
+template <typename F, typename G, int many, typename Y, typename T, typename P, typename Q>
 METAL_FUNC void matrix_tile(
     P p, Q q, const device T* x, const device Size* size, Y y, uint3 tile, uint group, uint me,
     threadgroup float* scratch) {
-  matrix_rows<F, G>(
-      p, q, x, size->columns, y, tile.x, tile.y * 32, size->rows, group, me, scratch);
+  matrix_rows<F, G, many>(
+      p, q, x, size->columns, y, tile.x, tile.y * many, size->rows, group, me, scratch);
 }
 
 //@ grouped: tiles experts
-// 32 rows of x, of which those of one expert are neighbours: a product for each expert there is.
-template <typename F, typename G, typename Y, typename X, typename P, typename Q>
+// Rows of x sorted by expert, with the last row and the last tile, both excluded, of each expert.
+template <typename X, typename I>
+struct Sorted {
+  X x;
+  I row_ends;
+  I tile_ends;
+  uint experts, a, b, bias;
+};
+template <typename X, typename I>
+METAL_FUNC Sorted<X, I> sorted(
+    X x, I row_ends, I tile_ends, uint experts, uint a, uint b, uint bias) {
+  return Sorted<X, I>{x, row_ends, tile_ends, experts, a, b, bias};
+}
+
+// Tile `tile.y` has rows of one expert only: the first whose tiles end after it.
+template <typename F, typename G, int many, typename Y, typename X, typename P, typename Q>
 METAL_FUNC void grouped_tile(
     P p, Q q, X x, const device Size* size, Y y, uint3 tile, uint group, uint me,
     threadgroup float* scratch) {
-  const uint end = metal::min(tile.y * 32 + 32, size->rows);
-  uint to = tile.y * 32;
-  while (to < end) {
-    const uint from = to;
-    while (to < end && x.experts[to] == x.experts[from]) {
-      to++;
+  uint expert = 0;
+  uint last = x.experts;
+  while (expert < last) {
+    const uint middle = (expert + last) / 2;
+    if (uint(x.tile_ends[middle]) <= tile.y) {
+      expert = middle + 1;
+    } else {
+      last = middle;
     }
-    Y own = y;
-    choose(own, x, from);
-    matrix_rows<F, G>(p, q, x.x, size->columns, own, tile.x, from, to, group, me, scratch);
+  }
+  if (expert < x.experts) {
+    const uint tiles = expert ? uint(x.tile_ends[expert - 1]) : 0;
+    const uint rows = expert ? uint(x.row_ends[expert - 1]) : 0;
+    const uint to = rows + (tile.y - tiles) * many;
+    const uint end = metal::min(to + many, uint(x.row_ends[expert]));
+    choose(y, x, expert);
+    matrix_rows<F, G, many>(p, q, x.x, size->columns, y, tile.x, to, end, group, me, scratch);
   }
 }

@@ -16,7 +16,8 @@ Public names:
   ``ORDERS``, ``KINDS``;
 * ``counting() -> [Counts, ...]``, ``Traffic``: what launches read and write;
 * modules to import by name: ``instructions`` (of inner loops, from PTX), ``mlx_kernels`` (MLX's
-  own, from its headers), ``gpu`` (the command for an NVIDIA GPU);
+  own, from its headers), ``registers`` (and spills, from ``ptxas``), ``gpu`` (the command for an
+  NVIDIA GPU);
 * ``check(source, name, version) -> (Finding, ...)``, ``check_languages(source, name)``,
   ``LANGUAGES``;
 * ``compiler()``, ``cache_dir()``, ``preamble()``;

@@ -28,6 +28,7 @@ class Traffic:
         bank_turns: of threadgroup memory, where 32 banks of 4 bytes answer at once: what each load
             of a SIMD-group takes of them, 1 or more, added up. How many banks Apple's GPUs have
             is not documented; other makers' have 32.
+        store_segments, store_ideal: as ``short_segments`` and ``short_ideal``, of stores.
 
     Threadgroup memory and constant tables have the first four; the former ``group_loads`` and
     ``bank_turns`` too.
@@ -46,6 +47,8 @@ class Traffic:
     long_segments: int = 0
     long_ideal: int = 0
     bank_turns: int = 0
+    store_segments: int = 0
+    store_ideal: int = 0
 
     @property
     def times_read(self) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from .errors import MslCompileError, MslSetupError
 from .source import Parameter, prefix, translate
 
 ENTRY = "msl_entry"
-_ARCHITECTURE = "sm_80"
+ARCHITECTURE = "sm_80"
 
 
 def _register(name: str) -> str:
@@ -73,14 +74,17 @@ def _wrapper(parameters: tuple[Parameter, ...], call: str) -> str:
 
 @functools.cache
 def libdevice() -> Path:
-    """CUDA's ``libdevice.10.bc``, from ``$CUDA_HOME`` or below /usr/local."""
+    """CUDA's ``libdevice.10.bc``, from ``$CUDA_HOME``, /usr/local or the wheel nvidia-nvvm."""
     homes = [Path(p) for p in (os.environ.get("CUDA_HOME"),) if p]
     homes += sorted(Path("/usr/local").glob("cuda*"), reverse=True)
+    homes += sorted((Path(sysconfig.get_path("purelib")) / "nvidia").glob("*"), reverse=True)
     for home in homes:
         path = home / "nvvm/libdevice/libdevice.10.bc"
         if path.is_file():
             return path
-    raise MslSetupError("the PTX route needs CUDA's libdevice.10.bc: set CUDA_HOME")
+    raise MslSetupError(
+        "the PTX route needs libdevice.10.bc: set CUDA_HOME, or install nvidia-nvvm"
+    )
 
 
 # As a GPU compiler must: loops over a thread's own arrays unrolled, loops over memory left alone;
@@ -109,7 +113,7 @@ def compile_ptx(
     language = [f"{x},+__opencl_c_generic_address_space" if "-cl-ext" in x else x for x in LANGUAGE]
     command = [*compiler().command, *language, "-O2", "-target", "nvptx64-nvidia-cuda"]
     for option in (
-        *("-target-cpu", _ARCHITECTURE, "-target-feature", "+ptx80"),
+        *("-target-cpu", ARCHITECTURE, "-target-feature", "+ptx80"),
         *("-mlink-builtin-bitcode", str(libdevice())),
     ):
         command += ["-Xclang", option]

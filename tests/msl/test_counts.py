@@ -106,6 +106,17 @@ def test_stores_and_the_least_to_move():
     assert twice.buffers["y"].times_written == 124 / 64
 
 
+def test_segments_of_stores_are_counted():
+    """Of 32 bytes: one for 8 neighbours, and one for each store that has none."""
+    for body, expected in (
+        ("y[i] = x[i];", (8, 8)),
+        ("y[i / 2 + 32 * (i % 2)] = x[i];", (8, 8)),
+        ("y[i * 8 % 64 + i / 8] = x[i];", (16, 8)),
+    ):
+        y = counted(body)[0].buffers["y"]
+        assert (y.store_segments, y.store_ideal) == expected
+
+
 def test_threadgroup_memory_barriers_and_simd_operations():
     counts, y = counted(
         "threadgroup float shared[64];\n"

@@ -100,18 +100,20 @@ def codebook(name: str) -> mx.array:
 @cache
 def _program(bound: Bound, gathered: bool) -> Program:
     row = "uint(rows[to])" if gathered else "to"
-    lines = ["const uint me = thread_index_in_threadgroup;"]
+    lines = [
+        "const uint me = thread_index_in_threadgroup;",
+        f"threadgroup vec<T, 4> room[{4 * _THREADS}];",
+    ]
     if bound.grid:
         lines += [f"threadgroup uint grid[{bound.words}];", bound.stage("grid", _THREADS)]
     lines += [
         f"const uint from = threadgroup_position_in_grid.x * {_steps(bound) * _THREADS} + me;",
+        "const uint units = uint(size[1]), total = uint(size[2]);",
         f"for (uint n = 0; n < {_steps(bound)}; n++) {{",
-        f"const uint at = from + n * {_THREADS};",
-        "const uint units = uint(size[1]), to = at / units;",
-        "if (at < uint(size[2])) {",
+        f"const uint at = from + n * {_THREADS}, held = min(at, total - 1), to = held / units;",
         f"dequantize_unit<{bound.trait}, T>({bound.at('grid')}, out, "
-        f"min({row}, uint(size[0] - 1)), units, at % units, to);",
-        "}",
+        f"min({row}, uint(size[0] - 1)), units, held % units, at, total, room + me / 32 * 128, "
+        "me % 32);",
         "}",
     ]
     return Program(

@@ -165,6 +165,7 @@ class Tile:
     many      rows of x.
     threads   threads of the threadgroup.
     scratch   declares the threadgroup memory ``scratch``, if there is any.
+    sorted    whether rows of x are sorted by expert, of which each has tiles of its own.
     staged    words of the largest codebook that is copied to threadgroup memory first; a larger one
               is read where it is.
     """
@@ -179,6 +180,7 @@ class Tile:
     threads: int
     scratch: str
     staged: int = 2048
+    sorted: bool = False
 
 
 def simd_groups(weight: QuantizedWeight) -> int:
@@ -206,11 +208,12 @@ def launch(call: Call[X], tile: Tile, x: dict[str, mx.array]) -> Launch:
         bound, arrays = bind(segment, str(i))
         held |= arrays
         bounds.append(bound)
-    optional = {
-        **{"bias": call.bias, "residual": call.residual},
-        **{"experts": call.experts, "scores": call.scores},
-    }
+    optional = {"bias": call.bias, "residual": call.residual, "scores": call.scores}
+    optional["experts"] = None if tile.sorted else call.experts
     given: dict[str, mx.array] = {n: a for n, a in optional.items() if a is not None}
+    down = -(-call.rows // tile.many)
+    if tile.sorted:  # at most one tile of each expert is not full
+        down = call.rows // tile.many + min(weight.experts or 1, call.rows)
     program = _program(
         tile,
         tuple(bounds),
@@ -222,7 +225,7 @@ def launch(call: Call[X], tile: Tile, x: dict[str, mx.array]) -> Launch:
     return Launch(
         program=program,
         arrays=(*held.values(), *(_as(n, a, dtype) for n, a in given.items()), *x.values(), size),
-        grid=(tiles * tile.threads, -(-call.rows // tile.many), 1),
+        grid=(tiles * tile.threads, down, 1),
         threadgroup=(tile.threads, 1, 1),
         template=(("T", dtype),),
         shapes=tuple((call.rows, n) for n in widths),
@@ -231,7 +234,7 @@ def launch(call: Call[X], tile: Tile, x: dict[str, mx.array]) -> Launch:
 
 
 def _as(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
-    return array if name in ("experts", "scores") else array.astype(dtype)
+    return array.astype(dtype) if name in ("bias", "residual") else array
 
 
 def _size(
@@ -294,12 +297,15 @@ def _program(
         out = f"j == {j} ? out{j} : {out}" if j == 1 else f"j == {j} ? out{j} : ({out})"
     for f, g in calls:
         x = tile.x
-        if "experts" in inputs:
+        if "experts" in inputs or tile.sorted:
             # All parts of one segment lie in each expert's matrix.
             steps = [f"uint({n}_shape[1])" for n in (f"codes{f}", f"codes{g}")]
             steps += ["uint(bias_shape[1])" if bias == "bias" else "0"]
             scores = "scores" if "scores" in inputs else "x"
-            x = f"chosen({x}, experts, {scores}, {', '.join(steps)})"
+            of = f"chosen({x}, experts, {scores}"
+            if tile.sorted:
+                of = f"sorted({x}, row_ends, tile_ends, uint(codes{f}_shape[0])"
+            x = f"{of}, {', '.join(steps)})"
         staged, p, q = _staged(bounds, (f, g), tile)
         block = [
             *staged,

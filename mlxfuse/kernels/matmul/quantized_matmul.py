@@ -19,6 +19,9 @@ LARGE = "dequantize"
 """What runs above `MAX_VECTOR_ROWS` unless `mlxfuse tune` has chosen: ``dequantize``, or ``tiles``,
 the kernel that decodes tile by tile, which stays off until a Mac has measured it faster."""
 
+MOST_FOR_16 = 24
+"""Rows of x of an expert, on average, up to which its tiles have 16 rows and not 32."""
+
 # Rows of W that a SIMD-group computes in each of `tuning.VARIANTS`.
 _SLOTS = {
     "vector": {"rows4": 4, "rows8": 8, "rows2": 2},
@@ -144,16 +147,39 @@ def run_call(call: Call[mx.array], *, emulated: bool = False) -> list[mx.array]:
     return _kernel.run(_launch(call), emulated=emulated)
 
 
+def tile_rows(call: Call[mx.array]) -> int:
+    """Rows of x in a tile: few where the experts, or x itself, have few."""
+    each = call.rows / ((call.weight.experts or 1) if call.kind == "grouped" else 1)
+    return 16 if each <= MOST_FOR_16 else 32
+
+
+def ends(experts: mx.array, count: int, many: int) -> tuple[mx.array, mx.array]:
+    """Where the rows, and the tiles of ``many`` rows, of each of ``count`` experts end.
+
+    Args:
+        experts: an id for each row.
+
+    Returns:
+        int32 ``[count]`` each: sums of the experts' rows, and of their tiles, so far.
+    """
+    rows = mx.zeros((count,), mx.int32).at[experts.reshape(-1)].add(1)
+    return mx.cumsum(rows), mx.cumsum((rows + (many - 1)) // many)
+
+
 def _tile(call: Call[mx.array]) -> Tile:
     kind, op = call.route, "quantized_matmul"
     if kind in ("tiles", "grouped"):
         name = "matrix" if kind == "tiles" else kind
         rows = 32 if call.gated else 64
+        many = tile_rows(call)
         scratch = "threadgroup float scratch[96 * tile_pitch * sizeof(T) / 4];"
         # 96 rows of 72 numbers leave 18 KiB for two codebooks in 16 bits, 5 KiB in 32.
         staged = 512 if call.x.dtype == mx.float32 else 2048
         return Tile(
-            op, (f"{op}.metal:{name}",), f"{name}_tile", "", "x", rows, 32, 128, scratch, staged
+            *(op, (f"{op}.metal:{name}",), f"{name}_tile", f", {many}", "x", rows, many, 128),
+            scratch,
+            staged,
+            kind == "grouped",
         )
     slots = _SLOTS[call.kind][call.variant or tuning.VARIANTS[op][call.kind][0]]
     if kind == "summed":
@@ -173,7 +199,11 @@ def _tile(call: Call[mx.array]) -> Tile:
 
 
 def _launch(call: Call[mx.array]) -> Launch:
-    return launch(call, _tile(call), {"x": call.x})
+    tile, x = _tile(call), {"x": call.x}
+    if tile.sorted and call.experts is not None:
+        found = ends(call.experts, call.weight.experts or 1, tile.many)
+        x["row_ends"], x["tile_ends"] = found
+    return launch(call, tile, x)
 
 
 def _dense(call: Call[mx.array], *, dequantized: bool = False) -> list[mx.array]:

@@ -8,6 +8,8 @@ import pytest
 
 from mlxfuse.formats import BY_NAME, Format
 from mlxfuse.kernels.matmul.dequantize import KERNEL, dequantize
+from mlxfuse.kernels.runtime import kernel as _kernel
+from tests import msl
 
 from ..matmul_cases import FEWER
 from ..weights import WITH_KERNEL, expected, random_blocks, segment
@@ -38,6 +40,20 @@ def test_all_rows(format: Format, rows: int, columns: int | None, kernels: str) 
         got = dequantize(weight, dtype=dtype)
         assert got.dtype == dtype
         assert mx.array_equal(got.view(mx.uint16), mx.array(want).astype(dtype).view(mx.uint16))
+
+
+@pytest.mark.parametrize("format", WITH_KERNEL[::5], ids=lambda f: f.name)
+def test_whole_pieces_are_stored(format: Format) -> None:
+    """Also of 5 rows, of which the last threads have none."""
+    columns = max(256, format.block_size)
+    weight = segment(random_blocks(format, 5, columns), format)
+    for dtype in (mx.float16, mx.float32):
+        launch = KERNEL.launch(weight, None, dtype)
+        with msl.installed(lint=False), msl.counting() as found:
+            _kernel.run(launch)
+        stored = found[0].buffers["out"]
+        assert stored.times_written == 1.0
+        assert stored.store_segments == stored.store_ideal == 5 * columns * dtype.size // 32
 
 
 @by_format

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from unittest import mock
 
 import mlx.core as mx
 import numpy as np
@@ -318,6 +319,58 @@ def test_experts(shared: bool, names: tuple[str, str], kernels: str) -> None:
     errors = [4 * EPS[mx.float32] * e for e in magnitudes(x, found.parts, ids)]
     (want,), (bound,) = activated("swiglu", v), spread("swiglu", v, errors)
     assert_close(got, want, bound + EPS[mx.float32] * np.abs(want), mx.float32)
+
+
+def _mlx_rows(ids: np.ndarray) -> int:
+    """Rows that MLX's gather_qmm multiplies: 16 at a time, once for each expert among them
+    (gather_qmm_rhs in mlx/backend/metal/kernels/quantized.h).
+    """
+    return 16 * sum(len(set(ids[i : i + 16])) for i in range(0, len(ids), 16))
+
+
+@pytest.mark.parametrize(("tokens", "most"), [(128, 2.01), (512, 1.24), (2048, 1.08)])
+def test_prompts_of_experts_multiply_no_more_rows_than_mlx(tokens: int, most: float) -> None:
+    """8 of 128 experts for each token, drawn at random."""
+    chosen = np.argsort(np.random.default_rng(tokens).random((tokens, 128)), axis=1)[:, :8]
+    ids = np.sort(chosen.ravel())
+    weight = joined(("Q4_0",), (1,), 32, experts=128).weight
+    call = module.Call(
+        mx.zeros((len(ids), 32)), weight, None, None, None, False, mx.array(ids, mx.uint32)
+    )
+    assert call.kind == "grouped"
+    many = module.tile_rows(call)
+    row_ends, tile_ends = (np.array(x) for x in module.ends(call.experts, 128, many))
+    np.testing.assert_array_equal(row_ends, np.cumsum(np.bincount(ids, minlength=128)))
+    np.testing.assert_array_equal(tile_ends, np.cumsum(-(-np.bincount(ids, minlength=128) // many)))
+    launch = module.KERNEL.launch(call)
+    assert tile_ends[-1] <= launch.grid[1]
+    # A SIMD-group multiplies the rows of its half of a tile, if there are any.
+    rows = np.diff(row_ends, prepend=0)
+    ours = (-(-rows // 16) * 16).sum()
+    assert len(ids) < ours <= most * len(ids)
+    assert ours <= _mlx_rows(ids)
+
+
+def test_a_tile_of_few_rows_multiplies_one_half() -> None:
+    """Counted: SIMD-group operations of one expert's 16, 17 and 32 rows in tiles of 32."""
+    found = []
+    for rows in (16, 17, 32):
+        weight = joined(("Q4_0",), (8,), 64, experts=1).weight
+        call = module.Call(
+            mx.zeros((rows, 64), mx.float16),
+            weight,
+            None,
+            None,
+            None,
+            False,
+            mx.zeros(rows, mx.uint32),
+        )
+        with mock.patch.object(module, "MOST_FOR_16", 0):
+            launch = module.KERNEL.launch(call)
+        with msl.installed(lint=False), msl.counting() as counted:
+            _kernel.run(launch)
+        found.append(counted[0].simd_operations)
+    assert found[0] < found[1] == found[2]
 
 
 @pytest.mark.parametrize("dtype", list(NMSE), ids=str)

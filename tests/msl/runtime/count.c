@@ -1,5 +1,5 @@
-// What a launch reads and writes. A lane's access counts for its buffer; the loads that the lanes of
-// one SIMD-group make at one place of the program, each lane for the n-th time, count as one load.
+// What a launch reads and writes. A lane's access counts for its buffer; the loads, or stores, that the
+// lanes of one SIMD-group make at one place of the program, each for the n-th time, count as one.
 #include <stdlib.h>
 #include <string.h>
 
@@ -9,11 +9,11 @@ enum { SHORT_SEGMENT = 32, LONG_SEGMENT = 128, WORD = 4, BANKS = 32 };
 
 typedef struct {
   uint64_t pc, offset;
-  uint32_t thread, serial, place, size;
-} Load;
+  uint32_t thread, serial, place, size, write;
+} Access;
 
 static struct {
-  Load *loads;
+  Access *accesses;
   size_t count, capacity;
   uint8_t **touched;  // for each place and byte: 1 read, 2 written
 } state;
@@ -44,17 +44,17 @@ void msl_count_access(uint32_t place, uint64_t offset, uint32_t size, bool write
   if (place > run->buffer_count) return;
   if (place < run->buffer_count)
     for (uint32_t i = 0; i < size; i++) state.touched[place][offset + i] |= write ? 2 : 1;
-  if (write) return;
+  if (write && place == run->buffer_count) return;
   if (state.count == state.capacity) {
     size_t capacity = state.capacity ? 2 * state.capacity : 1 << 12;
-    Load *grown = realloc(state.loads, capacity * sizeof *grown);
-    if (!grown) msl_fail(INTERNAL, pc, 0, "no memory to count %zu loads of a threadgroup", capacity);
-    state.loads = grown;
+    Access *grown = realloc(state.accesses, capacity * sizeof *grown);
+    if (!grown) msl_fail(INTERNAL, pc, 0, "no memory to count %zu accesses of a threadgroup", capacity);
+    state.accesses = grown;
     state.capacity = capacity;
   }
-  state.loads[state.count] = (Load){.pc = (uint64_t)pc, .offset = offset, .place = place, .size = size,
-                                    .thread = msl_worker->current->thread,
-                                    .serial = (uint32_t)state.count};
+  state.accesses[state.count] =
+      (Access){.pc = (uint64_t)pc, .offset = offset, .place = place, .size = size, .write = write,
+               .thread = msl_worker->current->thread, .serial = (uint32_t)state.count};
   state.count++;
 }
 
@@ -62,7 +62,7 @@ void msl_count_access(uint32_t place, uint64_t offset, uint32_t size, bool write
   if ((a) != (b)) return (a) < (b) ? -1 : 1
 
 static int by_thread(const void *p, const void *q) {
-  const Load *a = p, *b = q;
+  const Access *a = p, *b = q;
   COMPARE(a->thread, b->thread);
   COMPARE(a->pc, b->pc);
   COMPARE(a->serial, b->serial);
@@ -71,7 +71,7 @@ static int by_thread(const void *p, const void *q) {
 
 // `serial` is now how often the thread had been at this place before.
 static int by_group(const void *p, const void *q) {
-  const Load *a = p, *b = q;
+  const Access *a = p, *b = q;
   COMPARE(a->thread / LANES, b->thread / LANES);
   COMPARE(a->pc, b->pc);
   COMPARE(a->serial, b->serial);
@@ -81,15 +81,15 @@ static int by_group(const void *p, const void *q) {
   return 0;
 }
 
-static bool same_group(const Load *a, const Load *b) {
+static bool same_group(const Access *a, const Access *b) {
   return a->thread / LANES == b->thread / LANES && a->pc == b->pc && a->serial == b->serial &&
          a->place == b->place;
 }
 
-// The segments of `unit` bytes that loads in order of their offsets touch.
-static uint64_t segments(const Load *first, const Load *end, uint64_t unit) {
+// The segments of `unit` bytes that accesses in order of their offsets touch.
+static uint64_t segments(const Access *first, const Access *end, uint64_t unit) {
   uint64_t found = 0, next = 0;
-  for (const Load *l = first; l < end; l++) {
+  for (const Access *l = first; l < end; l++) {
     uint64_t from = l->offset / unit, to = (l->offset + l->size - 1) / unit + 1;
     if (from < next) from = next;
     if (to > from) {
@@ -102,9 +102,9 @@ static uint64_t segments(const Load *first, const Load *end, uint64_t unit) {
 
 // How often the busiest of 32 banks of 4 bytes is asked for another word by loads in order of their
 // offsets. Lanes that want the same word ask once.
-static uint64_t bank_turns(const Load *first, const Load *end) {
+static uint64_t bank_turns(const Access *first, const Access *end) {
   uint64_t turns[BANKS] = {0}, next = 0, most = 0;
-  for (const Load *l = first; l < end; l++) {
+  for (const Access *l = first; l < end; l++) {
     uint64_t from = l->offset / WORD, to = (l->offset + l->size - 1) / WORD + 1;
     for (uint64_t word = from < next ? next : from; word < to; word++) {
       uint64_t now = ++turns[word % BANKS];
@@ -115,7 +115,7 @@ static uint64_t bank_turns(const Load *first, const Load *end) {
   return most;
 }
 
-static void count_group(const Load *first, const Load *end) {
+static void count_group(const Access *first, const Access *end) {
   Traffic *t = traffic(first->place);
   if (first->place == msl_run_state->buffer_count) {
     t->group_loads++;
@@ -123,6 +123,11 @@ static void count_group(const Load *first, const Load *end) {
     return;
   }
   uint64_t distinct = segments(first, end, 1);
+  if (first->write) {
+    t->store_segments += segments(first, end, SHORT_SEGMENT);
+    t->store_ideal += (distinct + SHORT_SEGMENT - 1) / SHORT_SEGMENT;
+    return;
+  }
   t->group_loads++;
   t->group_bytes += distinct;
   t->short_segments += segments(first, end, SHORT_SEGMENT);
@@ -132,17 +137,17 @@ static void count_group(const Load *first, const Load *end) {
 }
 
 void msl_count_threadgroup(void) {
-  Load *loads = state.loads, *end = loads + state.count;
+  Access *all = state.accesses, *end = all + state.count;
   if (!state.count) return;
-  qsort(loads, state.count, sizeof *loads, by_thread);
+  qsort(all, state.count, sizeof *all, by_thread);
   uint32_t before = 0;
   for (size_t i = 0; i < state.count; i++) {
-    bool again = i && loads[i].thread == loads[i - 1].thread && loads[i].pc == loads[i - 1].pc;
+    bool again = i && all[i].thread == all[i - 1].thread && all[i].pc == all[i - 1].pc;
     before = again ? before + 1 : 0;
-    loads[i].serial = before;
+    all[i].serial = before;
   }
-  qsort(loads, state.count, sizeof *loads, by_group);
-  for (Load *first = loads, *l = loads; l < end; l++)
+  qsort(all, state.count, sizeof *all, by_group);
+  for (Access *first = all, *l = all; l < end; l++)
     if (l + 1 == end || !same_group(first, l + 1)) {
       count_group(first, l + 1);
       first = l + 1;
@@ -161,5 +166,5 @@ void msl_count_end(void) {
     free(state.touched[i]);
   }
   free(state.touched);
-  free(state.loads);
+  free(state.accesses);
 }

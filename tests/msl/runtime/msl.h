@@ -47,7 +47,7 @@ typedef struct {
 } Buffer;
 // Of each buffer, then of threadgroup memory and of the library's constant tables. What follows
 // `write_bytes` is counted for buffers only, but for the loads of threadgroup memory by SIMD-groups and
-// `bank_turns`; what follows `distinct_written` for loads only.
+// `bank_turns`; what follows `distinct_written` for loads only, but for the last two.
 typedef struct {
   uint64_t loads, stores, read_bytes, write_bytes;  // by single lanes
   uint64_t distinct_read, distinct_written;         // bytes of the buffer
@@ -55,6 +55,7 @@ typedef struct {
   uint64_t short_segments, short_ideal;             // 32 bytes: touched, fewest for as many bytes
   uint64_t long_segments, long_ideal;               // 128 bytes
   uint64_t bank_turns;                              // of threadgroup memory: see count.c
+  uint64_t store_segments, store_ideal;             // of 32 bytes, for stores
 } Traffic;
 typedef struct {
   uint32_t order;           // 0 ascending, 1 descending, 2 random (seed)

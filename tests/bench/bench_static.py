@@ -1,0 +1,250 @@
+"""What a GPU will do with the kernels' text, without one: static figures of every program.
+
+    python -m tests.bench.bench_static [FORMAT ...] [--golden]
+
+The first table is of programs, ours and MLX's own where they compile on the bench:
+
+* registers, bytes of stack, and bytes spilled where a thread has 128 registers: by ``ptxas``, see
+  `tests.msl.registers`; threadgroup memory, and the threads that one GPU core holds of it at once;
+* for one small launch, counted: aligned pieces of 32 bytes that loads and stores of SIMD-groups
+  touch over the fewest that hold as much, barriers that a threadgroup waits at, loads from
+  constant tables by each lane for each thousand bytes that the launch reads.
+
+The second is of attention at real lengths: threadgroups, and how often over the cores of GPUs with
+10, 20, 40 and 80 cores are filled, and rows computed over rows wanted.
+
+Limits of a GPU core: 208 KiB of registers, some 60 KiB of threadgroup memory and 3,072 threads
+(github.com/philipturner/metal-benchmarks, measured on M1 and M2, not Apple's figures); later GPUs
+share one memory among the three. ``--golden`` writes what `test_static.py` compares with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlxfuse.bench.cases import SMALL, cases
+from mlxfuse.formats import BY_NAME, Format
+from mlxfuse.kernels.kv.compressed_sdpa import compressed_sdpa
+from mlxfuse.kernels.kv.scheme import KVScheme, KVSide
+from mlxfuse.kernels.matmul.quantized_matmul import quantized_matmul
+from mlxfuse.kernels.runtime import kernel as _kernel
+from mlxfuse.kernels.runtime.kernel import Launch
+from mlxfuse.kernels.runtime.self_test import calls
+from mlxfuse.kernels.weight import Part, QuantizedWeight
+from tests import msl
+from tests.kernels.traffic import affine
+from tests.kernels.variants import capture, segment
+from tests.msl import mlx_kernels
+from tests.msl.registers import registers
+
+GOLDEN = Path(__file__).with_name("static.json")
+CORES = (10, 20, 40, 80)
+REGISTER_FILE, THREADGROUP_MEMORY, THREADS = 208 << 10, 60 << 10, 3072
+HALF = mx.float16
+GOLDEN_FORMATS = ("Q4_K", "MXFP4")
+_DIMS = (64, 128, 256, 512)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one program; ``None`` where nothing was run."""
+
+    registers: int
+    stack: int
+    spilled: int
+    memory: int | None = None
+    threads: int | None = None
+    loads: float | None = None
+    stores: float | None = None
+    barriers: float | None = None
+    table_loads: float | None = None
+
+
+def threadgroups(launch: Launch) -> int:
+    """Of one dispatch."""
+    return math.prod(-(-g // t) for g, t in zip(launch.grid, launch.threadgroup, strict=True))
+
+
+def resident(used: int, memory: int, threads: int) -> int:
+    """Threads that a GPU core holds at once, of threadgroups of ``threads``."""
+    groups = min(
+        REGISTER_FILE // (4 * used * threads),
+        THREADGROUP_MEMORY // memory if memory else THREADS,
+        THREADS // threads,
+    )
+    return threads * groups
+
+
+def attention(
+    rows: int,
+    dim: int = 128,
+    bits: tuple[int, int] = (8, 4),
+    *,
+    tokens: int = 96,
+    kv_heads: int = 1,
+) -> Launch:
+    """A decoded token's, with first and last tokens; ``rows`` queries share a KV head."""
+    scheme = KVScheme(*(KVSide(dim, b, 64, rotate=True) for b in (8, 4)), HALF)
+    heads = min(rows, 16)
+    queries = rows // heads
+    new = mx.zeros((1, kv_heads, queries, dim), HALF)
+    plain = mx.zeros((1, kv_heads, 64, 2 * dim), HALF)
+    packed = mx.zeros((1, kv_heads, tokens, scheme.row_words), mx.uint32)
+    ((kernel, arguments),) = calls(
+        lambda: compressed_sdpa(
+            mx.zeros((1, heads * kv_heads, queries, dim), HALF),
+            *(scheme, packed, tokens, plain, 40),
+            sink=plain[:, :, :4],
+            sink_length=4,
+            fresh=(new, new),
+            scale=1.0,
+        )
+    )
+    launch: Launch = kernel.launch(*arguments)
+    return launch
+
+
+def product(name: str, rows: int, *, gated: bool = False) -> Launch:
+    """``rows`` rows of x times a weight; gate and up at once where ``gated``."""
+    parts = [Part(segment(name, 32, 512), 0, 32) for _ in range(1 + gated)]
+    ((kernel, arguments),) = calls(
+        lambda: quantized_matmul(
+            mx.zeros((rows, 512), HALF),
+            QuantizedWeight(tuple(parts)),
+            activation="swiglu" if gated else None,
+        )
+    )
+    launch: Launch = kernel.launch(*arguments)
+    return launch
+
+
+def programs(formats: list[Format]) -> Iterator[tuple[str, Launch]]:
+    """Each program of `bench kernels`, and what its sizes leave out."""
+    seen = set()
+    for case in cases(SMALL, formats):
+        for kernel, arguments in calls(case.ours[0]):
+            for launch in kernel.launch(*arguments).chain():
+                key = launch.program, launch.template
+                if key not in seen:
+                    seen.add(key)
+                    name = f"{kernel.name} {case.name} {' '.join(launch.program.outputs)}"
+                    yield name, launch
+    for format in formats:
+        for rows in range(2, 9):
+            yield f"quantized_matmul {format.name} batch of {rows}", product(format.name, rows)
+            gated = product(format.name, rows, gated=True)
+            yield f"quantized_matmul {format.name} swiglu batch of {rows}", gated
+    for dim in _DIMS:
+        for rows in (1, 4, 8, 32):
+            yield f"compressed_sdpa k8v4 {dim} rows {rows}", attention(rows, dim)
+
+
+def figures(launch: Launch, *, run: bool = True) -> Figures:
+    """Of one dispatch.
+
+    Raises:
+        MslSetupError: without ``ptxas`` or libdevice.
+    """
+    captured = capture(launch)
+    found = registers(captured.source, captured.name)
+    own = found.registers, found.stack, found.spilled
+    if not run:
+        return Figures(*own)
+    with msl.installed(lint=False), msl.counting() as counted:
+        _kernel.run(replace(launch, then=None, extra=0))
+    return Figures(*own, *_counted(counted[0], launch))
+
+
+def _counted(counts: msl.Counts, launch: Launch) -> tuple[Any, ...]:
+    buffers = counts.buffers.values()
+    loads = [sum(getattr(b, n) for b in buffers) for n in ("short_segments", "short_ideal")]
+    stores = [sum(getattr(b, n) for b in buffers) for n in ("store_segments", "store_ideal")]
+    read = sum(b.distinct_read for b in buffers)
+    return (
+        counts.threadgroup_bytes,
+        math.prod(launch.threadgroup),
+        loads[0] / max(loads[1], 1),
+        stores[0] / max(stores[1], 1),
+        counts.barriers / threadgroups(launch),
+        1000 * counts.tables.loads / max(read, 1),
+    )
+
+
+def mlx_programs() -> Iterator[tuple[str, Figures]]:
+    """MLX's own product kernels."""
+    for make, rows in ((mlx_kernels.qmv_fast, 1), (mlx_kernels.qmm_t, 32)):
+        for bits in (4, 8):
+            case = make(mx.zeros((rows, 512), HALF), affine(64, 512, bits))
+            found = registers(case.source, case.name)
+            own = Figures(found.registers, found.stack, found.spilled)
+            yield f"MLX's {case.name} {bits}-bit, M = {rows}", own
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def print_programs(formats: list[Format]) -> None:
+    """The first table."""
+    names = ("registers", "stack", "spilled", "memory", "resident")
+    counted = ("loads", "stores", "barriers", "table loads")
+    print(f"| program | {' | '.join((*names, *counted))} |")
+    print("|---" * (1 + len(names) + len(counted)) + "|")
+    for name, launch in programs(formats):
+        f = figures(launch)
+        assert f.memory is not None
+        assert f.threads is not None
+        held = resident(f.registers, f.memory, f.threads)
+        own = (f.registers, f.stack, f.spilled, f.memory, held)
+        row = (*own, f.loads, f.stores, f.barriers, f.table_loads)
+        print(f"| {name} | {' | '.join(map(_cell, row))} |", flush=True)
+    for name, f in mlx_programs():
+        row = (f.registers, f.stack, f.spilled, *[None] * 6)
+        print(f"| {name} | {' | '.join(map(_cell, row))} |")
+
+
+def print_launches() -> None:
+    """The second table: attention of 8 KV heads, as in an 8B model."""
+    print("| launch | threadgroups | " + " | ".join(f"waves, {c} cores" for c in CORES))
+    print("|---" * (2 + len(CORES)) + "|")
+    for rows in (1, 4, 8, 32):
+        used = figures(attention(rows)).registers
+        for tokens in (512, 4096, 32768, 131072):
+            launch = attention(rows, tokens=tokens, kv_heads=8)
+            threads, groups = math.prod(launch.threadgroup), threadgroups(launch)
+            held = resident(used, 8192 if rows > 4 else 2112, threads) // threads
+            waves = (f"{groups / (held * cores):.2f}" for cores in CORES)
+            print(f"| {rows} rows, {tokens} tokens | {groups} | {' | '.join(waves)} |")
+
+
+def golden() -> dict[str, dict[str, Any]]:
+    """Of the programs that the test looks at: name -> figures."""
+    chosen = [f for f in BY_NAME.values() if f.name in GOLDEN_FORMATS]
+    found = {name: asdict(figures(launch)) for name, launch in programs(chosen)}
+    return {name: {k: v for k, v in f.items() if v is not None} for name, f in found.items()}
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("formats", nargs="*", metavar="FORMAT")
+    parser.add_argument("--golden", action="store_true", help=f"write {GOLDEN.name}")
+    arguments = parser.parse_args()
+    if arguments.golden:
+        GOLDEN.write_text(json.dumps(golden(), indent=0, sort_keys=True) + "\n", encoding="utf-8")
+        return
+    wanted = arguments.formats or [f.name for f in BY_NAME.values() if f.kernel]
+    print_programs([BY_NAME[name] for name in wanted])
+    print()
+    print_launches()
+
+
+if __name__ == "__main__":
+    _main()
