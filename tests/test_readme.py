@@ -1,4 +1,4 @@
-"""The README's tables and commands are those of the code."""
+"""What the documents say of the code is so: tables, commands, files that they name."""
 
 from __future__ import annotations
 
@@ -25,17 +25,50 @@ from mlxfuse.process import INTERRUPTED
 
 from .models import tiny
 from .picture import PICTURE, counts, draw
-from .readme import README, render, tables
+from .readme import CONTRIBUTING, README, render, tables
 
 TEXT = README.read_text()
 
 
 def test_tables_are_current() -> None:
+    guide = CONTRIBUTING.read_text()
     assert render(TEXT) == TEXT, "run: python -m tests.readme"
-    assert all(table in TEXT for table in tables().values())
-    changed = TEXT.replace("| Q4_K | 4.5 |", "| Q4_K | 4.6 |")
-    assert changed != TEXT
-    assert render(changed) == TEXT
+    assert render(guide) == guide, "run: python -m tests.readme"
+    assert all(table in TEXT + guide for table in tables().values())
+    changed = guide.replace("| Q4_K | 4.5 |", "| Q4_K | 4.6 |")
+    assert changed != guide
+    assert render(changed) == guide
+
+
+# Where the contributors' documents are, and what the paths in them are below.
+PAGES = {
+    CONTRIBUTING: README.parent,
+    README.parent / "mlxfuse" / "README.md": README.parent / "mlxfuse",
+    README.parent / "metal" / "README.md": README.parent / "mlxfuse",
+    README.parent / "tests" / "README.md": README.parent / "tests",
+    README.parent / "tests" / "msl" / "README.md": README.parent / "tests" / "msl",
+}
+
+
+def _missing(text: str, base: Path) -> list[str]:
+    """Paths that a text names and that do not exist, below its own folder or the repository."""
+    named = re.findall(r"`((?:[\w.]+/)+[\w.*-]*|\w+\.(?:py|metal|h|c|toml))`", text)
+    folders = (base, README.parent, README.parent / "metal", README.parent / "tests" / "fusion")
+    named = [n for n in named if "NAME" not in n]  # stands for any name
+    return [n for n in named if not any(any(f.glob(n.rstrip("/"))) for f in folders)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(README.parent).as_posix())
+def test_what_a_page_names_exists(page: Path) -> None:
+    text = page.read_text()
+    assert _missing(text, PAGES[page]) == []
+    assert _missing("`nn/no_such.py` and `nowhere/`", PAGES[page]) == ["nn/no_such.py", "nowhere/"]
+    for module in re.findall(r"python -m (tests[\w.]*)", text):
+        assert find_spec(module), module
+
+
+def test_the_readme_is_a_page_for_users() -> None:
+    assert len(TEXT.splitlines()) <= 200
 
 
 def test_the_picture_is_current() -> None:
