@@ -25,38 +25,69 @@ struct None {
   }
 };
 
-// Where results go, and what is done to a sum before.
-template <typename A, bool biased, bool added, typename T, typename B, typename R>
+// What each row's sum is multiplied by: 1, or a number for each row of the streams.
+struct Unscaled {};
+template <typename P>
+struct Factors {
+  P values;
+};
+METAL_FUNC float factor(Unscaled, uint) {
+  return 1.0f;
+}
+template <typename P>
+METAL_FUNC float factor(Factors<P> factors, uint row) {
+  return factors.values[row];
+}
+METAL_FUNC Unscaled factors() {
+  return Unscaled{};
+}
+template <typename P>
+METAL_FUNC Factors<P> factors(P values) {
+  return Factors<P>{values};
+}
+
+// Where results go, and what is done to a sum before; `fa` and `fb` belong to the rows of a and b.
+template <
+    typename A, bool shift, bool add, typename T, typename B, typename R, typename M, typename N>
 struct Output {
   static constexpr constant bool gated = A::gated;
+  static constexpr constant bool biased = shift;
+  static constexpr constant bool added = add;
+  using Activation = A;
+  using Result = T;
   Part a, b;
+  M fa;
+  N fb;
   B bias;
   R residual;
   device T* out;
 };
-template <typename A, bool biased, bool added, typename T, typename B, typename R>
-METAL_FUNC Output<A, biased, added, T, B, R> output(
-    Part a, Part b, B bias, R residual, device T* out) {
-  return Output<A, biased, added, T, B, R>{a, b, bias, residual, out};
+template <
+    typename A, bool biased, bool added, typename T, typename B, typename R, typename M, typename N>
+METAL_FUNC Output<A, biased, added, T, B, R, M, N> output(
+    Part a, Part b, M fa, N fb, B bias, R residual, device T* out) {
+  return Output<A, biased, added, T, B, R, M, N>{a, b, fa, fb, bias, residual, out};
 }
 
-// Sum v of row n of a part, with its bias.
-template <typename A, bool biased, bool added, typename T, typename B, typename R>
-METAL_FUNC float shifted(Output<A, biased, added, T, B, R> y, Part part, float v, uint n) {
-  return biased ? v + float(y.bias[part.bias + n]) : v;
+// Sum v of row n of a part, times the row's factor, with its bias.
+template <typename Y, typename M>
+METAL_FUNC float shifted(Y y, Part part, M factors, float v, uint n) {
+  v *= factor(factors, part.first + n);
+  return Y::biased ? v + float(y.bias[part.bias + n]) : v;
 }
 
 // Result v for row `to` and column n.
-template <typename A, bool biased, bool added, typename T, typename B, typename R>
-METAL_FUNC void store(Output<A, biased, added, T, B, R> y, float v, uint n, uint to) {
+template <typename Y>
+METAL_FUNC void store(Y y, float v, uint n, uint to) {
   const ulong at = ulong(to) * y.a.stride + y.a.column + n;
-  y.out[at] = static_cast<T>(added ? v + float(y.residual[at]) : v);
+  y.out[at] = static_cast<typename Y::Result>(Y::added ? v + float(y.residual[at]) : v);
 }
 
 // Sum v of row n of the part (gated: and the sum of up's) for row `to` of the outputs.
-template <typename A, bool biased, bool added, typename T, typename B, typename R>
-METAL_FUNC void put(Output<A, biased, added, T, B, R> y, float v, float up, uint n, uint to) {
-  store(y, A::apply(shifted(y, y.a, v, n), shifted(y, y.b, up, n)), n, to);
+template <typename Y>
+METAL_FUNC void put(Y y, float v, float up, uint n, uint to) {
+  const float gate = shifted(y, y.a, y.fa, v, n);
+  store(y, Y::Activation::apply(gate, Y::gated ? shifted(y, y.b, y.fb, up, n) : 0.0f), n, to);
 }
 
 //@ Silu:
@@ -277,7 +308,7 @@ METAL_FUNC void summed_tile(
       }
     }
     if (lane < slots && n + lane < y.a.rows) {
-      sum = fma(float(x.scores[i]), shifted(own, own.a, v, n + lane), sum);
+      sum = fma(float(x.scores[i]), shifted(own, own.a, own.fa, v, n + lane), sum);
     }
   }
   if (lane < slots) {
@@ -293,53 +324,77 @@ METAL_FUNC void summed_tile(
 }
 
 //@ batch: lanes decoded
-// `many` rows of x, from `to` on, by `slots` rows of a part: a unit of W is decoded once for all.
-// Rows past the last are the last again.
-template <typename F, int slots, int many, typename T, typename P>
-METAL_FUNC void batch_dots(
-    P p, const device T* x, const device Size* size, Part a, uint n, uint to, uint lane,
-    thread float* mine) {
-  const uint units = size->columns / F::width;
-  const device T* from[many];
-  float sums[many][slots];
-  UNROLL
-  for (int m = 0; m < many; m++) {
-    from[m] = x + ulong(metal::min(to + m, size->rows - 1)) * size->columns;
+// Four or eight values, eight of two bytes in one load of 16.
+template <int count, typename T>
+METAL_FUNC void read_values(const device T* x, thread float4* v) {
+  if constexpr (count == 2 && sizeof(T) == 2) {
+    const uint4 words = *(const device uint4*)x;
+    v[0] = float4(as_type<vec<T, 4>>(words.xy));
+    v[1] = float4(as_type<vec<T, 4>>(words.zw));
+  } else {
     UNROLL
-    for (int r = 0; r < slots; r++) {
-      sums[m][r] = 0.0f;
+    for (int i = 0; i < count; i++) {
+      v[i] = float4(((const device vec<T, 4>*)x)[i]);
     }
   }
+}
+
+// The rows of W that a SIMD-group multiplies: unit i of each.
+template <typename F, int slots>
+struct Units {
+  F first;
+  Units<F, slots - 1> rest;
+  template <typename P>
+  METAL_FUNC Units(P p, Part a, uint n, uint units, uint i)
+      : first(p, (a.first + metal::min(n, a.rows - 1)) * units, i),
+        rest(p, a, n + 1, units, i) {}
+  METAL_FUNC void decode(int q, thread float4* w) const thread {
+    w[0] = decoded(first, q);
+    rest.decode(q, w + 1);
+  }
+};
+template <typename F>
+struct Units<F, 0> {
+  template <typename P>
+  METAL_FUNC Units(P, Part, uint, uint, uint) {}
+  METAL_FUNC void decode(int, thread float4*) const thread {}
+};
+
+// `many` rows of x, from `to` on, by `slots` rows of a part: a unit of W is decoded once for all,
+// up to 8 weights at a time. Rows past the last are the last again. Lane `slots` m + r gets the
+// sum of rows m and r.
+template <typename F, int slots, int many, typename T, typename P>
+METAL_FUNC float batch_dots(
+    P p, const device T* x, const device Size* size, Part a, uint n, uint to, uint lane) {
+  constexpr int count = F::width > 4 ? 2 : 1;
+  const uint units = size->columns / F::width;
+  float sums[many * slots] = {0.0f};
   for (uint i = lane; i < units; i += 32) {
-    float4 w[slots][F::width / 4];
+    const Units<F, slots> rows(p, a, n, units, i);
     UNROLL
-    for (int r = 0; r < slots; r++) {
-      const F f(p, (a.first + metal::min(n + r, a.rows - 1)) * units, i);
+    for (int q = 0; q < F::width / 4; q += count) {
+      float4 w[count][slots];
       UNROLL
-      for (int q = 0; q < F::width / 4; q++) {
-        w[r][q] = decoded(f, q);
+      for (int i = 0; i < count; i++) {
+        rows.decode(q + i, w[i]);
       }
-    }
-    UNROLL
-    for (int m = 0; m < many; m++) {
-      const device vec<T, 4>* quads = (const device vec<T, 4>*)(from[m] + i * F::width);
       UNROLL
-      for (int q = 0; q < F::width / 4; q++) {
-        const float4 v = float4(quads[q]);
+      for (int m = 0; m < many; m++) {
+        const uint row = metal::min(to + m, size->rows - 1);
+        float4 v[count];
+        read_values<count>(x + (row * size->columns + i * F::width + 4 * q), v);
         UNROLL
         for (int r = 0; r < slots; r++) {
           UNROLL
-          for (int e = 0; e < 4; e++) {
-            sums[m][r] = fma(w[r][q][e], v[e], sums[m][r]);
+          for (int e = 0; e < 4 * count; e++) {
+            float4 quad = w[e / 4][r];
+            sums[m * slots + r] = fma(quad[e % 4], v[e / 4][e % 4], sums[m * slots + r]);
           }
         }
       }
     }
   }
-  UNROLL
-  for (int m = 0; m < many; m++) {
-    mine[m] = sum_of_lane<slots>(sums[m], lane);
-  }
+  return sum_of_lane<many * slots>(sums, lane);
 }
 
 //@ batch_tile:
@@ -352,17 +407,15 @@ METAL_FUNC void batch_tile(
   const uint n = ((tile.x - y.a.tile) * groups + group) * slots;
   const uint to = tile.y * many;
   if (n < y.a.rows) {
-    float v[many];
-    float up[many];
-    batch_dots<F, slots, many>(p, x, size, y.a, n, to, lane, v);
+    const float v = batch_dots<F, slots, many>(p, x, size, y.a, n, to, lane);
+    float up = 0.0f;
     if (Y::gated) {
-      batch_dots<G, slots, many>(q, x, size, y.b, n, to, lane, up);
+      up = batch_dots<G, slots, many>(q, x, size, y.b, n, to, lane);
     }
-    UNROLL
-    for (int m = 0; m < many; m++) {
-      if (to + m < size->rows && lane < slots && n + lane < y.a.rows) {
-        put(y, v[m], Y::gated ? up[m] : 0.0f, n + lane, to + m);
-      }
+    const uint m = to + lane / slots;
+    const uint column = n + lane % slots;
+    if (lane < many * slots && m < size->rows && column < y.a.rows) {
+      put(y, v, up, column, m);
     }
   }
 }
@@ -419,11 +472,11 @@ METAL_FUNC float vector_dots(P p, const device T* x, uint n, uint columns, uint 
 
 //@ batch_floor: floor
 template <typename F, int slots, int many, typename T, typename P>
-METAL_FUNC void batch_dots(
-    P p, const device T* x, const device Size* size, Part a, uint n, uint to, uint lane,
-    thread float* mine) {
+METAL_FUNC float batch_dots(
+    P p, const device T* x, const device Size* size, Part a, uint n, uint to, uint lane) {
   const uint units = size->columns / F::width;
   float sum = 0.0f;
+  float sums[many];
   uint words[many] = {0};
   for (uint i = lane; i < units; i += 32) {
     UNROLL
@@ -438,8 +491,9 @@ METAL_FUNC void batch_dots(
   }
   UNROLL
   for (int m = 0; m < many; m++) {
-    mine[m] = simd_sum(sum + float(words[m]));
+    sums[m] = sum + float(words[m]);
   }
+  return sum_of_lane<many>(sums, lane / slots);
 }
 
 //@ tiles: decoded

@@ -43,7 +43,8 @@ def stock(module: object, bits: int = 4, group_size: int = 64) -> nn.Module:
 def of_layer(model: nn.Module) -> Counter[str]:
     """Dispatches of the first layer, for one token and a cache that has some."""
     cache = make_prompt_cache(model)
-    mx.eval(model(mx.array([[1, 2, 3]]), cache=cache))
+    for tokens in ([[1, 2, 3]], [[4]]):  # a sliding cache takes its memory with the first one
+        mx.eval(model(mx.array(tokens), cache=cache))
     hidden = mx.zeros((1, 1, model.args.hidden_size), model(mx.array([[1]])).dtype)
     mx.eval(hidden)
     return dispatches(lambda: model.layers[0](hidden, None, cache[0]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -109,14 +110,27 @@ Type = Annotated[
 ]
 
 
+ActQuantOption = Annotated[
+    ActQuant,
+    of_model(
+        "on: round activations to int8 (32 share a scale) wherever what reads them takes "
+        "that; it costs some quality. auto: where it was measured to be faster, so far "
+        "nowhere. Not mlx_lm's --quantize-activations, which is for models quantised as mxfp8 "
+        "or nvfp4.",
+        "--act-quant",
+        rare=True,
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fusing:
     """In which type a model computes, and what of it is fused."""
 
     dtype: Type = None
-    fuse: Annotated[
-        str, of_model("What to fuse: auto, all, off, or names (README).", metavar="NAMES")
-    ] = "auto"
+    fuse: Annotated[str, of_model("What to fuse: auto, all, off, or names.", metavar="NAMES")] = (
+        "auto"
+    )
 
     def check(self) -> None:
         """Refuse fusions without a meaning, before a model is downloaded for them."""
@@ -139,28 +153,28 @@ class Loading(Fusing):
         Path | None,
         of_model("A folder with a LoRA adapter that mlx_lm.lora wrote.", metavar="FOLDER"),
     ] = None
-    act_quant: Annotated[
-        ActQuant,
-        of_model(
-            "on: round activations to int8 (32 share a scale) wherever what reads them takes "
-            "that; it costs some quality. auto: where it was measured to be faster, so far "
-            "nowhere. Not mlx_lm's --quantize-activations, which is for models quantised as mxfp8 "
-            "or nvfp4.",
-            "--act-quant",
-            rare=True,
-        ),
-    ] = ActQuant.auto
+    act_quant: ActQuantOption = ActQuant.auto
+    ignore_memory: Annotated[
+        bool, of_model("Load a model that does not fit in memory.", "--ignore-memory", rare=True)
+    ] = False
 
-    def load(self, path: Path) -> tuple[Any, Any]:
-        """`mlxfuse.load` as the options say."""
+    def load(self, path: Path, say: Callable[[str], None]) -> tuple[Any, Any]:
+        """`mlxfuse.load` as the options say.
+
+        Args:
+            say: is told how far it has come.
+        """
         from ..loader import load
 
+        say(f"loading {path.name}")
         return load(
             path,
+            progress=lambda share: say(f"loading {path.name}: {share:.0%}"),
             adapter_path=self.adapter_path,
             dtype=self.dtype and self.dtype.value,
             fuse=self.fuse,
             act_quant=self.act_quant.value,
+            ignore_memory=self.ignore_memory,
         )
 
 
@@ -171,8 +185,7 @@ class Compression:
     kv_bits: Annotated[
         str | None,
         of_cache(
-            "Compress it: 8 or 4 bits, or keys and values apart: k8v4 (advised), k16v8; 4-bit keys "
-            "cost some models much.",
+            "Compress it: 8 or 4 bits, or keys and values apart, as k8v4 (advised) or k16v8.",
             metavar="BITS",
         ),
     ] = None
@@ -190,6 +203,15 @@ class Compression:
             rare=True,
         ),
     ] = True
+    kv_layers: Annotated[
+        str,
+        of_cache(
+            "Compress that of all layers, or of the full ones only: those with a sliding window "
+            "stay plain.",
+            metavar="all|full",
+            rare=True,
+        ),
+    ] = "all"
     kv_force: Annotated[
         bool,
         of_cache("Compress keys of models that are known to suffer from it.", rare=True),
@@ -203,9 +225,30 @@ class Compression:
         from ..nn.kv.options import KVOptions
 
         try:
-            return KVOptions.parse(self.kv_bits, self.kv_group_size, self.kv_rotate)
+            return KVOptions.parse(self.kv_bits, self.kv_group_size, self.kv_rotate, self.kv_layers)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What a model is to be used with, where it is only judged."""
+
+    context: Annotated[
+        int,
+        of_model("Tokens it is to be used with (default: all it can).", "-c", "--ctx-size", min=0),
+    ] = 0
+    kv_bits: Annotated[
+        str | None,
+        of_cache("With a compressed key-value cache: 8, 4 or for example k8v4.", metavar="BITS"),
+    ] = None
+
+    def bits(self) -> Any:
+        """A `KVBits`; a usage error where the option means nothing."""
+        from ..inspect.needs import PLAIN, KVBits
+
+        scheme = Compression(kv_bits=self.kv_bits).scheme()
+        return KVBits(scheme.k_bits, scheme.v_bits, scheme.group_size) if scheme else PLAIN
 
 
 QuantizedKVStart = Annotated[

@@ -72,12 +72,11 @@ def server_command(
     path = model.fetch()
     logging.basicConfig(level=level, format="%(asctime)s - %(levelname)s - %(message)s")
     with status_line(True) as say:
-        say(f"loading {path.name}")
         from ..server.app import Server
         from ..server.engine import Limits
         from ..text.generate import Settings
 
-        loaded, tokenizer = load.load(path)
+        loaded, tokenizer = load.load(path, say)
         server = Server(
             loaded,
             tokenizer,

@@ -16,10 +16,11 @@ import mlx.nn as nn
 from ..errors import NotFusible
 from .bodies.attentions import ATTENTIONS
 from .bodies.delta_nets import DELTA_NETS
+from .bodies.layers import LAYERS
 from .bodies.mlps import BODIES, Body
 from .bodies.moes import MOES
 
-KNOWN = (*ATTENTIONS, *BODIES, *MOES, *DELTA_NETS)
+KNOWN = (*ATTENTIONS, *BODIES, *LAYERS, *MOES, *DELTA_NETS)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import NotFusible
+from ..nn.activations import PLAIN
 from ..nn.attention import AttentionForm, FusedAttention, FusedSharedAttention
+from ..nn.block import BlockForm, FusedBlock
 from ..nn.delta_net import DeltaNetForm, FusedDeltaNet
 from ..nn.embedding import EmbeddingForm, FusedEmbedding
 from ..nn.join_linears import (
@@ -26,10 +28,9 @@ from ..nn.join_linears import (
     join_experts,
     single,
 )
-from ..nn.linear import PLAIN
-from ..nn.mlp import BlockForm, FusedBlock, FusedMLP, MLPForm
+from ..nn.mlp import FusedMLP, MLPForm
 from ..nn.moe import ExpertsForm, FusedExperts, FusedMoE, FusedWeightedExperts, MoEForm
-from ..nn.norm import FusedNorm
+from ..nn.post_norm import FusedPostNormBlock, PostNormForm
 from ..nn.projection import Projection
 from .candidates import Candidate, Skip, Tree, register_detector
 from .certify import Match, certify, is_known
@@ -38,9 +39,10 @@ from .forms import (
     attention_form,
     block_form,
     experts_form,
+    fused_norm,
     has,
     mlp_form,
-    norm_options,
+    post_norm_form,
     rotation,
     row_count,
 )
@@ -225,7 +227,11 @@ def _adder(tree: Tree, module: nn.Module, name: str) -> tuple[str, Piece]:
     return mlp.output, Piece(child, FusedMLP, mlp, "down", _same(made))
 
 
-@_places("residual", "block", block_form, lambda m: has(m, "self_attn", "mlp"))
+def _looks_layer(module: nn.Module) -> bool:
+    return has(module, "self_attn", "mlp") and not is_known(type(module), "post_norm")
+
+
+@_places("residual", "block", block_form, _looks_layer)
 def _residual(tree: Tree, path: str, module: nn.Module, form: BlockForm) -> Candidate:
     """The additions of a decoder layer, where o and down are multiplied."""
     tree.check_alone(module)
@@ -258,6 +264,21 @@ def _norm_rope(tree: Tree, path: str, module: nn.Module, form: AttentionForm) ->
     return candidate("norm_rope", 65, path, names, [piece], explain)
 
 
+@_places("post_norm", "post_norm", post_norm_form, lambda _: False)
+def _post_norm(tree: Tree, path: str, module: nn.Module, form: PostNormForm) -> Candidate:
+    """The norms of a decoder layer that has some behind its halves, with the additions."""
+    names = [name for name in (*form.norms, *form.posts) if name]
+    tree.check_alone(module, names)
+    before = tuple(fused_norm(module, name) if name else None for name in form.norms)
+    after = tuple(fused_norm(module, name) for name in form.posts)
+    pieces = [
+        Piece(module, FusedPostNormBlock, form, "before", _same(before)),
+        Piece(module, FusedPostNormBlock, form, "after", _same(after)),
+    ]
+    explain = f"{', '.join(names)} of {path} with the additions"
+    return candidate("post_norm", 45, path, names, pieces, explain)
+
+
 def _can_add(tree: Tree, module: nn.Module, name: str) -> bool:
     try:
         _adder(tree, module, name)
@@ -273,7 +294,7 @@ def _add_rms_norm(tree: Tree, path: str, module: nn.Module, form: BlockForm) -> 
         return None
     name = form.norms[1]
     tree.check_alone(module, [name])
-    norm = FusedNorm(module, name, **norm_options(module[name]))
+    norm = fused_norm(module, name)
     piece = Piece(module, FusedBlock, form, "second", _same(norm))
     explain = f"the addition before {name} of {path} in its dispatch"
     return candidate("add_rms_norm", 45, path, [name], [piece], explain)

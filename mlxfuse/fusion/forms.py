@@ -10,9 +10,12 @@ import mlx.nn as nn
 
 from ..errors import NotFusible
 from ..nn.attention import AttentionForm
+from ..nn.block import BlockForm
 from ..nn.join_linears import describe
-from ..nn.mlp import BlockForm, MLPForm
+from ..nn.mlp import MLPForm
 from ..nn.moe import ExpertsForm
+from ..nn.norm import FusedNorm
+from ..nn.post_norm import PostNormForm
 from ..nn.rope import FrequencyRoPE
 from ..nn.rotation import Rotation
 from .certify import Match, certify
@@ -140,6 +143,22 @@ def block_form(module: nn.Module, match: Match) -> BlockForm:
     _check_modules(module, mixer, names["MLP"], *norms)
     keywords = match.form.get("keywords", False)
     return BlockForm(type(module), norms, mixer, names["MLP"], keywords)
+
+
+def post_norm_form(module: nn.Module, match: Match) -> PostNormForm:
+    """The variant of decoder layer with norms behind its halves."""
+    names = match.names
+    norms = names.get("NORM1", ""), names.get("NORM2", "")
+    posts = names["POST1"], names["POST2"]
+    mixer, mlp = names["ATTENTION"], names["MLP"]
+    _check_modules(module, mixer, mlp, *filter(None, norms), *posts)
+    clips = match.form.get("clips", False)
+    return PostNormForm(type(module), norms, mixer, mlp, posts=posts, clips=clips)
+
+
+def fused_norm(module: nn.Module, name: str) -> FusedNorm:
+    """The norm that a module has under this name."""
+    return FusedNorm(module, name, **norm_options(module[name]))
 
 
 def norm_options(norm: nn.Module) -> dict[str, float]:

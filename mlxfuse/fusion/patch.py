@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import env
-from ..errors import PatchError
+from ..errors import MLXFuseError, PatchError
 from ..kernels import unavailable
 from ..kernels.matmul.product import MAX_ROWS_PER_EXPERT
 from ..kernels.runtime import self_test
@@ -48,6 +48,7 @@ def patch_model(
     act_quant: str = "auto",
     kv_bits: int | str | None = None,
     kv_group_size: int = 64,
+    kv_layers: str = "all",
     check: bool = False,
     strict: bool = False,
     detectors: Iterable[Detector] = (),
@@ -76,6 +77,7 @@ def patch_model(
         kv_bits: let mlx-lm make compressed key-value caches for the model: 8 or 4, or keys and
             values apart as in ``k8v4``; None for plain ones, also if they were compressed before.
         kv_group_size: values of a head that share a scale: 32, 64 or 128.
+        kv_layers: ``all``, or ``full`` to leave layers with a sliding window plain.
         check: compare the patched model's logits with the unpatched one's on a random prompt, with
             float activations.
         strict: raise where a fusion would be skipped, or activations not rounded.
@@ -92,7 +94,7 @@ def patch_model(
     _check_is_model(model)
     if act_quant not in ("auto", "on", "off"):
         raise ValueError(f"act_quant is auto, on or off; found {act_quant!r}")
-    kv = None if kv_bits is None else KVOptions.parse(kv_bits, kv_group_size)
+    kv = None if kv_bits is None else KVOptions.parse(kv_bits, kv_group_size, layers=kv_layers)
     choice = chosen(fuse)
     more = tuple(detectors)
     asked = (choice, more, act_quant == "on", kv)
@@ -176,7 +178,12 @@ def _counting(model: nn.Module) -> Callable[[], tuple[int, int] | None]:
 
     def count() -> tuple[int, int] | None:
         model = there()
-        return None if model is None or not hasattr(model, "_mlxfuse_patch") else per_token(model)
+        if model is None or not hasattr(model, "_mlxfuse_patch"):
+            return None
+        try:
+            return per_token(model)
+        except (MLXFuseError, TypeError, ValueError):
+            return None  # a model that is called in another way, or has a cache of its own
 
     return count
 

@@ -14,6 +14,7 @@ LABELS = {
     "gate_up": "gate/up",
     "experts_sum": "experts sum",
     "norm_rope": "norm+rope",
+    "post_norm": "norm+add",
     "add_rms_norm": "add+norm",
 }
 

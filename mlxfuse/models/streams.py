@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import ExportError
 from ..gguf.exported import ExportedFile, stream_name
 from ..gguf.relayout import stream_shapes
-from ..kernels.weight import Part, QuantizedWeight, Segment
+from ..kernels.weight import FACTORS, Part, QuantizedWeight, Segment
 from .plan import fill, first_rows
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from ..formats import Format
     from ..gguf.reader import GGUFFile
-    from .plan import Group, RowSource
+    from .plan import Group
+    from .rows import RowSource
 
 Streams = dict[str, mx.array]
 
@@ -39,10 +40,12 @@ class Account:
 
     seconds      wall-clock time of each step.
     dequantized  type without a kernel -> [weights, bytes in the file, bytes in memory].
+    progress     called with the share of the weights that are in their places.
     """
 
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     dequantized: dict[str, list[int]] = field(default_factory=dict)
+    progress: Callable[[float], None] | None = None
 
     @contextmanager
     def time(self, step: str) -> Iterator[None]:
@@ -76,6 +79,8 @@ class StreamLoader:
         else:
             streams = self._relaid(sources, first, rows, columns)
         lead = sources[0].shape[:-2]  # experts
+        for source, start in zip(sources, first, strict=True):
+            _note_factors(streams[source.format], source, self.file, start, rows[source.format])
         segments = {
             f: Segment(
                 f, columns, {n: a.reshape(*lead, rows[f], a.shape[-1]) for n, a in arrays.items()}
@@ -127,6 +132,18 @@ class StreamLoader:
             for source, start in zip(sources, first, strict=True):
                 fill(source, read.pop(0), filled[source.format], start, POOL)
         return made
+
+
+def _note_factors(
+    arrays: Streams, source: RowSource, file: GGUFFile, start: int, rows: int
+) -> None:
+    """Put the factor of a source's rows into that of the format's, where there is one."""
+    factors = source.factors(file)
+    if factors is not None:
+        if FACTORS not in arrays:
+            arrays[FACTORS] = mx.ones((source.experts * rows, 1))
+        whole = np.asarray(arrays[FACTORS]).reshape(source.experts, rows, 1)
+        whole[:, start : start + source.count] = factors.reshape(source.experts, -1, 1)
 
 
 def allocate(format: Format, rows: int, columns: int) -> dict[str, mx.array]:

@@ -24,10 +24,12 @@ class Weight:
              Where a size is 0, in a layer or in the whole file, there is no such tensor.
     bias     ``no``, ``optional`` or ``required``: whether NAME.bias may, must or must not be there.
     optional a file may lack the tensor; mlx-lm's class is told so, or has no such module then.
+    zero     where a file lacks the tensor the array keeps mlx-lm's zeros; it is ``optional``.
     bare     ``module`` is no layer that has a weight but an array of its own.
     heads    name of the size that counts the heads whose rotary rows may be stored in pairs.
     tiled    name of the size that counts the rows of a value head, if its last rows are those of
              value heads, which the file has tiled over the key heads and mlx-lm next to each other.
+    dense    always dequantised: mlx-lm's class multiplies by the matrices and by their transposes.
     suffix   what follows the tensor's name.
     float32  a bare array that stays in float32.
     log      the file has ``-exp(x)`` of what the model wants.
@@ -39,12 +41,14 @@ class Weight:
     bias: str = "no"
     heads: str = ""
     bare: bool = False
+    dense: bool = False
     tiled: str = ""
     suffix: str = ".weight"
     float32: bool = False
     log: bool = False
     offset: float = 0.0
     optional: bool = False
+    zero: bool = False
 
 
 Weights = Mapping[str, Weight]
@@ -67,6 +71,7 @@ class Architecture:
     other_layers kind -> tensors of the layers that are of another kind (see `Config.kinds`).
     outer        tensors outside the layers.
     layers_at    path of the list of layers.
+    attention_at path of a layer's attention below it, which has the rotary embedding.
     groups       name -> tensors with the same input, which a fused kernel reads as one weight.
     args         fields of mlx-lm's ``ModelArgs`` that every file of the architecture has alike.
     keys         field of ``ModelArgs`` -> the file's key and llama.cpp's default, whose type is
@@ -85,8 +90,14 @@ class Architecture:
     layer_norm   norms subtract the mean (``nn.LayerNorm``); the epsilon has another key.
     metal_dtype  activation type on Metal unless the caller says otherwise: float16 where its
                  range is known to hold.
+    whole_experts each expert has the feed-forward length, whatever else the file says.
+    gatings      values of ``expert_gating_func`` that mlx-lm's class computes, llama.cpp's default
+                 first: 1 softmax, 2 sigmoid, 3 softmax over the chosen ones. Empty: not read.
+    groups_too   experts may be chosen by groups.
     dense_too    files without experts are of it too, although its table has them.
     uneven       keys whose values may differ between layers.
+    latent       keys and values are made of a latent vector (MLA): a head's sizes have keys of
+                 their own, and there is one key-value head in the cache.
     fixed_head   mlx-lm's class takes the head size from the width, and knows no other.
     may_tie      mlx-lm's class can use the embedding as its output head.
     configure    what the architecture's files say beside what all have alike.
@@ -101,6 +112,7 @@ class Architecture:
     other_layers: Mapping[str, Weights] = field(default_factory=dict)
     outer: Weights = field(default_factory=lambda: OUTER)
     layers_at: str = "model.layers"
+    attention_at: str = "self_attn"
     args: Mapping[str, object] = field(default_factory=dict)
     keys: Mapping[str, tuple[str, float | int | str]] = field(default_factory=dict)
     same: Mapping[str, str] = field(default_factory=dict)
@@ -111,9 +123,13 @@ class Architecture:
     partial_rope: bool = False
     layer_norm: bool = False
     metal_dtype: str = "bfloat16"
+    whole_experts: bool = False
+    gatings: tuple[int, ...] = ()
+    groups_too: bool = False
     dense_too: bool = False
     uneven: tuple[str, ...] = ()
     fixed_head: bool = False
+    latent: bool = False
     may_tie: bool = True
     configure: Callable[[Keys, Config], Config] | None = None
     choose: Callable[[Keys], Architecture | None] | None = None

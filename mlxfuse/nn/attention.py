@@ -11,9 +11,9 @@ import mlx.nn as nn
 from mlx_lm.models.base import scaled_dot_product_attention
 
 from ..kernels import Backend
-from ..kernels.activations import Int8Activations
-from .fused import Form, FusedModule, Run, plus, project
-from .projection import KernelProjection, Projection
+from .fused import Form, FusedModule, Run, plus, project, rounded, split
+from .norm import Given, floats
+from .projection import Projection
 from .rotation import Rotation, position
 from .sdpa import sdpa
 
@@ -39,7 +39,7 @@ class AttentionForm(Form):
     read             whether later layers may read its keys and values.
     qkv, o           the fused projections.
     rotation         norms and rotary embedding as one kernel.
-    int8             whether o takes int8 activations.
+    rounds           whether o takes int8 activations.
     """
 
     linears: tuple[str, ...]
@@ -60,7 +60,7 @@ class AttentionForm(Form):
     qkv: Projection | None = None
     o: Projection | None = None
     rotation: Rotation | None = None
-    int8: bool = False
+    rounds: bool = False
     pieces = ("qkv", "o", "rotation")
 
 
@@ -79,76 +79,65 @@ class FusedAttention(FusedModule):
     ) -> mx.array:
         """x [B, L, hidden_size] -> the same shape, with ``residual`` added."""
         run = Run.of(x)
-        if not self._holds(run.on):
+        if not self.holds(run.on):
             return plus(self._fused.original.__call__(self, x, mask, cache), residual)
-        heads = self._part(
-            self._entering(run), self._enter, self._children, x, self._offset(run, cache)
+        heads = self.part(
+            self.entering(run), self.enter, self.children_read, x, self.place(run, cache)
         )
-        output = self._attended(heads, mask, cache)
+        output = self.attend(heads, mask, cache)
         added = () if residual is None else (residual,)
-        return self._part(run, self._leave, self._children, output, *added)
+        return self.part(run, self.leave, self.children_read, output, *added)
 
-    def _holds(self, on: Backend, *, counted: bool = True) -> bool:
+    def holds(self, on: Backend, *, counted: bool = True) -> bool:
         """`fusible`, with what is fused of it."""
         form = self._fused
         return self.fusible(on, form.qkv, form.o, form.rotation, counted=counted)
 
-    def _children(self) -> list[tuple[nn.Module, str]]:
-        """The norms of q and k and the linears that are not fused, for `_part`."""
+    def children_read(self) -> list[tuple[nn.Module, str]]:
+        """The norms of q and k and the linears that are not fused, for `part`."""
         form = self._fused
         linears = [*(form.linears if form.qkv is None else ()), *[form.output] * (form.o is None)]
         return [(self, name) for name in (*form.norms, *linears)]
 
-    def _entering(self, run: Run) -> Run:
-        """How `_enter` is run: modules that rotate may need the offset's value, but for MLX's."""
+    def entering(self, run: Run) -> Run:
+        """How `enter` is run: modules that rotate may need the offset's value, but for MLX's."""
         form = self._fused
         if form.rotation or not form.rope or type(self[form.rope]) is nn.RoPE:
             return run
-        return Run(run.on, False)
+        return run._replace(kept=False)
 
-    def _offset(self, run: Run, cache: Any) -> int | mx.array:
+    def place(self, run: Run, cache: Any) -> int | mx.array:
         """The tokens before; as an array where a graph is kept, of which it is an input."""
         offset: int | mx.array = 0 if cache is None else cache.offset
-        return position(offset) if self._entering(run).kept and isinstance(offset, int) else offset
+        return position(offset) if self.entering(run).kept and isinstance(offset, int) else offset
 
-    def _enter(
-        self, on: Backend, x: mx.array | Int8Activations, offset: int | mx.array
-    ) -> tuple[mx.array, ...]:
+    def enter(self, run: Run, x: Given, offset: int | mx.array) -> tuple[mx.array, ...]:
         """x [B, L, hidden_size] -> q, k, v and any gate, [B, heads, L, D], normed and rotated."""
         form = self._fused
-        queries, keys, values = self._projected(x, on)
+        queries, keys, values = self._projected(x, run.on)
         gate: tuple[mx.array, ...] = ()
         if form.gated:
             heads = queries.reshape(*queries.shape[:2], form.heads, -1)
             queries, gates = mx.split(heads, 2, axis=-1)
             queries, gate = queries.flatten(2), (gates.transpose(0, 2, 1, 3),)
-        rotated = None if form.rotation is None else form.rotation(queries, keys, offset, on)
+        rotated = None if form.rotation is None else form.rotation(queries, keys, offset, run.on)
         queries, keys = rotated or self._rotated(queries, keys, offset)
         values = values.reshape(*values.shape[:2], form.kv_heads, -1).transpose(0, 2, 1, 3)
         return queries, keys, values, *gate
 
-    def _leave(
-        self,
-        on: Backend,
-        output: mx.array,
-        residual: mx.array | None = None,
-        *,
-        int8: bool = False,
-    ) -> mx.array:
-        """What `_attended` gives -> [B, L, hidden_size], with ``residual`` added."""
+    def leave(self, run: Run, output: mx.array, residual: mx.array | None = None) -> mx.array:
+        """What `attend` gives -> [B, L, hidden_size], with ``residual`` added."""
         form = self._fused
         output = output.transpose(0, 2, 1, 3).flatten(2)
-        int8 = int8 and form.int8
-        return project(self, form.output, form.o, output, residual, on, int8=int8)
+        x = rounded(form.o, output) if run.rounds and form.rounds else output
+        return project(self, form.output, form.o, x, residual, run.on)
 
-    def _projected(self, x: mx.array | Int8Activations, on: Backend) -> Sequence[mx.array]:
+    def _projected(self, given: Given, on: Backend) -> Sequence[mx.array]:
         form = self._fused
-        if isinstance(x, Int8Activations):
-            assert isinstance(form.qkv, KernelProjection)
-            return form.qkv.integers(x, split=True)
-        parts = None if form.qkv is None else form.qkv.split(x, on)
+        parts = None if form.qkv is None else split(form.qkv, given, on)
         if parts is not None:
             return parts
+        x = floats(given)
         if len(form.linears) < len(form.rows):
             a, b, _ = form.rows
             return list(mx.split(self[form.linears[0]](x), (a, a + b), axis=-1))
@@ -173,10 +162,10 @@ class FusedAttention(FusedModule):
             queries, keys = self[form.norms[0]](queries), self[form.norms[1]](keys)
         return queries, keys
 
-    def _attended(
+    def attend(
         self, heads: Sequence[mx.array], mask: mx.array | str | None, cache: Any
     ) -> mx.array:
-        """What `_enter` gives -> [B, heads, L, D]; this part changes with every token."""
+        """What `enter` gives -> [B, heads, L, D]; this part changes with every token."""
         queries, keys, values, *gate = heads
         output = self._attend(queries, keys, values, mask, cache)
         return output * mx.sigmoid(gate[0]) if gate else output
@@ -228,16 +217,16 @@ class FusedSharedAttention(FusedAttention):
         form = self._fused
         own = shared_kv is None
         run = Run.of(x)
-        if not self._holds(run.on) or own != (len(form.rows) > 1) or not (own or cache is None):
+        if not self.holds(run.on) or own != (len(form.rows) > 1) or not (own or cache is None):
             found: Any = form.original.__call__(self, x, mask, cache, shared_kv, offset)
             return found
         if own:
-            offset = self._offset(run, cache)
+            offset = self.place(run, cache)
             # A cache advances an array in place.
             offset = mx.array(offset) if isinstance(offset, mx.array) else offset
-        entering = self._entering(run)
+        entering = self.entering(run)
         place = position(offset) if entering.kept and isinstance(offset, int) else offset
-        queries, *both = self._part(entering, self._enter, self._children, x, place)
+        queries, *both = self.part(entering, self.enter, self.children_read, x, place)
         keys, values = both if shared_kv is None else shared_kv
         kept = None
         if own and hasattr(cache, "attend") and not form.read:
@@ -249,16 +238,14 @@ class FusedSharedAttention(FusedAttention):
             output = scaled_dot_product_attention(
                 queries, keys, values, cache=cache, scale=form.scale, mask=mask
             )
-        return self._part(run, self._leave, self._children, output), kept, offset
+        return self.part(run, self.leave, self.children_read, output), kept, offset
 
-    def _enter(
-        self, on: Backend, x: mx.array | Int8Activations, offset: int | mx.array
-    ) -> tuple[mx.array, ...]:
+    def enter(self, run: Run, x: Given, offset: int | mx.array) -> tuple[mx.array, ...]:
         """x [B, L, hidden_size] -> q, or q, k and v, [B, heads, L, D], normed and rotated."""
         form = self._fused
-        parts, rotated = self._projected(x, on), None
+        parts, rotated = self._projected(x, run.on), None
         if form.rotation is not None:
-            rotated = form.rotation(parts[0], parts[1] if parts[1:] else None, offset, on)
+            rotated = form.rotation(parts[0], parts[1] if parts[1:] else None, offset, run.on)
         if rotated is None:
             rotated = [
                 self[form.rope](self._heads(x, name), offset=offset)

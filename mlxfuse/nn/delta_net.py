@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
-from ..kernels import Backend
-from ..kernels.activations import Int8Activations
-from .fused import Form, FusedModule, Run, given
-from .projection import KernelProjection, Projection, no_integers
+from .fused import Form, FusedModule, Run, split
+from .norm import Normed, floats
+from .projection import Projection
 
 
 @dataclass
@@ -47,7 +46,7 @@ class FusedDeltaNet(FusedModule):
     _fused: DeltaNetForm
 
     def __call__(
-        self, inputs: mx.array, mask: mx.array | None = None, cache: Any = None
+        self, inputs: mx.array | Normed, mask: mx.array | None = None, cache: Any = None
     ) -> mx.array:
         """inputs [B, L, hidden_size] -> the same shape."""
         form = self._fused
@@ -55,26 +54,20 @@ class FusedDeltaNet(FusedModule):
         run = Run.of(inputs)
         # With a sharding group their own code changes the inputs' gradient first.
         if self.fusible(run.on, *form.joined) and getattr(self, "sharding_group", None) is None:
-            codes = given(inputs) or ()
-            parts = self._part(run, self._projected, list, inputs, *codes)
+            parts = self.part(run, self.project, list, inputs)
             names = [name for group in form.linears for name in group]
             module = _Answering(self, {n: _constant(y) for n, y in zip(names, parts, strict=True)})
-        y: mx.array = form.original.__call__(module, inputs, mask, cache)
+        y: mx.array = form.original.__call__(module, floats(inputs), mask, cache)
         return y
 
-    def _projected(self, on: Backend, x: mx.array, *codes: mx.array) -> list[mx.array]:
+    def project(self, run: Run, x: mx.array | Normed) -> list[mx.array]:
         """x [B, L, hidden_size] -> the result of each of the linears; by its codes, if there are
         any and they take them.
         """
         found: list[mx.array] = []
         for names, projection in zip(self._fused.linears, self._fused.joined, strict=True):
-            parts: Sequence[mx.array] | None
-            if codes and isinstance(projection, KernelProjection) and not no_integers(projection):
-                int8 = Int8Activations(codes[0], codes[1], codes[2], x.dtype)
-                parts = projection.integers(int8, split=True)
-            else:
-                parts = projection.split(x, on)
-            found += [self[name](x) for name in names] if parts is None else parts
+            parts = split(projection, x, run.on)
+            found += [self[name](floats(x)) for name in names] if parts is None else parts
         return found
 
 

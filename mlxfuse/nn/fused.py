@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..kernels import Backend, backend, fallbacks
+from ..kernels.activations import Int8Activations
 from ..kernels.matmul.product import MAX_BATCH
+from ..kernels.norm.quantize_int8 import quantize_int8
 from .kept_graph import Piece
-from .norm import FusedNorm
-from .projection import KernelProjection, Projection
+from .norm import FusedNorm, Given, Normed, floats
+from .projection import KernelProjection, Projection, no_integers
 from .rotation import Rotation
 from .snapshot import of_class
 
@@ -46,53 +46,27 @@ class Form:
         return not any(getattr(self, piece) for piece in self.pieces)
 
 
-class _Given(threading.local):
-    normed: mx.array | None = None
-    codes: tuple[mx.array, ...] = ()
-
-
-_given = _Given()
-
-
-@contextmanager
-def giving(normed: mx.array, codes: tuple[mx.array, ...]) -> Iterator[None]:
-    """Within, what reads this very array in this thread may take its int8 codes instead.
-
-    Args:
-        codes: codes, scales and sums of `Int8Activations`; or none, and what is made of it is to
-            be rounded all the same.
-    """
-    before = _given.normed, _given.codes
-    _given.normed, _given.codes = normed, codes
-    try:
-        yield
-    finally:
-        _given.normed, _given.codes = before
-
-
-def given(x: mx.array) -> tuple[mx.array, ...] | None:
-    """The codes that are given for x; None if nothing of it is to be rounded."""
-    return _given.codes if _given.normed is x else None
-
-
 Fused = Projection | Rotation | FusedNorm
 
 
 class Run(NamedTuple):
-    """How one call is run.
+    """How one call is run; a graph that is kept is of one of them.
 
-    on    what runs kernels.
-    kept  whether by graphs that are kept: not for long inputs, each of which would have another.
+    on      what runs kernels.
+    kept    whether by graphs that are kept: not for long inputs, each of which would have another.
+    rounds  whether activations are rounded to int8, where what reads them takes that.
     """
 
     on: Backend
     kept: bool
+    rounds: bool = False
 
     @classmethod
-    def of(cls, x: mx.array) -> Run:
-        """Of x ``[..., K]``."""
-        on = backend()
-        return cls(on, on.keeps and x.size <= MAX_BATCH * x.shape[-1])
+    def of(cls, x: mx.array | Normed) -> Run:
+        """Of x ``[..., K]``, and rounding if it has been normed for that."""
+        on, rounds = backend(), isinstance(x, Normed)
+        x = floats(x)
+        return cls(on, on.keeps and x.size <= MAX_BATCH * x.shape[-1], rounds)
 
 
 class FusedModule(nn.Module):
@@ -122,33 +96,25 @@ class FusedModule(nn.Module):
                 return False
         return True
 
-    def _part(
+    def part(
         self,
         run: Run,
         function: Callable[..., Any],
         children: Callable[[], Iterable[tuple[nn.Module, str]]],
         *arrays: Any,
-        int8: bool = False,
     ) -> Any:
-        """``function(run.on, *arrays)``, a method of this module; see `Piece`.
-
-        Args:
-            int8: that the function takes too; it has a graph of its own.
-        """
-        name = function.__name__
-        if int8:
-            name, function = f"{name}_int8", partial(function, int8=True)
+        """``function(run, *arrays)``, a method of this module; see `Piece`."""
         if not run.kept:
-            return function(run.on, *arrays)
+            return function(run, *arrays)
         form: Form = self._fused
         kept = form.kept
         if form.fusings != Form.changes:
             kept.clear()
             form.fusings = Form.changes
-        piece = kept.get(name)
+        piece = kept.get(function.__name__)
         if piece is None:
-            piece = kept[name] = Piece(function, children())
-        return piece(run.on, *arrays)
+            piece = kept[function.__name__] = Piece(function, children())
+        return piece(run, *arrays)
 
 
 @cache
@@ -185,21 +151,38 @@ def project(
     parent: nn.Module,
     name: str,
     projection: Projection | None,
-    x: mx.array,
+    x: mx.array | Int8Activations,
     residual: mx.array | None,
     on: Backend,
-    *,
-    int8: bool = False,
 ) -> mx.array:
-    """The parent's linear ``name`` of x, plus ``residual``, in one dispatch where that can be.
-
-    Args:
-        int8: x is rounded to int8, where the projection has integers.
-    """
-    if int8 and isinstance(projection, KernelProjection):
+    """The parent's linear ``name`` of x, plus ``residual``, in one dispatch where that can be."""
+    if isinstance(x, Int8Activations):
+        assert isinstance(projection, KernelProjection)
         return projection.integers(x, residual)[0]
     if residual is None:
         y: mx.array = parent[name](x)
         return y
     added = None if projection is None else projection.added(x, residual, on)
     return residual + parent[name](x) if added is None else added
+
+
+def rounded(projection: Projection | None, x: mx.array) -> mx.array | Int8Activations:
+    """x as the codes of `quantize_int8`, if that is what the projection takes."""
+    return quantize_int8(x) if no_integers(projection) is None else x
+
+
+def readable(projection: Projection | None, x: Given) -> mx.array | Int8Activations:
+    """What a reader of a norm is called with: the codes, if there are any and it takes them."""
+    if not isinstance(x, Normed):
+        return x
+    codes = x.int8
+    return x.floats if codes is None or no_integers(projection) is not None else codes
+
+
+def split(projection: Projection, x: Given, on: Backend) -> Sequence[mx.array] | None:
+    """`Projection.split` of what a norm gives; None if the linears are to be called with floats."""
+    read = readable(projection, x)
+    if isinstance(read, Int8Activations):
+        assert isinstance(projection, KernelProjection)
+        return projection.integers(read, split=True)
+    return projection.split(read, on)

@@ -10,15 +10,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..kernels import Backend, disabled, fallbacks, launches
+from ..kernels import disabled, fallbacks, launches
 from .snapshot import Snapshot
 
-_Key = tuple[Backend, int, int, tuple[int, ...]]
+_Key = tuple[Any, int, int, tuple[int, ...]]
 _Graph = tuple[Callable[..., Any], Counter[str]]
 
 
 class Piece:
-    """``function(on, *arrays)`` as a graph that `mx.compile` keeps, one for each shape.
+    """``function(run, *arrays)`` as a graph that `mx.compile` keeps, one for each run and shape.
 
     To call a Metal kernel costs the host 4 us and more, its place in a kept graph 0.5; MLX's own
     variable ``MLX_DISABLE_COMPILE=1`` does without. What the function reads besides its arguments
@@ -42,11 +42,11 @@ class Piece:
         self._graphs: dict[_Key, _Graph] = {}
         self._builds = 0
 
-    def __call__(self, on: Backend, *arrays: mx.array) -> Any:
+    def __call__(self, run: Any, *arrays: Any) -> Any:
         if not self._holds():
-            return self._function(on, *arrays)
+            return self._function(run, *arrays)
         # A self-test that fails later is to be heeded; other shapes may have other launches.
-        key = on, len(disabled), len(arrays), arrays[0].shape
+        key = run, len(disabled), len(arrays), arrays[0].shape
         graph, launched = self._graphs.get(key) or self._keep(key)
         builds = self._builds
         found = graph(*arrays)

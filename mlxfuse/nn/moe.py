@@ -12,9 +12,10 @@ from mlx_lm.models.switch_layers import _gather_sort, _scatter_unsort
 
 from ..kernels import Backend, backend
 from ..kernels.activations import Int8Activations
-from .fused import Form, FusedModule, Run, given
-from .linear import GATED
-from .projection import MAX_IDS, KernelProjection, no_integers
+from .activations import GATED
+from .fused import Form, FusedModule, Run, readable
+from .norm import Normed, floats
+from .projection import MAX_IDS, KernelProjection
 
 
 @dataclass
@@ -43,7 +44,7 @@ class FusedExperts(FusedModule):
 
     def __call__(
         self,
-        x: mx.array,
+        x: mx.array | Normed,
         indices: mx.array,
         scores: mx.array | None = None,
         *,
@@ -58,45 +59,45 @@ class FusedExperts(FusedModule):
         """
         form = self._fused
         run = Run.of(x)
-        alike = scores is None or cast or scores.dtype == x.dtype
+        alike = scores is None or cast or scores.dtype == floats(x).dtype
         if not (alike and self.fusible(run.on, form.up, form.down)):
-            y: mx.array = form.original.__call__(self, x, indices)
+            y: mx.array = form.original.__call__(self, floats(x), indices)
             total = _weighted(y, scores)
             return total.astype(y.dtype) if cast else total
-        codes = given(x) or ()
-        arrays = (x, indices) if scores is None and not codes else (x, indices, scores, *codes)
-        return self._part(run, self._whole, self._children, *arrays)
+        arrays = (x, indices) if scores is None else (x, indices, scores)
+        return self.part(run, self.whole, self.children_read, *arrays)
 
-    def _children(self) -> list[tuple[nn.Module, str]]:
+    def children_read(self) -> list[tuple[nn.Module, str]]:
+        """The linears that are not fused, for `part`."""
         form = self._fused
         own = () if form.up is not None else form.linears
         return [(self, name) for name in (*own, form.output)]
 
-    def _whole(
+    def whole(
         self,
-        on: Backend,
-        x: mx.array,
+        run: Run,
+        given: mx.array | Normed,
         indices: mx.array,
         scores: mx.array | None = None,
-        *codes: mx.array,
     ) -> mx.array:
-        """All of it; by the codes of x, if there are any and gate and up take them."""
-        form, up = self._fused, self._fused.up
+        """All of it."""
+        form, up, x = self._fused, self._fused.up, floats(given)
         hidden = None
-        if up is not None and codes and not up.large(x, indices) and no_integers(up) is None:
-            int8 = Int8Activations(codes[0], codes[1], codes[2], x.dtype)
-            (hidden,) = up.integers(int8, None, form.activation, indices)
-        elif up is not None:
-            hidden = up.gathered(x, indices, on, activation=form.activation)
+        if up is not None:
+            read = x if up.large(x, indices) else readable(up, given)
+            if isinstance(read, Int8Activations):
+                (hidden,) = up.integers(read, None, form.activation, indices)
+            else:
+                hidden = up.gathered(x, indices, run.on, activation=form.activation)
         elif scores is not None and indices.size < MAX_IDS:
             wide = mx.expand_dims(x, (-2, -3))
             both = (self[name](wide, indices) for name in form.linears)
             hidden = GATED[form.activation](*both).squeeze(-2)
         if hidden is None:
-            y = self._sorted(on, x, indices)
+            y = self._sorted(run.on, x, indices)
         else:
             if scores is not None and form.down is not None:
-                total = form.down.gathered(hidden, indices, on, scores=scores)
+                total = form.down.gathered(hidden, indices, run.on, scores=scores)
                 if total is not None:
                     return total
             y = self[form.output](mx.expand_dims(hidden, -2), indices).squeeze(-2)
@@ -157,12 +158,19 @@ class MoEForm(Form):
     experts  name of the experts.
     cast     the sum gets the type of the experts' results, if the scores are of a wider one.
     sums     whether the experts give the sum.
+    readers  names of those that take int8 activations of its input.
     """
 
     experts: str
     cast: bool = False
     sums: bool = False
-    pieces = ("sums",)
+    readers: tuple[str, ...] = ()
+    pieces = ("sums", "readers")
+
+    def summing(self, module: FusedModule) -> FusedExperts | None:
+        """The experts, if they give the sum now."""
+        experts = module[self.experts] if self.sums and module.fusible(backend()) else None
+        return experts if isinstance(experts, FusedExperts) else None
 
 
 class FusedMoE(FusedModule):
@@ -170,17 +178,16 @@ class FusedMoE(FusedModule):
 
     _fused: MoEForm
 
-    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+    def __call__(self, x: mx.array | Normed, *args: Any, **kwargs: Any) -> mx.array:
+        """x [..., hidden_size] -> the same shape."""
         form = self._fused
-        own: Any = self
-        experts = self[form.experts]
-        if self.fusible(backend()) and isinstance(experts, FusedExperts):
-
-            def summands(x: mx.array, ids: mx.array) -> Summands:
-                return Summands(lambda scores: experts(x, ids, scores, cast=form.cast), x.dtype)
-
-            own = replacing(self, {form.experts: summands})
-        y: mx.array = form.original.__call__(own, *args, **kwargs)
+        children: dict[str, Callable[..., Any]] = {}
+        if isinstance(x, Normed):
+            children = {name: _reading(self[name], x) for name in form.readers}
+        if (experts := form.summing(self)) is not None:
+            children[form.experts] = _summing(children.get(form.experts, experts), form.cast)
+        own = replacing(self, children) if children else self
+        y: mx.array = form.original.__call__(own, floats(x), *args, **kwargs)
         return y
 
 
@@ -191,12 +198,26 @@ class FusedWeightedExperts(FusedModule):
 
     def __call__(self, x: mx.array, top_k_indices: mx.array, top_k_weights: mx.array) -> mx.array:
         """x [..., hidden_size], ids and scores [..., k] -> [..., hidden_size]."""
-        form = self._fused
-        experts = self[form.experts]
-        if self.fusible(backend()) and isinstance(experts, FusedExperts):
+        experts = self._fused.summing(self)
+        if experts is not None:
             return experts(x, top_k_indices, top_k_weights)
-        own: mx.array = form.original.__call__(self, x, top_k_indices, top_k_weights)
+        original = self._fused.original
+        own: mx.array = original.__call__(self, x, top_k_indices, top_k_weights)
         return own
+
+
+def _summing(experts: Callable[..., mx.array], cast: bool) -> Callable[..., Summands]:
+    """Experts as their block's own code calls them."""
+
+    def call(x: mx.array, ids: mx.array) -> Summands:
+        return Summands(lambda scores: experts(x, ids, scores, cast=cast), x.dtype)
+
+    return call
+
+
+def _reading(child: nn.Module, x: Normed) -> Callable[..., mx.array]:
+    """The child, which takes x where it is given its floats."""
+    return lambda y, *args, **kwargs: child(x if y is x.floats else y, *args, **kwargs)
 
 
 def replacing(module: nn.Module, children: dict[str, Callable[..., Any]]) -> nn.Module:

@@ -3,11 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..kernels.norm.rms_norm import NormResult, rms_norm
+from ..kernels.activations import Int8Activations
+from ..kernels.norm.rms_norm import NormResult, Post, rms_norm
+
+
+class Normed(NamedTuple):
+    """What a norm gives its readers where activations are rounded to int8.
+
+    floats  for readers that need them.
+    codes   codes, scales and sums of `Int8Activations`; none if no reader takes them.
+    """
+
+    floats: mx.array
+    codes: tuple[mx.array, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.floats.shape
+
+    @property
+    def int8(self) -> Int8Activations | None:
+        if not self.codes:
+            return None
+        codes, scales, sums = self.codes
+        return Int8Activations(codes, scales, sums, self.floats.dtype)
+
+
+Given = mx.array | Int8Activations | Normed
+"""What a reader is called with: floats, codes, or both."""
+
+
+def floats(given: Given) -> mx.array:
+    """Of what a norm gives, for a reader that needs them."""
+    assert not isinstance(given, Int8Activations)
+    return given.floats if isinstance(given, Normed) else given
 
 
 class FusedNorm:
@@ -28,8 +62,41 @@ class FusedNorm:
         return self._parent.get(self._name) is self._norm
 
     def __call__(
-        self, x: mx.array, residual: mx.array | None = None, outputs: Collection[str] = ("y",)
+        self,
+        x: mx.array,
+        residual: mx.array | None = None,
+        outputs: Collection[str] = ("y",),
+        post: FusedNorm | None = None,
     ) -> NormResult:
-        """x [..., K] -> its norm, or that of x + residual; see `rms_norm`."""
-        weight, offset = self._norm.weight, self._offset
-        return rms_norm(x, weight, self._eps, residual=residual, offset=offset, outputs=outputs)
+        """x [..., K] -> its norm, or that of x + residual, or of post(x) + residual; see
+        `rms_norm`.
+        """
+        return rms_norm(
+            x,
+            self._norm.weight,
+            self._eps,
+            residual=residual,
+            offset=self._offset,
+            outputs=outputs,
+            post=None if post is None else post._before(),
+        )
+
+    def added(self, x: mx.array, residual: mx.array) -> mx.array:
+        """The norm of x, plus the residual."""
+        found = rms_norm(x, None, 0.0, residual=residual, outputs=(), post=self._before())
+        assert found.h is not None
+        return found.h
+
+    def _before(self) -> Post:
+        return Post(self._norm.weight, self._eps, self._offset)
+
+    def normed(
+        self, x: mx.array, residual: mx.array | None = None, post: FusedNorm | None = None
+    ) -> tuple[mx.array, Normed]:
+        """x, or its sum with the residual, and the norm of that as floats and codes."""
+        found = self(x, residual, ("y", "int8"), post)
+        assert found.y is not None
+        assert found.int8 is not None
+        codes = found.int8
+        normed = Normed(found.y, (codes.codes, codes.scales, codes.sums))
+        return x if found.h is None else found.h, normed

@@ -153,7 +153,7 @@ def test_a_kept_graph_sees_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Run, "of", classmethod(lambda cls, x: cls("", True)))
     attention = model.layers[0].self_attn
     assert zoo.apart(zoo.logits(model), want) <= BOUND
-    assert set(attention._fused.kept) == {"_enter", "_leave"}
+    assert set(attention._fused.kept) == {"enter", "leave"}
     attention.o_proj.scales = 2 * attention.o_proj.scales
     changed = zoo.logits(model)
     assert zoo.apart(changed, want) > 1e-2

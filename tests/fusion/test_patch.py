@@ -16,7 +16,8 @@ from mlxfuse.kernels import fallbacks, launches, unavailable
 from mlxfuse.kernels.weight import QuantizedWeight
 from mlxfuse.loader import load
 from mlxfuse.nn.attention import FusedAttention
-from mlxfuse.nn.mlp import FusedBlock, FusedMLP
+from mlxfuse.nn.block import FusedBlock
+from mlxfuse.nn.mlp import FusedMLP
 from mlxfuse.nn.quantized import QuantizedLinear
 from tests import msl
 from tests.fusion import stock
@@ -173,10 +174,11 @@ def test_the_report_says_what_is_mixed(tmp_path: Path) -> None:
     lines = "qkv 3/3 (3 mixed: q4_0, q8_0), gate/up 3/3, residual 3/3, norm+rope 3/3"
     assert str(model.load_report.patch) == lines
     model, _ = load(write(tmp_path, "gemma3"), fuse="all")
+    assert str(model.load_report.patch) == "qkv 7/7, gate/up 7/7, norm+rope 7/7, norm+add 7/7"
+    model, _ = load(write(tmp_path, "gemma4"), fuse="all")
     assert str(model.load_report.patch).splitlines() == [
-        "qkv 7/7, gate/up 7/7, residual 0/7, norm+rope 7/7",
-        "residual not fused in 7: "
-        "gemma3_text.TransformerBlock.__call__ is not a body that is known",
+        "qkv 4/4 (3 mixed: q4_0, q8_0), gate/up 4/4, residual 0/4, norm+rope 4/4",
+        "residual not fused in 4: gemma4_text.DecoderLayer.__call__ is not a body that is known",
     ]
 
 

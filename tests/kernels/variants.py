@@ -210,15 +210,19 @@ def norm(
     *,
     added: bool = True,
     weighted: bool = True,
+    post: bool = False,
     **more: Any,
 ) -> Variant:
     """`rms_norm` of random rows, with residual and weight by default, for all its outputs."""
-    x, residual, weight = _normal(dtype, (rows, columns), (rows, columns), (columns,))
+    shapes = (rows, columns), (rows, columns), (columns,), (columns,)
+    x, residual, weight, after = _normal(dtype, *shapes)
     options = {"offset": 0.0, "cast": "llama", "outputs": rms_norm.OUTPUTS, **more}
     given = residual if added else None, options["offset"], options["cast"], options["outputs"]
-    call = rms_norm._Call(x, weight if weighted else None, 1e-5, *given)
+    before = rms_norm.Post(after, 1e-3, 1.0) if post else None
+    call = rms_norm._Call(x, weight if weighted else None, 1e-5, *given, before)
     call.check(call.outputs)
-    kind = f"{rows} x {columns} {', '.join(('h', *call.outputs) if added else call.outputs)}"
+    outputs = ("h",) * added + call.outputs
+    kind = f"{'post ' * post}{rows} x {columns} {', '.join(outputs)}"
     cast = call.cast if weighted else "no weight"
     return Variant(f"rms_norm {kind} {cast} {_short(dtype)}", rms_norm.KERNEL, (call,))
 
@@ -254,6 +258,8 @@ def norms() -> Iterator[Variant]:
     yield norm(2, 2880, bfloat, cast="gemma")
     yield norm(2, 16384, single, added=False, weighted=False)
     yield norm(2, 31, bfloat, outputs=("y",))
+    yield norm(2, 576, half, post=True)
+    yield norm(2, 2880, bfloat, post=True, weighted=False, outputs=())
     yield norm(2, 576, half, added=False, outputs=("y",))
     yield norm(2, 576, half, added=False, outputs=("int8",))
     yield norm(2, 576, half, added=False, outputs=("sums",))

@@ -202,7 +202,8 @@ def controls(name: str) -> Iterator[tuple[str, Change]]:
         yield "no-sinks", edit("attn_sinks", lambda data: data - 1e4)
     if case.shared_ffn:
         yield "no-shared-expert", edit("ffn_down_shexp", np.zeros_like)
-        yield "no-shared-gate", edit("ffn_gate_inp_shexp", np.zeros_like)
+        if "ffn_gate_inp_shexp" in names:
+            yield "no-shared-gate", edit("ffn_gate_inp_shexp", np.zeros_like)
     if name.endswith("27b"):
         # 1/sqrt(head_dim) in place of 1/sqrt(hidden / heads)
         ratio = np.float32((case.hidden / case.heads / case.head_dim) ** 0.5)
@@ -231,9 +232,11 @@ def delta_net_controls(case: tiny.Case, keys: Mapping[str, Any]) -> Iterator[tup
 
     for name in ("attn_qkv", "attn_gate", "ssm_conv1d"):
         yield f"grouped-{name}", edit(name, grouped(head))
-    for name in ("ssm_alpha", "ssm_beta", "ssm_a", "ssm_dt.bias"):
+    apart = ("ssm_alpha", "ssm_beta") if case.arch != "qwen3next" else ()
+    for name in (*apart, "ssm_a", "ssm_dt.bias"):
         yield f"grouped-{name}", edit(name, grouped(1))
-    yield "alpha-and-beta-swapped", swap("ssm_alpha", "ssm_beta")
+    if apart:
+        yield "alpha-and-beta-swapped", swap("ssm_alpha", "ssm_beta")
     yield "conv-reversed", edit("ssm_conv1d", lambda data: data[:, ::-1].copy())
     yield "decay-not-exponential", edit("ssm_a", lambda data: -np.exp(data))
     yield "whole-head-rotated", set_key("rope.dimension_count", case.head_dim)

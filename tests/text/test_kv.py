@@ -278,6 +278,22 @@ def generated(path, *args):
     return json.loads(result.stdout)
 
 
+def test_sliding_layers_can_stay_plain(models):
+    """gemma3: of each six layers the last sees everything."""
+    path, _ = models("gemma3")
+    model, _ = load(path, kv_bits=8, kv_group_size=32, kv_layers="full")
+    kinds = [type(cache).__name__ for cache in make_prompt_cache(model)]
+    assert kinds == ["RotatingKVCache"] * 5 + ["CompressedKVCache", "RotatingKVCache"]
+    model, _ = load(path, kv_bits=8, kv_group_size=32)
+    assert {type(cache).__name__ for cache in make_prompt_cache(model)} == {"CompressedKVCache"}
+    both = [generated(path, "--kv-bits", "8", "--kv-layers", layers) for layers in ("all", "full")]
+    assert "of 7 layers" in both[0]["kv_cache"]
+    assert "of 1 layers" in both[1]["kv_cache"]
+    result = run("generate", path, "--kv-bits", "8", "--kv-layers", "some", "-p", "Hello")
+    assert result.exit_code == 2
+    assert "kv_layers is all or full; found 'some'" in result.output
+
+
 def test_generate_compresses_the_cache(models):
     path, _ = models("llama")
     plain = generated(path)

@@ -22,8 +22,8 @@ CLIPPED = {"swiglu_oai": _MODELS + "activations.swiglu_oai"}
 class Body:
     """One known body.
 
-    kind      what stands for it: ``attention``, ``mlp``, ``block``, ``experts``, ``experts_sum``,
-              ``norm``, ``rope``, ``delta_net``, ``activation``.
+    kind      what stands for it: ``attention``, ``mlp``, ``block``, ``post_norm``, ``experts``,
+              ``experts_sum``, ``norm``, ``rope``, ``delta_net``, ``activation``.
     source    the method.
     names     global name -> the module, or the object of a module, that it must be.
     form      what the fused class has to know about it.
@@ -93,6 +93,13 @@ def __call__(self, x, mask=None, cache=None):
     h = x + r
     return h + self.MLP(self.NORM2(h))
 """
+# olmoe, glm_moe_dsa
+_OVERWRITTEN = """
+def __call__(self, x, mask=None, cache=None):
+    x = x + self.ATTENTION(self.NORM1(x), mask, cache)
+    x = x + self.MLP(self.NORM2(x))
+    return x
+"""
 _EXPERTS = """
 def __call__(self, x, indices):
     x = mx.expand_dims(x, (-2, -3))
@@ -154,6 +161,7 @@ def __call__(self, x):
     Body("block", _NORM_FIRST),
     Body("block", _ADDED_AT_ONCE),
     Body("block", _REASSIGNED),
+    Body("block", _OVERWRITTEN),
     Body("block", _CONV_OR_ATTENTION, form={"keywords": True}),
     Body("block", _LINEAR_OR_ATTENTION),
     Body(

@@ -189,8 +189,8 @@ def simd_groups(weight: QuantizedWeight) -> int:
 
 
 def batches(rows: int) -> int:
-    """Rows of x at a time, at most `MAX_BATCH`, such that the batches are few and alike."""
-    return -(-rows // -(-rows // MAX_BATCH))
+    """Rows of x at a time: 1, 2, 4 or `MAX_BATCH`, so that a weight has few programs for all."""
+    return next(n for n in (1, 2, 4, MAX_BATCH) if n >= min(rows, MAX_BATCH))
 
 
 def launch(call: Call[X], tile: Tile, x: dict[str, mx.array]) -> Launch:
@@ -312,7 +312,8 @@ def _program(
             f"Part a = parts[{'0' if gated else 'j'}], b = {'parts[1]' if gated else 'a'};",
             f"{tile.function}<{bounds[f].trait}, {bounds[g].trait}{tile.numbers}>("
             f"{p}, {q}, {x}, (const device Size*)size, "
-            f"{epilogue}(a, b, {bias}, {residual}, {out}), {place});",
+            f"{epilogue}(a, b, factors({bounds[f].factors}), factors({bounds[g].factors}), "
+            f"{bias}, {residual}, {out}), {place});",
         ]
         if len(calls) > 1:
             here = " || ".join(f"j == {j}" for j, of in enumerate(of_part) if of == f)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -22,11 +23,19 @@ OUTPUTS = ("y", "int8", "sums")
 CASTS = ("llama", "gemma")
 
 
+class Post(NamedTuple):
+    """A norm of x before the residual is added; arguments as of `rms_norm`."""
+
+    weight: mx.array
+    eps: float
+    offset: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class NormResult:
     """What `rms_norm` gives; None where it was not asked for.
 
-    h           ``x + residual``, where there is a residual.
+    h           ``x + residual``, or ``norm(x) + residual``, where there is a residual.
     y           the normalised rows.
     int8        y as int8 codes.
     group_sums  float32 ``[..., K / 32]``: sums of 32 consecutive values of y.
@@ -47,10 +56,12 @@ def rms_norm(
     offset: float = 0.0,
     cast: str = "llama",
     outputs: Collection[str] = ("y",),
+    post: Post | None = None,
 ) -> NormResult:
     """``y = h / sqrt(mean(h^2) + eps) * (offset + weight)`` with ``h = x + residual``.
 
-    h is rounded to its type T, and all else follows from the rounded h; mean and root are
+    With ``post``, ``h = norm(x) + residual``, and that norm is rounded to T as y is. h
+    is rounded to its type T, and all else follows from the rounded h; mean and root are
     float32. ``int8`` and ``sums`` are those of y rounded to T, whether or not y is asked for.
     Arguments of different types promote, as in MLX, and run without the kernel.
 
@@ -63,12 +74,15 @@ def rms_norm(
         cast: where values are rounded to T. ``llama``, as `mx.fast.rms_norm`: the normalised
             value, ``offset + weight`` and their product; mlx-lm's classes for gemma do the same.
             ``gemma``, as the published gemma: the product only.
-        outputs: any of `OUTPUTS`; ``int8`` and ``sums`` need K to be a multiple of 32.
+        outputs: any of `OUTPUTS`; ``int8`` and ``sums`` need K to be a multiple of 32. With
+            ``post`` there may be none, and h is all.
+        post: needs a residual.
 
     Raises:
         ValueError: arguments that do not fit together.
     """
-    call = _Call(x, weight, eps, residual, offset, cast, tuple(o for o in OUTPUTS if o in outputs))
+    asked = tuple(o for o in OUTPUTS if o in outputs)
+    call = _Call(x, weight, eps, residual, offset, cast, asked, post)
     call.check(outputs)
     got = dict(zip(call.names, KERNEL(call), strict=True))
     int8 = None
@@ -88,6 +102,7 @@ class _Call:
     offset: float
     cast: str
     outputs: tuple[str, ...]
+    post: Post | None = None
 
     @property
     def columns(self) -> int:
@@ -96,8 +111,14 @@ class _Call:
     @property
     def dtype(self) -> mx.Dtype:
         """Of y."""
-        given = (a for a in (self.x, self.residual, self.weight) if a is not None)
-        return mx.result_type(*given)
+        return mx.result_type(self.x, *self.given.values())
+
+    @property
+    def given(self) -> dict[str, mx.array]:
+        """The inputs besides x."""
+        post = None if self.post is None else self.post.weight
+        found = {"residual": self.residual, "weight": self.weight, "post": post}
+        return {n: a for n, a in found.items() if a is not None}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -116,9 +137,13 @@ class _Call:
             raise ValueError(f"residual: expected {x.shape}, found {self.residual.shape}")
         if self.cast not in CASTS:
             raise ValueError(f"cast: expected one of {CASTS}, found {self.cast!r}")
-        if not self.outputs or set(outputs) - set(OUTPUTS):
+        if self.post is not None and self.residual is None:
+            raise ValueError("post: expected a residual to add to, found none")
+        if self.post is not None and self.post.weight.shape != (self.columns,):
+            raise ValueError(f"post: expected ({self.columns},), found {self.post.weight.shape}")
+        if not (self.outputs or self.post) or set(outputs) - set(OUTPUTS):
             raise ValueError(f"outputs: expected some of {OUTPUTS}, found {tuple(outputs)}")
-        if self.columns % GROUP and self.outputs != ("y",):
+        if self.columns % GROUP and self.outputs not in ((), ("y",)):
             raise ValueError(
                 f"outputs int8 and sums need rows of a multiple of {GROUP} values, "
                 f"found {self.columns}"
@@ -133,8 +158,8 @@ def _refuse(call: _Call) -> str | None:
         return "x has no rows"
     if call.columns > MAX_COLUMNS:
         return f"rows of more than {MAX_COLUMNS} values"
-    for name, other in (("weight", call.weight), ("residual", call.residual)):
-        if other is not None and other.dtype != x.dtype:
+    for name, other in call.given.items():
+        if other.dtype != x.dtype:
             return f"x is {x.dtype}, its {name} {other.dtype}"
     return None
 
@@ -144,8 +169,7 @@ def _launch(call: _Call) -> Launch:
     quads = -(-call.columns // 4)
     pieces = -(-quads // _THREADS)
     threads = 32 * -(-quads // (32 * pieces))
-    optional = {"residual": call.residual, "weight": call.weight}
-    given = {n: a for n, a in optional.items() if a is not None}
+    given = call.given
     shapes = {"h": x.shape, "y": x.shape}
     shapes |= zip(quantize_int8.OUTPUTS, quantize_int8.output_shapes(x.shape), strict=True)
     shapes["group_sums"] = shapes["sums"]
@@ -153,7 +177,7 @@ def _launch(call: _Call) -> Launch:
     whole = call.columns % 4 == 0
     return Launch(
         program=_program(pieces, whole, call.cast, ("x", *given), call.names),
-        arrays=(x, *given.values(), *_numbers(call.columns, call.eps, call.offset)),
+        arrays=(x, *given.values(), *_numbers(call.columns, call.eps, call.offset, call.post)),
         grid=(x.size // call.columns * threads, 1, 1),
         threadgroup=(threads, 1, 1),
         template=(("T", x.dtype),),
@@ -163,10 +187,16 @@ def _launch(call: _Call) -> Launch:
 
 
 @lru_cache(maxsize=1024)
-def _numbers(columns: int, eps: float, offset: float) -> tuple[mx.array, mx.array]:
-    arrays = mx.array(columns, mx.int32), mx.array([eps, offset], mx.float32)
+def _constants(columns: int, *numbers: float) -> tuple[mx.array, mx.array]:
+    arrays = mx.array(columns, mx.int32), mx.array(numbers, mx.float32)
     mx.eval(arrays)
     return arrays
+
+
+def _numbers(
+    columns: int, eps: float, offset: float, post: Post | None
+) -> tuple[mx.array, mx.array]:
+    return _constants(columns, eps, offset, *(() if post is None else (post.eps, post.offset)))
 
 
 @cache
@@ -184,17 +214,25 @@ def _program(
         f"vec<T, 4> v[{pieces}];",
         f"load_row<{moved}>(x, row, v);",
     ]
+    weigh = f"weight_row<{cast.capitalize()}, {moved}>"
+    if "post" in inputs:
+        sections += ["weighted", cast.capitalize()]
+        lines += [
+            "threadgroup float before[8];",
+            f"const float scale = inverse_rms<{held}>(v, row, numbers[2], before);",
+            f"{weigh}(post, numbers[3], row, scale, v);",
+        ]
     if "residual" in inputs:
         sections += ["add"]
         lines += [f"add_row<{moved}>(residual, row, v);", f"store_row<{moved}>(v, row, h);"]
-    lines += [f"const float inverse = inverse_rms<{held}>(v, row, numbers[0], partial);"]
-    if "weight" in inputs:
-        sections += ["weighted", cast.capitalize()]
-        scale = f"weight_row<{cast.capitalize()}, {moved}>(weight, numbers[1], row, inverse, v);"
-    else:
-        sections += ["plain"]
-        scale = f"scale_row<{held}>(inverse, v);"
-    lines += [scale]
+    if outputs != ("h",):
+        lines += [f"const float inverse = inverse_rms<{held}>(v, row, numbers[0], partial);"]
+        if "weight" in inputs:
+            sections += ["weighted", cast.capitalize()]
+            lines += [f"{weigh}(weight, numbers[1], row, inverse, v);"]
+        else:
+            sections += ["plain"]
+            lines += [f"scale_row<{held}>(inverse, v);"]
     if "y" in outputs:
         lines += [f"store_row<{moved}>(v, row, y);"]
     groups = []
@@ -209,18 +247,16 @@ def _program(
         inputs=(*inputs, "columns", "numbers"),
         outputs=outputs,
         body="\n".join(lines) + "\n",
-        parts=(*groups, *(f"rms_norm.metal:{s}" for s in sections)),
+        parts=(*groups, *(f"rms_norm.metal:{s}" for s in dict.fromkeys(sections))),
     )
 
 
 def _reference(call: _Call) -> list[mx.array]:
-    h = call.x if call.residual is None else call.x + call.residual
-    inner = mx.float32 if call.cast == "gemma" else call.dtype
-    weight = call.weight
-    if weight is not None:
-        weight = weight.astype(inner)
-        weight = call.offset + weight if call.offset else weight
-    y = mx.fast.rms_norm(h.astype(inner), weight, call.eps).astype(call.dtype)
+    h = call.x if call.post is None else _normed(call, call.x, *call.post)
+    h = h if call.residual is None else h + call.residual
+    if not call.outputs:
+        return [h]
+    y = _normed(call, h, call.weight, call.eps, call.offset)
     found = {"h": h, "y": y}
     if "int8" in call.outputs:
         found |= zip(quantize_int8.OUTPUTS, quantize_int8.reference(y), strict=True)
@@ -228,6 +264,16 @@ def _reference(call: _Call) -> list[mx.array]:
         groups = y.astype(mx.float32).reshape(*y.shape[:-1], call.columns // GROUP, GROUP)
         found["group_sums"] = groups.sum(-1)
     return [found[n] for n in call.names]
+
+
+def _normed(
+    call: _Call, x: mx.array, weight: mx.array | None, eps: float, offset: float
+) -> mx.array:
+    inner = mx.float32 if call.cast == "gemma" else call.dtype
+    if weight is not None:
+        weight = weight.astype(inner)
+        weight = offset + weight if offset else weight
+    return mx.fast.rms_norm(x.astype(inner), weight, eps).astype(call.dtype)
 
 
 def _small(call: _Call) -> tuple[_Call]:
@@ -239,6 +285,8 @@ def _small(call: _Call) -> tuple[_Call]:
         small = replace(small, residual=draw(*shape))
     if call.weight is not None:
         small = replace(small, weight=draw(call.columns))
+    if call.post is not None:
+        small = replace(small, post=call.post._replace(weight=draw(call.columns)))
     return (small,)
 
 

@@ -15,22 +15,33 @@ from ...errors import UnsupportedError
 from .cache import CompressedKVCache
 
 BITS = (4, 8, 16)
+LAYERS = ("all", "full")
 
 _KNOWN = (KVCache, RotatingKVCache, ArraysCache)
 
 
 @dataclass(frozen=True, slots=True)
 class KVOptions:
-    """How keys and values are to be compressed; see `CompressedKVCache`."""
+    """How keys and values are to be compressed; see `CompressedKVCache`.
+
+    layers  ``all``, or ``full``: layers with a sliding window, whose caches are short, stay plain.
+    """
 
     k_bits: int = 8
     v_bits: int = 4
     group_size: int = 64
     rotate: bool = True
     keep: int = 4
+    layers: str = "all"
 
     @classmethod
-    def parse(cls, kv_bits: int | str, group_size: int = 64, rotate: bool = True) -> KVOptions:
+    def parse(
+        cls,
+        kv_bits: int | str,
+        group_size: int = 64,
+        rotate: bool = True,
+        layers: str = "all",
+    ) -> KVOptions:
         """From ``8`` (keys and values) or ``k8v4``; 16 bits leave a side as it is.
 
         Raises:
@@ -46,7 +57,13 @@ class KVOptions:
             )
         if group_size not in (32, 64, 128):
             raise ValueError(f"kv_group_size is 32, 64 or 128; found {group_size}")
-        return cls(k_bits, v_bits, group_size, rotate)
+        if layers not in LAYERS:
+            raise ValueError(f"kv_layers is {' or '.join(LAYERS)}; found {layers!r}")
+        return cls(k_bits, v_bits, group_size, rotate, layers=layers)
+
+    def cache(self) -> dict[str, Any]:
+        """The arguments of `CompressedKVCache`."""
+        return {name: value for name, value in asdict(self).items() if name != "layers"}
 
     @property
     def name(self) -> str:
@@ -89,6 +106,8 @@ def check_model(model: nn.Module, options: KVOptions, *, force: bool = False) ->
             f"kv_bits: this model keeps {', '.join(unknown)}, which has no compressed form; leave "
             "out kv_bits"
         )
+    if options.layers == "full" and not any(k is KVCache for k in kinds):
+        raise UnsupportedError("kv_layers: every layer of this model has a sliding window")
     if all(k is ArraysCache for k in kinds):
         raise UnsupportedError("kv_bits: no layer of this model keeps keys and values")
 
@@ -108,6 +127,8 @@ def compressed(caches: Sequence[Any], options: KVOptions, start: int = 0) -> lis
 def _one(cache: Any, options: KVOptions, start: int) -> Any:
     if isinstance(cache, ArraysCache):
         return cache  # the state of a recurrent layer
+    if options.layers == "full" and isinstance(cache, RotatingKVCache):
+        return cache
     if isinstance(cache, CompressedKVCache):
         found = KVOptions(cache.k_bits, cache.v_bits, cache.group_size, cache.rotate)
         if found.name != options.name:
@@ -116,7 +137,7 @@ def _one(cache: Any, options: KVOptions, start: int) -> Any:
             )
         return cache
     if cache.offset >= start:
-        return CompressedKVCache.from_cache(cache, **asdict(options))
+        return CompressedKVCache.from_cache(cache, **options.cache())
     later = _LaterRotating if isinstance(cache, RotatingKVCache) else _Later
     made = later.from_state(cache.state)
     made.options = options
@@ -129,7 +150,7 @@ class _Later(KVCache):
     options: KVOptions
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> CompressedKVCache:
-        return CompressedKVCache.from_cache(self, **asdict(self.options))
+        return CompressedKVCache.from_cache(self, **self.options.cache())
 
 
 class _LaterRotating(RotatingKVCache):

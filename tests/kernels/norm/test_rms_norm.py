@@ -16,7 +16,7 @@ from mlxfuse.kernels import fallbacks
 from mlxfuse.kernels.activations import Int8Activations
 from mlxfuse.kernels.norm.quantize_int8 import KERNEL as QUANTIZE
 from mlxfuse.kernels.norm.quantize_int8 import quantize_int8
-from mlxfuse.kernels.norm.rms_norm import KERNEL, MAX_COLUMNS, OUTPUTS, _Call, rms_norm
+from mlxfuse.kernels.norm.rms_norm import KERNEL, MAX_COLUMNS, OUTPUTS, Post, _Call, rms_norm
 from mlxfuse.kernels.runtime import kernel as _kernel
 from mlxfuse.kernels.runtime.source import _squeeze
 from tests import msl
@@ -112,6 +112,28 @@ def test_every_length_and_number_of_rows(dtype: mx.Dtype, kernels: str) -> None:
                     assert mx.array_equal(getattr(alone, name), getattr(got.int8, name))
                 assert mx.all(got.int8.scales[1:2] == 0)
     judge.conclude()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_norm_before_the_addition(dtype: mx.Dtype, kernels: str) -> None:
+    """To the bit what a norm, an addition and another norm are; or only the first two."""
+    for columns in (31, 64, 4096):
+        x, residual = rows_of(columns, dtype)
+        after, weight = (normal(columns, dtype=dtype, seed=s) for s in (3, 4))
+        post = Post(after, 1e-3, 1.0)
+        h = rms_norm(x, after, 1e-3, offset=1.0).y + residual
+        got = rms_norm(x, weight, EPS, residual=residual, post=post)
+        assert mx.array_equal(got.h, h)
+        assert mx.array_equal(got.y, rms_norm(h, weight, EPS).y)
+        alone = rms_norm(x, None, 0.0, residual=residual, outputs=(), post=post)
+        assert mx.array_equal(alone.h, h)
+        assert alone.y is None
+        for other in (post._replace(eps=1e-5), post._replace(offset=0.0)):
+            assert not mx.array_equal(rms_norm(x, weight, EPS, residual=residual, post=other).h, h)
+    with pytest.raises(ValueError, match="post: expected a residual"):
+        rms_norm(x, weight, EPS, post=post)
+    with pytest.raises(ValueError, match=r"post: expected \(4096,\), found \(64,\)"):
+        rms_norm(x, weight, EPS, residual=residual, post=Post(mx.ones((64,)), 1e-3))
 
 
 OPTIONS = [
