@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import tomllib
 from collections import Counter
 from importlib.util import find_spec
@@ -21,7 +22,10 @@ from packaging.requirements import Requirement
 from mlxfuse import env
 from mlxfuse.cli import app
 from mlxfuse.export.mlx_checkpoint import export_mlx
+from mlxfuse.loader import load
 from mlxfuse.process import INTERRUPTED
+from mlxfuse.server import Server
+from mlxfuse.text.generate import Settings
 
 from .models import tiny
 from .picture import PICTURE, counts, draw
@@ -98,14 +102,17 @@ NOT_RUN = {
     ".venv/bin/pip install -e '.[cpu]'": "installs from the network",
     ".venv/bin/pip install -e '.[cpu,test]'": "installs from the network",
     ".venv/bin/python -m pytest -n auto": "it is this very suite",
-    "mlxfuse generate org/repo:Q4_K_M -p -  < question.txt": "downloads a model",
+    "mlxfuse ls": "shows the user's own folders",
+    "mlxfuse pull org/repo:Q4_K_M": "downloads a model",
+    "mlxfuse rm org/repo:Q4_K_M": "removes one",
     "mlxfuse tune model-Q4_K_M.gguf": "needs Metal, and times it",
     "mlxfuse bench kernels --report kernels.json": "needs Metal, and times it",
 }
 
 
 def _commands(block: str) -> list[str]:
-    return [c.strip() for line in block.splitlines() for c in line.split(" && ") if c.strip()]
+    lines = (re.sub(r"  # .*", "", line) for line in block.splitlines())
+    return [c.strip() for line in lines for c in line.split(" && ") if c.strip()]
 
 
 SHELL = [c for language, block in BLOCKS if language == "sh" for c in _commands(block)]
@@ -205,7 +212,15 @@ def _serve(command: str, folder: Path) -> None:
 @pytest.mark.parametrize("block", [b for language, b in BLOCKS if language == "python"])
 def test_a_script_of_the_readme(block: str, demo: Path, folder: Path) -> None:
     """The repository of MLX's community is a folder of the same name here."""
-    out, _ = _run(folder, sys.executable, "-c", block)
+    if "8080" in block:
+        server = Server(*load(demo), "demo", Settings(max_tokens=16), port=0)
+        threading.Thread(target=server.serve, daemon=True).start()
+        block = block.replace("http://127.0.0.1:8080", server.address)
+    try:
+        out, _ = _run(folder, sys.executable, "-c", block)
+    finally:
+        if "base_url" in block:
+            server.stop()
     assert "Paris" in out or "nothing fused" in out
 
 
