@@ -44,15 +44,24 @@ def server_command(
     allowed_origins: Annotated[
         str,
         opt.option(
-            SERVER, "Web pages that may call it (CORS), with commas; * for all.", metavar="URLS"
+            SERVER,
+            "Web pages that may call it (CORS), with commas; * for all.",
+            metavar="URLS",
+            rare=True,
         ),
     ] = "",
     prompt_cache_size: Annotated[
         int,
-        opt.option(SERVER, "Conversations whose prompt caches are kept.", min=1, metavar="INTEGER"),
+        opt.option(
+            SERVER,
+            "Conversations whose prompt caches are kept.",
+            min=1,
+            metavar="INTEGER",
+            rare=True,
+        ),
     ] = 10,
     log_level: Annotated[
-        str, opt.option(SERVER, "DEBUG, INFO, WARNING or ERROR.", metavar="LEVEL")
+        str, opt.option(SERVER, "DEBUG, INFO, WARNING or ERROR.", metavar="LEVEL", rare=True)
     ] = "WARNING",
     chat_template_config: text_opt.ChatTemplateConfig = None,
 ) -> None:
