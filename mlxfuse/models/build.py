@@ -14,8 +14,15 @@ from mlx.utils import tree_flatten
 from .. import memory
 from ..errors import GGUFError, UnsupportedError
 from ..gguf.blocks import dequantize
-from ..nn.experts import QuantizedSwitchLinear, StreamedSwitchLinear, SwitchLinear
-from ..nn.linear import Embedding, Linear, StreamedEmbedding, StreamedLinear
+from ..nn.cpu import (
+    Embedding,
+    Linear,
+    StreamedEmbedding,
+    StreamedLinear,
+    StreamedSwitchLinear,
+    SwitchLinear,
+)
+from ..nn.experts import QuantizedSwitchLinear
 from ..nn.quantized import Place, QuantizedEmbedding, QuantizedLinear
 from ..nn.rope import FrequencyRoPE, NoRoPE
 from .plan import Group, Plan, WeightPlan, groups

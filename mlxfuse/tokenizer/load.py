@@ -10,7 +10,7 @@ import codecs
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -78,6 +78,15 @@ def wrapped(tokenizer: GGUFTokenizer, eos_token_ids: Iterable[int]) -> Tokenizer
     # mlx-lm takes an apply_chat_template of one's own for a template.
     wrapper.has_chat_template = tokenizer.chat_template is not None
     return wrapper
+
+
+def with_template(tokenizer: TokenizerWrapper, template: str) -> TokenizerWrapper:
+    """The same tokenizer with another chat template, which also tells how tools are called."""
+    inner = tokenizer._tokenizer
+    inner.chat_template = template
+    if not isinstance(inner, GGUFTokenizer):
+        return TokenizerWrapper(inner, type(tokenizer.detokenizer), tokenizer.eos_token_ids)
+    return wrapped(inner, tokenizer.eos_token_ids)
 
 
 class GGUFTokenizer(PreTrainedTokenizerFast):
@@ -207,8 +216,12 @@ class Detokenizer(StreamingDetokenizer):
         self.text += text
 
 
-def build_backend(vocab: Vocab) -> Tokenizer:
-    """The ``tokenizers`` pipeline of ``vocab``: special tokens, normaliser, split, merges, BOS."""
+def build_backend(vocab: Vocab, rstrip: Collection[int] = ()) -> Tokenizer:
+    """The ``tokenizers`` pipeline of ``vocab``: special tokens, normaliser, split, merges, BOS.
+
+    Args:
+        rstrip: ids of special tokens that swallow all white space after them.
+    """
     if vocab.pre is None:
         backend = _spm(vocab)
     elif vocab.pre.byte_level:
@@ -221,6 +234,7 @@ def build_backend(vocab: Vocab) -> Tokenizer:
                 vocab.tokens[i],
                 normalized=False,
                 special=bool(vocab.types[i] != USER_DEFINED),
+                rstrip=i in rstrip,
             )
             for i in vocab.parsed
         ]
