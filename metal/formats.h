@@ -807,7 +807,47 @@ struct FromIQ1M {
 };
 using IQ1_M = Unit<Words<FromIQ1M, false>, Halves<FromIQ1M>, 9>;
 
-//@ Packed:
+//@ Run:
+// A unit's words, loaded as many at once as they allow.
+template <int words, int at_once>
+struct Run {
+  uint w[words];
+  template <typename P>
+  METAL_FUNC Run(P p, uint unit) {
+    UNROLL
+    for (int k = 0; k < words; k++) {
+      w[k] = p.codes[unit * words + k];
+    }
+  }
+  METAL_FUNC uint at(int k) const {
+    return w[k];
+  }
+};
+template <int words>
+struct Run<words, 2> {
+  ulong w[words / 2];
+  template <typename P>
+  METAL_FUNC Run(P p, uint unit) {
+    UNROLL
+    for (int k = 0; k < words / 2; k++) {
+      w[k] = elements<ulong>(p.codes)[unit * (words / 2) + k];
+    }
+  }
+  METAL_FUNC uint at(int k) const {
+    return uint(w[k >> 1] >> (32 * (k & 1)));
+  }
+};
+template <>
+struct Run<4, 4> {
+  uint4 w;
+  template <typename P>
+  METAL_FUNC Run(P p, uint unit) : w(elements<uint4>(p.codes)[unit]) {}
+  METAL_FUNC uint at(int k) const {
+    return w[k];
+  }
+};
+
+//@ Packed: Run
 // Codes of so many bits in the order of the weights, as MLX packs its own: that of weight i from
 // bit `bits * i` of the unit on.
 template <int bits>
@@ -815,24 +855,9 @@ struct Packed {
   static constexpr constant int width = bits == 8 ? 16 : 32;
   static constexpr constant int words = bits == 8 ? 4 : bits;
   static constexpr constant uint mask = (1u << bits) - 1;
-  uint w[words];
+  Run<words, words == 4 ? 4 : words % 2 == 0 ? 2 : 1> run;
   template <typename P>
-  METAL_FUNC Packed(P p, uint first, uint i) {
-    constexpr int many = words == 4 ? 4 : words % 2 == 0 ? 2 : 1;
-    UNROLL
-    for (int k = 0; k < words; k += many) {
-      const uint at = ((first + i) * words + k) / many;
-      if constexpr (many == 1) {
-        w[k] = p.codes[at];
-      } else {
-        const vec<uint, many> found = elements<vec<uint, many>>(p.codes)[at];
-        UNROLL
-        for (int e = 0; e < many; e++) {
-          w[k + e] = found[e];
-        }
-      }
-    }
-  }
+  METAL_FUNC Packed(P p, uint first, uint i) : run(p, first + i) {}
   METAL_FUNC static constexpr int place(int i) {
     return (bits * i) & 31;
   }
@@ -844,21 +869,21 @@ struct Packed {
   }
   METAL_FUNC uint field(int i) const {
     const int k = bits * i / 32;
-    const uint low = w[k] >> place(i);
-    return (parted(i) ? low | (w[k + 1] << (32 - place(i))) : low) & mask;
+    const uint low = run.at(k) >> place(i);
+    return (parted(i) ? low | (run.at(k + 1) << (32 - place(i))) : low) & mask;
   }
   METAL_FUNC float code(int i) const {
-    return float(parted(i) ? field(i) : w[bits * i / 32] & (mask << place(i)));
+    return float(parted(i) ? field(i) : run.at(bits * i / 32) & (mask << place(i)));
   }
   METAL_FUNC float4 quad(int q) const {
     return float4(uint4(field(4 * q), field(4 * q + 1), field(4 * q + 2), field(4 * q + 3)));
   }
   METAL_FUNC uint word(int q) const {
     if (bits == 8) {
-      return w[q];
+      return run.at(q);
     }
     if (bits == 4) {
-      const uint v = (w[q >> 1] >> (16 * (q & 1))) & 0xffffu;
+      const uint v = (run.at(q >> 1) >> (16 * (q & 1))) & 0xffffu;
       const uint two = (v | (v << 8)) & 0x00ff00ffu;
       return (two | (two << 4)) & 0x0f0f0f0fu;
     }

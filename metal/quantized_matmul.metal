@@ -25,38 +25,69 @@ struct None {
   }
 };
 
-// Where results go, and what is done to a sum before.
-template <typename A, bool biased, bool added, typename T, typename B, typename R>
+// What each row's sum is multiplied by: 1, or a number for each row of the streams.
+struct Unscaled {};
+template <typename P>
+struct Factors {
+  P values;
+};
+METAL_FUNC float factor(Unscaled, uint) {
+  return 1.0f;
+}
+template <typename P>
+METAL_FUNC float factor(Factors<P> factors, uint row) {
+  return factors.values[row];
+}
+METAL_FUNC Unscaled factors() {
+  return Unscaled{};
+}
+template <typename P>
+METAL_FUNC Factors<P> factors(P values) {
+  return Factors<P>{values};
+}
+
+// Where results go, and what is done to a sum before; `fa` and `fb` belong to the rows of a and b.
+template <
+    typename A, bool shift, bool add, typename T, typename B, typename R, typename M, typename N>
 struct Output {
   static constexpr constant bool gated = A::gated;
+  static constexpr constant bool biased = shift;
+  static constexpr constant bool added = add;
+  using Activation = A;
+  using Result = T;
   Part a, b;
+  M fa;
+  N fb;
   B bias;
   R residual;
   device T* out;
 };
-template <typename A, bool biased, bool added, typename T, typename B, typename R>
-METAL_FUNC Output<A, biased, added, T, B, R> output(
-    Part a, Part b, B bias, R residual, device T* out) {
-  return Output<A, biased, added, T, B, R>{a, b, bias, residual, out};
+template <
+    typename A, bool biased, bool added, typename T, typename B, typename R, typename M, typename N>
+METAL_FUNC Output<A, biased, added, T, B, R, M, N> output(
+    Part a, Part b, M fa, N fb, B bias, R residual, device T* out) {
+  return Output<A, biased, added, T, B, R, M, N>{a, b, fa, fb, bias, residual, out};
 }
 
-// Sum v of row n of a part, with its bias.
-template <typename A, bool biased, bool added, typename T, typename B, typename R>
-METAL_FUNC float shifted(Output<A, biased, added, T, B, R> y, Part part, float v, uint n) {
-  return biased ? v + float(y.bias[part.bias + n]) : v;
+// Sum v of row n of a part, times the row's factor, with its bias.
+template <typename Y, typename M>
+METAL_FUNC float shifted(Y y, Part part, M factors, float v, uint n) {
+  v *= factor(factors, part.first + n);
+  return Y::biased ? v + float(y.bias[part.bias + n]) : v;
 }
 
 // Result v for row `to` and column n.
-template <typename A, bool biased, bool added, typename T, typename B, typename R>
-METAL_FUNC void store(Output<A, biased, added, T, B, R> y, float v, uint n, uint to) {
+template <typename Y>
+METAL_FUNC void store(Y y, float v, uint n, uint to) {
   const ulong at = ulong(to) * y.a.stride + y.a.column + n;
-  y.out[at] = static_cast<T>(added ? v + float(y.residual[at]) : v);
+  y.out[at] = static_cast<typename Y::Result>(Y::added ? v + float(y.residual[at]) : v);
 }
 
 // Sum v of row n of the part (gated: and the sum of up's) for row `to` of the outputs.
-template <typename A, bool biased, bool added, typename T, typename B, typename R>
-METAL_FUNC void put(Output<A, biased, added, T, B, R> y, float v, float up, uint n, uint to) {
-  store(y, A::apply(shifted(y, y.a, v, n), shifted(y, y.b, up, n)), n, to);
+template <typename Y>
+METAL_FUNC void put(Y y, float v, float up, uint n, uint to) {
+  const float gate = shifted(y, y.a, y.fa, v, n);
+  store(y, Y::Activation::apply(gate, Y::gated ? shifted(y, y.b, y.fb, up, n) : 0.0f), n, to);
 }
 
 //@ Silu:
@@ -277,7 +308,7 @@ METAL_FUNC void summed_tile(
       }
     }
     if (lane < slots && n + lane < y.a.rows) {
-      sum = fma(float(x.scores[i]), shifted(own, own.a, v, n + lane), sum);
+      sum = fma(float(x.scores[i]), shifted(own, own.a, own.fa, v, n + lane), sum);
     }
   }
   if (lane < slots) {

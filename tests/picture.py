@@ -19,11 +19,11 @@ KINDS = {
     "QuantizedMatmul": ("matmul", "#1c7ed6"),
     "quantized_matmul": ("matmul and what follows it", "#e8590c"),
     "rope": ("rope", "#2f9e44"),
-    "norm_rope": ("norm and rope of q and k", "#e8590c"),
+    "norm_rope": ("norm and rope of q and k", "#5c3a21"),
     "SliceUpdate": ("cache", "#8a8f98"),
     "scaled_dot_product_attention": ("attention", "#0c8599"),
-    "Add": ("add", "#868e96"),
-    "Compiled": ("SwiGLU", "#868e96"),
+    "Add": ("add", "#f59f00"),
+    "Compiled": ("SwiGLU", "#e64980"),
 }
 _BOX, _GAP, _LEFT = 26, 4, 130
 

@@ -31,6 +31,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # Third-party packages that only some modules may import at all.
 ONLY = {
     "typer": {"cli"},
+    "prompt_toolkit": {"cli"},
     "rich": {"cli"},
     "requests": {"hub"},
     "huggingface_hub": {"hub"},

@@ -47,7 +47,7 @@ def _model(found: dict[str, Any]) -> str:
             f"{row['median_ts']:.2f} ± {row['stddev_ts']:.2f}",
             f"{row['min_ts']:.2f} .. {row['max_ts']:.2f}",
             _number(row["gb_s"], ".1f"),
-            _number(row["share"], ".0%"),
+            _share(row["share"]),
             "" if row["memory"] is None else f"{row['memory'] / 1e9:.2f} GB",
             _number(row["dispatches"], "d"),
             match.get(row["arm"], "-"),
@@ -73,7 +73,7 @@ def _kernels(found: dict[str, Any]) -> str:
             row["variant"],
             f"{row['median_ns'] / 1e3:.1f}",
             _number(row["gb_s"], ".1f"),
-            _number(row["share"], ".0%"),
+            _share(row["share"]),
             _number(row["floor_ratio"], ".2f"),
             _number(row["mlx_ratio"], ".2f"),
             row["mlx"],
@@ -107,6 +107,11 @@ def _machine(found: dict[str, Any]) -> list[str]:
     if env["thermal"]:
         lines.append(f"thermal: {one_line(env['thermal'])}")
     return lines
+
+
+def _share(value: float | None) -> str:
+    """More than MLX's copy moves is from the processor's caches, and no share of anything."""
+    return "" if value is None or value > 1 else format(value, ".0%")
 
 
 def _number(value: float | None, form: str) -> str:

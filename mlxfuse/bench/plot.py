@@ -1,14 +1,14 @@
-"""Reports drawn as SVG: tokens a second over depth, and the kernels' bytes a second by format.
+"""Reports drawn as pictures: tokens a second of each arm, and the kernels' bytes a second.
 
-The same report gives the same bytes: nothing but its numbers is drawn, with fixed digits.
+One depth is drawn as bars, several as lines over depth. The same report gives the same bytes.
 """
 
 from __future__ import annotations
 
+import io
 import json
-import math
 from collections.abc import Iterable, Sequence
-from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,23 @@ from ..errors import ReportError
 from ..terminal import one_line
 
 _LARGEST = 16 << 20
-_COLOURS = ("#8a8f98", "#e8590c", "#1c7ed6", "#2f9e44", "#ae3ec9")  # readable on white and black
-_WIDTH, _LEFT, _RIGHT, _HEIGHT = 640, 64, 16, 200
-_MOST = 200  # rows of kernels, points of a curve
-_STYLE = (
-    "text{font:12px system-ui,sans-serif;fill:#767c85}.t{font-size:14px}"
-    ".g{stroke:#8a8f98;stroke-opacity:.3}.l{fill:none;stroke-width:2}"
-)
+_COLOURS = ("#8a8f98", "#e8590c", "#1c7ed6", "#2f9e44", "#ae3ec9", "#0c8599", "#f08c00")
+_MOST = 200  # rows that are drawn
+SUFFIXES = (".svg", ".png")
+
+
+def check(path: Path) -> None:
+    """Refuse what cannot be drawn, before anything is timed for it.
+
+    Raises:
+        ReportError: the file's name has another suffix, or matplotlib is not installed.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise ReportError(f"{path}: expected a name that ends in {' or '.join(SUFFIXES)}")
+    if find_spec("matplotlib") is None:
+        raise ReportError(
+            "a picture needs matplotlib, which is not installed: pip install 'mlxfuse[plot]'"
+        )
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -66,99 +76,84 @@ def _title(found: Any) -> str:
     return ", ".join(one_line(str(name), 60) for name in (model, device) if name)
 
 
-def draw(found: dict[str, Any]) -> str:
-    """SVG of what `bench`, `bench_kernels` or `read` give."""
+def draw(found: dict[str, Any], suffix: str = ".svg") -> bytes:
+    """A picture of what `bench`, `bench_kernels` or `read` give; ``suffix`` says of which kind."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    # Text stays text in an SVG, and nothing in it depends on the time or on chance.
+    fixed = {"svg.fonttype": "none", "svg.hashsalt": "mlxfuse", "text.parse_math": False}
     title = found.get("title") or _title(found)
-    if found["bench"] == "kernels":
-        return _bars(title, found["rows"])
-    charts = []
-    for kind, label in (("pp", "prompt"), ("tg", "decoding")):
-        rows = [r for r in found["rows"] if r["test"].startswith(kind)]
-        for test in dict.fromkeys(_base(r) for r in rows):
-            mine = [r for r in rows if _base(r) == test]
-            charts.append((f"{test}: {label}, tokens/s over depth", _curves(mine)))
-    parts, y = [], 30.0
-    for label, curves in charts:
-        parts.append(_chart(label, curves, y))
-        y += _HEIGHT + 80
-    return _page(title, parts, y)
+    with matplotlib.rc_context(fixed):
+        if found["bench"] == "kernels":
+            rows = found["rows"][:_MOST]
+            figure = Figure((8, 1.2 + 0.25 * len(rows)), layout="constrained")
+            labels = [one_line(f"{row['kernel']}, {row['case']}", 80) for row in rows]
+            _bars(figure.subplots(), labels, [row["gb_s"] for row in rows], _COLOURS[1:2], "GB/s")
+        else:
+            groups = _groups(found["rows"][:_MOST])
+            height = sum(_height(curves) for curves in groups.values())
+            figure = Figure((8, 0.8 + height), layout="constrained")
+            ratios = [_height(curves) for curves in groups.values()]
+            axes = figure.subplots(len(groups), squeeze=False, height_ratios=ratios)[:, 0]
+            for (test, curves), plot in zip(groups.items(), axes, strict=True):
+                _compare(plot, test, curves)
+        figure.suptitle(one_line(title, 120), fontsize=11)
+        out = io.BytesIO()
+        metadata = {"Date": None} if suffix == ".svg" else {}
+        figure.savefig(out, format=suffix[1:], dpi=144, metadata=metadata)
+    return out.getvalue()
 
 
-def _base(row: dict[str, Any]) -> str:
-    return str(row["test"]).split(" @ ")[0]
+Curves = dict[str, list[tuple[float, float]]]
 
 
-def _curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for row in rows[: _MOST * len(_COLOURS)]:
+def _groups(rows: Sequence[dict[str, Any]]) -> dict[str, Curves]:
+    """Test -> arm -> (depth, tokens a second), prompts first."""
+    groups: dict[str, Curves] = {}
+    for row in sorted(rows, key=lambda row: not row["test"].startswith("pp")):
+        test = str(row["test"]).split(" @ ")[0]
+        curves = groups.setdefault(test, {})
         curves.setdefault(row["arm"], []).append((row["n_depth"], row["median_ts"]))
-    return {arm: sorted(points) for arm, points in list(curves.items())[: len(_COLOURS)]}
+    return groups or {"nothing": {}}
 
 
-def _chart(label: str, curves: dict[str, list[tuple[float, float]]], top: float) -> str:
-    deepest = max((x for points in curves.values() for x, _ in points), default=0)
-    most = _nice(max((y for points in curves.values() for _, y in points), default=0))
-    bottom, span = top + 24 + _HEIGHT, _WIDTH - _LEFT - _RIGHT
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return _LEFT + (span * x / deepest if deepest else 0), bottom - _HEIGHT * y / most
-
-    out = [_text(_LEFT, top + 10, label, "t")]
-    for i in range(5):
-        y = bottom - _HEIGHT * i / 4
-        out.append(f'<path class="g" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"/>')
-        out.append(_text(_LEFT - 6, y + 4, f"{most * i / 4:g}", anchor="end"))
-    for depth in sorted({x for points in curves.values() for x, _ in points})[:12]:
-        out.append(_text(at(depth, 0)[0], bottom + 16, f"{depth:g}", anchor="middle"))
-    for i, (arm, points) in enumerate(curves.items()):
-        colour = _COLOURS[i]
-        places = [at(x, y) for x, y in points]
-        path = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-        out.append(f'<path class="l" stroke="{colour}" d="M{path}"/>')
-        out += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places]
-        out.append(_key(_LEFT + 150 * i, bottom + 36, colour, arm))
-    return "".join(out)
+def _depths(curves: Curves) -> set[float]:
+    return {depth for points in curves.values() for depth, _ in points}
 
 
-def _bars(title: str, rows: Sequence[dict[str, Any]]) -> str:
-    shown = rows[:_MOST]
-    most = _nice(max((r["gb_s"] for r in shown), default=0))
-    left = 300
-    parts = [_text(_LEFT, 40, "GB/s of each kernel", "t")]
-    for i, row in enumerate(shown):
-        y = 54 + 18 * i
-        width = (_WIDTH - left - 60) * row["gb_s"] / most
-        parts.append(_text(left - 6, y + 11, f"{row['kernel']}, {row['case']}", anchor="end"))
-        parts.append(
-            f'<rect x="{left}" y="{y}" width="{width:.1f}" height="13" fill="{_COLOURS[1]}"/>'
-        )
-        parts.append(_text(left + width + 5, y + 11, f"{row['gb_s']:.1f}"))
-    return _page(title, parts, 64 + 18 * len(shown))
+def _height(curves: Curves) -> float:
+    """Inches."""
+    return 2.8 if len(_depths(curves)) > 1 else 0.7 + 0.32 * len(curves)
 
 
-def _page(title: str, parts: Sequence[str], height: float) -> str:
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height:.0f}" '
-        f'width="{_WIDTH}" height="{height:.0f}"><title>{escape(title)}</title>'
-        f"<style>{_STYLE}</style>{_text(_LEFT, 18, title)}{''.join(parts)}</svg>\n"
-    )
+def _compare(plot: Any, test: str, curves: Curves) -> None:
+    """Bars of one depth, or a line for each arm."""
+    kind = "prompt" if test.startswith("pp") else "decoding"
+    names = [one_line(arm, 40) for arm in curves]
+    colours = [_COLOURS[i % len(_COLOURS)] for i in range(len(curves))]
+    plot.set_title(f"{one_line(test, 40)}: {kind}", loc="left", fontsize=10)
+    if len(_depths(curves)) <= 1:
+        values = [points[0][1] for points in curves.values()]
+        _bars(plot, names, values, colours, "tokens a second")
+        return
+    for name, colour, points in zip(names, colours, curves.values(), strict=True):
+        plot.plot(*zip(*sorted(points), strict=True), marker="o", color=colour, label=name)
+    plot.margins(y=0.1)
+    plot.set_ylim(bottom=0)
+    plot.set_xlabel("tokens in the cache")
+    plot.set_ylabel("tokens a second")
+    plot.grid(alpha=0.3)
+    plot.legend(fontsize=9)
 
 
-def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
-    extra = f' class="{kind}"' if kind else ""
-    shown = escape(one_line(text, 80))
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{extra}>{shown}</text>'
-
-
-def _key(x: float, y: float, colour: str, label: str) -> str:
-    return f'<rect x="{x}" y="{y - 9}" width="10" height="10" fill="{colour}"/>' + _text(
-        x + 15, y, one_line(label, 18)
-    )
-
-
-def _nice(most: float) -> float:
-    """The next of 1, 2, 4 or 10 times a power of ten; 1 for nothing."""
-    if most <= 0:
-        return 1.0
-    power = 10.0 ** math.floor(math.log10(most))
-    return next(f * power for f in (1, 2, 4, 10) if f * power >= most * (1 - 1e-9))
+def _bars(
+    plot: Any, labels: Sequence[str], values: Sequence[float], colours: Sequence[str], unit: str
+) -> None:
+    places = range(len(labels))
+    bars = plot.barh(places, values, color=colours, height=0.7)
+    plot.bar_label(bars, fmt="%.1f", padding=3, fontsize=9)
+    plot.set_yticks(places, labels, fontsize=9)
+    plot.invert_yaxis()
+    plot.margins(x=0.12)
+    plot.set_xlabel(unit)

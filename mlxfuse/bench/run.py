@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -48,7 +48,8 @@ def bench(
     repetitions: int,
     pause: float = 0.0,
     dtype: str | None = None,
-    fuse: str | Iterable[str] = "auto",
+    fuse: Sequence[str] = ("auto",),
+    act_quant: str = "auto",
     stock: str = "exact",
     kv: KVOptions | None = None,
     kv_start: int = 0,
@@ -65,6 +66,9 @@ def bench(
     Args:
         path: a GGUF file, or a folder with an MLX-LM checkpoint.
         pause: seconds to cool down before every timed run.
+        fuse: one arm for each; the model's weights are loaded again for each after the first.
+        act_quant: as in `patch_model`. An arm with rounded activations is timed although it
+            differs; how far is told.
         stock: what stock MLX-LM's weights are where MLX's types cannot hold the file's: ``exact``,
             dense ones, or ``affine``, requantised ones of about the same size.
         kv: how mlxfuse compresses its key-value cache, after ``kv_start`` tokens; mlx-lm's is
@@ -90,22 +94,30 @@ def bench(
     exact = stock == "exact"
     reference = Reference(logits(other, before), before) if exact else decoded(model, before)
     match = _match(reference, other, weights)
-    patch = patch_model(model, fuse=fuse)
-    ours, cache = (f"{OURS} {kv.name}", f"; its {kv}") if kv else (OURS, "")
-    arms = [
-        Arm(STOCK, f"mlx-lm's classes, MLX's operations, {weights}", other),
-        Arm(ours, _describe(model, patch) + cache, model, kv_start if kv else 0),
-    ]
-    say("comparing outputs")
-    agreement = compare(reference, model)
+    arms = [Arm(STOCK, f"mlx-lm's classes, MLX's operations, {weights}", other)]
+    matches = [match]
+    for i, choice in enumerate(fuse):
+        if i:
+            say(f"loading {path.name} for --fuse {choice}")
+            model, _ = load_model(path, dtype)
+            if kv is not None:
+                compress_caches(model, kv, force=kv_force)
+        words = [OURS, kv.name if kv else "", choice if len(fuse) > 1 else ""]
+        name = " ".join(filter(None, [*words, "int8" if act_quant == "on" else ""]))
+        patch = patch_model(model, fuse=choice, act_quant=act_quant)
+        what = _describe(model, patch) + (f"; its {kv}" if kv else "")
+        arms.append(Arm(name, what, model, kv_start if kv else 0))
+        say("comparing outputs")
+        matches.append(_agreement(reference, model, rounded=act_quant == "on"))
     if env.get("MLXFUSE_KERNELS") == "emulated":
         raise KernelError(
-            f"outputs agree to {agreement.error:.2g}, but emulated kernels are not timed: "
+            f"outputs agree to {matches[-1]['error']:.2g}, but emulated kernels are not timed: "
             "that would measure the emulation"
         )
     if kv is not None:
         del other.make_cache
-        compress_caches(model, kv, kv_start, force=kv_force)
+        for arm in arms[1:]:
+            compress_caches(arm.model, kv, kv_start, force=kv_force)
     say("measuring the machine's bandwidth")
     found: dict[str, Any] = {
         "bench": "model",
@@ -114,11 +126,10 @@ def bench(
         "repetitions": repetitions,
         "pause": pause,
         "arms": [
-            {"name": STOCK, "what": arms[0].what, "kv": None, **match},
-            {
-                **{"name": ours, "what": arms[1].what, "kv": asdict(kv) if kv else None},
-                **{"match": "yes", "error": agreement.error},
-            },
+            *(
+                {"name": arm.name, "what": arm.what, "kv": asdict(kv) if kv and i else None, **how}
+                for i, (arm, how) in enumerate(zip(arms, matches, strict=True))
+            ),
             *({"name": e.name, "what": e.what, "match": "-", "error": None} for e in extras),
         ],
         "dispatches": _dispatches(arms),
@@ -147,6 +158,13 @@ def _match(reference: Reference, stock: nn.Module, weights: str) -> dict[str, An
     if "requantised" not in weights:
         return {"match": "reference", "error": 0.0}
     return {"match": "no, requantised", "error": reference.compare(stock).typical}
+
+
+def _agreement(reference: Reference, model: nn.Module, *, rounded: bool) -> dict[str, Any]:
+    """How far the arm is from the reference, which must be near unless it rounds activations."""
+    if rounded:
+        return {"match": "no, int8", "error": reference.compare(model).typical}
+    return {"match": "yes", "error": compare(reference, model).error}
 
 
 def _dispatches(arms: Sequence[Arm]) -> dict[str, int]:

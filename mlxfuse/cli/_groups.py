@@ -26,7 +26,7 @@ def flat(function: Callable[..., None]) -> Callable[..., None]:
             continue
         of_fields = typing.get_type_hints(groups[name], include_extras=True)
         parameters += [
-            _parameter(field.name, of_fields[field.name], field.default)
+            _parameter(field.name, of_fields[field.name], _default(field))
             for field in dataclasses.fields(groups[name])
         ]
 
@@ -43,6 +43,11 @@ def flat(function: Callable[..., None]) -> Callable[..., None]:
     wrapper.__dict__["__signature__"] = inspect.Signature(parameters)
     wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
     return wrapper
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    factory = field.default_factory
+    return field.default if factory is dataclasses.MISSING else factory()
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:

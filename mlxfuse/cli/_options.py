@@ -109,14 +109,27 @@ Type = Annotated[
 ]
 
 
+ActQuantOption = Annotated[
+    ActQuant,
+    of_model(
+        "on: round activations to int8 (32 share a scale) wherever what reads them takes "
+        "that; it costs some quality. auto: where it was measured to be faster, so far "
+        "nowhere. Not mlx_lm's --quantize-activations, which is for models quantised as mxfp8 "
+        "or nvfp4.",
+        "--act-quant",
+        rare=True,
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fusing:
     """In which type a model computes, and what of it is fused."""
 
     dtype: Type = None
-    fuse: Annotated[
-        str, of_model("What to fuse: auto, all, off, or names (README).", metavar="NAMES")
-    ] = "auto"
+    fuse: Annotated[str, of_model("What to fuse: auto, all, off, or names.", metavar="NAMES")] = (
+        "auto"
+    )
 
     def check(self) -> None:
         """Refuse fusions without a meaning, before a model is downloaded for them."""
@@ -139,17 +152,7 @@ class Loading(Fusing):
         Path | None,
         of_model("A folder with a LoRA adapter that mlx_lm.lora wrote.", metavar="FOLDER"),
     ] = None
-    act_quant: Annotated[
-        ActQuant,
-        of_model(
-            "on: round activations to int8 (32 share a scale) wherever what reads them takes "
-            "that; it costs some quality. auto: where it was measured to be faster, so far "
-            "nowhere. Not mlx_lm's --quantize-activations, which is for models quantised as mxfp8 "
-            "or nvfp4.",
-            "--act-quant",
-            rare=True,
-        ),
-    ] = ActQuant.auto
+    act_quant: ActQuantOption = ActQuant.auto
 
     def load(self, path: Path) -> tuple[Any, Any]:
         """`mlxfuse.load` as the options say."""
@@ -171,8 +174,7 @@ class Compression:
     kv_bits: Annotated[
         str | None,
         of_cache(
-            "Compress it: 8 or 4 bits, or keys and values apart: k8v4 (advised), k16v8; 4-bit keys "
-            "cost some models much.",
+            "Compress it: 8 or 4 bits, or keys and values apart, as k8v4 (advised) or k16v8.",
             metavar="BITS",
         ),
     ] = None

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..terminal import one_line
-from ._options import fraction, number, of_sampling, of_text
+from ._options import fraction, number, of_model, of_sampling, of_text
 
 
 def _max_tokens(text: str) -> int:
@@ -118,7 +118,7 @@ class Sampling:
     ] = None
     stop: Annotated[
         list[str] | None,
-        of_sampling("End the answer before this text (may be repeated).", metavar="TEXT"),
+        of_sampling("End before this text (may be repeated).", metavar="TEXT"),
     ] = None
     extra_eos_token: Annotated[
         list[str] | None,
@@ -138,6 +138,28 @@ class Sampling:
         for name in ("stop", "extra_eos_token"):
             values[name] = tuple(map(clean, values[name] or ())) or None
         return {name: value for name, value in values.items() if value is not None}
+
+
+PromptLookup = Annotated[
+    bool,
+    of_model("Draft tokens from what the text said before.", "--prompt-lookup"),
+]
+NumDraftTokens = Annotated[
+    int | None,
+    of_model(
+        "Tokens drafted at a time (default: 3 by a model, 7 by look-up).",
+        min=1,
+        max=64,
+        metavar="INTEGER",
+        rare=True,
+    ),
+]
+
+
+def lookup_settings(prompt_lookup: bool, num_draft_tokens: int | None) -> dict[str, Any]:
+    """The fields of `mlxfuse.text.generate.Settings`."""
+    usual = 7 if prompt_lookup else 3
+    return {"prompt_lookup": prompt_lookup, "num_draft_tokens": num_draft_tokens or usual}
 
 
 ChatTemplateConfig = Annotated[

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,10 +13,14 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import MLXFuseError
-from ..files import write_text
+from ..files import write_bytes, write_text
+from ..process import fail
+from ..terminal import one_line
 from . import _options as opt
 from ._common import command
 from .progress import status_line
+
+LLAMA = "As in llama-bench"
 
 
 class Form(StrEnum):
@@ -53,6 +57,23 @@ class Timed(opt.Model):
             "kernels: each kernel by itself; a report (.json): only draw its --plot."
         ),
     ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arms:
+    """What of mlxfuse is timed beside stock MLX-LM."""
+
+    dtype: opt.Type = None
+    fuse: Annotated[
+        list[str],
+        opt.of_model("What to fuse: auto, all, off, or names; more of it, more arms."),
+    ] = field(default_factory=lambda: ["auto"])
+    act_quant: opt.ActQuantOption = opt.ActQuant.auto
+
+    def check(self) -> None:
+        """Refuse fusions without a meaning, before a model is downloaded for them."""
+        for choice in self.fuse:
+            opt.Fusing(fuse=choice).check()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +141,7 @@ class Written(opt.Output):
         opt.of_output("Also write the result to this file, as JSON.", metavar="FILE"),
     ] = None
     plot: Annotated[
-        Path | None, opt.of_output("Also draw the result in this SVG file.", metavar="FILE")
+        Path | None, opt.of_output("Also draw the result: .svg or .png.", metavar="FILE")
     ] = None
 
 
@@ -129,13 +150,94 @@ class Cache(opt.Compression):
     quantized_kv_start: opt.QuantizedKVStart = 0
 
 
+_KV_TYPES = {"f16": 16, "bf16": 16, "f32": 16, "q8_0": 8, "q4_0": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaBench:
+    """llama-bench's options, so that its command lines can be pasted."""
+
+    model_flag: Annotated[
+        str | None, opt.option(LLAMA, "The same as MODEL.", "-m", metavar="MODEL", rare=True)
+    ] = None
+    type_k: Annotated[
+        str | None,
+        opt.option(LLAMA, "Keys: f16, q8_0, q4_0.", "-ctk", "--cache-type-k", rare=True),
+    ] = None
+    type_v: Annotated[
+        str | None,
+        opt.option(LLAMA, "Values: f16, q8_0, q4_0.", "-ctv", "--cache-type-v", rare=True),
+    ] = None
+    flash_attn: Annotated[
+        str | None, opt.option(LLAMA, "No meaning here.", "-fa", "--flash-attn", rare=True)
+    ] = None
+    threads: Annotated[
+        str | None, opt.option(LLAMA, "No meaning here.", "-t", "--threads", rare=True)
+    ] = None
+    batch_size: Annotated[
+        str | None, opt.option(LLAMA, "No meaning here.", "-b", "--batch-size", rare=True)
+    ] = None
+    ubatch_size: Annotated[
+        str | None, opt.option(LLAMA, "No meaning here.", "-ub", "--ubatch-size", rare=True)
+    ] = None
+    n_gpu_layers: Annotated[
+        str | None, opt.option(LLAMA, "No meaning here.", "-ngl", "--n-gpu-layers", rare=True)
+    ] = None
+
+    def notes(self) -> list[str]:
+        """Why an option that was given changes nothing."""
+        reasons = {
+            "-fa": (self.flash_attn, "MLX's attention never writes the scores to memory"),
+            "-t": (self.threads, "MLX chooses its threads itself"),
+            "-b": (self.batch_size, "a prompt is read at once"),
+            "-ub": (self.ubatch_size, "a prompt is read at once"),
+            "-ngl": (self.n_gpu_layers, "every layer runs on MLX's device"),
+        }
+        return [
+            f"{flag} has no meaning here: {why}"
+            for flag, (given, why) in reasons.items()
+            if given is not None
+        ]
+
+    def kv_bits(self, other: str | None) -> str | None:
+        """What ``--kv-bits`` would say; ``other`` is what it does say."""
+        if self.type_k is None and self.type_v is None:
+            return other
+        if other is not None:
+            raise typer.BadParameter("give --kv-bits or -ctk and -ctv, not both")
+        bits = []
+        for flag, kind in (("-ctk", self.type_k or "f16"), ("-ctv", self.type_v or "f16")):
+            if kind.lower() not in _KV_TYPES:
+                raise typer.BadParameter(
+                    f"{flag}: {one_line(kind)} is not known; expected {', '.join(_KV_TYPES)}"
+                )
+            bits.append(_KV_TYPES[kind.lower()])
+        return None if bits == [16, 16] else "k{}v{}".format(*bits)
+
+
 @command(
     "Measure",
     "mlxfuse bench model-Q4_K_M.gguf -p 512 -n 128 -d 0,8192 --plot speeds.svg",
 )
-def bench_command(model: Timed, load: opt.Fusing, cache: Cache, tests: Tests, out: Written) -> None:
+def bench_command(
+    model: Timed,
+    load: Arms,
+    cache: Cache,
+    tests: Tests,
+    llama: LlamaBench,
+    out: Written,
+) -> None:
     """Time a model in stock MLX-LM and in mlxfuse, in turns, after comparing their outputs."""
     form = "json" if out.as_json else out.output.value
+    if llama.model_flag is not None:
+        model = replace(model, model_option=model.model_option or llama.model_flag)
+    cache = replace(cache, kv_bits=llama.kv_bits(cache.kv_bits))
+    for note in llama.notes():
+        fail(note)
+    if out.plot is not None:
+        from ..bench.plot import check
+
+        check(out.plot)
     if model.ref is not None and model.ref.endswith(".json"):
         _redraw(Path(model.ref), out.plot)
         return
@@ -168,7 +270,7 @@ def bench_command(model: Timed, load: opt.Fusing, cache: Cache, tests: Tests, ou
 
 def _of_model(
     model: Timed,
-    load: opt.Fusing,
+    load: Arms,
     cache: Cache,
     options: Tests,
     given: dict[str, list[int]],
@@ -199,6 +301,7 @@ def _of_model(
         pause=options.delay,
         dtype=load.dtype and load.dtype.value,
         fuse=load.fuse,
+        act_quant=load.act_quant.value,
         stock=options.stock.value,
         kv=cache.scheme(),
         kv_start=cache.quantized_kv_start,
@@ -221,4 +324,4 @@ def _redraw(report: Path, plot: Path | None) -> None:
 def _draw(found: dict[str, Any], plot: Path) -> None:
     from ..bench.plot import draw
 
-    write_text(plot, draw(found), 0o644)
+    write_bytes(plot, draw(found, plot.suffix.lower()), 0o644)

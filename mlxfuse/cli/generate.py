@@ -28,11 +28,16 @@ class Drafting:
 
     draft_model: Annotated[
         str | None,
-        opt.of_model("A smaller model with the same vocabulary drafts tokens.", metavar="MODEL"),
+        opt.of_model("A smaller model of the same vocabulary, to draft.", metavar="MODEL"),
     ] = None
-    num_draft_tokens: Annotated[
-        int, opt.of_model("Tokens drafted at a time.", min=1, metavar="INTEGER", rare=True)
-    ] = 3
+    prompt_lookup: text_opt.PromptLookup = False
+    num_draft_tokens: text_opt.NumDraftTokens = None
+
+    def settings(self) -> dict[str, Any]:
+        """The fields of `mlxfuse.text.generate.Settings`."""
+        if self.draft_model is not None and self.prompt_lookup:
+            raise typer.BadParameter("give --draft-model or --prompt-lookup, not both")
+        return text_opt.lookup_settings(self.prompt_lookup, self.num_draft_tokens)
 
     def load(self, path: Path | None, tokenizer: Any) -> Any:
         """The draft model, if there is one; it must have the same vocabulary."""
@@ -56,8 +61,7 @@ class Message(text_opt.Prompt):
     prompt: Annotated[
         str | None,
         opt.of_text(
-            "The message; - reads it from stdin; \\n and \\t are a newline and a tab "
-            "(default: hello).",
+            "The message; -: from stdin; \\n is a new line.",
             "--prompt",
             "-p",
             metavar="TEXT",
@@ -135,7 +139,7 @@ def generate_command(
             "--max-kv-size cannot be combined with --draft-model or --prompt-cache-file"
         )
     load.check()
-    given = {**message.settings(), **cache.settings(), **sampling.given()}
+    given = {**message.settings(), **cache.settings(), **sampling.given(), **drafting.settings()}
     path = model.fetch(talk.shown)
     draft_path = drafting.draft_model and resolve_model(drafting.draft_model, None, talk.shown)
 
@@ -157,10 +161,7 @@ def generate_command(
         load_seconds = time.perf_counter() - start
         say("reading the prompt")
         models = [loaded] if draft is None else [loaded, draft]
-        settings = engine.Settings(
-            num_draft_tokens=drafting.num_draft_tokens,
-            **{**loaded.load_report.sampling, **given},
-        )
+        settings = engine.Settings(**{**loaded.load_report.sampling, **given})
         writer = AnswerWriter(stdout, say, shown=talk.shown)
         result = engine.generate(
             loaded,

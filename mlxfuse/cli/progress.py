@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -69,9 +69,13 @@ def status_line(shown: bool) -> Iterator[Callable[[str | None], None]]:
         yield say
 
 
-def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A small table on stderr; what does not fit a line goes on in the next, in its column."""
+def print_table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], file: TextIO | None = None
+) -> None:
+    """A small table, on stderr by default; what does not fit a line goes on in the next, in its
+    column.
+    """
     table = Table(*header, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*(escape(one_line(cell, 1000)) for cell in row))
-    Console(stderr=True).print(table)
+    Console(stderr=file is None, file=file).print(table)

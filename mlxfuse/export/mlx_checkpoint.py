@@ -33,7 +33,8 @@ from .streams import Progress, Unit, write_shards
 if TYPE_CHECKING:
     from ..formats import Format
     from ..gguf.reader import GGUFFile
-    from ..models.plan import RowSource, WeightPlan
+    from ..models.plan import WeightPlan
+    from ..models.rows import RowSource
     from ..models.table import Config
 
 GROUP = 32
@@ -78,7 +79,8 @@ def export_mlx(
         for weight in every:
             kinds = {s.format.name for s in weight.weight}
             (kind,) = kinds if len(kinds) == 1 else ("",)
-            bits = EXACT.get(kind) if len(weight.shape) > 1 else None
+            scaled = len(weight.shape) == 1 or any(s.factor for s in weight.weight)
+            bits = None if scaled else EXACT.get(kind)
             if bits and _overflows(file, weight, kind):
                 bits = None
             if bits:
@@ -249,7 +251,9 @@ def _unit(file: GGUFFile, weight: WeightPlan, config: Config, bits: int | None) 
         for source in sources:
             data = _blocks(file, source)
             shape = (len(data), *source.shape[1:][-1:])
-            parts.append(dequantize(data, source.format, shape) - offset)
+            values = dequantize(data, source.format, shape) - offset
+            factors = source.factors(file)
+            parts.append(values if factors is None else values * factors)
         return np.concatenate(parts).astype(np.float16)
 
     def make() -> Arrays:

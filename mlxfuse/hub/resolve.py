@@ -249,13 +249,12 @@ def _file_from_hub(repo: str, name: str, commit: str, progress: Progress | None)
 
 def _from_cache(ref: Ref) -> Path:
     """What ``ref`` names among the files that huggingface_hub's cache holds."""
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        repos = [
-            r for r in scan_cache_dir().repos if (r.repo_type, r.repo_id) == ("model", ref.repo)
-        ]
+        cached = scan_cache_dir(constants.HF_HUB_CACHE).repos
+        repos = [r for r in cached if (r.repo_type, r.repo_id) == ("model", ref.repo)]
     except CacheNotFound:
         repos = []
     snapshots = [s for repo in repos for s in repo.revisions]

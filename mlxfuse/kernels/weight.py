@@ -12,6 +12,8 @@ from ..formats import Format
 Index = mx.array | slice
 
 STREAMS = ("codes", "high", "signs", "scales", "supers")
+FACTORS = "factors"
+"""Beside the streams: float32 ``[..., rows, 1]``, which each row's weights are multiplied by."""
 FLOATS = (mx.float16, mx.bfloat16, mx.float32)
 
 _DTYPES: dict[str, mx.Dtype] = {
@@ -53,7 +55,7 @@ class Segment(_Rows):
 
     format   a format with streams.
     columns  weights of a row, K.
-    arrays   stream name -> array ``[rows, n]``, or ``[experts, rows, n]``.
+    arrays   stream name -> array ``[rows, n]``, or ``[experts, rows, n]``; `FACTORS`, if any.
     """
 
     format: Format
@@ -75,6 +77,12 @@ class Segment(_Rows):
                     f"stream {stream.name} of {fmt.name}: expected {dtype} of shape {shape}, "
                     f"found {array.dtype} of shape {array.shape}"
                 )
+        factors = self.arrays.get(FACTORS)
+        if factors is not None and (factors.shape != (*lead, 1) or factors.dtype != mx.float32):
+            raise ValueError(
+                f"factors of rows: expected float32 of shape {(*lead, 1)}, found {factors.dtype} "
+                f"of shape {factors.shape}"
+            )
 
     @property
     def name(self) -> str:

@@ -18,8 +18,9 @@ from ..nn.experts import QuantizedSwitchLinear, StreamedSwitchLinear, SwitchLine
 from ..nn.linear import Embedding, Linear, StreamedEmbedding, StreamedLinear
 from ..nn.quantized import Place, QuantizedEmbedding, QuantizedLinear
 from ..nn.rope import FrequencyRoPE, NoRoPE
-from .plan import Group, Plan, RowSource, WeightPlan, groups
+from .plan import Group, Plan, WeightPlan, groups
 from .rope import Rope
+from .rows import RowSource
 from .streams import POOL, Account, StreamLoader, part_of
 from .table import Config
 
@@ -68,7 +69,7 @@ def build(
         for weight in group.weights:
             parent, name = _parent(model, weight.module)
             nbytes = math.prod(weight.shape) * dtype.size
-            dense = len(weight.shape) == 1 or nbytes <= left
+            dense = len(weight.shape) == 1 or weight.of.bare or nbytes <= left
             left -= nbytes if dense else 0
             with account.time("dequantize"):
                 made = make_module(file, weight, dtype, getattr(parent, name), dense=dense)
@@ -119,6 +120,8 @@ def make_module(
         dense: whether a matrix is dequantised now, or its rows at every call.
     """
     rows = FileRows(file, weight.weight, mapped=not dense)
+    if weight.of.bare and len(weight.shape) == 2:
+        return _dense(rows, (weight.shape[0], weight.shape[1]), dtype)
     if len(weight.shape) == 1:
         found = rows(0, weight.shape[0])
         if weight.of.log:
@@ -165,11 +168,12 @@ class FileRows:
 
     def __init__(self, file: GGUFFile, sources: tuple[RowSource, ...], *, mapped: bool) -> None:
         self._parts = [(s, s.bytes(file, mapped=mapped), s.order()) for s in sources]
+        self._factors = [s.factors(file) for s in sources]
 
     def __call__(self, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) of the model's weight, float32 [stop - start, columns]."""
         found = []
-        for source, data, order in self._parts:
+        for (source, data, order), factors in zip(self._parts, self._factors, strict=True):
             rows = slice(max(0, start), max(0, min(stop, len(data))))
             start, stop = start - len(data), stop - len(data)
             if rows.start < rows.stop:
@@ -177,6 +181,8 @@ class FileRows:
                 picked = data[rows] if order is None else data[order[rows]]
                 shape = (len(picked), *source.shape[1:][-1:])
                 found.append(dequantize(picked, source.format, shape, pool=POOL))
+                if factors is not None:
+                    found[-1] *= factors[rows]
         return found[0] if len(found) == 1 else np.concatenate(found)
 
 
@@ -194,7 +200,7 @@ def _set_ropes(file: GGUFFile, model: nn.Module, config: Config) -> None:
     """Give every attention the rotary embedding of the file, not one that mlx-lm derives."""
     made = {rope: _rope(file, rope) for rope in {config.rope, *config.ropes} if rope is not None}
     for i, layer in enumerate(model.layers):
-        rope, attention = config.rope_of(i), layer.get("self_attn")
+        rope, attention = config.rope_of(i), layer.get(config.architecture.attention_at)
         if rope is not None:
             if "rope" not in attention:
                 raise UnsupportedError(
@@ -228,6 +234,7 @@ def _parent(model: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 def _check_parameters(model: nn.Module, weights: Plan) -> None:
     """mlx-lm's model has exactly the weights that the file will fill, in the same shapes."""
+    arch = weights.config.architecture
     filled = {w.parameter: w.shape for p in (weights.outer, *weights.layers) for w in p}
     parameters: Any = tree_flatten(model.parameters())
     expected = {
@@ -236,9 +243,16 @@ def _check_parameters(model: nn.Module, weights: Plan) -> None:
         # A linear has the biases that the file has.
         if not name.endswith(".bias") and name not in weights.config.values
     }
+    zeros = {
+        f"{arch.layers_at}.{i}.{weight.module}"
+        for i in range(weights.config.layers)
+        for weight in weights.config.weights_of(i).values()
+        if weight.zero
+    }
+    expected = {n: shape for n, shape in expected.items() if n in filled or n not in zeros}
     if wrong := sorted(filled.items() ^ expected.items()):
         name, _ = wrong[0]
         raise UnsupportedError(
-            f"this version of mlx-lm has another {weights.config.architecture.name} model: "
+            f"this version of mlx-lm has another {arch.name} model: "
             f"{name} is {filled.get(name)} in the file and {expected.get(name)} in mlx-lm"
         )

@@ -46,12 +46,18 @@ def read_config(file: GGUFFile, context_length: int | None = None) -> Config:
     experts = bool(key("expert_count", int, 0))
     if experts and not arch.experts:
         raise UnsupportedError(f"mixture-of-experts models of {arch.name} are not supported")
+    if not key.flag("attention.causal", True):
+        raise UnsupportedError(
+            f"{arch.name}.attention.causal is false: a model that sees later tokens too, such as "
+            "those for embeddings; only models that generate text are supported"
+        )
     sizes = _sizes(key, arch)
     embd, heads, head = sizes["embd"], sizes["heads"], sizes["head"]
     layers, ignored = _layers(key)
     expert_args: dict[str, Any] = {}
+    by_layer: tuple[dict[str, int], ...] = ()
     if experts or (arch.experts and not arch.dense_too):
-        expert_args, expert_sizes = _experts(key, arch)
+        expert_args, expert_sizes, by_layer = _experts(key, arch, layers)
         sizes |= expert_sizes
     sizes["ff"] = key.count("feed_forward_length", sizes.get("expert_ff"))
     sizes["gate_up"] = 2 * sizes["ff"]
@@ -66,6 +72,7 @@ def read_config(file: GGUFFile, context_length: int | None = None) -> Config:
         pairs=arch.rope_layout == "interleaved",
         yarn_log=arch.yarn_log,
     )
+    sizes["rotary"] = rope.dims
     tied = "output.weight" not in file.tensors
     if tied and not arch.may_tie:
         raise GGUFError(file.path, f"output.weight is missing; {arch.name} has a head of its own")
@@ -93,7 +100,7 @@ def read_config(file: GGUFFile, context_length: int | None = None) -> Config:
         **{field: name in file.tensors for field, name in arch.present.items()},
         **arch.args,
     }
-    config = Config(arch, layers, sizes, args, rope, tied, ignored=ignored)
+    config = Config(arch, layers, sizes, args, rope, tied, ignored=ignored, by_layer=by_layer)
     return arch.configure(key, config) if arch.configure else config
 
 
@@ -140,40 +147,79 @@ def _layers(key: Keys) -> tuple[int, int]:
     return blocks - ignored, ignored
 
 
-def _experts(key: Keys, arch: Architecture) -> tuple[dict[str, Any], dict[str, int]]:
-    """Arguments and sizes of a model with experts.
+def _experts(
+    key: Keys, arch: Architecture, layers: int
+) -> tuple[dict[str, Any], dict[str, int], tuple[dict[str, int], ...]]:
+    """Arguments and sizes of a model with experts, and which sizes are 0 in which layers.
 
-    Without their own lengths the experts of a token share the feed-forward length, and the
-    shared expert has all of it.
+    Raises:
+        UnsupportedError: experts are chosen in a way that mlx-lm's class does not know.
+        GGUFError: the numbers contradict each other.
     """
     experts, used = key.count("expert_count"), key.count("expert_used_count")
     if used > experts:
         raise GGUFError(key.file.path, f"expert_used_count is {used} of {experts} experts")
-    if key("expert_group_count", int, 0) > 1:
-        raise UnsupportedError("experts that are chosen by groups (expert_group_count)")
-
-    def length(name: str, share: int) -> int:
-        # llama.cpp takes 0 for a key that is missing.
-        if key(name, int, 0):
-            return key.count(name)
-        whole = key.count("feed_forward_length")
-        if whole < share:
-            raise GGUFError(key.file.path, f"{key.name}.{name} is missing")
-        return whole // share
-
-    sizes = {
-        "experts": experts,
-        "expert_ff": length("expert_feed_forward_length", used),
-    }
+    tensors = {name for table in arch.tables for name in table}
+    gating = key("expert_gating_func", int, 0) or (arch.gatings or (0,))[0]
+    if arch.gatings and gating not in arch.gatings:
+        raise UnsupportedError(f"{arch.name} with expert_gating_func {gating}")
+    whole = arch.whole_experts
+    width = key.count("feed_forward_length") if whole else _expert_width(key, used)
+    sizes = {"experts": experts, "expert_ff": width}
     args = {
-        "num_experts": experts,
+        **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts"), experts),
         "num_experts_per_tok": used,
-        "moe_intermediate_size": sizes["expert_ff"],
+        "moe_intermediate_size": width,
+        "norm_topk_prob": key.flag("expert_weights_norm", False),
+        "routed_scaling_factor": key("expert_weights_scale", float, 0.0) or 1.0,
+        **_expert_groups(key, arch, experts),
     }
-    if any("ffn_gate_shexp" in table for table in arch.tables):
-        shared = length("expert_shared_feed_forward_length", 1)
+    if tensors & {"ffn_gate_shexp", "ffn_up_shexp"}:
+        shared = _shared_width(key, width)
         sizes["shared_ff"] = args["shared_expert_intermediate_size"] = shared
-    return args, sizes
+        args |= dict.fromkeys(("n_shared_experts", "num_shared_experts"), shared // width)
+    dense = key("leading_dense_block_count", int, 0)
+    args["first_k_dense_replace"] = dense
+    if "ffn_gate_inp" not in tensors or not tensors & {"ffn_up"} or arch.dense_too:
+        return args, sizes, ()
+    bare = {"experts": 0, "shared_ff": 0}
+    by_layer = tuple(bare if i < dense else {"ff": 0} for i in range(layers))
+    return args, sizes, by_layer
+
+
+def _expert_groups(key: Keys, arch: Architecture, experts: int) -> dict[str, int]:
+    """How many groups of experts there are, and from how many a token's are chosen."""
+    groups = key("expert_group_count", int, 0) or 1
+    chosen = key("expert_group_used_count", int, 0) or groups
+    if groups > 1 and not arch.groups_too:
+        raise UnsupportedError("experts that are chosen by groups (expert_group_count)")
+    if experts % groups or chosen > groups:
+        raise GGUFError(
+            key.file.path, f"{experts} experts in {groups} groups, of which {chosen} are used"
+        )
+    # All groups chosen is no choice.
+    groups = 1 if chosen == groups else groups
+    return {"n_group": groups, "topk_group": min(chosen, groups)}
+
+
+def _expert_width(key: Keys, share: int) -> int:
+    """Without their own length the experts of a token share the feed-forward length."""
+    # llama.cpp takes 0 for a key that is missing.
+    if key("expert_feed_forward_length", int, 0):
+        return key.count("expert_feed_forward_length")
+    whole = key.count("feed_forward_length")
+    if whole < share:
+        raise GGUFError(key.file.path, f"{key.name}.expert_feed_forward_length is missing")
+    return whole // share
+
+
+def _shared_width(key: Keys, width: int) -> int:
+    """Of the shared expert, or of all together: its own length, or theirs times the experts'."""
+    if key("expert_shared_feed_forward_length", int, 0):
+        return key.count("expert_shared_feed_forward_length")
+    if key("expert_shared_count", int, 0):
+        return key.count("expert_shared_count") * width
+    return key.count("feed_forward_length")
 
 
 def _vocab_size(file: GGUFFile) -> int:

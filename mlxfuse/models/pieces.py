@@ -68,3 +68,30 @@ def experts(router: str, switch: str, bias: str = "no") -> dict[str, Weight]:
         "ffn_up_exps": Weight(f"{switch}.up_proj", up, bias),
         "ffn_down_exps": Weight(f"{switch}.down_proj", down, bias),
     }
+
+
+def biased_experts(
+    router: Weight, bias: str, switch: str, shared: str = "mlp.shared_experts"
+) -> dict[str, Weight]:
+    """Experts that are chosen by scores with a bias, beside others that every token uses.
+
+    Args:
+        router: of the scores.
+        bias: path of the array that is added to them for the choice alone.
+        switch, shared: paths of the stacked matrices, and of the other experts'.
+    """
+    up, down = ("shared_ff", "embd"), ("embd", "shared_ff")
+    return {
+        **experts(router.module, switch),
+        "ffn_gate_inp": router,
+        "exp_probs_b": Weight(
+            bias, ("experts",), bare=True, float32=True, suffix=".bias", zero=True
+        ),
+        "ffn_gate_shexp": Weight(f"{shared}.gate_proj", up),
+        "ffn_up_shexp": Weight(f"{shared}.up_proj", up),
+        "ffn_down_shexp": Weight(f"{shared}.down_proj", down),
+    }
+
+
+BARE_ROUTER = Weight("mlp.gate.weight", ("experts", "embd"), bare=True)
+"""An array of mlx-lm's, which is no linear."""

@@ -6,7 +6,6 @@ a weight is read.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from ..errors import GGUFError, UnsupportedError
 from ..gguf.blocks import can_dequantize
 from ..gguf.exported import Stored
 from ..gguf.relayout import relayout
+from .rows import RowSource
 from .table import Config, Weight, Weights
 
 if TYPE_CHECKING:
@@ -32,77 +32,6 @@ QKV = ("attn_q", "attn_k", "attn_v")
 FUSED_QKV = "attn_qkv"
 # llama.cpp's one tensor for several: their rows one after the other, of experts in each of them.
 FUSED = {FUSED_QKV: QKV, "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps")}
-
-
-@dataclass(frozen=True, slots=True)
-class RowSource:
-    """Consecutive rows of one tensor, in the order in which the model wants them.
-
-    start, stop  rows of the tensor, of a stack of experts' matrices of each; for a vector its
-                 elements.
-    swap         if not empty, the last rows are ``[a, b, c, d]`` and have to become
-                 ``[a, c, b, d]``. Rows are whole blocks in every GGUF type, so the order is
-                 changed on the file's bytes and is exact.
-    """
-
-    tensor: Tensor
-    start: int
-    stop: int
-    swap: tuple[int, ...] = ()
-
-    @property
-    def format(self) -> Format:
-        return self.tensor.format
-
-    @property
-    def count(self) -> int:
-        """Rows, of each expert if there are any."""
-        return self.stop - self.start
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (*self.tensor.shape[:-2], self.count, *self.tensor.shape[1:][-1:])
-
-    @property
-    def experts(self) -> int:
-        """Matrices one after the other in the tensor: 1, or as many as it has experts."""
-        return self.tensor.shape[0] if len(self.tensor.shape) == 3 else 1
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the file of a matrix's rows."""
-        return self.experts * self.count * self.tensor.row_bytes
-
-    def spans(self) -> list[slice]:
-        """Where the rows are among all of the tensor's, one slice for each expert."""
-        height = self.tensor.rows // self.experts
-        return [
-            slice(expert * height + self.start, expert * height + self.stop)
-            for expert in range(self.experts)
-        ]
-
-    def order(self) -> NDArray[np.intp] | None:
-        """Index of the file's row for each row of the model, or None if they are the same."""
-        if not self.swap:
-            return None
-        rows = np.arange(self.count)
-        last = rows[self.count - math.prod(self.swap) :]
-        last[:] = last.reshape(self.swap).swapaxes(1, 2).ravel()
-        return rows
-
-    def bytes(self, file: GGUFFile, *, mapped: bool) -> NDArray[np.uint8]:
-        """The rows in the file's order, uint8 [rows, bytes a row], expert after expert.
-
-        A view if ``mapped``, but for a part of every expert.
-        """
-        tensor = self.tensor
-        if len(tensor.shape) == 1 or mapped:
-            data = file.view(tensor) if mapped else file.read(tensor)
-            rows = data.reshape(*(tensor.shape[:-1] or tensor.shape), -1)
-            return rows[..., self.start : self.stop, :].reshape(-1, rows.shape[-1])
-        whole = self.count == tensor.shape[-2]
-        read = [file.read(tensor, span) for span in ([slice(None)] if whole else self.spans())]
-        return (read[0] if len(read) == 1 else np.concatenate(read)).reshape(-1, tensor.row_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +90,7 @@ class Group:
     @property
     def readable(self) -> bool:
         """Whether all rows are of formats that kernels read."""
-        matrices = all(len(weight.shape) > 1 for weight in self.weights)
+        matrices = all(len(w.shape) > 1 and not w.of.bare for w in self.weights)
         return matrices and all(source.format.traits for source in self.sources)
 
     @property
@@ -322,6 +251,22 @@ class _Finder:
             swap = (1, values // keys, keys, self.sizes[weight.tiled])
         return RowSource(tensor, start, stop, swap)
 
+    def _scaled(self, source: RowSource, own: set[str]) -> RowSource:
+        """The rows with the scale that stands beside a tensor, as NVFP4's do.
+
+        Args:
+            own: names of the tensors that the architecture itself has.
+        """
+        stem = source.tensor.name.removesuffix(".weight")
+        name = f"{stem}.scale"
+        if len(source.tensor.shape) == 1 or name in own or stem == source.tensor.name:
+            return source
+        # That of the activations is for those who quantise them.
+        self.used.add(f"{stem}.input_scale")
+        if name not in self.file.tensors:
+            return source
+        return replace(source, factor=self._checked(name, (source.experts,)))
+
     def weights(
         self, prefix: str, at: str, table: Weights, group_of: Mapping[str, str]
     ) -> tuple[WeightPlan, ...]:
@@ -332,9 +277,11 @@ class _Finder:
                 continue
             rows = self.rows(prefix, name, weight, weight.suffix)
             if not rows:
-                if weight.optional:
+                if weight.optional or weight.zero:
                     continue
                 raise GGUFError(self.file.path, f"{prefix}{name}{weight.suffix} is missing")
+            own = {f"{prefix}{n}{w.suffix}" for n, w in table.items()}
+            rows = tuple(self._scaled(source, own) for source in rows)
             bias: tuple[RowSource, ...] = ()
             if weight.bias != "no":
                 bias = self.rows(prefix, name, weight, ".bias")

@@ -17,7 +17,7 @@ import numpy as np
 from ..errors import ExportError
 from ..gguf.exported import ExportedFile, stream_name
 from ..gguf.relayout import stream_shapes
-from ..kernels.weight import Part, QuantizedWeight, Segment
+from ..kernels.weight import FACTORS, Part, QuantizedWeight, Segment
 from .plan import fill, first_rows
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from ..formats import Format
     from ..gguf.reader import GGUFFile
-    from .plan import Group, RowSource
+    from .plan import Group
+    from .rows import RowSource
 
 Streams = dict[str, mx.array]
 
@@ -76,6 +77,8 @@ class StreamLoader:
         else:
             streams = self._relaid(sources, first, rows, columns)
         lead = sources[0].shape[:-2]  # experts
+        for source, start in zip(sources, first, strict=True):
+            _note_factors(streams[source.format], source, self.file, start, rows[source.format])
         segments = {
             f: Segment(
                 f, columns, {n: a.reshape(*lead, rows[f], a.shape[-1]) for n, a in arrays.items()}
@@ -127,6 +130,18 @@ class StreamLoader:
             for source, start in zip(sources, first, strict=True):
                 fill(source, read.pop(0), filled[source.format], start, POOL)
         return made
+
+
+def _note_factors(
+    arrays: Streams, source: RowSource, file: GGUFFile, start: int, rows: int
+) -> None:
+    """Put the factor of a source's rows into that of the format's, where there is one."""
+    factors = source.factors(file)
+    if factors is not None:
+        if FACTORS not in arrays:
+            arrays[FACTORS] = mx.ones((source.experts * rows, 1))
+        whole = np.asarray(arrays[FACTORS]).reshape(source.experts, rows, 1)
+        whole[:, start : start + source.count] = factors.reshape(source.experts, -1, 1)
 
 
 def allocate(format: Format, rows: int, columns: int) -> dict[str, mx.array]:

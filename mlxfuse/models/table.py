@@ -24,6 +24,7 @@ class Weight:
              Where a size is 0, in a layer or in the whole file, there is no such tensor.
     bias     ``no``, ``optional`` or ``required``: whether NAME.bias may, must or must not be there.
     optional a file may lack the tensor; mlx-lm's class is told so, or has no such module then.
+    zero     where a file lacks the tensor the array keeps mlx-lm's zeros; it is ``optional``.
     bare     ``module`` is no layer that has a weight but an array of its own.
     heads    name of the size that counts the heads whose rotary rows may be stored in pairs.
     tiled    name of the size that counts the rows of a value head, if its last rows are those of
@@ -45,6 +46,7 @@ class Weight:
     log: bool = False
     offset: float = 0.0
     optional: bool = False
+    zero: bool = False
 
 
 Weights = Mapping[str, Weight]
@@ -67,6 +69,7 @@ class Architecture:
     other_layers kind -> tensors of the layers that are of another kind (see `Config.kinds`).
     outer        tensors outside the layers.
     layers_at    path of the list of layers.
+    attention_at path of a layer's attention below it, which has the rotary embedding.
     groups       name -> tensors with the same input, which a fused kernel reads as one weight.
     args         fields of mlx-lm's ``ModelArgs`` that every file of the architecture has alike.
     keys         field of ``ModelArgs`` -> the file's key and llama.cpp's default, whose type is
@@ -85,6 +88,10 @@ class Architecture:
     layer_norm   norms subtract the mean (``nn.LayerNorm``); the epsilon has another key.
     metal_dtype  activation type on Metal unless the caller says otherwise: float16 where its
                  range is known to hold.
+    whole_experts each expert has the feed-forward length, whatever else the file says.
+    gatings      values of ``expert_gating_func`` that mlx-lm's class computes, llama.cpp's default
+                 first: 1 softmax, 2 sigmoid, 3 softmax over the chosen ones. Empty: not read.
+    groups_too   experts may be chosen by groups.
     dense_too    files without experts are of it too, although its table has them.
     uneven       keys whose values may differ between layers.
     fixed_head   mlx-lm's class takes the head size from the width, and knows no other.
@@ -101,6 +108,7 @@ class Architecture:
     other_layers: Mapping[str, Weights] = field(default_factory=dict)
     outer: Weights = field(default_factory=lambda: OUTER)
     layers_at: str = "model.layers"
+    attention_at: str = "self_attn"
     args: Mapping[str, object] = field(default_factory=dict)
     keys: Mapping[str, tuple[str, float | int | str]] = field(default_factory=dict)
     same: Mapping[str, str] = field(default_factory=dict)
@@ -111,6 +119,9 @@ class Architecture:
     partial_rope: bool = False
     layer_norm: bool = False
     metal_dtype: str = "bfloat16"
+    whole_experts: bool = False
+    gatings: tuple[int, ...] = ()
+    groups_too: bool = False
     dense_too: bool = False
     uneven: tuple[str, ...] = ()
     fixed_head: bool = False

@@ -10,8 +10,12 @@ from typing import Any
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..errors import MLXFuseError
 from ..nn.kv.options import check_model
 from .generate import Result, Settings, add_eos_tokens, new_cache, run, seed
+
+# Of the context, what is left for an answer when old messages have to go, at most.
+ROOM = 0.25
 
 
 class Interrupted(Exception):
@@ -43,6 +47,36 @@ class Chat:
         self.messages = [] if system is None else [{"role": "system", "content": system}]
         self._begin()
 
+    @property
+    def system_prompt(self) -> str | None:
+        """The message that the conversation begins with; set, it takes the place of the old one."""
+        return self._settings.system_prompt
+
+    @system_prompt.setter
+    def system_prompt(self, text: str | None) -> None:
+        self._settings = replace(self._settings, system_prompt=text)
+        rest = [m for m in self.messages if m["role"] != "system"]
+        self.messages = [*([] if text is None else [{"role": "system", "content": text}]), *rest]
+
+    def resume(self, messages: list[dict[str, str]]) -> None:
+        """Go on from another conversation, with its system prompt."""
+        system = next((m["content"] for m in messages if m["role"] == "system"), None)
+        self.messages = list(messages)
+        self._settings = replace(self._settings, system_prompt=system)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model was made for, if it says so and its cache forgets none before."""
+        if self._settings.max_kv_size is not None:
+            return None
+        found = getattr(getattr(self._model, "args", None), "max_position_embeddings", None)
+        return found if isinstance(found, int) and found > 0 else None
+
+    @property
+    def fill(self) -> float | None:
+        """The share of the context that the conversation takes."""
+        return None if self.context is None else len(self._ids) / self.context
+
     def _begin(self) -> None:
         self._cache: list[Any] = new_cache(self._model, self._settings)
         self._ids: list[int] = []
@@ -61,6 +95,7 @@ class Chat:
         think: Callable[[str], None] | None = None,
         on_prompt: Callable[[int, int], None] | None = None,
         stop: Callable[[], bool] | None = None,
+        note: Callable[[str], None] | None = None,
     ) -> Result | None:
         """Add the user's ``text`` and the answer to the conversation.
 
@@ -69,16 +104,16 @@ class Chat:
             think: called with each piece of the model's reasoning as it is there.
             on_prompt: called as (prompt tokens processed, prompt tokens to process).
             stop: asked after each token, and each step of a long prompt, whether to stop there.
+            note: called with what was forgotten, where the context is full.
 
         Returns:
             The answer, whole or up to where it was stopped; its ``prompt_tokens`` are those that
             were read. None if it was stopped before its first token: then nothing was added.
 
         Raises:
-            MLXFuseError: as for ``generate``.
+            MLXFuseError: as for ``generate``, or the message alone is longer than the context.
         """
-        messages = [*self.messages, {"role": "user", "content": text}]
-        ids = self._encode(messages)
+        messages, ids = self._fitting([*self.messages, {"role": "user", "content": text}], note)
         rest = self._reuse(ids)
         self._ids = ids
 
@@ -93,7 +128,7 @@ class Chat:
                 self._model,
                 self._tokenizer,
                 rest,
-                self._settings,
+                self._bounded(len(ids)),
                 write=write,
                 think=think,
                 stop=stop,
@@ -109,6 +144,38 @@ class Chat:
         thought = {"reasoning_content": result.reasoning} if result.reasoning else {}
         self.messages = [*messages, {**answer, **thought}]
         return replace(result, prompt_tokens=len(rest))
+
+    def _fitting(
+        self, messages: list[dict[str, str]], note: Callable[[str], None] | None
+    ) -> tuple[list[dict[str, str]], list[int]]:
+        """The messages and their tokens, without the oldest ones where the context is too small."""
+        ids, before = self._encode(messages), len(messages)
+        context = self.context
+        if context is None:
+            return messages, ids
+        wanted = self._settings.max_tokens
+        room = int(context * ROOM) if wanted < 0 else min(wanted, int(context * ROOM))
+        while len(ids) + room > context and (oldest := _exchange(messages)):
+            messages = [m for i, m in enumerate(messages) if i not in oldest]
+            ids = self._encode(messages)
+        if len(ids) >= context:
+            raise MLXFuseError(
+                f"the message has {len(ids):,} tokens with what belongs to it; the model can read "
+                f"{context:,}: shorten it"
+            )
+        if note is not None and len(messages) < before:
+            note(
+                f"the context of {context:,} tokens is full: the {before - len(messages)} oldest "
+                "messages are forgotten"
+            )
+        return messages, ids
+
+    def _bounded(self, prompt: int) -> Settings:
+        """The settings, with no more tokens to generate than the context has left."""
+        if self.context is None:
+            return self._settings
+        left, wanted = self.context - prompt, self._settings.max_tokens
+        return replace(self._settings, max_tokens=left if wanted < 0 else min(left, wanted))
 
     def _encode(self, messages: list[dict[str, str]]) -> list[int]:
         tokenizer, settings = self._tokenizer, self._settings
@@ -135,3 +202,9 @@ class Chat:
                 return ids[common:]
         self._begin()
         return ids
+
+
+def _exchange(messages: list[dict[str, str]]) -> range:
+    """Where the oldest message of the user and its answers are; empty if there is only one."""
+    users = [i for i, m in enumerate(messages) if m["role"] == "user"]
+    return range(users[0], users[1]) if len(users) > 1 else range(0)

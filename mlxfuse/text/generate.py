@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..errors import MLXFuseError, UnsupportedError
 from ..nn.kv.cache import CompressedKVCache
 from ..nn.kv.options import KVOptions, check_model, compressed, describe
+from . import lookup
 from .parts import CONTENT, REASONING, Parts, Whole
 from .sampling import Sampling, StopTexts
 
@@ -32,6 +33,8 @@ class Settings(Sampling):
     kv                  how to compress the key-value cache; None for mlx-lm's plain one.
     quantized_kv_start  tokens up to which it stays plain.
     kv_force            compress keys of models that are known to suffer from it.
+    prompt_lookup       draft tokens from what the text said before; `mlxfuse.text.lookup`.
+    num_draft_tokens    tokens that are drafted at a time, at most.
     """
 
     prompt: str = "hello"
@@ -42,6 +45,7 @@ class Settings(Sampling):
     max_kv_size: int | None = None
     prefill_step_size: int = 2048
     num_draft_tokens: int = 3
+    prompt_lookup: bool = False
     kv: KVOptions | None = None
     quantized_kv_start: int = 0
     kv_force: bool = False
@@ -74,15 +78,23 @@ class Result:
     finish_reason: str
     end_token: int | None = None
     kv_cache: str | None = None
+    accepted: int | None = None
     reasoning: str = ""
 
     def footer(self) -> str:
-        """The three lines that ``mlx_lm.generate`` ends with."""
-        return (
+        """The three lines that ``mlx_lm.generate`` ends with, and one about drafts."""
+        lines = (
             f"Prompt: {self.prompt_tokens} tokens, {self.prompt_tps:.3f} tokens-per-sec\n"
             f"Generation: {self.generation_tokens} tokens, "
             f"{self.generation_tps:.3f} tokens-per-sec\n"
             f"Peak memory: {self.peak_memory:.3f} GB"
+        )
+        if self.accepted is None:
+            return lines
+        steps = max(self.generation_tokens - self.accepted, 1)
+        return (
+            f"{lines}\nDrafts: {self.accepted} tokens accepted, "
+            f"{self.generation_tokens / steps:.2f} tokens a forward pass"
         )
 
 
@@ -194,7 +206,7 @@ def generate(
         caches = _compressed(prompt_cache, settings)
     options: dict[str, Any] = {"prompt_cache": caches}
     if draft_model is not None:
-        _expect_trimmable(model, prompt_cache)
+        _expect_trimmable(model, prompt_cache, "--draft-model")
         options |= {"draft_model": draft_model, "num_draft_tokens": settings.num_draft_tokens}
     else:
         options["prompt_progress_callback"] = on_prompt
@@ -228,7 +240,7 @@ def run(
     found: dict[str, list[str]] = {CONTENT: [], REASONING: []}
     takers = {CONTENT: write, REASONING: think}
     tokens: list[int] = []
-    last, reason = None, "length"
+    accepted, last, reason = 0, None, "length"
     stops, parts = StopTexts(settings.stop), _parts(tokenizer, prompt, settings)
 
     def give(pieces: list[tuple[str, str]]) -> None:
@@ -242,7 +254,13 @@ def run(
             "kv_bits": settings.kv.v_bits,
             "quantized_kv_start": settings.quantized_kv_start,
         }
-    for last in stream_generate(
+    stream: Callable[..., Iterator[Any]] = stream_generate
+    drafts = "draft_model" in options
+    if settings.prompt_lookup:
+        _expect_trimmable(model, options.get("prompt_cache"), "--prompt-lookup")
+        stream, drafts = lookup.stream, True
+        options["num_draft_tokens"] = settings.num_draft_tokens
+    for last in stream(
         model,
         tokenizer,
         prompt,
@@ -252,6 +270,7 @@ def run(
         prefill_step_size=settings.prefill_step_size,
         **options,
     ):
+        accepted += last.from_draft
         if last.finish_reason != "stop":
             tokens.append(int(last.token))
         give(parts.feed(stops.feed(last.text)))
@@ -276,6 +295,7 @@ def run(
         peak_memory=last.peak_memory,
         finish_reason=reason,
         end_token=int(last.token) if last.finish_reason == "stop" else None,
+        accepted=accepted if drafts else None,
     )
 
 
@@ -311,8 +331,8 @@ def _bounded(cache: Any, size: int) -> Any:
     return cache
 
 
-def _expect_trimmable(model: Any, prompt_cache: list[Any] | None) -> None:
+def _expect_trimmable(model: Any, prompt_cache: list[Any] | None, option: str) -> None:
     if not can_trim_prompt_cache(prompt_cache or make_prompt_cache(model)):
         raise UnsupportedError(
-            "this model cannot be used with --draft-model: its cache cannot take tokens back"
+            f"this model cannot be used with {option}: its cache cannot take tokens back"
         )

@@ -10,7 +10,6 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from xml.etree import ElementTree
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -403,10 +402,7 @@ def test_the_command(model, tmp_path):
     again = tmp_path / "b.svg"
     assert start(report, "--plot", again).returncode == 0
     assert again.read_bytes() == picture.read_bytes()
-    root = ElementTree.fromstring(picture.read_text())
-    svg = "{http://www.w3.org/2000/svg}"
-    assert len(root.findall(f"{svg}circle")) == 8
-    assert len(root.findall(f"{svg}path[@class='l']")) == 4
+    assert picture.read_text().count("tokens in the cache") == 2
 
 
 COMPRESSED = ("--kv-bits", "k8v4", "--kv-group-size", "32", "--no-kv-rotate")

@@ -125,18 +125,57 @@ def test_llama_bench_takes_its_turn(model, tmp_path, monkeypatch):
 # --- pictures -----------------------------------------------------------------------------
 
 
-def test_a_picture_is_of_its_numbers_and_escapes_names():
-    row = {"arm": "<a>&", "test": "tg2", "n_depth": 0, "median_ts": 50.0}
-    found = {"bench": "model", "rows": [row, {**row, "n_depth": 10, "median_ts": 25.0}]}
-    text = plot.draw(found)
-    root = ElementTree.fromstring(text)
-    circles = root.findall("{http://www.w3.org/2000/svg}circle")
-    # 50 of 100 tokens/s is half of the height, 25 a quarter.
-    assert [float(c.get("cx")) for c in circles] == [64.0, 624.0]
-    first, second = (float(c.get("cy")) for c in circles)
-    assert second - first == pytest.approx(plot._HEIGHT / 4)
-    assert "&lt;a&gt;&amp;" in text
+ROWS = [
+    {"arm": arm, "test": test, "n_depth": 0, "median_ts": speed}
+    for test, speeds in (("pp8", (100.0, 150.5)), ("tg2", (50.0, 75.0)))
+    for arm, speed in zip(("mlx-lm", "<mlxfuse> $x$"), speeds, strict=True)
+]
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def texts(picture):
+    return ["".join(t.itertext()) for t in ElementTree.fromstring(picture).iter(f"{SVG}text")]
+
+
+def test_one_depth_is_bars_that_name_their_arms():
+    """As long as their numbers: the second bar of a test is one and a half times the first."""
+    picture = plot.draw({"bench": "model", "rows": ROWS, "title": "m.gguf, a Mac"})
+    shown = texts(picture)
+    for text in ("m.gguf, a Mac", "pp8: prompt", "tg2: decoding", "tokens a second"):
+        assert text in shown
+    assert [t for t in shown if t in ("100.0", "150.5", "50.0", "75.0")] == [
+        "100.0", "150.5", "50.0", "75.0",
+    ]  # fmt: skip
+    assert shown.count("<mlxfuse> $x$") == 2
+    assert "tokens in the cache" not in shown
+    assert plot.draw({"bench": "model", "rows": ROWS, "title": "m.gguf, a Mac"}) == picture
+    other = [{**row, "median_ts": row["median_ts"] + 1} for row in ROWS]
+    assert plot.draw({"bench": "model", "rows": other, "title": "m.gguf, a Mac"}) != picture
+
+
+def test_several_depths_are_lines():
+    deep = [{**row, "test": f"{row['test']} @ d9", "n_depth": 9, "median_ts": 9.0} for row in ROWS]
+    picture = plot.draw({"bench": "model", "rows": [*ROWS, *deep], "title": "x"})
+    shown = texts(picture)
+    assert shown.count("tokens in the cache") == 2
+    assert shown.count("<mlxfuse> $x$") == 2  # in a legend each
+    assert b"100.0" not in picture
+
+
+def test_kernels_and_other_kinds_of_pictures():
     bars = {"bench": "kernels", "rows": [{"kernel": "k", "case": "c", "gb_s": 5.0}]}
-    assert ">5.0<" in plot.draw(bars)
-    for broken in ({**row, "median_ts": float("nan")}, {**row, "arm": 1}, 3):
+    assert {"5.0", "k, c", "GB/s"} <= set(texts(plot.draw(bars)))
+    assert plot.draw(bars, ".png").startswith(b"\x89PNG")
+    plot.draw({"bench": "model", "rows": []})
+    for broken in ({**ROWS[0], "median_ts": float("nan")}, {**ROWS[0], "arm": 1}, 3):
         assert not plot._is_row(broken, ("median_ts", "n_depth"))
+
+
+def test_a_picture_that_cannot_be_is_told_before_anything_is_timed(model, tmp_path, monkeypatch):
+    result = invoke("bench", model, "--plot", tmp_path / "x.pdf")
+    assert (result.exit_code, result.stdout) == (4, "")
+    assert "expected a name that ends in .svg or .png" in result.stderr
+    monkeypatch.setattr(plot, "find_spec", lambda name: None)
+    result = invoke("bench", model, "--plot", tmp_path / "x.svg")
+    assert result.exit_code == 4
+    assert "pip install 'mlxfuse[plot]'" in result.stderr

@@ -70,6 +70,7 @@ def test_every_value_of_a_llama(tmp_path: Path) -> None:
         "one": 1,
         "cache": 128,
         "window": 0,
+        "rotary": 32,
         "state": 0,
     }
 
@@ -260,7 +261,7 @@ BAD_KEYS: list[tuple[str, dict[str, object], type[Exception], str]] = [
         "yarn with rope_freqs",
     ),
     ("llama", {"attention__value_length": 8}, UnsupportedError, "values (8)"),
-    ("llama", {"expert_count": 8}, UnsupportedError, "mixture-of-experts"),
+    ("qwen3", {"expert_count": 8}, UnsupportedError, "mixture-of-experts"),
     ("qwen3moe", {"expert_count": None}, GGUFError, "qwen3moe.expert_count"),
     ("qwen3moe", {"expert_count": 0}, GGUFError, "positive"),
     ("qwen3moe", {"expert_used_count": 0}, GGUFError, "positive"),
@@ -283,6 +284,7 @@ BAD_KEYS: list[tuple[str, dict[str, object], type[Exception], str]] = [
     ),
     ("qwen2", {"attention__key_length": 32, "attention__value_length": 32}, UnsupportedError, "32"),
     ("gemma2", {"rope__scaling__type": "yarn"}, UnsupportedError, "'yarn'"),
+    ("llama", {"attention__causal": False}, UnsupportedError, "attention.causal is false"),
     ("gemma3", {"attention__sliding_window": None}, GGUFError, "attention.sliding_window"),
     ("gemma3", {"attention__sliding_window_pattern": 9}, UnsupportedError, "7 layers"),
     ("gemma3", {"final_logit_softcapping": 30.0}, UnsupportedError, "cap on its logits"),

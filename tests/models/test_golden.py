@@ -202,7 +202,8 @@ def controls(name: str) -> Iterator[tuple[str, Change]]:
         yield "no-sinks", edit("attn_sinks", lambda data: data - 1e4)
     if case.shared_ffn:
         yield "no-shared-expert", edit("ffn_down_shexp", np.zeros_like)
-        yield "no-shared-gate", edit("ffn_gate_inp_shexp", np.zeros_like)
+        if "ffn_gate_inp_shexp" in names:
+            yield "no-shared-gate", edit("ffn_gate_inp_shexp", np.zeros_like)
     if name.endswith("27b"):
         # 1/sqrt(head_dim) in place of 1/sqrt(hidden / heads)
         ratio = np.float32((case.hidden / case.heads / case.head_dim) ** 0.5)

@@ -62,7 +62,7 @@ def test_a_wrong_row_order_is_noticed(tmp_path: Path, monkeypatch: pytest.Monkey
     """Control for the test above: llama's q and k as the file has them."""
     path = tiny.write(tmp_path / "m.gguf", tiny.build("llama-q4", 0))
     want = load(path)[0].layers[0].self_attn
-    monkeypatch.setattr("mlxfuse.models.plan.RowSource.order", lambda self: None)
+    monkeypatch.setattr("mlxfuse.models.rows.RowSource.order", lambda self: None)
     found = quantised(path).layers[0].self_attn
     assert not np.array_equal(dense(found.q_proj), np.array(want.q_proj.weight))
     assert np.array_equal(dense(found.v_proj), np.array(want.v_proj.weight))

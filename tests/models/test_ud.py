@@ -63,3 +63,27 @@ def test_kernels_give_llama_cpps_logits(
     nmse, kld = disagreement(np.array(mx.concatenate(rows)), want[:2])
     assert nmse <= BOUND
     assert kld <= BOUND
+
+
+@pytest.mark.parametrize("name", ["llama-scales", "qwen3moe-scales"])
+def test_scales_beside_tensors_are_multiplied_by(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the kernels, of which q, k and v stay one dispatch; see `test_golden` for llama.cpp."""
+    model = tiny.build(name, 0)
+    path = tiny.write(tmp_path / "m.gguf", model)
+    plain, _ = load(path, dtype=mx.float32, fuse="off")
+    ids = mx.array(model.prompt[None, :1])
+    want = np.array(plain(ids))
+    monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
+    with msl.installed(build="fast", orders=()):
+        fused, _ = load(path, dtype=mx.float32, fuse="all")
+        before = _kernel.launches["quantized_matmul"]
+        got = np.array(fused(ids))
+        layers = model.case.layers
+        assert _kernel.launches["quantized_matmul"] - before == 4 * layers + 1
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+    for tensor in [n for n in model.tensors if n.endswith(".scale")]:  # the control
+        del model.tensors[tensor]
+    other, _ = load(tiny.write(tmp_path / "other.gguf", model), dtype=mx.float32, fuse="off")
+    assert np.abs(np.array(other(ids)) - want).max() > 1e-2 * np.abs(want).max()

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ... import codebooks
-from ..weight import AffineSegment, AnySegment
+from ..weight import FACTORS, AffineSegment, AnySegment
 
 Scales = tuple[mx.array, mx.array | None]
 
@@ -40,7 +40,8 @@ def decode(segment: AnySegment) -> mx.array:
     weights = scale[..., None] * codes.reshape(*scale.shape, segment.columns // scale.shape[1])
     if bias is not None:
         weights = weights + bias[..., None]
-    return weights.reshape(*lead, segment.columns)
+    weights = weights.reshape(*lead, segment.columns)
+    return weights * segment.arrays[FACTORS] if FACTORS in segment.arrays else weights
 
 
 def _unpack(words: mx.array, bits: int, place: Callable[[int, int], tuple[int, int]]) -> mx.array:

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from ... import codebooks
 from ..runtime.kernel import Kernel, Launch, Program
-from ..weight import FLOATS, STREAMS, AnySegment
+from ..weight import FACTORS, FLOATS, STREAMS, AnySegment
 from . import small
 from .decode import decode
 
@@ -56,12 +56,14 @@ class Bound:
     inputs      names of its arrays there.
     trait       the trait that decodes it.
     expression  gathers the arrays; ``{grid}`` stands for where its codebook is.
+    factors     the name of the input that has a factor for each row, if there is one.
     grid        the name of the input that is its codebook, if it has one, and its words.
     """
 
     inputs: tuple[str, ...]
     trait: str
     expression: str
+    factors: str = ""
     grid: str = ""
     words: int = 0
 
@@ -80,13 +82,16 @@ def bind(segment: AnySegment, suffix: str = "") -> tuple[Bound, dict[str, mx.arr
     held = [s for s in STREAMS if s in segment.arrays]
     arrays = {f"{s}{suffix}": segment.arrays[s] for s in held}
     names = [f"{s}{suffix}" if s in held else f"codes{suffix}" for s in STREAMS]
-    grid, words = "", 0
+    grid, words, factors = "", 0, ""
+    if FACTORS in segment.arrays:
+        factors = f"{FACTORS}{suffix}"
+        arrays[factors] = segment.arrays[FACTORS]
     if segment.grid:
         grid = f"grid_{segment.grid}"
         arrays[grid] = codebook(segment.grid)
         words = arrays[grid].size
     gathered = f"streams({', '.join(names)}, {'{grid}' if grid else names[0]})"
-    return Bound(tuple(arrays), segment.trait, gathered, grid, words), arrays
+    return Bound(tuple(arrays), segment.trait, gathered, factors, grid, words), arrays
 
 
 @cache
@@ -111,7 +116,8 @@ def _program(bound: Bound, gathered: bool) -> Program:
         "const uint units = uint(size[1]), total = uint(size[2]);",
         f"for (uint n = 0; n < {_steps(bound)}; n++) {{",
         f"const uint at = from + n * {_THREADS}, held = min(at, total - 1), to = held / units;",
-        f"dequantize_unit<{bound.trait}, T>({bound.at('grid')}, out, "
+        f"dequantize_unit<{bound.trait}, {str(bool(bound.factors)).lower()}, T>("
+        f"{bound.at('grid')}, {bound.factors or bound.inputs[0]}, out, "
         f"min({row}, uint(size[0] - 1)), units, held % units, at, total, room + me / 32 * 128, "
         "me % 32);",
         "}",

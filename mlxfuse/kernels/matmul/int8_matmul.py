@@ -12,7 +12,7 @@ import mlx.core as mx
 from ..activations import GROUP, Int8Activations
 from ..norm import quantize_int8
 from ..runtime.kernel import Kernel, Launch
-from ..weight import AnySegment, QuantizedWeight
+from ..weight import FACTORS, AnySegment, QuantizedWeight
 from . import small
 from .decode import integers
 from .product import MAX_VECTOR_ROWS, Call, Tile, batches, finish, launch, refuse, simd_groups
@@ -140,7 +140,8 @@ def _product(given: list[mx.array], segment: AnySegment) -> mx.array:
         if w.biases is not None:
             terms = terms + w.biases.T[:, None] * sums[:, some]
         outputs.append(terms.sum(axis=0))
-    return mx.concatenate(outputs)
+    y = mx.concatenate(outputs)
+    return y * segment.arrays[FACTORS].T if FACTORS in segment.arrays else y
 
 
 def _small(call: Call[Int8Activations]) -> tuple[Call[Int8Activations]]:

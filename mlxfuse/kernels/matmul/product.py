@@ -312,7 +312,8 @@ def _program(
             f"Part a = parts[{'0' if gated else 'j'}], b = {'parts[1]' if gated else 'a'};",
             f"{tile.function}<{bounds[f].trait}, {bounds[g].trait}{tile.numbers}>("
             f"{p}, {q}, {x}, (const device Size*)size, "
-            f"{epilogue}(a, b, {bias}, {residual}, {out}), {place});",
+            f"{epilogue}(a, b, factors({bounds[f].factors}), factors({bounds[g].factors}), "
+            f"{bias}, {residual}, {out}), {place});",
         ]
         if len(calls) > 1:
             here = " || ".join(f"j == {j}" for j, of in enumerate(of_part) if of == f)

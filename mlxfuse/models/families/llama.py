@@ -6,7 +6,17 @@ from dataclasses import replace
 
 from ..keys import Keys
 from ..layers import without_rope
-from ..pieces import GROUPS, NORMS, POST_ATTENTION_NORMS, QK_NORMS, QKV, attention, mlp
+from ..pieces import (
+    EXPERT_GROUPS,
+    GROUPS,
+    NORMS,
+    POST_ATTENTION_NORMS,
+    QK_NORMS,
+    QKV,
+    attention,
+    experts,
+    mlp,
+)
 from ..table import Architecture, Config, Weight
 
 
@@ -64,6 +74,40 @@ def _smollm3(key: Keys, config: Config) -> Config:
     return without_rope(config, range(3, config.layers, 4))
 
 
+_GRANITE = Architecture(
+    name="granite",
+    models="Granite 3, 4.0 micro and 350M",
+    module="mlx_lm.models.granite",
+    layer=NORMS | attention("optional", "optional") | mlp("optional"),
+    groups=GROUPS,
+    keys={
+        "logits_scaling": ("logit_scale", 1.0),
+        "residual_multiplier": ("residual_scale", 1.0),
+        "embedding_multiplier": ("embedding_scale", 1.0),
+    },
+    rope_layout="paired",
+    rope_types=("linear", "yarn", "llama3"),
+    fixed_head=True,
+    configure=_granite,
+)
+
+# Its files say "llama" too.
+_MIXTRAL = Architecture(
+    name="llama",
+    module="mlx_lm.models.mixtral",
+    layer={
+        **NORMS,
+        **attention("optional", "optional"),
+        **experts("block_sparse_moe.gate", "block_sparse_moe.switch_mlp"),
+    },
+    groups=EXPERT_GROUPS,
+    same={"intermediate_size": "expert_ff"},
+    rope_layout="paired",
+    rope_types=("linear", "yarn", "llama3"),
+    whole_experts=True,
+    fixed_head=True,
+)
+
 ROWS = (
     Architecture(
         name="apertus",
@@ -92,21 +136,20 @@ ROWS = (
         args={"use_bias": False},
         rope_layout="interleaved",
     ),
-    Architecture(
-        name="granite",
-        models="Granite 3, 4.0 micro and 350M",
-        module="mlx_lm.models.granite",
-        layer=NORMS | attention("optional", "optional") | mlp("optional"),
-        groups=GROUPS,
-        keys={
-            "logits_scaling": ("logit_scale", 1.0),
-            "residual_multiplier": ("residual_scale", 1.0),
-            "embedding_multiplier": ("embedding_scale", 1.0),
+    _GRANITE,
+    replace(
+        _GRANITE,
+        name="granitemoe",
+        models="Granite 3 1B-A400M and 3B-A800M",
+        module="mlx_lm.models.granitemoe",
+        layer={
+            **NORMS,
+            **attention("optional", "optional"),
+            **experts("block_sparse_moe.router.layer", "block_sparse_moe.switch_mlp"),
         },
-        rope_layout="paired",
-        rope_types=("linear", "yarn", "llama3"),
-        fixed_head=True,
-        configure=_granite,
+        groups=EXPERT_GROUPS,
+        same={"intermediate_size": "expert_ff"},
+        whole_experts=True,
     ),
     Architecture(
         name="hunyuan-dense",
@@ -134,13 +177,14 @@ ROWS = (
     # as in llama.cpp: every layer sees the whole context.
     Architecture(
         name="llama",
-        models="Llama 2 and 3, Mistral, SmolLM2, Yi, Vicuna",
+        models="Llama 2 and 3, Mistral, Mixtral, SmolLM2, Yi, Vicuna",
         module="mlx_lm.models.llama",
         layer=NORMS | attention("optional", "optional") | mlp("optional"),
         groups=GROUPS,
         rope_layout="paired",
         rope_types=("linear", "yarn", "llama3"),
         metal_dtype="float16",
+        choose=lambda key: _MIXTRAL if key("expert_count", int, 0) else None,
     ),
     Architecture(
         name="minicpm",

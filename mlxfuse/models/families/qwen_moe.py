@@ -28,4 +28,13 @@ ROWS = (
         args={"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": ()},
         metal_dtype="float16",
     ),
+    # For text alone the three axes of positions are equal: the rotation is qwen3moe's.
+    Architecture(
+        name="qwen3vlmoe",
+        models="the text of Qwen3-VL-30B-A3B and 235B-A22B",
+        module="mlx_lm.models.qwen3_moe",
+        layer=NORMS | attention() | QK_NORMS | _EXPERTS,
+        groups=EXPERT_GROUPS,
+        args={"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": ()},
+    ),
 )

@@ -1,6 +1,6 @@
 """Files that mix many types, as Unsloth's dynamic ones: in q, k and v, gate and up, experts."""
 
-from tests.models.case import Case
+from tests.models.case import MLP, QKV, Case
 
 _LAYERS = {
     "blk.0.attn_q": "IQ2_XXS",
@@ -59,5 +59,28 @@ CASES = {
             "token_embd": "IQ2_S",
             "output": "Q6_K",
         },
+    ),
+    # As converted from NVFP4 checkpoints: a scale beside each matrix, of experts for each.
+    "llama-scales": Case(
+        "llama",
+        layers=2,
+        ffn=128,
+        untied=True,
+        formats={"": "NVFP4", "token_embd": "Q8_0", "blk.1.attn_v": "Q4_0"},
+        extra={
+            **{f"{name}.scale": (1,) for name in (*QKV, "attn_output", *MLP)},
+            "attn_q.input_scale": (1,),
+        },
+    ),
+    "qwen3moe-scales": Case(
+        "qwen3moe",
+        layers=2,
+        head_norms=True,
+        untied=True,
+        experts=4,
+        used=2,
+        expert_ffn=64,
+        formats={"": "NVFP4", "token_embd": "Q8_0", "blk.1.ffn_up_exps": "Q4_0"},
+        extra={f"{name}_exps.scale": ("experts",) for name in MLP},
     ),
 }

@@ -1,0 +1,63 @@
+"""Several arms in one run, int8 ones too, and the command lines of llama-bench."""
+
+import json
+
+import pytest
+
+from mlxfuse.bench import output
+
+from ..cli.test_cli import invoke
+from ..models import tiny
+
+SIZES = ("-p", "0", "-n", "2", "-r", "2", "--json")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    made = tiny.build("llama-q4", 0)
+    return tiny.write(tmp_path_factory.mktemp("arms") / "tiny.gguf", made)
+
+
+def found(*args):
+    result = invoke("bench", *args, *SIZES)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout), result.stderr
+
+
+def test_several_arms_in_one_run(model):
+    report, _ = found(model, "--fuse", "all", "--fuse", "all,-qkv", "--kv-bits", "k8v4")
+    names = ["mlx-lm", "mlxfuse k8v4 all", "mlxfuse k8v4 all,-qkv"]
+    assert [arm["name"] for arm in report["arms"]] == names
+    assert [row["arm"] for row in report["rows"]] == names
+    assert "qkv 3/3" in report["arms"][1]["what"]
+    assert "qkv 0/3" in report["arms"][2]["what"]
+    assert [arm["match"] for arm in report["arms"]] == ["reference", "yes", "yes"]
+
+
+def test_rounded_activations_are_timed_and_their_distance_told(model):
+    """Where there are no kernels the weights are dense, and nothing is rounded."""
+    report, _ = found(model, "--fuse", "all", "--act-quant", "on")
+    arm = report["arms"][1]
+    assert (arm["name"], arm["match"]) == ("mlxfuse int8", "no, int8")
+    assert 0 <= arm["error"] < 0.5
+    assert "int8" in arm["what"]
+
+
+def test_a_command_line_of_llama_bench(model):
+    flags = ("-fa", "1", "-t", "8", "-b", "2048", "-ub", "512", "-ngl", "99")
+    report, told = found("-m", model, "-ctk", "q8_0", "-ctv", "q4_0", *flags)
+    assert report["arms"][1]["kv"]["k_bits"] == 8
+    assert report["arms"][1]["kv"]["v_bits"] == 4
+    for flag in ("-fa", "-t", "-b", "-ub", "-ngl"):
+        assert f"{flag} has no meaning here: " in told
+    for args, said in (
+        (("-ctk", "q5_1"), "-ctk: q5_1 is not known"),
+        (("-ctk", "q8_0", "--kv-bits", "8"), "not both"),
+    ):
+        result = invoke("bench", model, *args)
+        assert result.exit_code == 2
+        assert said in result.output
+
+
+def test_no_share_over_everything():
+    assert [output._share(s) for s in (None, 0.5, 1.0, 1.3)] == ["", "50%", "100%", ""]
