@@ -116,19 +116,14 @@ METAL_FUNC void load_group(P p, uint first, uint g, thread Group& group) {
 // As for floats: `many` rows of x, those of the outputs from `to` on, by `slots` rows of a part, a
 // lane one group at a time. Rows past the last are the last again.
 template <typename F, int slots, int many, typename P, typename C, typename S, typename M>
-METAL_FUNC void batch_dots(
-    P p, Int8Rows<C, S, M> x, const device Size* size, Part a, uint n, uint to,
-    uint lane, thread float* mine) {
+METAL_FUNC float batch_dots(
+    P p, Int8Rows<C, S, M> x, const device Size* size, Part a, uint n, uint to, uint lane) {
   const uint groups = size->columns / 32;
   ulong from[many];
-  float sums[many][slots];
+  float sums[many * slots] = {0.0f};
   UNROLL
   for (int m = 0; m < many; m++) {
     from[m] = ulong(metal::min(to + m, size->rows - 1) / size->outputs) * groups;
-    UNROLL
-    for (int r = 0; r < slots; r++) {
-      sums[m][r] = 0.0f;
-    }
   }
   for (uint g = lane; g < groups; g += 32) {
     Group w[slots];
@@ -145,22 +140,19 @@ METAL_FUNC void batch_dots(
       UNROLL
       for (int r = 0; r < slots; r++) {
         const int isum = dot32<F::halves>(w[r], codes);
-        sums[m][r] = add_group<F::biased>(sums[m][r], w[r], isum, scale, x_sum);
+        thread float& sum = sums[m * slots + r];
+        sum = add_group<F::biased>(sum, w[r], isum, scale, x_sum);
       }
     }
   }
-  UNROLL
-  for (int m = 0; m < many; m++) {
-    mine[m] = sum_of_lane<slots>(sums[m], lane);
-  }
+  return sum_of_lane<many * slots>(sums, lane);
 }
 
 //@ batch_floor:
 // The address floor of batch_dots: see quantized_matmul.metal.
 template <typename F, int slots, int many, typename P, typename C, typename S, typename M>
-METAL_FUNC void batch_dots(
-    P p, Int8Rows<C, S, M> x, const device Size* size, Part a, uint n, uint to,
-    uint lane, thread float* mine) {
+METAL_FUNC float batch_dots(
+    P p, Int8Rows<C, S, M> x, const device Size* size, Part a, uint n, uint to, uint lane) {
   constexpr int units = 32 / F::width;
   const uint groups = size->columns / 32;
   float sum = 0.0f;
@@ -187,8 +179,9 @@ METAL_FUNC void batch_dots(
   }
   UNROLL
   for (int m = 0; m < many; m++) {
-    mine[m] = simd_sum(sum + sums[m]);
+    sums[m] += sum;
   }
+  return sum_of_lane<many>(sums, lane / slots);
 }
 
 //@ gathered:
@@ -198,7 +191,7 @@ template <
     typename Q>
 METAL_FUNC void gathered_tile(
     P p, Q q, X x, const device Size* size, Y y, uint3 tile, uint group, uint lane) {
-  choose(y, x, tile.y);
+  choose(y, x, uint(x.experts[tile.y]));
   batch_tile<F, G, slots, groups, many>(p, q, x.x, size, y, tile, group, lane);
 }
 

@@ -324,53 +324,77 @@ METAL_FUNC void summed_tile(
 }
 
 //@ batch: lanes decoded
-// `many` rows of x, from `to` on, by `slots` rows of a part: a unit of W is decoded once for all.
-// Rows past the last are the last again.
-template <typename F, int slots, int many, typename T, typename P>
-METAL_FUNC void batch_dots(
-    P p, const device T* x, const device Size* size, Part a, uint n, uint to, uint lane,
-    thread float* mine) {
-  const uint units = size->columns / F::width;
-  const device T* from[many];
-  float sums[many][slots];
-  UNROLL
-  for (int m = 0; m < many; m++) {
-    from[m] = x + ulong(metal::min(to + m, size->rows - 1)) * size->columns;
+// Four or eight values, eight of two bytes in one load of 16.
+template <int count, typename T>
+METAL_FUNC void read_values(const device T* x, thread float4* v) {
+  if constexpr (count == 2 && sizeof(T) == 2) {
+    const uint4 words = *(const device uint4*)x;
+    v[0] = float4(as_type<vec<T, 4>>(words.xy));
+    v[1] = float4(as_type<vec<T, 4>>(words.zw));
+  } else {
     UNROLL
-    for (int r = 0; r < slots; r++) {
-      sums[m][r] = 0.0f;
+    for (int i = 0; i < count; i++) {
+      v[i] = float4(((const device vec<T, 4>*)x)[i]);
     }
   }
+}
+
+// The rows of W that a SIMD-group multiplies: unit i of each.
+template <typename F, int slots>
+struct Units {
+  F first;
+  Units<F, slots - 1> rest;
+  template <typename P>
+  METAL_FUNC Units(P p, Part a, uint n, uint units, uint i)
+      : first(p, (a.first + metal::min(n, a.rows - 1)) * units, i),
+        rest(p, a, n + 1, units, i) {}
+  METAL_FUNC void decode(int q, thread float4* w) const thread {
+    w[0] = decoded(first, q);
+    rest.decode(q, w + 1);
+  }
+};
+template <typename F>
+struct Units<F, 0> {
+  template <typename P>
+  METAL_FUNC Units(P, Part, uint, uint, uint) {}
+  METAL_FUNC void decode(int, thread float4*) const thread {}
+};
+
+// `many` rows of x, from `to` on, by `slots` rows of a part: a unit of W is decoded once for all,
+// up to 8 weights at a time. Rows past the last are the last again. Lane `slots` m + r gets the
+// sum of rows m and r.
+template <typename F, int slots, int many, typename T, typename P>
+METAL_FUNC float batch_dots(
+    P p, const device T* x, const device Size* size, Part a, uint n, uint to, uint lane) {
+  constexpr int count = F::width > 4 ? 2 : 1;
+  const uint units = size->columns / F::width;
+  float sums[many * slots] = {0.0f};
   for (uint i = lane; i < units; i += 32) {
-    float4 w[slots][F::width / 4];
+    const Units<F, slots> rows(p, a, n, units, i);
     UNROLL
-    for (int r = 0; r < slots; r++) {
-      const F f(p, (a.first + metal::min(n + r, a.rows - 1)) * units, i);
+    for (int q = 0; q < F::width / 4; q += count) {
+      float4 w[count][slots];
       UNROLL
-      for (int q = 0; q < F::width / 4; q++) {
-        w[r][q] = decoded(f, q);
+      for (int i = 0; i < count; i++) {
+        rows.decode(q + i, w[i]);
       }
-    }
-    UNROLL
-    for (int m = 0; m < many; m++) {
-      const device vec<T, 4>* quads = (const device vec<T, 4>*)(from[m] + i * F::width);
       UNROLL
-      for (int q = 0; q < F::width / 4; q++) {
-        const float4 v = float4(quads[q]);
+      for (int m = 0; m < many; m++) {
+        const uint row = metal::min(to + m, size->rows - 1);
+        float4 v[count];
+        read_values<count>(x + (row * size->columns + i * F::width + 4 * q), v);
         UNROLL
         for (int r = 0; r < slots; r++) {
           UNROLL
-          for (int e = 0; e < 4; e++) {
-            sums[m][r] = fma(w[r][q][e], v[e], sums[m][r]);
+          for (int e = 0; e < 4 * count; e++) {
+            float4 quad = w[e / 4][r];
+            sums[m * slots + r] = fma(quad[e % 4], v[e / 4][e % 4], sums[m * slots + r]);
           }
         }
       }
     }
   }
-  UNROLL
-  for (int m = 0; m < many; m++) {
-    mine[m] = sum_of_lane<slots>(sums[m], lane);
-  }
+  return sum_of_lane<many * slots>(sums, lane);
 }
 
 //@ batch_tile:
@@ -383,17 +407,15 @@ METAL_FUNC void batch_tile(
   const uint n = ((tile.x - y.a.tile) * groups + group) * slots;
   const uint to = tile.y * many;
   if (n < y.a.rows) {
-    float v[many];
-    float up[many];
-    batch_dots<F, slots, many>(p, x, size, y.a, n, to, lane, v);
+    const float v = batch_dots<F, slots, many>(p, x, size, y.a, n, to, lane);
+    float up = 0.0f;
     if (Y::gated) {
-      batch_dots<G, slots, many>(q, x, size, y.b, n, to, lane, up);
+      up = batch_dots<G, slots, many>(q, x, size, y.b, n, to, lane);
     }
-    UNROLL
-    for (int m = 0; m < many; m++) {
-      if (to + m < size->rows && lane < slots && n + lane < y.a.rows) {
-        put(y, v[m], Y::gated ? up[m] : 0.0f, n + lane, to + m);
-      }
+    const uint m = to + lane / slots;
+    const uint column = n + lane % slots;
+    if (lane < many * slots && m < size->rows && column < y.a.rows) {
+      put(y, v, up, column, m);
     }
   }
 }
@@ -450,11 +472,11 @@ METAL_FUNC float vector_dots(P p, const device T* x, uint n, uint columns, uint 
 
 //@ batch_floor: floor
 template <typename F, int slots, int many, typename T, typename P>
-METAL_FUNC void batch_dots(
-    P p, const device T* x, const device Size* size, Part a, uint n, uint to, uint lane,
-    thread float* mine) {
+METAL_FUNC float batch_dots(
+    P p, const device T* x, const device Size* size, Part a, uint n, uint to, uint lane) {
   const uint units = size->columns / F::width;
   float sum = 0.0f;
+  float sums[many];
   uint words[many] = {0};
   for (uint i = lane; i < units; i += 32) {
     UNROLL
@@ -469,8 +491,9 @@ METAL_FUNC void batch_dots(
   }
   UNROLL
   for (int m = 0; m < many; m++) {
-    mine[m] = simd_sum(sum + float(words[m]));
+    sums[m] = sum + float(words[m]);
   }
+  return sum_of_lane<many>(sums, lane / slots);
 }
 
 //@ tiles: decoded

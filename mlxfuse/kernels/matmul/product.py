@@ -189,8 +189,8 @@ def simd_groups(weight: QuantizedWeight) -> int:
 
 
 def batches(rows: int) -> int:
-    """Rows of x at a time, at most `MAX_BATCH`, such that the batches are few and alike."""
-    return -(-rows // -(-rows // MAX_BATCH))
+    """Rows of x at a time: 1, 2, 4 or `MAX_BATCH`, so that a weight has few programs for all."""
+    return next(n for n in (1, 2, 4, MAX_BATCH) if n >= min(rows, MAX_BATCH))
 
 
 def launch(call: Call[X], tile: Tile, x: dict[str, mx.array]) -> Launch:

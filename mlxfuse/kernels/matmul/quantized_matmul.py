@@ -25,7 +25,7 @@ MOST_FOR_16 = 24
 # Rows of W that a SIMD-group computes in each of `tuning.VARIANTS`.
 _SLOTS = {
     "vector": {"rows4": 4, "rows8": 8, "rows2": 2},
-    "batch": {"rows2": 2, "rows4": 4},
+    "batch": {"rows2": 2, "rows1": 1},
     "summed": {"rows4": 4, "rows8": 8, "rows2": 2},
 }
 
@@ -189,6 +189,8 @@ def _tile(call: Call[mx.array]) -> Tile:
         sections = tuple(f"{op}.metal:{s}" for s in (call.part("vector"), kind))
         return Tile(op, sections, "summed_tile", numbers, "x", slots, 1, 32 * groups, scratch)
     many = batches(call.rows) if kind == "batch" else 1
+    if call.gated and many > 2:
+        slots = 1  # two of the gate and two of up would take more than 128 registers
     groups = simd_groups(call.weight)
     numbers = f", {slots}, {groups}" + f", {many}" * (kind == "batch")
     needs = [call.part(kind), f"{kind}_tile"]

@@ -27,7 +27,7 @@ from .source import metal_dir
 VARIANTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "quantized_matmul": {
         "vector": ("rows4", "rows8", "rows2"),
-        "batch": ("rows2", "rows4"),
+        "batch": ("rows2", "rows1"),
         "summed": ("rows4", "rows8", "rows2"),
         "large": ("dequantize", "tiles"),
     }
