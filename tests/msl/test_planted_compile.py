@@ -255,7 +255,8 @@ BUGS = {
         "derived class 'D'",
         "struct D",
         header="template <typename T> struct E { T e; };\n"
-        "template <typename T> struct D : E<T> { int f() const { return int(this->e); } };\n",
+        "template <typename T> struct D : E<T> { int f() const { return int(this->e); } };\n"
+        "inline int made() { D<int> d{}; return d.f(); }\n",
     ),
     "virtual method": Bug(
         "q4_k",
