@@ -39,6 +39,8 @@ def ready_norms(tree: Tree) -> Iterator[Candidate | Skip]:
         yield Candidate("ready_norm", 10, path, frozenset({path}), emit, undo, "1 + w, once")
 
 
+if len(sys.argv) < 2:
+    raise SystemExit(__doc__)
 model, tokenizer = mlxfuse.load(sys.argv[1], fuse="off")
 print(mlxfuse.patch_model(model, fuse="ready_norm", check=True), file=sys.stderr)
 print(generate(model, tokenizer, "The sky is", max_tokens=32))

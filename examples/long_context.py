@@ -8,6 +8,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlxfuse import load
 
+if len(sys.argv) < 2:
+    raise SystemExit(__doc__)
 model, tokenizer = load(sys.argv[2] if len(sys.argv) > 2 else None, kv_bits="k8v4")
 question = "Sum up this text in one sentence.\n\n" + Path(sys.argv[1]).read_text("utf-8")
 prompt = tokenizer.apply_chat_template(

@@ -191,7 +191,7 @@ template <
     typename Q>
 METAL_FUNC void gathered_tile(
     P p, Q q, X x, const device Size* size, Y y, uint3 tile, uint group, uint lane) {
-  choose(y, x, tile.y);
+  choose(y, x, uint(x.experts[tile.y]));
   batch_tile<F, G, slots, groups, many>(p, q, x.x, size, y, tile, group, lane);
 }
 

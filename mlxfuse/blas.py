@@ -3,7 +3,7 @@
 MLX's Linux wheel is linked against the reference BLAS, some 25 times slower than
 OpenBLAS. A system OpenBLAS or MKL that is in the process's global symbol scope before
 MLX is imported takes the reference one's place for all of MLX; where there is none,
-``nn.linear`` multiplies with numpy, whose wheel carries an OpenBLAS of its own.
+``nn.cpu`` multiplies with numpy, whose wheel carries an OpenBLAS of its own.
 ``python -m tests.bench.bench_cpu`` measures both.
 """
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mlxfuse.errors import UnsupportedError
 
 # Entries and weights per entry of each grid. IQ1_M shares IQ1_S's.
-_GRID_SHAPES = {
+SHAPES = {
     "IQ2_XXS": (256, 8),
     "IQ2_XS": (512, 8),
     "IQ2_S": (1024, 8),
@@ -43,7 +43,7 @@ def grid(name: str) -> NDArray[np.int8]:
     try:
         source = getattr(gguf.quants, name)
         source.init_grid()
-        table = np.asarray(source.grid).reshape(_GRID_SHAPES[name]).astype(np.int8)
+        table = np.asarray(source.grid).reshape(SHAPES[name]).astype(np.int8)
     except (AttributeError, TypeError, ValueError) as error:
         raise UnsupportedError(
             f"the codebook of {name} was not found in the installed gguf package ({error}); "

@@ -23,6 +23,10 @@ VARIABLES: dict[str, tuple[str, str]] = {
         "auto",
         "auto, metal (raise instead of falling back), reference, or emulated (a checkout only)",
     ),
+    "MLXFUSE_MEMORY": (
+        "",
+        "GB of a Mac that inspect, doctor and load judge a model by, in place of this machine",
+    ),
 }
 
 
@@ -48,6 +52,14 @@ def overridden(name: str, value: str) -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+def launched_rank() -> int | None:
+    """Which of the processes that ``mlx.launch`` (or ``mpirun``) started this is; None if none."""
+    for name in ("MLX_RANK", "OMPI_COMM_WORLD_RANK"):
+        if (rank := os.environ.get(name, "")).isdigit():
+            return int(rank)
+    return None
 
 
 def cache_dir() -> Path:

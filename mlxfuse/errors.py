@@ -94,3 +94,7 @@ class NotFusible(Exception):
 
 class KernelError(MLXFuseError, RuntimeError):
     """A Metal kernel that was demanded and cannot run, with the reason."""
+
+
+class DoesNotFitError(MLXFuseError):
+    """The model takes more memory than there is for it."""

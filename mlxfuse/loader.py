@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +19,8 @@ from .gguf.exported import ExportedFile, open_model
 from .hub.bars import bars
 from .hub.folders import is_checkpoint
 from .hub.resolve import resolve
+from .inspect.needs import PLAIN, KVBits
+from .inspect.room import Asked, machine, room_for
 from .kernels import unavailable
 from .kernels.weight import type_name
 from .models import Architecture
@@ -93,7 +95,9 @@ def load(
     act_quant: str = "auto",
     kv_bits: int | str | None = None,
     kv_group_size: int = 64,
+    ignore_memory: bool = False,
     kv_layers: str = "all",
+    progress: Callable[[float], None] | None = None,
 ) -> tuple[Any, ...]:
     """Load a model: the same arguments and the same pair as ``mlx_lm.load``, and a few more.
 
@@ -121,13 +125,18 @@ def load(
         kv_bits: compress the key-value caches that mlx-lm makes for the model: 8 or 4, or keys
             and values apart as in ``k8v4``. Keys and values are rotated first.
         kv_group_size: values of a head that share a scale: 32, 64 or 128.
+        ignore_memory: load a model that does not fit; what has no kernel and no room is then
+            dequantised at every call.
         kv_layers: ``all``, or ``full`` to leave layers with a sliding window plain.
+        progress: called with the share of a GGUF file's weights that is in memory, 0 to 1.
 
     Returns:
         (model, tokenizer), with ``return_config`` (model, tokenizer, configuration);
         ``model.load_report`` tells what was done.
 
     Raises:
+        DoesNotFitError: the model, with a cache for ``context_length`` tokens (by default those it
+            was made for, at most 4096), takes more memory than there is for it.
         ModelRefError: nothing has that name.
         DownloadError: it cannot be downloaded.
         ExportError, CheckpointError: the folder, or the adapter, is not as it was written.
@@ -135,14 +144,18 @@ def load(
         UnsupportedError: the architecture, a tensor type or a feature is not supported.
         ValueError: ``kv_bits``, ``kv_group_size`` or ``kv_layers`` is not one of these.
     """
+    bits = PLAIN
     if trust_remote_code:
         raise UnsupportedError("trust_remote_code: mlxfuse never runs code that comes with a model")
     if kv_bits is not None:
-        KVOptions.parse(kv_bits, kv_group_size, layers=kv_layers)  # refused before anything is read
-    account = Account()
+        # Refused before anything is read.
+        options = KVOptions.parse(kv_bits, kv_group_size, layers=kv_layers)
+        full_only = options.layers == "full"
+        bits = KVBits(options.k_bits, options.v_bits, options.group_size, full_only)
+    account = Account(progress=progress)
     ref = None if path_or_hf_repo is None else os.fspath(path_or_hf_repo)
-    with bars() as progress:
-        path = resolve(ref, revision=revision, progress=progress, note=_warn)
+    with bars() as downloading:
+        path = resolve(ref, revision=revision, progress=downloading, note=_warn)
     changes = Changes(dict(tokenizer_config or {}), dict(model_config or {}))
     if is_checkpoint(path):
         if context_length is not None:
@@ -150,7 +163,8 @@ def load(
         opened = _open_checkpoint(path, dtype, changes, lazy, account)
     else:
         quantized = unavailable() is None or bool(chosen(fuse))
-        opened = _open_gguf(path, dtype, changes, context_length, quantized, account)
+        asked = Asked(context_length, bits, ignore_memory)
+        opened = _open_gguf(path, dtype, changes, asked, quantized, account)
     model = opened.model
     if adapter_path is not None:
         apply_adapter(model, Path(adapter_path))
@@ -209,7 +223,7 @@ def _open_gguf(
     path: Path,
     dtype: mx.Dtype | str | None,
     changes: Changes,
-    context_length: int | None,
+    asked: Asked,
     quantized: bool,
     account: Account,
 ) -> Opened:
@@ -217,12 +231,13 @@ def _open_gguf(
         with account.time("header"):
             file = stack.enter_context(open_model(path))
             try:
-                config = read_config(file, context_length)
+                config = read_config(file, asked.context)
                 config = replace(config, args={**config.args, **changes.model})
                 weights = plan(file, config)
             except UnsupportedError as error:
                 named = str(path) in str(error)
                 raise (error if named else UnsupportedError(f"{path}: {error}")) from None
+            room = room_for(file, weights, machine(quantized), asked)
             if isinstance(file, ExportedFile):
                 file.arrange(stored_rows(weights))
         with account.time("tokenizer"):
@@ -230,7 +245,7 @@ def _open_gguf(
             _change(tokenizer, changes.tokenizer)
             sampling, notes = recommended(file.metadata)
         activations = activation_dtype(config.architecture, dtype)
-        model = build(file, weights, activations, quantized=quantized, account=account)
+        model = build(file, weights, activations, room, quantized=quantized, account=account)
     return Opened(model, tokenizer, dict(config.args), sampling, notes)
 
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+
+from . import env
+from .errors import MLXFuseError
 
 
 def available() -> int:
@@ -24,12 +28,40 @@ def available() -> int:
     return free if group is None else min(free, group)
 
 
-def budget() -> int:
-    """About what a model and its cache may take here, for those that do not ask MLX.
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a model can use.
 
-    Macs: two thirds of the memory, the least that Metal recommends. Elsewhere `available`.
+    kernels   matrices stay as they are in the file, where their type has a kernel.
+    budget    bytes that weights, caches and temporaries may take together.
+    physical  bytes of memory.
     """
-    return available() if sys.platform != "darwin" else _physical() * 2 // 3
+
+    kernels: bool
+    budget: int
+    physical: int
+
+
+def machine() -> Machine:
+    """This machine, without asking MLX; or the Mac with the memory that ``MLXFUSE_MEMORY`` says.
+
+    Raises:
+        MLXFuseError: ``MLXFUSE_MEMORY`` is no number of GB.
+    """
+    if told := env.get("MLXFUSE_MEMORY"):
+        size = int(told) if told.isdecimal() and len(told) < 7 else 0
+        if not size:
+            raise MLXFuseError(f"MLXFUSE_MEMORY is {told!a}; expected a Mac's memory in GB, as 64")
+        return mac(size << 30)
+    if sys.platform == "darwin":
+        return mac(_physical())
+    return Machine(False, available(), _physical())
+
+
+def mac(physical: int) -> Machine:
+    """A Mac with so many bytes: Metal recommends two thirds up to 36 GB, above three quarters."""
+    large = physical > 36 << 30
+    return Machine(True, physical * 3 // 4 if large else physical * 2 // 3, physical)
 
 
 def _physical() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from mlxfuse.hub.demo import demo_path
 from tests import msl
 
 METAL = mx.metal.is_available()
+
+# What kernels are held to is float32: on newer GPUs MLX's products are TF32 unless they are told.
+os.environ["MLX_ENABLE_TF32"] = "0"
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -19,7 +19,7 @@ KINDS = {
     "QuantizedMatmul": ("matmul", "#1c7ed6"),
     "quantized_matmul": ("matmul and what follows it", "#e8590c"),
     "rope": ("rope", "#2f9e44"),
-    "norm_rope": ("norm and rope of q and k", "#5c3a21"),
+    "norm_rope": ("norm and rope of q and k", "#a9714b"),
     "SliceUpdate": ("cache", "#8a8f98"),
     "scaled_dot_product_attention": ("attention", "#0c8599"),
     "Add": ("add", "#f59f00"),

@@ -219,3 +219,12 @@ def test_what_is_wrong_with_an_adapter(gguf, adapter, tmp_path):
     result = invoke("generate", gguf, "--adapter-path", tmp_path / "none")
     assert result.exit_code == 4
     assert "Traceback" not in result.output
+
+
+def test_progress_is_the_share_of_the_weights(gguf):
+    shares = []
+    load(gguf, progress=shares.append)
+    assert shares == sorted(shares)
+    assert shares[0] == 0
+    assert 0.5 < shares[-1] < 1
+    assert len(set(shares)) > 10

@@ -20,8 +20,15 @@ from ..fusion.checks import BOUNDS, Reference, logits
 from ..fusion.report import Check
 from ..kernels.matmul.decode import decode
 from ..kernels.weight import AnySegment, Part, QuantizedWeight, type_name
-from ..nn.experts import QuantizedSwitchLinear, StreamedSwitchLinear, SwitchLinear
-from ..nn.linear import Embedding, Linear, StreamedEmbedding, StreamedLinear
+from ..nn.cpu import (
+    Embedding,
+    Linear,
+    StreamedEmbedding,
+    StreamedLinear,
+    StreamedSwitchLinear,
+    SwitchLinear,
+)
+from ..nn.experts import QuantizedSwitchLinear
 from ..nn.quantized import QuantizedEmbedding, QuantizedLinear
 from .cases import nearest_bits
 from .measure import Test, seconds

@@ -17,7 +17,9 @@ import mlx.core as mx
 
 from .. import __version__, blas, env, memory
 from ..gguf.exported import open_model
-from ..inspect.needs import needs
+from ..inspect.header import fit, verdict
+from ..inspect.needs import PLAIN, KVBits, needs
+from ..inspect.room import machine
 from ..kernels import unavailable
 from ..kernels.runtime import self_test, tuning
 from ..terminal import one_line
@@ -28,12 +30,13 @@ PACKAGES = ("mlx", "mlx-lm", "numpy", "transformers", "huggingface_hub")
 _GENERATIONS = {"13": "M1", "14": "M2", "15": "M3", "16": "M4", "17": "M5"}
 
 
-def diagnose(path: Path | None = None, context: int = 0) -> dict[str, Any]:
+def diagnose(path: Path | None = None, context: int = 0, bits: KVBits = PLAIN) -> dict[str, Any]:
     """Everything as plain data, ready for JSON; sizes in bytes.
 
     Args:
         path: a GGUF file that is to be judged too; its weights are not read.
         context: tokens it is to be used with, by default all it was made for.
+        bits: how keys and values are to be kept.
 
     Raises:
         GGUFError, UnsupportedError, ModelRefError: as for ``inspect``.
@@ -48,7 +51,7 @@ def diagnose(path: Path | None = None, context: int = 0) -> dict[str, Any]:
         "kernels": _kernels(),
     }
     if path is not None:
-        found["model"] = _model(path, context, found["device"])
+        found["model"] = _model(path, context, bits)
     return found
 
 
@@ -108,28 +111,11 @@ def _variants() -> Iterator[dict[str, str]]:
         yield {"kernel": recorded[0][0].name, "variant": case.name, "failure": failure}
 
 
-def _model(path: Path, context: int, device: dict[str, Any]) -> dict[str, Any]:
-    """``longest_context``: the most tokens that fit, at most those the model was made for."""
+def _model(path: Path, context: int, bits: KVBits) -> dict[str, Any]:
     with open_model(path) as file:
-        wanted = needs(file)
         trained = file.get(f"{file.architecture}.context_length", int, default=0)
-    tokens, budget = context or trained, device["budget"]
-    streamed = 0
-    if device["kind"] == "cpu":
-        wanted, streamed = wanted.without_kernels(budget)
-    total = wanted.weights + wanted.cache(tokens)
-    return {
-        "file": str(path),
-        "weights": wanted.weights,
-        "streamed": streamed,
-        "active": wanted.active,
-        "context": tokens,
-        "cache": wanted.cache(tokens),
-        "total": total,
-        "budget": budget,
-        "fits": total <= budget,
-        "longest_context": min(wanted.longest(budget), trained or (1 << 32)),
-    }
+        found = fit(needs(file), machine(unavailable() is None), context, trained, bits)
+    return {"file": str(path), **found}
 
 
 def render(found: dict[str, Any]) -> str:
@@ -173,19 +159,8 @@ def render(found: dict[str, Any]) -> str:
 
 def _verdict(model: dict[str, Any]) -> list[str]:
     name = one_line(Path(model["file"]).name)
-    verdict = "fits" if model["fits"] else "does not fit"
-    lines = [
-        f"{name} {verdict}: weights {_gb(model['weights'])} + cache of {model['context']:,} tokens "
-        f"{_gb(model['cache'])} = {_gb(model['total'])} of {_gb(model['budget'])}",
-        f"{_gb(model['active'])} of the file are read for each token",
-    ]
-    if model["streamed"]:
-        lines.append(f"{_gb(model['streamed'])} more are dequantised for each token: very slow")
-    if not model["fits"]:
-        longest = model["longest_context"]
-        advice = f"up to {longest:,} tokens fit" if longest else "the weights alone do not fit"
-        lines.append(f"{advice}; a smaller quantisation or --kv-bits takes less")
-    return lines
+    first, *rest = verdict(model)
+    return [f"{name} {first}", *rest, f"{_gb(model['active'])} are read for each token"]
 
 
 def _gb(count: int) -> str:

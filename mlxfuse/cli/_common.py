@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 
-from .. import __version__
-from ..errors import MLXFuseError
+from .. import __version__, env
+from ..errors import MLXFuseError, UnsupportedError
 from ..process import INTERRUPTED, fail, unexpected
 from ..terminal import neutralize, one_line
 from ._groups import flat
@@ -45,6 +45,7 @@ app = typer.Typer(
 def main() -> NoReturn:
     """The ``mlxfuse`` command; exits with the codes of ``mlxfuse.errors``."""
     sys.excepthook = unexpected
+    _expect_one_process()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     # The command object, not the app: calling the app would install typer's own excepthook.
@@ -53,6 +54,18 @@ def main() -> NoReturn:
 
 
 # [0<=x<=1] and [default: 1; x>=0]: an error tells the range too.
+def _expect_one_process() -> None:
+    """Stop under ``mlx.launch``, where each process would load and run the whole model."""
+    if (rank := env.launched_rank()) is None:
+        return
+    if rank == 0:
+        fail(
+            "mlx.launch starts several processes, and mlxfuse cannot share a model among them: "
+            "each would load all of it and answer by itself. Run the command without mlx.launch"
+        )
+    raise SystemExit(UnsupportedError.exit_code)
+
+
 _RANGE = re.compile(r"\s+\[[\d.]*<?=?x[<>=\d.]*\]|; [\d.]*<?=?x[<>=\d.]*(?=\])")
 
 

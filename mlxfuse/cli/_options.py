@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -153,17 +154,27 @@ class Loading(Fusing):
         of_model("A folder with a LoRA adapter that mlx_lm.lora wrote.", metavar="FOLDER"),
     ] = None
     act_quant: ActQuantOption = ActQuant.auto
+    ignore_memory: Annotated[
+        bool, of_model("Load a model that does not fit in memory.", "--ignore-memory", rare=True)
+    ] = False
 
-    def load(self, path: Path) -> tuple[Any, Any]:
-        """`mlxfuse.load` as the options say."""
+    def load(self, path: Path, say: Callable[[str], None]) -> tuple[Any, Any]:
+        """`mlxfuse.load` as the options say.
+
+        Args:
+            say: is told how far it has come.
+        """
         from ..loader import load
 
+        say(f"loading {path.name}")
         return load(
             path,
+            progress=lambda share: say(f"loading {path.name}: {share:.0%}"),
             adapter_path=self.adapter_path,
             dtype=self.dtype and self.dtype.value,
             fuse=self.fuse,
             act_quant=self.act_quant.value,
+            ignore_memory=self.ignore_memory,
         )
 
 
@@ -217,6 +228,27 @@ class Compression:
             return KVOptions.parse(self.kv_bits, self.kv_group_size, self.kv_rotate, self.kv_layers)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What a model is to be used with, where it is only judged."""
+
+    context: Annotated[
+        int,
+        of_model("Tokens it is to be used with (default: all it can).", "-c", "--ctx-size", min=0),
+    ] = 0
+    kv_bits: Annotated[
+        str | None,
+        of_cache("With a compressed key-value cache: 8, 4 or for example k8v4.", metavar="BITS"),
+    ] = None
+
+    def bits(self) -> Any:
+        """A `KVBits`; a usage error where the option means nothing."""
+        from ..inspect.needs import PLAIN, KVBits
+
+        scheme = Compression(kv_bits=self.kv_bits).scheme()
+        return KVBits(scheme.k_bits, scheme.v_bits, scheme.group_size) if scheme else PLAIN
 
 
 QuantizedKVStart = Annotated[

@@ -69,11 +69,10 @@ def chat_command(
     path = model.fetch()
     stdout, interactive = sys.stdout, sys.stdin.isatty() and sys.stdout.isatty()
     with redirect_stdout(sys.stderr), status_line(True) as say:
-        say(f"loading {path.name}")
         from ..text.chat import Chat
         from ..text.generate import Settings
 
-        loaded, tokenizer = load.load(path)
+        loaded, tokenizer = load.load(path, say)
         report = loaded.load_report
         chat = Chat(loaded, tokenizer, Settings(**{**report.sampling, **given}))
     if interactive:
@@ -251,6 +250,8 @@ def _typed(chat: Chat) -> Iterator[str]:
             print("Ctrl-C again, Ctrl-D or /bye to leave", file=sys.stderr)
             continue
         interrupts = 0
+        if text.strip() in ("exit", "quit"):  # as in other programs, and no message to a model
+            return
         yield text
 
 

@@ -12,25 +12,21 @@ from ._models import before_imports, expect_gguf
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged(opt.Model):
+class Examined(opt.Model):
     model: Annotated[str | None, opt.model_argument("A model to judge: does it fit here?")] = None
 
 
 @command("Look", "mlxfuse doctor model-Q4_K_M.gguf -c 8192")
 def doctor_command(
-    model: Judged,
+    model: Examined,
+    judged: opt.Judged,
     out: opt.Output,
-    context: Annotated[
-        int,
-        opt.of_model(
-            "Tokens it is to be used with (default: all it can).", "-c", "--ctx-size", min=0
-        ),
-    ] = 0,
 ) -> None:
     """Show this machine, the kernels' self-tests, and whether a model fits; loads no weights."""
+    bits = judged.bits()
     path = None if model.ref is None else expect_gguf(model.fetch(), "doctor")
     before_imports()
     from ..bench.doctor import diagnose, render
 
-    found = diagnose(path, context)
+    found = diagnose(path, judged.context, bits)
     print(json.dumps(found) if out.as_json else render(found))

@@ -146,7 +146,6 @@ def generate_command(
     stdout = sys.stdout
     # mlx-lm prints warnings on stdout.
     with redirect_stdout(sys.stderr), status_line(talk.shown and not out.as_json) as say:
-        say(f"loading {path.name}")
         from .. import kernels
         from ..text import generate as engine
         from ..text import prompt_cache
@@ -156,7 +155,7 @@ def generate_command(
         kernels.launches.clear()
         kernels.fallbacks.clear()
         start = time.perf_counter()
-        loaded, tokenizer = load.load(path)
+        loaded, tokenizer = load.load(path, say)
         draft = drafting.load(draft_path or None, tokenizer)
         load_seconds = time.perf_counter() - start
         say("reading the prompt")

@@ -56,13 +56,13 @@ def _about(path: Any) -> dict[str, Any]:
     from ..hub.folders import is_checkpoint
     from ..inspect.checkpoint import inspect_checkpoint
     from ..inspect.header import inspect
-    from ..memory import budget
+    from ..memory import machine
 
     row: dict[str, Any] = {"path": str(path), "size": None, "type": "", "architecture": ""}
     try:
         if is_checkpoint(path):
             found = inspect_checkpoint(path)
-            fits = found["size"] < budget()
+            fits = found["size"] < machine().budget
             problem = ""
         else:
             found = inspect(path)

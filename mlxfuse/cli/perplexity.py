@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -73,11 +74,10 @@ def perplexity_command(
     kv = cache.scheme()
     path = model.fetch()
     with redirect_stdout(sys.stderr), status_line(not out.as_json) as say:
-        say(f"loading {path.name}")
         from ..nn.kv.options import check_model, compressed, plain_caches
         from ..text.perplexity import Way, perplexity, render
 
-        loaded, tokenizer = load.load(path)
+        loaded, tokenizer = load.load(path, say)
         ids = tokenizer.encode(text)
         way = Way(loaded, lambda: plain_caches(loaded))
         plain = Way(_with_floats(loaded), way.make_caches)
@@ -85,8 +85,7 @@ def perplexity_command(
             check_model(loaded, kv, force=cache.kv_force)
             way = Way(loaded, lambda: compressed(plain_caches(loaded), kv))
         if base is not None:
-            say(f"loading {base}")
-            plain = _other(replace(model, model=base, model_option=None), load, text, ids)
+            plain = _other(replace(model, model=base, model_option=None), load, say, text, ids)
         report = perplexity(
             ids,
             way,
@@ -113,7 +112,9 @@ def perplexity_command(
     show_report(loaded.load_report)
 
 
-def _other(model: opt.Model, load: opt.Loading, text: str, ids: list[int]) -> Way:
+def _other(
+    model: opt.Model, load: opt.Loading, say: Callable[[str], None], text: str, ids: list[int]
+) -> Way:
     """The way to compare with that is another file.
 
     Raises:
@@ -123,7 +124,7 @@ def _other(model: opt.Model, load: opt.Loading, text: str, ids: list[int]) -> Wa
     from ..text.perplexity import Way
 
     path = model.fetch()
-    loaded, tokenizer = load.load(path)
+    loaded, tokenizer = load.load(path, say)
     if tokenizer.encode(text) != ids:
         raise MLXFuseError(
             f"--base {path}: expected the same tokens for the text as MODEL has, found others: "

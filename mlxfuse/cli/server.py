@@ -44,15 +44,24 @@ def server_command(
     allowed_origins: Annotated[
         str,
         opt.option(
-            SERVER, "Web pages that may call it (CORS), with commas; * for all.", metavar="URLS"
+            SERVER,
+            "Web pages that may call it (CORS), with commas; * for all.",
+            metavar="URLS",
+            rare=True,
         ),
     ] = "",
     prompt_cache_size: Annotated[
         int,
-        opt.option(SERVER, "Conversations whose prompt caches are kept.", min=1, metavar="INTEGER"),
+        opt.option(
+            SERVER,
+            "Conversations whose prompt caches are kept.",
+            min=1,
+            metavar="INTEGER",
+            rare=True,
+        ),
     ] = 10,
     log_level: Annotated[
-        str, opt.option(SERVER, "DEBUG, INFO, WARNING or ERROR.", metavar="LEVEL")
+        str, opt.option(SERVER, "DEBUG, INFO, WARNING or ERROR.", metavar="LEVEL", rare=True)
     ] = "WARNING",
     chat_template_config: text_opt.ChatTemplateConfig = None,
 ) -> None:
@@ -72,12 +81,11 @@ def server_command(
     path = model.fetch()
     logging.basicConfig(level=level, format="%(asctime)s - %(levelname)s - %(message)s")
     with status_line(True) as say:
-        say(f"loading {path.name}")
         from ..server.app import Server
         from ..server.engine import Limits
         from ..text.generate import Settings
 
-        loaded, tokenizer = load.load(path)
+        loaded, tokenizer = load.load(path, say)
         server = Server(
             loaded,
             tokenizer,

@@ -26,9 +26,10 @@ from ..gguf.blocks import dequantize
 from ..gguf.exported import ExportedFile, open_model
 from ..models.config import read_config
 from ..models.plan import plan, stored_rows
-from ..tokenizer.load import load_tokenizer
+from ..tokenizer.vocab import read_vocab
 from .folder import new_folder
 from .streams import Progress, Unit, write_shards
+from .tokenizer import check_tokenizer, save_tokenizer
 
 if TYPE_CHECKING:
     from ..formats import Format
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from ..models.plan import WeightPlan
     from ..models.rows import RowSource
     from ..models.table import Config
+    from ..tokenizer.vocab import Vocab
 
 GROUP = 32
 EXACT = {name: bits for name, (bits, _) in AFFINE.items()}
@@ -68,12 +70,13 @@ def export_mlx(
         MLXFuseError, OSError: as for `mlxfuse.export.streams.export`.
     """
     with open_model(path) as file:
-        config = read_config(file)
+        config, vocab = read_config(file), read_vocab(file.metadata, file.path)
+        check_tokenizer(vocab, file.path)
         weights = plan(file, config)
         if isinstance(file, ExportedFile):
             file.arrange(stored_rows(weights))
         every = [w for part in (weights.outer, *weights.layers) for w in part]
-        described = _describe(file, config)
+        described = _describe(file, config, vocab)
         exact, rounded = Counter[str](), Counter[str]()
         units = []
         for weight in every:
@@ -98,12 +101,12 @@ def export_mlx(
         with new_folder(target, force=force, nbytes=size, sources=(*file.paths, path)) as folder:
             write_shards(folder, units, {"format": "mlx"}, progress)
             with redirect_stdout(stderr):
-                load_tokenizer(file).save_pretrained(folder)
+                save_tokenizer(vocab, folder)
             (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", "utf-8")
     return {"exact": dict(exact), "float16": dict(rounded)}
 
 
-def _describe(file: GGUFFile, config: Config) -> dict[str, Any]:
+def _describe(file: GGUFFile, config: Config, vocab: Vocab) -> dict[str, Any]:
     """``config.json`` as mlx-lm's model reads it."""
     args = dict(config.args)
     name = config.architecture.module.rpartition(".")[2]
@@ -118,12 +121,12 @@ def _describe(file: GGUFFile, config: Config) -> dict[str, Any]:
     if args["model_type"] == "phi3":
         args["partial_rotary_factor"] = config.rope.dims / args["head_dim"]
     biased = any(name.endswith("attn_q.bias") for name in file.tensors)
-    end = file.get("tokenizer.ggml.eos_token_id", int, default=None)
     return {
         **args,
         "attention_bias": biased,
         "torch_dtype": "float16",
-        **({} if end is None else {"eos_token_id": end}),
+        # All tokens that end an answer, as mlx-lm takes them.
+        "eos_token_id": sorted(vocab.eog),
         "quantization": {"group_size": GROUP, "bits": 4},
     }
 

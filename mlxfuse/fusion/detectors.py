@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import NotFusible
+from ..nn.activations import PLAIN
 from ..nn.attention import AttentionForm, FusedAttention, FusedSharedAttention
 from ..nn.block import BlockForm, FusedBlock
 from ..nn.delta_net import DeltaNetForm, FusedDeltaNet
@@ -27,7 +28,6 @@ from ..nn.join_linears import (
     join_experts,
     single,
 )
-from ..nn.linear import PLAIN
 from ..nn.mlp import FusedMLP, MLPForm
 from ..nn.moe import ExpertsForm, FusedExperts, FusedMoE, FusedWeightedExperts, MoEForm
 from ..nn.post_norm import FusedPostNormBlock, PostNormForm

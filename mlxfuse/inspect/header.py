@@ -2,44 +2,46 @@
 
 from __future__ import annotations
 
-import re
-import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from ..errors import GGUFError, UnsupportedError
 from ..gguf.exported import open_model
-from ..gguf.reader import GGUFFile, Tensor
-from ..memory import budget
+from ..gguf.reader import GGUFFile
+from ..memory import Machine, machine
 from ..models import ARCHITECTURES
 from ..models.config import read_config
-from ..models.plan import plan
+from ..models.plan import Plan, WeightPlan, plan
 from ..terminal import one_line
 from ..tokenizer.vocab import read_vocab
-from .needs import Needs, blocks, needs
+from .needs import PLAIN, KVBits, Needs, blocks, needs
 
-# Tensors that one kernel can compute together: the group's name -> its members, in order.
-GROUPS: dict[str, tuple[str, ...]] = {
-    "q|k|v": ("attn_q", "attn_k", "attn_v"),
-    "gate|up": ("ffn_gate", "ffn_up"),
-    "experts gate|up": ("ffn_gate_exps", "ffn_up_exps"),
-    "shared gate|up": ("ffn_gate_shexp", "ffn_up_shexp"),
-    "delta net input": ("attn_qkv", "attn_gate", "ssm_beta", "ssm_alpha"),
+# What the groups of the architectures' tables are called here; others by their own name.
+TITLES = {
+    "qkv": "q|k|v",
+    "gate_up": "gate|up",
+    "experts_gate_up": "experts gate|up",
+    "shared_gate_up": "shared gate|up",
+    "in_proj": "delta net input",
 }
-# Tensors that llama.cpp's converters already store as one.
-WHOLE = {"attn_qkv": "q|k|v", "ffn_up": "gate|up", "ffn_gate_up_exps": "experts gate|up"}
 
-_LAYER_WEIGHT = re.compile(r"blk\.(\d{1,6})\.(\w+)\.weight")
+_NOTES = {"stored as one": " (stored as one)", "apart": " (not one kernel)"}
+_TEMPLATE = "tokenizer.chat_template"
 
 
-def inspect(path: Path) -> dict[str, Any]:
+def inspect(path: Path, context: int = 0, bits: KVBits = PLAIN) -> dict[str, Any]:
     """The header of ``path`` as plain data, ready for JSON. Sizes are in bytes.
 
+    Args:
+        context: tokens it is to be used with, by default all it was made for.
+        bits: how keys and values are to be kept.
+
     ``fusion`` holds, for each group of tensors, its layers by the formats of its members:
-    ``equal`` (one format), ``mixed`` (a format a member, still one kernel), ``stored as one``.
+    ``equal`` (one format), ``mixed`` (a format a member, still one kernel), ``stored as one``, or
+    ``apart`` (a member's format has no kernel).
 
     Raises:
         GGUFError: the file is malformed.
@@ -51,9 +53,9 @@ def inspect(path: Path) -> dict[str, Any]:
         layers, ahead = blocks(file)
         wanted = needs(file)
         ignored = {"blocks": ahead, "bytes": wanted.ignored}
-        context = file.get(f"{architecture}.context_length", int, default=0)
+        trained = file.get(f"{architecture}.context_length", int, default=0)
         types = _types(file)
-        unsupported = _unsupported(file)
+        planned, unsupported = _planned(file)
         return {
             "file": str(file.path),
             "shards": len(file.paths),
@@ -64,56 +66,81 @@ def inspect(path: Path) -> dict[str, Any]:
             "name": file.get("general.name", str, default=""),
             "parameters": sum(prod(t.shape) for t in file.tensors.values()),
             "layers": layers,
-            "context_length": context,
+            "context_length": trained,
             "tokenizer": {
                 "model": file.get("tokenizer.ggml.model", str, default=""),
                 "pre": file.get("tokenizer.ggml.pre", str, default=""),
                 "tokens": len(file.get("tokenizer.ggml.tokens", list, default=[])),
             },
-            "chat_template": bool(file.get("tokenizer.chat_template", str, default="")),
+            "chat_template": any(key.startswith(_TEMPLATE) for key in file.metadata),
             "tensor_types": types,
-            "fusion": _fusion(file),
-            "memory": _memory(wanted, context),
+            "fusion": _fusion(planned.layers if planned else ()),
+            "memory": fit(wanted, machine(), context, trained, bits),
             **({"ignored": ignored} if ahead else {}),
             "unsupported": unsupported,
         }
 
 
-def _unsupported(file: GGUFFile) -> list[str]:
-    """Why ``load`` would refuse the file, as far as the header tells; empty if it would not."""
+def _planned(file: GGUFFile) -> tuple[Plan | None, list[str]]:
+    """What of the file goes where; and why ``load`` would refuse it, as far as the header tells,
+    empty if it would not."""
     if file.architecture not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
-        return [f"architecture {file.architecture}; supported: {known}"]
-    checks: tuple[Callable[[], object], ...] = (
-        lambda: plan(file, read_config(file)),
-        lambda: read_vocab(file.metadata, file.path),
-    )
-    reasons = []
-    for check in checks:
-        try:
-            check()
-        except (GGUFError, UnsupportedError) as error:
-            reasons.append(str(error).removeprefix(f"{file.path}: "))
-    return reasons
+        return None, [f"architecture {file.architecture}; supported: {known}"]
+    planned, reasons = None, []
+    try:
+        planned = plan(file, read_config(file))
+    except (GGUFError, UnsupportedError) as error:
+        reasons.append(str(error).removeprefix(f"{file.path}: "))
+    try:
+        read_vocab(file.metadata, file.path)
+    except (GGUFError, UnsupportedError) as error:
+        reasons.append(str(error).removeprefix(f"{file.path}: "))
+    return planned, reasons
 
 
-def _memory(wanted: Needs, context: int) -> dict[str, int]:
-    """Bytes in memory, and read for each token; the cache is that of the whole context.
+def fit(wanted: Needs, here: Machine, context: int, trained: int, bits: KVBits) -> dict[str, Any]:
+    """What a model takes on a machine, in bytes, and whether it fits.
 
-    ``budget``: what this machine has for them; ``longest_context``: tokens with which they fit;
-    ``streamed``: what is dequantised for each token, where there are no kernels.
+    ``weights`` and ``active`` are as in the file; ``held`` is what stays in memory of them,
+    ``apart`` what of them has no kernel and becomes ordinary numbers, by type, ``streamed`` what is
+    dequantised for each token; ``longest_context`` is in tokens.
     """
-    here, held, streamed = budget(), wanted, 0
-    if sys.platform != "darwin":
-        held, streamed = wanted.without_kernels(here)
+    tokens = context or trained
+    use = wanted.on(here, tokens, bits)
     return {
         "weights": wanted.weights,
-        "cache": wanted.cache(context),
         "active": wanted.active,
-        "budget": here,
-        "streamed": streamed,
-        "longest_context": min(held.longest(here), context or 1 << 32),
+        "apart": wanted.apart if here.kernels else {},
+        "held": use.weights,
+        "streamed": use.streamed,
+        "context": tokens,
+        "cache": use.cache,
+        "prompt": use.prompt,
+        "total": use.total,
+        "budget": here.budget,
+        "fits": use.total <= here.budget,
+        "longest_context": min(wanted.longest(here, bits), trained or 1 << 32),
     }
+
+
+def verdict(memory: Mapping[str, Any]) -> list[str]:
+    """`fit`'s result in sentences."""
+    parts = {name: _bytes(memory[name]) for name in ("held", "cache", "prompt", "total", "budget")}
+    lines = [
+        "{}: weights {held} + cache of {:,} tokens {cache} + a long prompt {prompt} = {total} of "
+        "{budget}".format("fits" if memory["fits"] else "does not fit", memory["context"], **parts)
+    ]
+    if apart := memory["apart"]:
+        sizes = ", ".join(f"{_bytes(size)} of {name}" for name, size in apart.items())
+        lines.append(f"{sizes} have no kernel and become 16-bit numbers")
+    if memory["streamed"]:
+        lines.append(f"{_bytes(memory['streamed'])} are dequantised for each token: very slow")
+    if not memory["fits"]:
+        longest = memory["longest_context"]
+        fits = f"up to {longest:,} tokens fit" if longest else "the weights alone do not fit"
+        lines.append(f"{fits}; a smaller quantisation or --kv-bits takes less")
+    return lines
 
 
 def _types(file: GGUFFile) -> list[dict[str, Any]]:
@@ -135,42 +162,37 @@ def _types(file: GGUFFile) -> list[dict[str, Any]]:
     ]
 
 
-def _fusion(file: GGUFFile) -> dict[str, list[dict[str, Any]]]:
-    weights: dict[int, dict[str, Tensor]] = defaultdict(dict)
-    for tensor in file.tensors.values():
-        if match := _LAYER_WEIGHT.fullmatch(tensor.name):
-            weights[int(match[1])][match[2]] = tensor
-    # Some architectures give a list, one length a layer; none of those stores gate|up as one.
-    length = file.metadata.get(f"{file.architecture}.feed_forward_length")
-    hidden = length if isinstance(length, int) else None
+def _fusion(layers: Sequence[Sequence[WeightPlan]]) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, dict[tuple[str, tuple[str, ...]], list[int]]] = {}
-    for layer in sorted(weights):
-        for group, formats, kind in _groups(weights[layer], hidden):
-            found.setdefault(group, defaultdict(list))[kind, formats].append(layer)
+    for number, layer in enumerate(layers):
+        groups: dict[str, list[WeightPlan]] = defaultdict(list)
+        for weight in layer:
+            if weight.group:
+                name = weight.group.rpartition(".")[2]
+                experts = name == "gate_up" and len(weight.shape) == 3
+                groups["experts_gate_up" if experts else name].append(weight)
+        for name, weights in groups.items():
+            kinds = found.setdefault(TITLES.get(name, name), defaultdict(list))
+            kinds[_kind(weights)].append(number)
     return {
         group: [
-            {"kind": kind, "types": list(formats), "layers": layers}
-            for (kind, formats), layers in kinds.items()
+            {"kind": kind, "types": list(formats), "layers": numbers}
+            for (kind, formats), numbers in kinds.items()
         ]
         for group, kinds in found.items()
     }
 
 
-def _groups(
-    layer: Mapping[str, Tensor], hidden: int | None
-) -> Iterable[tuple[str, tuple[str, ...], str]]:
-    """(group, formats, kind) for what one layer's tensors allow."""
-    for group, members in GROUPS.items():
-        if all(member in layer for member in members):
-            formats = tuple(layer[member].format.name for member in members)
-            yield group, formats, "equal" if len(set(formats)) == 1 else "mixed"
-    recurrent = "ssm_out" in layer
-    for name, group in WHOLE.items():
-        if name == "attn_qkv" and recurrent:  # it is no q, k and v
-            continue
-        # An ffn_up of its usual height is a plain MLP's, which has no gate.
-        if name in layer and (name != "ffn_up" or layer[name].shape[0] == 2 * (hidden or -1)):
-            yield group, (layer[name].format.name,), "stored as one"
+def _kind(weights: Iterable[WeightPlan]) -> tuple[str, tuple[str, ...]]:
+    """How the tensors of a group go together, and their formats."""
+    sources = [source for weight in weights for source in weight.weight]
+    tensors = {source.tensor.name: source.format for source in sources}
+    formats = tuple(format.name for format in tensors.values())
+    if any(format.quantized and not format.traits for format in tensors.values()):
+        return "apart", formats
+    if len(tensors) == 1:
+        return "stored as one", formats
+    return "equal" if len(set(formats)) == 1 else "mixed", formats
 
 
 def render(summary: Mapping[str, Any]) -> str:
@@ -187,8 +209,8 @@ def render(summary: Mapping[str, Any]) -> str:
         ("parameters", f"{summary['parameters']:,} in {summary['layers']} layers"),
         ("context", f"{summary['context_length']:,} tokens"),
         ("tokenizer", f"{kind or '-'}, {tokenizer['tokens']:,} tokens"),
-        ("memory", _spoken(summary["memory"])),
-        ("this machine", _here(summary["memory"], summary["context_length"])),
+        ("read", f"{_bytes(summary['memory']['active'])} for each token"),
+        *zip(("this machine", "", "", ""), verdict(summary["memory"]), strict=False),
         ("chat template", "yes" if summary["chat_template"] else "no"),
     ]
     lines = [f"{label:<14}{value}" for label, value in rows]
@@ -201,8 +223,9 @@ def render(summary: Mapping[str, Any]) -> str:
         lines += ["", f"{'together':<17}{'types':<24}{'layers'}"]
     for group, kinds in summary["fusion"].items():
         for entry in kinds:
-            types = entry["types"] if entry["kind"] == "mixed" else entry["types"][:1]
-            note = " (stored as one)" if entry["kind"] == "stored as one" else ""
+            alike = entry["kind"] in ("equal", "stored as one")
+            types = entry["types"][:1] if alike else entry["types"]
+            note = _NOTES.get(entry["kind"], "")
             lines.append(f"{group:<17}{'|'.join(types) + note:<24}{_ranges(entry['layers'])}")
     if ahead := summary.get("ignored"):
         count = f"{ahead['blocks']} block{'s' * (ahead['blocks'] > 1)}"
@@ -211,20 +234,6 @@ def render(summary: Mapping[str, Any]) -> str:
         lines += ["", f"{count} that {predicts} tokens after the next, {size}: not used"]
     lines += [f"\nnot supported: {one_line(reason, 1000)}" for reason in summary["unsupported"]]
     return "\n".join(lines)
-
-
-def _spoken(memory: Mapping[str, int]) -> str:
-    weights, cache, active = (_bytes(memory[k]) for k in ("weights", "cache", "active"))
-    return f"{weights} and a cache of up to {cache}; {active} read for each token"
-
-
-def _here(memory: Mapping[str, int], context: int) -> str:
-    longest, budget = memory["longest_context"], _bytes(memory["budget"])
-    if not longest:
-        return f"does not fit in about {budget}"
-    tokens = "its whole context" if longest == context else f"{longest:,} tokens"
-    slow = f", {_bytes(memory['streamed'])} dequantised for each: very slow"
-    return f"fits with {tokens} in about {budget}{slow if memory['streamed'] else ''}"
 
 
 def _bytes(count: int) -> str:

@@ -3,103 +3,176 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Container
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-import numpy as np
-
+from ..errors import GGUFError, UnsupportedError
 from ..gguf.reader import GGUFFile
+from ..memory import Machine
+from ..models.config import read_config
+from ..models.plan import Plan, WeightPlan, groups, plan
 
-_LAYER = re.compile(r"blk\.(\d{1,6})\.")
-_KEYS = re.compile(r"blk\.(\d{1,6})\.attn_(k|v|k_norm)\.weight")
-_EXPERTS = re.compile(r"blk\.\d{1,6}\.ffn_(gate|up|down|gate_up)_exps\.(weight|bias)")
+STEP = 2048
+"""Tokens of a prompt that are processed at a time, as by mlx-lm's ``prefill_step_size``."""
+
+# A token reads one row of these, unless the first is the output head too.
+_EMBEDDING = "token_embd.weight"
+_TABLES = (_EMBEDDING, "per_layer_token_embd.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """Bytes that a model takes on a machine.
+
+    weights   what stays in memory of them.
+    cache     of the keys and values of a context, and the state of recurrent layers.
+    prompt    what a step of a long prompt takes besides: activations, and the largest matrix
+              dequantised for it.
+    streamed  of the weights that are dequantised anew for each token, as they do not fit.
+    """
+
+    weights: int
+    cache: int
+    prompt: int
+    streamed: int = 0
+
+    @property
+    def total(self) -> int:
+        """What has to fit."""
+        return self.weights + self.cache + self.prompt
+
+
+@dataclass(frozen=True, slots=True)
+class KVBits:
+    """How keys and values are kept: bits of each, and the values that share a scale and a bias.
+
+    full_only  layers with a sliding window keep theirs in 16 bits.
+    """
+
+    keys: int = 16
+    values: int = 16
+    group: int = 64
+    full_only: bool = False
+
+    def token(self, values: int) -> int:
+        """Bytes of a layer's keys and values of a token, ``values`` numbers in all."""
+        half = values // 2
+        scales = -(-half // self.group) * 4  # two of 16 bits
+        sides = (self.keys, self.values)
+        return sum(half * bits // 8 + (scales if bits < 16 else 0) for bits in sides)
+
+
+PLAIN = KVBits()
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
     """Bytes, unless said otherwise.
 
-    weights        of all tensors, as they lie in the file; what stays in memory where every
-                   type has a kernel.
-    dense          of all matrices in float32: what the CPU's reference path would keep.
-    active         read for one decoded token: all weights but the embedding's other rows and
-                   the experts that are not chosen.
-    kv             (bytes a token, tokens it is kept for or 0 for all) of each layer, in float16.
-    state          of the layers with a recurrence, however many tokens there were.
-    ignored        of the blocks that predict tokens after the next one; they are not loaded and in
-                   none of the others.
+    weights   of all tensors that are loaded, as they lie in the file.
+    active    read of them for one decoded token: all but the embedding's other rows and the
+              experts that are not chosen.
+    kv        (values a token, tokens they are kept for or 0 for all) of each layer.
+    kept      of the matrices whose type has a kernel, which stay as they are in the file.
+    plain     values of all other weights, which become ordinary numbers.
+    apart     type -> bytes in the file, of the quantised matrices whose type has no kernel.
+    dense     of all weights in float32: what the CPU's reference path would keep.
+    state     of the layers with a recurrence, however many tokens there were.
+    ignored   of tensors that are not loaded; they are in none of the others.
+    largest   values of the largest matrix, or fused matrices, of which a long prompt makes a copy.
+    width     values of one token of a prompt that its widest layer computes.
     """
 
     weights: int
-    dense: int
     active: int
     kv: tuple[tuple[int, int], ...]
+    kept: int
+    plain: int
+    apart: dict[str, int]
+    dense: int
     state: int = 0
     ignored: int = 0
+    largest: int = 0
+    width: int = 0
 
-    def cache(self, tokens: int) -> int:
-        """Bytes of the key-value cache after ``tokens``, and of the recurrent layers' state."""
-        return self.state + sum(size * min(tokens, window or tokens) for size, window in self.kv)
+    def cache(self, tokens: int, bits: KVBits = PLAIN) -> int:
+        """Bytes of the caches after ``tokens``; what is plain is in 16 bits."""
+        return self.state + sum(
+            (PLAIN if window and bits.full_only else bits).token(values)
+            * min(tokens, window or tokens)
+            for values, window in self.kv
+        )
 
-    def without_kernels(self, budget: int) -> tuple[Needs, int]:
-        """What stays in memory on a CPU, and bytes more that are dequantised for every token.
+    def on(self, machine: Machine, tokens: int, bits: KVBits = PLAIN) -> Use:
+        """What the model takes there with a context of ``tokens``.
 
-        Matrices are float32 for as long as half of the memory lasts; so is the cache.
+        Where kernels run, numbers have 16 bits. On a CPU they have 32, and matrices are kept for
+        as long as half of the memory lasts.
         """
-        held = min(self.dense, budget // 2)
-        kv = tuple((2 * size, window) for size, window in self.kv)
-        return replace(self, weights=held, kv=kv), self.dense - held
+        step = min(tokens, STEP)
+        if machine.kernels:
+            prompt = 2 * (self.largest + step * self.width)
+            return Use(self.kept + 2 * self.plain, self.cache(tokens, bits), prompt)
+        held = min(self.dense, machine.budget // 2)
+        cache = self.cache(tokens, bits)
+        cache += cache - self.state if bits == PLAIN else 0
+        return Use(held, cache, 4 * step * self.width, self.dense - held)
 
-    def longest(self, budget: int) -> int:
-        """The most tokens of which weights and cache fit in ``budget``; 0 if none."""
+    def longest(self, machine: Machine, bits: KVBits = PLAIN) -> int:
+        """The most tokens with which the model fits on a machine; 0 if none."""
         low, high = 0, 1 << 32
         while low < high:
             middle = (low + high + 1) // 2
-            fits = self.weights + self.cache(middle) <= budget
+            fits = self.on(machine, middle, bits).total <= machine.budget
             low, high = (middle, high) if fits else (low, middle - 1)
         return low
 
 
 def needs(file: GGUFFile) -> Needs:
-    """What the header tells; a key that a file lacks counts as llama.cpp's default.
-
-    Raises:
-        GGUFError: a key has another type than it must have.
-    """
-    arch = file.architecture
-    used = file.get(f"{arch}.expert_used_count", int, default=0)
-    total = file.get(f"{arch}.expert_count", int, default=0)
-    layers, _ = blocks(file)
-    own = layers - _shared(file)
-    weights = active = dense = ignored = 0
-    # A token reads one row of these.
-    tables = ["token_embd.weight"] if "output.weight" in file.tensors else []
-    tables.append("per_layer_token_embd.weight")
-    for tensor in file.tensors.values():
-        if tensor.name == "rope_freqs.weight":
-            continue
-        size = tensor.nbytes
-        match, shared = _LAYER.match(tensor.name), _KEYS.fullmatch(tensor.name)
-        if (match and int(match[1]) >= layers) or (shared and int(shared[1]) >= own):
-            ignored += size
-            continue
-        weights += size
-        dense += math.prod(tensor.shape) * 4
-        if _EXPERTS.fullmatch(tensor.name) and 0 < used < total:
-            size = size * used // total
-        elif tensor.name in tables:
-            size = size // max(1, tensor.shape[0])
-        active += size
-    recurrent = [i for i in range(layers) if f"blk.{i}.ssm_out.weight" in file.tensors]
-    state = len(recurrent) * _state(file) if recurrent else 0
-    return Needs(weights, dense, active, _caches(file, layers, recurrent), state, ignored)
+    """What a header tells. Of an architecture that is not supported, only of its tensors."""
+    try:
+        return needs_of(file, plan(file, read_config(file)))
+    except (GGUFError, UnsupportedError):
+        sizes = [(tensor.nbytes, math.prod(tensor.shape)) for tensor in file.tensors.values()]
+        total, values = (sum(column) for column in zip(*sizes, strict=True)) if sizes else (0, 0)
+        return Needs(total, total, (), total, 0, {}, 4 * values)
 
 
-def _shared(file: GGUFFile) -> int:
-    """How many layers, the last ones, read the keys and values of an earlier one."""
-    return file.get(f"{file.architecture}.attention.shared_kv_layers", int, default=0)
+def needs_of(file: GGUFFile, weights: Plan) -> Needs:
+    """What a plan of the file's weights says."""
+    config = weights.config
+    every = [weight for part in (weights.outer, *weights.layers) for weight in part]
+    used = {s.tensor.name for weight in every for s in (*weight.weight, *weight.bias)}
+    values = sum(map(_values, every))
+    kept = kept_values = largest = 0
+    apart: dict[str, int] = {}
+    for group in groups(weights):
+        count = sum(_values(weight, bias=False) for weight in group.weights)
+        if group.has_kernel:
+            kept += sum(source.nbytes for source in group.sources)
+            kept_values += count
+            if not group.weights[0].module.endswith("embed_tokens") or config.tied:
+                largest = max(largest, count // group.sources[0].experts)
+        for source in group.sources:
+            if source.format.quantized and not group.has_kernel:
+                name = source.format.name
+                apart[name] = apart.get(name, 0) + source.nbytes
+    layers = [config.sizes_of(i) for i in range(config.layers)]
+    return Needs(
+        weights=sum(map(_stored, every)),
+        active=sum(_read(file, weight, config.tied) for weight in every),
+        kv=tuple((sizes["cache"], sizes["window"]) for sizes in layers if sizes["cache"]),
+        kept=kept,
+        plain=values - kept_values,
+        apart=apart,
+        dense=4 * values,
+        state=sum(sizes["state"] for sizes in layers),
+        ignored=sum(
+            t.nbytes for n, t in file.tensors.items() if n not in used and n[:5] != "rope_"
+        ),
+        largest=largest,
+        width=max((_width(file, layer) for layer in weights.layers), default=0),
+    )
 
 
 def blocks(file: GGUFFile) -> tuple[int, int]:
@@ -113,53 +186,37 @@ def blocks(file: GGUFFile) -> tuple[int, int]:
     return count - ahead, ahead
 
 
-def _state(file: GGUFFile) -> int:
-    """Of a gated delta net: its last inputs in float16, and a float32 matrix for each value head.
-
-    llama.cpp's names: see ``models.families``.
-    """
-    names = ("conv_kernel", "inner_size", "state_size", "group_count")
-    kernel, inner, head, groups = (
-        file.get(f"{file.architecture}.ssm.{name}", int, default=0) for name in names
-    )
-    return 2 * max(0, kernel - 1) * (inner + 2 * groups * head) + 4 * inner * head
+def _stored(weight: WeightPlan) -> int:
+    sources = (*weight.weight, *weight.bias)
+    return sum(math.prod(s.shape) * s.format.type_size // s.format.block_size for s in sources)
 
 
-def _caches(file: GGUFFile, layers: int, recurrent: Container[int]) -> tuple[tuple[int, int], ...]:
-    """Of each layer with attention that has keys and values of its own."""
-    arch = file.architecture
+def _values(weight: WeightPlan, bias: bool = True) -> int:
+    sources = (*weight.weight, *weight.bias) if bias else weight.weight
+    return sum(math.prod(source.shape) for source in sources)
 
-    def each(key: str, default: int, layers: int) -> list[int]:
-        """One value a layer; a file gives one number or a list."""
-        value: Any = file.metadata.get(f"{arch}.{key}", default)
-        if isinstance(value, np.ndarray) and value.dtype.kind in "biu":
-            value = [int(v) for v in value[:layers]]
-            return [*value, *[default] * (layers - len(value))]
-        return [int(value)] * layers if isinstance(value, int) else [default] * layers
 
-    heads = file.get(f"{arch}.attention.head_count", int, default=0) if layers else 0
-    embd = file.get(f"{arch}.embedding_length", int, default=0)
-    head = embd // heads if heads else 0
-    keys = file.get(f"{arch}.attention.key_length", int, default=head)
-    values = file.get(f"{arch}.attention.value_length", int, default=head)
-    window = file.get(f"{arch}.attention.sliding_window", int, 4096 if arch == "gemma2" else 0)
-    # The cache of these architectures' sliding layers is bounded. The numbers are their periods.
-    periods = {"gemma2": 2, "gemma3": 6, "gpt-oss": 2, "gemma4": 6}
-    slides = [0] * layers
-    if window and arch in periods:
-        name = "attention.sliding_window_pattern"
-        slides, period = each(name, 0, layers), file.metadata.get(f"{arch}.{name}", periods[arch])
-        if type(period) is int:
-            slides = [int((i + 1) % max(1, period) != 0) for i in range(layers)]
-    kv_heads = each("attention.head_count_kv", heads, layers)
-    pairs = [keys + values] * layers
-    if arch == "gemma4":
-        of_window = [
-            file.get(f"{arch}.attention.{n}_length_swa", int, default=0) for n in ("key", "value")
-        ]
-        pairs = [sum(of_window) if slide else keys + values for slide in slides]
-    return tuple(
-        (2 * n * pair, window if slide else 0)
-        for i, (n, pair, slide) in enumerate(zip(kv_heads, pairs, slides, strict=True))
-        if i not in recurrent and i < layers - _shared(file)
-    )
+def _chosen(file: GGUFFile, experts: int) -> int:
+    """How many of a layer's experts a token uses."""
+    used = file.get(f"{file.architecture}.expert_used_count", int, default=0)
+    return used if 0 < used < experts else experts
+
+
+def _read(file: GGUFFile, weight: WeightPlan, tied: bool) -> int:
+    """Bytes that one token reads of a weight."""
+    size, first = _stored(weight), weight.weight[0]
+    if len(weight.shape) == 3:
+        return size * _chosen(file, weight.shape[0]) // weight.shape[0]
+    if first.tensor.name in _TABLES and not (tied and first.tensor.name == _EMBEDDING):
+        return size // max(1, weight.shape[0])
+    return size
+
+
+def _width(file: GGUFFile, layer: Iterable[WeightPlan]) -> int:
+    """The outputs of a layer's matrices, for one token."""
+    found = 0
+    for weight in layer:
+        if len(weight.shape) > 1:
+            experts = _chosen(file, weight.shape[0]) if len(weight.shape) == 3 else 1
+            found += experts * weight.shape[-2]
+    return found

@@ -14,8 +14,15 @@ from mlx.utils import tree_flatten
 from .. import memory
 from ..errors import GGUFError, UnsupportedError
 from ..gguf.blocks import dequantize
-from ..nn.experts import QuantizedSwitchLinear, StreamedSwitchLinear, SwitchLinear
-from ..nn.linear import Embedding, Linear, StreamedEmbedding, StreamedLinear
+from ..nn.cpu import (
+    Embedding,
+    Linear,
+    StreamedEmbedding,
+    StreamedLinear,
+    StreamedSwitchLinear,
+    SwitchLinear,
+)
+from ..nn.experts import QuantizedSwitchLinear
 from ..nn.quantized import Place, QuantizedEmbedding, QuantizedLinear
 from ..nn.rope import FrequencyRoPE, NoRoPE
 from .plan import Group, Plan, WeightPlan, groups
@@ -62,14 +69,18 @@ def build(
         setattr(parent, name, mx.array(value))
     left = memory.available() // 2 if budget is None else budget
     loader = StreamLoader(file, account)
-    for group in groups(weights):
+    in_order = list(groups(weights))
+    sizes = [sum(math.prod(w.shape) for w in group.weights) for group in in_order]
+    for i, group in enumerate(in_order):
+        if account.progress is not None:
+            account.progress(sum(sizes[:i]) / sum(sizes))
         if quantized and group.has_kernel:
             _place_quantized(loader, model, group, dtype)
             continue
         for weight in group.weights:
             parent, name = _parent(model, weight.module)
             nbytes = math.prod(weight.shape) * dtype.size
-            dense = len(weight.shape) == 1 or weight.of.bare or nbytes <= left
+            dense = len(weight.shape) == 1 or weight.of.bare or weight.of.dense or nbytes <= left
             left -= nbytes if dense else 0
             with account.time("dequantize"):
                 made = make_module(file, weight, dtype, getattr(parent, name), dense=dense)
@@ -120,6 +131,10 @@ def make_module(
         dense: whether a matrix is dequantised now, or its rows at every call.
     """
     rows = FileRows(file, weight.weight, mapped=not dense)
+    if weight.of.dense and isinstance(stock, nn.Module):
+        whole = _dense(rows, (math.prod(weight.shape[:-1]), weight.shape[-1]), dtype)
+        stock.weight = whole.reshape(weight.shape)
+        return stock
     if weight.of.bare and len(weight.shape) == 2:
         return _dense(rows, (weight.shape[0], weight.shape[1]), dtype)
     if len(weight.shape) == 1:
@@ -238,7 +253,9 @@ def _check_parameters(model: nn.Module, weights: Plan) -> None:
     filled = {w.parameter: w.shape for p in (weights.outer, *weights.layers) for w in p}
     parameters: Any = tree_flatten(model.parameters())
     expected = {
-        name: value.shape[: 2 if ".conv1d." in name else None]  # of each channel alone
+        name: value.shape[
+            : 2 if ".conv1d." in name or ".conv.conv." in name else None
+        ]  # of each channel alone
         for name, value in parameters
         # A linear has the biases that the file has.
         if not name.endswith(".bias") and name not in weights.config.values

@@ -109,9 +109,13 @@ def _sizes(key: Keys, arch: Architecture) -> dict[str, int]:
     embd, heads = key.count("embedding_length"), key.count("attention.head_count")
     kv_heads = key.count("attention.head_count_kv", heads)
     check_kv_heads(key, heads, kv_heads)
-    head = key.count("attention.key_length", embd // heads)
-    value_head = key.count("attention.value_length", embd // heads)
-    if value_head != head:
+    if arch.latent:
+        kv_heads = heads
+        head, value_head = _latent_heads(key)
+    else:
+        head = key.count("attention.key_length", embd // heads)
+        value_head = key.count("attention.value_length", embd // heads)
+    if value_head != head and not arch.latent:
         raise UnsupportedError(f"heads of keys ({head}) and values ({value_head}) differ in size")
     if head * heads != embd and arch.fixed_head:
         raise UnsupportedError(
@@ -125,13 +129,25 @@ def _sizes(key: Keys, arch: Architecture) -> dict[str, int]:
         "heads": heads,
         "kv_heads": kv_heads,
         "q": heads * head,
-        "o": heads * head,
+        "value": value_head,
+        "o": heads * value_head,
         "kv": kv_heads * head,
         "qkv": (heads + 2 * kv_heads) * head,
         "cache": 2 * kv_heads * head,
         "window": 0,
         "state": 0,
     }
+
+
+def _latent_heads(key: Keys) -> tuple[int, int]:
+    """The sizes of a head of keys and of values; those without a suffix are the cache's."""
+    names = [f"attention.{name}_length_mla" for name in ("key", "value")]
+    if not all(key(name, int, 0) for name in names):
+        raise UnsupportedError(
+            f"{key.name}.{names[0]} is missing: the file is from before llama.cpp stored the "
+            "latent attention's matrices apart; convert the model again"
+        )
+    return key.count(names[0]), key.count(names[1])
 
 
 def _layers(key: Keys) -> tuple[int, int]:

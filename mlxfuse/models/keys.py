@@ -71,7 +71,7 @@ class Keys:
 
     def count(self, key: str, default: int | None = None) -> int:
         """A positive integer; of an array with one value per layer, which must be uniform but
-        for an ``uneven`` key, the first.
+        for an ``uneven`` key, the largest.
         """
         full = f"{self.name}.{key}"
         values = self.file.metadata.get(full)
@@ -80,7 +80,8 @@ class Keys:
                 raise GGUFError(self.file.path, f"{full} is not a list of integers")
             if key not in self.uneven and np.any(values != values[0]):
                 raise UnsupportedError(f"{full} differs between layers: {_some(values)}")
-            value = int(values[0])
+            # Of an uneven key, where 0 says that a layer has none.
+            value = int(values.max()) if key in self.uneven else int(values[0])
         else:
             value = self(key, int, default)
         if not 0 < value < 2**31:

@@ -32,6 +32,8 @@ QKV = ("attn_q", "attn_k", "attn_v")
 FUSED_QKV = "attn_qkv"
 # llama.cpp's one tensor for several: their rows one after the other, of experts in each of them.
 FUSED = {FUSED_QKV: QKV, "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps")}
+# One tensor for several whose rows take turns, so many for each key head.
+TURNS = {"ssm_ba": ("ssm_beta", "ssm_alpha")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ class Group:
     @property
     def readable(self) -> bool:
         """Whether all rows are of formats that kernels read."""
-        matrices = all(len(w.shape) > 1 and not w.of.bare for w in self.weights)
+        matrices = all(len(w.shape) > 1 and not (w.of.bare or w.of.dense) for w in self.weights)
         return matrices and all(source.format.traits for source in self.sources)
 
     @property
@@ -217,6 +219,11 @@ class _Finder:
             if name in members and there(whole) and (not bias or whole == FUSED_QKV):
                 rows = [self._part_rows(part) for part in members]
                 return (take(whole, sum(rows), sum(rows[: members.index(name)]), height),)
+        for whole, members in TURNS.items():
+            if name in members and there(whole):
+                turns, each = len(members), height // self.sizes["key_heads"]
+                firsts = range(members.index(name) * each, turns * height, turns * each)
+                return tuple(take(whole, turns * height, first, each) for first in firsts)
         if name == FUSED_QKV and not weight.tiled and all(map(there, QKV)):
             heights = [self._part_rows(part) for part in QKV]
             return tuple(take(*pair, 0, pair[1]) for pair in zip(QKV, heights, strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,10 +40,12 @@ class Account:
 
     seconds      wall-clock time of each step.
     dequantized  type without a kernel -> [weights, bytes in the file, bytes in memory].
+    progress     called with the share of the weights that are in their places.
     """
 
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     dequantized: dict[str, list[int]] = field(default_factory=dict)
+    progress: Callable[[float], None] | None = None
 
     @contextmanager
     def time(self, step: str) -> Iterator[None]:

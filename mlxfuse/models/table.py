@@ -29,6 +29,7 @@ class Weight:
     heads    name of the size that counts the heads whose rotary rows may be stored in pairs.
     tiled    name of the size that counts the rows of a value head, if its last rows are those of
              value heads, which the file has tiled over the key heads and mlx-lm next to each other.
+    dense    always dequantised: mlx-lm's class multiplies by the matrices and by their transposes.
     suffix   what follows the tensor's name.
     float32  a bare array that stays in float32.
     log      the file has ``-exp(x)`` of what the model wants.
@@ -40,6 +41,7 @@ class Weight:
     bias: str = "no"
     heads: str = ""
     bare: bool = False
+    dense: bool = False
     tiled: str = ""
     suffix: str = ".weight"
     float32: bool = False
@@ -94,6 +96,8 @@ class Architecture:
     groups_too   experts may be chosen by groups.
     dense_too    files without experts are of it too, although its table has them.
     uneven       keys whose values may differ between layers.
+    latent       keys and values are made of a latent vector (MLA): a head's sizes have keys of
+                 their own, and there is one key-value head in the cache.
     fixed_head   mlx-lm's class takes the head size from the width, and knows no other.
     may_tie      mlx-lm's class can use the embedding as its output head.
     configure    what the architecture's files say beside what all have alike.
@@ -125,6 +129,7 @@ class Architecture:
     dense_too: bool = False
     uneven: tuple[str, ...] = ()
     fixed_head: bool = False
+    latent: bool = False
     may_tie: bool = True
     configure: Callable[[Keys, Config], Config] | None = None
     choose: Callable[[Keys], Architecture | None] | None = None

@@ -12,8 +12,8 @@ from mlx_lm.models import switch_layers
 
 from ..errors import NotFusible
 from ..kernels.weight import AffineSegment, Part, QuantizedWeight, type_name
+from .cpu import Linear, matmul
 from .experts import QuantizedSwitchLinear
-from .linear import Linear, matmul
 from .projection import (
     ARRAYS,
     DenseProjection,

@@ -9,8 +9,8 @@ import mlx.nn as nn
 
 from ..kernels import Backend
 from ..kernels.activations import Int8Activations
+from .activations import GATED, PLAIN
 from .fused import Form, FusedModule, Run, plus, project, readable, rounded
-from .linear import GATED, PLAIN
 from .norm import Given, Normed, floats
 from .projection import KernelProjection, Projection
 

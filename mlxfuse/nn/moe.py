@@ -12,8 +12,8 @@ from mlx_lm.models.switch_layers import _gather_sort, _scatter_unsort
 
 from ..kernels import Backend, backend
 from ..kernels.activations import Int8Activations
+from .activations import GATED
 from .fused import Form, FusedModule, Run, readable
-from .linear import GATED
 from .norm import Normed, floats
 from .projection import MAX_IDS, KernelProjection
 

@@ -17,8 +17,9 @@ from ..kernels.matmul.product import MAX_BATCH, MAX_VECTOR_ROWS
 from ..kernels.matmul.quantized_matmul import prepare, quantized_matmul
 from ..kernels.norm.quantize_int8 import quantize_int8
 from ..kernels.weight import AffineSegment, QuantizedWeight, type_name
+from .activations import GATED, PLAIN
+from .cpu import Linear
 from .experts import QuantizedSwitchLinear
-from .linear import GATED, PLAIN, Linear
 from .quantized import QuantizedLinear
 from .snapshot import Snapshot
 

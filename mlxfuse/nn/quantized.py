@@ -58,18 +58,9 @@ class QuantizedLinear(_Holder):
         if bias is not None:
             self.bias = bias
 
-    def __call__(
-        self, x: mx.array, *, residual: mx.array | None = None, activation: str | None = None
-    ) -> mx.array:
-        """x ``[..., K]`` -> ``[..., N]``; see `quantized_matmul` for the epilogues."""
-        (y,) = quantized_matmul(
-            x,
-            self.weight,
-            bias=self.get("bias"),
-            residual=residual,
-            activation=activation,
-            differentiable=self.training,
-        )
+    def __call__(self, x: mx.array) -> mx.array:
+        """x ``[..., K]`` -> ``[..., N]``."""
+        (y,) = quantized_matmul(x, self.weight, bias=self.get("bias"), differentiable=self.training)
         return y
 
     def to_lora(self, **options: Any) -> Any:

@@ -23,7 +23,7 @@ from starlette.routing import Route
 
 from ..errors import MLXFuseError
 from ..nn.kv.options import compress_caches
-from ..text.generate import Settings
+from ..text.generate import Settings, add_eos_tokens
 from . import anthropic
 from .anthropic import MessagesRequest
 from .engine import Engine, Event, Job, Limits
@@ -313,6 +313,8 @@ class Server:
         details: dict[str, Any] | None = None,
     ) -> None:
         later: dict[str, Any] = {}
+        add_eos_tokens(tokenizer, settings.extra_eos_token)
+        settings.logits_processors(tokenizer)  # a bias of no token is refused before any request
         if settings.kv is not None:
             start = settings.quantized_kv_start
             for each in (model, *([] if draft is None else [draft])):

@@ -24,6 +24,11 @@ _RESERVED = {
     *("conversation", "messages", "tools", "documents", "chat_template"),
     *("add_generation_prompt", "continue_final_message", "tokenize", "return_dict"),
 }
+# Parameters of a request, not None by default, that take the server's options as defaults.
+_OWN = (
+    *("xtc_probability", "xtc_threshold", "repetition_penalty", "repetition_context_size"),
+    *("presence_penalty", "frequency_penalty"),
+)
 _UNLIMITED = 1 << 20  # tokens, for a model that does not say how many it was made for
 
 
@@ -261,6 +266,7 @@ class Planner:
         constraint: Constraint | None,
         boundaries: Mapping[int, str],
     ) -> Callable[[int, Callable[..., None]], Job]:
+        request = self._filled(request)
         sampling = self._sampling(request)
         if not all(token < self.vocabulary for token in request.logit_bias):
             raise self._outside("logit_bias")
@@ -273,7 +279,8 @@ class Planner:
         def make(index: int, deliver: Callable[..., None]) -> Job:
             prompt = prompts[index // request.n]
             left = self.context - len(prompt)
-            seed = None if request.seed in (None, -1) else request.seed
+            asked = self._settings.seed if request.seed is None else request.seed
+            seed = None if asked in (None, -1) else asked
             # The grammar comes last: nothing may lift what it forbids.
             own = [] if constraint is None else [constraint.copy()]
             return Job(
@@ -289,6 +296,13 @@ class Planner:
             )
 
         return make
+
+    def _filled(self, request: ChatRequest | CompletionRequest) -> ChatRequest | CompletionRequest:
+        """The request, with the server's options where it says nothing."""
+        own = {name: getattr(self._settings, name) for name in _OWN}
+        own |= {"stop": list(self._settings.stop), "logit_bias": dict(self._settings.logit_bias)}
+        missing = own.keys() - request.model_fields_set
+        return request.model_copy(update={name: own[name] for name in missing})
 
     def _sampling(self, request: ChatRequest | CompletionRequest) -> Sampling:
         defaults = self._settings

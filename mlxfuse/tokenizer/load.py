@@ -10,7 +10,7 @@ import codecs
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -207,8 +207,12 @@ class Detokenizer(StreamingDetokenizer):
         self.text += text
 
 
-def build_backend(vocab: Vocab) -> Tokenizer:
-    """The ``tokenizers`` pipeline of ``vocab``: special tokens, normaliser, split, merges, BOS."""
+def build_backend(vocab: Vocab, rstrip: Collection[int] = ()) -> Tokenizer:
+    """The ``tokenizers`` pipeline of ``vocab``: special tokens, normaliser, split, merges, BOS.
+
+    Args:
+        rstrip: ids of special tokens that swallow all white space after them.
+    """
     if vocab.pre is None:
         backend = _spm(vocab)
     elif vocab.pre.byte_level:
@@ -221,6 +225,7 @@ def build_backend(vocab: Vocab) -> Tokenizer:
                 vocab.tokens[i],
                 normalized=False,
                 special=bool(vocab.types[i] != USER_DEFINED),
+                rstrip=i in rstrip,
             )
             for i in vocab.parsed
         ]

@@ -338,3 +338,33 @@ def test_the_whole_of_it(model, monkeypatch):
     assert len(said) == len(found.times) == 5 + 1
     assert not hasattr(model, "_mlxfuse_patch")
     assert self_test.calls(lambda: model(mx.zeros((1, 1), mx.int32)))
+
+
+def test_winners_are_of_one_set_of_metal_sources(tmp_path, monkeypatch):
+    """A file that changes, comes or goes makes them another set."""
+    monkeypatch.undo()
+    for name in ("common.h", "a.metal"):
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(tuning, "metal_dir", lambda: tmp_path)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "Apple M9"})
+    found = []
+    for change in (lambda: None, lambda: (tmp_path / "a.metal").write_text("other"),
+                   lambda: (tmp_path / "b.metal").write_text("new")):  # fmt: skip
+        change()
+        tuning.source_hash.cache_clear()
+        found.append(tuning.machine())
+    tuning.source_hash.cache_clear()
+    assert len({machine["kernels"] for machine in found}) == 3
+    assert all(m["device"] == "Apple M9" for m in found)
+    # Stored with one set, they do not count with another.
+    monkeypatch.setenv("MLXFUSE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tuning, "machine", lambda: found[0])
+    tuning.known.cache_clear()
+    tuning.store(Tuning({"quantized_matmul": {CASE: "rows8"}}))
+    assert tuning.winner("quantized_matmul", CASE) == "rows8"
+    monkeypatch.setattr(tuning, "machine", lambda: found[1])
+    tuning.known.cache_clear()
+    with pytest.warns(RuntimeWarning, match="measured with another kernels"):
+        assert tuning.winner("quantized_matmul", CASE) == ""
+    tuning.known.cache_clear()

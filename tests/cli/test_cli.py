@@ -612,3 +612,12 @@ def test_fuse_takes_known_names(model):
     layers = len(found["fused"])
     assert found["fusions"] == {"qkv": {"fused": layers, "of": layers}}
     assert found["fused"][0]["path"] == "model.layers.0.self_attn"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_under_mlx_launch_it_says_so_and_stops(rank):
+    run = start("doctor", env={"MLX_RANK": str(rank)})
+    out, err = run.communicate()
+    assert (run.returncode, out) == (3, b"")
+    assert (b"cannot share a model among them" in err) is (rank == 0)
+    assert err.count(b"\n") == (rank == 0)

@@ -1,6 +1,9 @@
 """The groups of options: declared once, and every command has what it is to have."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, fields
 from typing import Annotated
 
@@ -134,3 +137,37 @@ def test_a_prompt_and_a_system_prompt_from_files(warm, tmp_path):
     missing = invoke(*args, "-f", tmp_path / "none")
     assert missing.exit_code == 1
     assert "none" in missing.stderr
+
+
+def test_ctrl_c_is_watched_before_anything_large_is_imported():
+    """Else it is a traceback for as long as the imports take."""
+    code = (
+        "import sys, mlxfuse.process as p\n"
+        "p.watch_interrupts = lambda: print([n for n in ('typer', 'rich') if n in sys.modules])\n"
+        "from mlxfuse.__main__ import main\n"
+        "sys.argv = ['mlxfuse', '--version']\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[0] == "[]"
+    assert done.stdout.splitlines()[1].startswith("mlxfuse ")
+
+
+def test_a_shell_completes_commands_and_models(tmp_path):
+    (tmp_path / "model.gguf").touch()
+    (tmp_path / "models").mkdir()
+    (tmp_path / "model.txt").touch()
+    words = f"mlxfuse inspect {tmp_path}/mod"
+    done = subprocess.run(
+        [sys.executable, "-m", "mlxfuse"],
+        env={
+            **os.environ,
+            "_MLXFUSE_COMPLETE": "complete_bash",
+            "COMP_WORDS": words,
+            "COMP_CWORD": "2",
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.split() == [f"{tmp_path}/model.gguf", f"{tmp_path}/models/"]

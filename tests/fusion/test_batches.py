@@ -13,9 +13,9 @@ import pytest
 from mlx_lm.generate import _merge_caches, _right_pad_prompts
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlxfuse.kernels.runtime.backend import unfused
 from mlxfuse.loader import load
 from mlxfuse.models.families import gemma2
-from mlxfuse.nn.fused import unfused
 from tests.fusion.zoo import uncompiled
 from tests.models import tiny
 

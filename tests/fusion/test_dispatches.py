@@ -9,14 +9,17 @@ import pytest
 from mlx_lm.models import llama, qwen3
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlxfuse.errors import KernelError
 from mlxfuse.fusion import patch_model, unpatch_model
 from mlxfuse.fusion.dispatches import dispatches, per_token
 from mlxfuse.kernels import using
+from mlxfuse.kernels.runtime import backend as _backend
 from mlxfuse.kernels.runtime.backend import Counting
 from mlxfuse.loader import load
 from tests import dispatches as command
 from tests.dispatches import of_layer, stock
 from tests.fusion import zoo
+from tests.fusion.stock import make
 from tests.models import tiny
 
 MATMUL = "quantized_matmul"
@@ -126,3 +129,15 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [line.split("|")[1:3] for line in capsys.readouterr().out.splitlines()[2:]]
     found = Counter({name.strip(): int(count) for name, count in rows})
     assert found == {"llama": 17, "llama, patched": 10, "qwen3": 19, "qwen3, patched": 10}
+
+
+def test_a_count_where_a_fallback_would_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal is no error here: of mxfp4 rows, MLX's results have another type than kernels'."""
+    model = make("llama", "mxfp4")
+    report = patch_model(model, fuse="all")
+    want = per_token(model)
+    monkeypatch.setenv("MLXFUSE_KERNELS", "metal")
+    with pytest.raises(KernelError, match="no Metal device"):
+        model(mx.array([[1]]))
+    monkeypatch.setattr(_backend, "_no_device", lambda: None)
+    assert report.as_dict()["dispatches"] == {"before": want[0], "after": want[1]}

@@ -15,7 +15,7 @@ from mlx_lm.models import qwen3
 from mlxfuse.fusion import emit, patch_model, unpatch_model
 from mlxfuse.kernels import fallbacks, launches
 from mlxfuse.nn import join_linears as joining
-from mlxfuse.nn.linear import GATED
+from mlxfuse.nn.activations import GATED
 from tests import msl
 from tests.fusion import zoo
 from tests.fusion.configs import CONFIGS, USED

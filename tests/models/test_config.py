@@ -71,6 +71,7 @@ def test_every_value_of_a_llama(tmp_path: Path) -> None:
         "cache": 128,
         "window": 0,
         "rotary": 32,
+        "value": 32,
         "state": 0,
     }
 

@@ -24,7 +24,8 @@ from mlxfuse.models.build import build
 from mlxfuse.models.config import read_config
 from mlxfuse.models.plan import plan, stored_rows
 from mlxfuse.nn import experts
-from mlxfuse.nn.experts import QuantizedSwitchLinear, StreamedSwitchLinear, SwitchLinear
+from mlxfuse.nn.cpu import StreamedSwitchLinear, SwitchLinear
+from mlxfuse.nn.experts import QuantizedSwitchLinear
 from tests import msl
 from tests.models import tiny
 from tests.models.test_golden import BOUND, CONTROL, SCHEDULES, disagreement, model_of

@@ -232,9 +232,11 @@ def delta_net_controls(case: tiny.Case, keys: Mapping[str, Any]) -> Iterator[tup
 
     for name in ("attn_qkv", "attn_gate", "ssm_conv1d"):
         yield f"grouped-{name}", edit(name, grouped(head))
-    for name in ("ssm_alpha", "ssm_beta", "ssm_a", "ssm_dt.bias"):
+    apart = ("ssm_alpha", "ssm_beta") if case.arch != "qwen3next" else ()
+    for name in (*apart, "ssm_a", "ssm_dt.bias"):
         yield f"grouped-{name}", edit(name, grouped(1))
-    yield "alpha-and-beta-swapped", swap("ssm_alpha", "ssm_beta")
+    if apart:
+        yield "alpha-and-beta-swapped", swap("ssm_alpha", "ssm_beta")
     yield "conv-reversed", edit("ssm_conv1d", lambda data: data[:, ::-1].copy())
     yield "decay-not-exponential", edit("ssm_a", lambda data: -np.exp(data))
     yield "whole-head-rotated", set_key("rope.dimension_count", case.head_dim)

@@ -343,5 +343,5 @@ def test_needs_know_the_state(tmp_path: Path) -> None:
     state = make_prompt_cache(model)
     model(mx.zeros((1, 5), mx.int32), cache=state)
     assert wanted.state == sum(c.nbytes for c in state if isinstance(c, ArraysCache))
-    assert wanted.kv == ((2 * 2 * 32, 0),)  # one layer with attention: 2 heads of 16, k and v
+    assert wanted.kv == ((2 * 32, 0),)  # one layer with attention: 2 heads of 16, k and v
     assert wanted.cache(7) == wanted.state + 7 * 128

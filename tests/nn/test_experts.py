@@ -11,7 +11,8 @@ from mlxfuse.kernels import launches
 from mlxfuse.kernels.matmul.product import Call
 from mlxfuse.kernels.matmul.quantized_matmul import KERNEL, quantized_matmul
 from mlxfuse.kernels.weight import Part, QuantizedWeight, Segment
-from mlxfuse.nn.experts import QuantizedSwitchLinear, SwitchLinear
+from mlxfuse.nn.cpu import SwitchLinear
+from mlxfuse.nn.experts import QuantizedSwitchLinear
 from mlxfuse.nn.quantized import QuantizedLinear
 from tests import msl
 from tests.kernels.matmul_cases import activated, joined, random_x, sums

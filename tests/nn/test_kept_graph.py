@@ -137,11 +137,11 @@ LLAMA3 = {
     [
         ("llama", {"enter", "leave"}, {}),  # of the layer
         ("qwen3", {"enter", "leave"}, {}),
-        ("gemma2", {"enter", "leave", "whole"}, {}),  # of its attention and its MLP
-        ("olmo2", {"enter", "leave", "whole"}, {}),
+        ("gemma2", {"enter", "leave"}, {}),
+        ("olmo2", {"enter", "leave"}, {}),
         ("mixtral", {"enter", "between", "whole"}, {}),  # of the layer and its experts
         # Other modules that rotate may need the offset's value.
-        ("olmo2", {"leave", "whole"}, {"rope_scaling": LLAMA3}),
+        ("olmo2", {"leave"}, {"rope_scaling": LLAMA3}),
     ],
 )
 def test_kept_graphs_give_the_same(name: str, parts: set[str], own: dict[str, Any]) -> None:

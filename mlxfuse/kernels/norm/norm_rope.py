@@ -81,26 +81,13 @@ def prepare(
     """`norm_rope` of such arguments as one launch, to be called with q, k if there is one, and the
     offset as int32 ``[1]`` or ``[B]``; None where there is no kernel for it.
     """
-    call = _Call(q, k, heads, kv_heads, offset, **{**_DEFAULTS, **options})
+    call = _Call(q, k, heads, kv_heads, offset, **options)
     call.check()
     if _refuse(call) is not None:
         return None
     launch = _launch(call)
     free = ("q", "offset") if k is None else ("q", "k", "offset")
     return Prepared(launch, free, launch.shapes)
-
-
-_DEFAULTS: dict[str, Any] = {
-    "q_weight": None,
-    "k_weight": None,
-    "eps": 1e-6,
-    "norm_offset": 0.0,
-    "base": None,
-    "freqs": None,
-    "scale": 1.0,
-    "mscale": 1.0,
-    "traditional": False,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,15 +100,15 @@ class _Call:
     kv_heads: int
     offset: mx.array
     dims: int
-    q_weight: mx.array | None
-    k_weight: mx.array | None
-    eps: float
-    norm_offset: float
-    base: float | None
-    freqs: mx.array | None
-    scale: float
-    mscale: float
-    traditional: bool
+    q_weight: mx.array | None = None
+    k_weight: mx.array | None = None
+    eps: float = 1e-6
+    norm_offset: float = 0.0
+    base: float | None = None
+    freqs: mx.array | None = None
+    scale: float = 1.0
+    mscale: float = 1.0
+    traditional: bool = False
 
     @property
     def columns(self) -> int:

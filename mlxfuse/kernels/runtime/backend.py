@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import copy
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
@@ -249,6 +250,15 @@ def using(chosen: Backend) -> Iterator[None]:
         yield
     finally:
         _chosen.reset(token)
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Within, patched modules run their own code, in this thread."""
+    now = copy(backend())
+    now.fused = False
+    with using(now):
+        yield
 
 
 def unavailable() -> str | None:

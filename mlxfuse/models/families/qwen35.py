@@ -51,6 +51,13 @@ _DELTA_NET = {
 }
 
 
+# Qwen3-Next's value heads are in mlx-lm's order; of two small matrices the rows take turns.
+_UNTILED = {name: replace(weight, tiled="") for name, weight in _DELTA_NET.items()} | {
+    "ssm_beta": Weight("linear_attn.in_proj_b", ("value_heads", "embd"), dense=True),
+    "ssm_alpha": Weight("linear_attn.in_proj_a", ("value_heads", "embd"), dense=True),
+}
+
+
 def _qwen35(key: Keys, config: Config) -> Config:
     """Sizes of the gated delta net, and which layers have one.
 
@@ -138,12 +145,20 @@ def _row(
     )
 
 
+_EXPERTS = experts("mlp.gate", "mlp.switch_mlp") | SHARED_EXPERT
+
 ROWS = (
     _row("qwen35", "Qwen3.5, Qwen3.6 and Qwen3.8 without experts", mlp(), GROUPS),
     _row(
         "qwen35moe",
         "Qwen3.5-35B-A3B, Qwen3.6-35B-A3B",
-        experts("mlp.gate", "mlp.switch_mlp") | SHARED_EXPERT,
+        _EXPERTS,
         EXPERT_GROUPS | SHARED,
+    ),
+    replace(
+        _row("qwen3next", "Qwen3-Next, Qwen3-Coder-Next", _EXPERTS, {}),
+        module="mlxfuse.models.families.qwen3next_model",
+        other_layers={"delta net": {**POST_ATTENTION_NORMS, **_UNTILED, **_EXPERTS}},
+        groups=EXPERT_GROUPS | SHARED | {"in_proj": ("attn_qkv", "attn_gate")},
     ),
 )

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
@@ -28,9 +28,6 @@ from ...kernels.kv.dequantize_kv import dequantize_kv
 from ...kernels.kv.quantize_kv import quantize_kv
 from ...kernels.kv.scheme import KVScheme, KVSide
 from ..sdpa import sdpa
-
-if TYPE_CHECKING:
-    from .batch_cache import BatchCompressedKVCache
 
 Pair = tuple[mx.array, mx.array]
 Mask = mx.array | str | None
@@ -140,11 +137,9 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
         return sum(a.nbytes for a in (self.sink, self.rows, self.tail) if a is not None)
 
     @classmethod
-    def merge(cls, caches: Sequence[CompressedKVCache]) -> BatchCompressedKVCache:
-        """A cache for a batch of sequences of different lengths; ``caches`` stay as they are."""
-        from .batch_cache import BatchCompressedKVCache
-
-        return BatchCompressedKVCache(copy.deepcopy(list(caches)))
+    def merge(cls, caches: Sequence[CompressedKVCache]) -> Any:
+        """A `BatchCompressedKVCache` of sequences of any lengths; ``caches`` stay as they are."""
+        return mlx_lm_cache.BatchCompressedKVCache(copy.deepcopy(list(caches)))
 
     # --- beyond it ------------------------------------------------------------------------
 

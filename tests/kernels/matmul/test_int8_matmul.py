@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxfuse import codebooks
 from mlxfuse.formats import BY_NAME
 from mlxfuse.kernels.activations import GROUP, Int8Activations
 from mlxfuse.kernels.matmul import int8_matmul as module
@@ -93,9 +94,13 @@ def made(
     data = random_blocks(fmt, rows, columns, seed=columns)
     if ones:
         blocks = data.reshape(-1, fmt.type_size)
-        blocks[: len(blocks) // 4] = np.repeat([[0], [255]], len(blocks) // 8, 0)
+        blocks[: len(blocks) // 8 * 2] = np.repeat([[0], [255]], len(blocks) // 8, 0)
+        one = 8 if fmt.traits.grid in codebooks.SHAPES else 1  # whose scales are eighths
         for at in fmt.float16:
-            blocks[:, at : at + 2] = np.array([1], np.float16).view(np.uint8)
+            blocks[:, at : at + 2] = np.array([one], np.float16).view(np.uint8)
+        if name == "IQ1_M":  # the same, 4 bits above each word of scales
+            for at, bits in ((49, 0x00), (51, 0x00), (53, 0x80), (55, 0x40)):
+                blocks[:, at] = blocks[:, at] & 15 | bits
         for at in fmt.exponents:
             blocks[:, at] = 128  # 2^1, of values that are multiples of a half
     return segment(data, fmt), expected(data, fmt).astype(np.float64)
@@ -479,3 +484,20 @@ def test_self_test(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     call = Call(random_x(3, 64), weight, None, None, "swiglu", False)
     with msl.installed(build="fast"):
         assert self_test.check([(module.KERNEL, (call,))], emulated=True) == {}
+
+
+@pytest.mark.parametrize("names", [("Q4_0", "Q4_1"), ("Q4_1", "Q8_0"), ("Q6_K", "affine8g64")])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_gate_and_up_of_different_formats(names: tuple[str, str], rows: int) -> None:
+    """With and without biases, one row at a time and in tiles."""
+    parts = [made(name, 19, 256) for name in names]
+    weight = QuantizedWeight(tuple(Part(s, 0, 19) for s, _ in parts))
+    x = random_x(rows, 256)
+    with pytest.MonkeyPatch.context() as patch, msl.installed(build="fast"):
+        patch.setenv("MLXFUSE_KERNELS", "emulated")
+        before = _kernel.launches["int8_matmul"]
+        (got,) = int8_matmul(x, weight, activation="swiglu")
+        assert _kernel.launches["int8_matmul"] == before + 1
+    gate, up = (values(x) @ w.T for _, w in parts)
+    want = gate / (1 + np.exp(-gate)) * up
+    assert np.abs(to_float64(got) - want).max() < 1e-5 * np.abs(want).max()

@@ -178,7 +178,10 @@ def test_joined_parts_equal_each_alone(names: tuple[str, ...], m: int, kernels: 
     assert mx.array_equal(quantized_matmul(x, found.weight)[0], mx.concatenate(outputs, axis=-1))
 
 
-@pytest.mark.parametrize("names", [("Q4_K", "Q4_K"), ("Q4_K", "Q6_K")], ids="-".join)
+GATE_AND_UP = [("Q4_K", "Q4_K"), ("Q4_K", "Q6_K"), ("IQ2_S", "IQ1_S"), ("IQ1_M", "IQ1_S")]
+
+
+@pytest.mark.parametrize("names", GATE_AND_UP, ids="-".join)
 def test_gate_and_up_equal_each_alone(names: tuple[str, str], kernels: str) -> None:
     """Without the activation, bit for bit; that is what an unfused model computes."""
     found = joined(names, (37, 37), 512)
@@ -235,6 +238,8 @@ TILES = [
     *(("Q4_K", dtype) for dtype in NMSE),
     *(("Q4_0", mx.bfloat16), ("Q8_0", mx.float16), ("Q3_K", mx.bfloat16)),
     *(("Q6_K", mx.float32), ("MXFP4", mx.float16), ("affine8g32", mx.float32)),
+    # Codebooks of 1 and of 8 KiB, of which the latter does not fit beside tiles of float32.
+    *(("IQ3_XXS", mx.float32), ("IQ2_S", mx.float16), ("IQ2_S", mx.float32)),
 ]
 
 
@@ -249,7 +254,9 @@ def test_tiles(name: str, dtype: mx.Dtype, kernels: str, monkeypatch: pytest.Mon
     assert launched() - before == 3
 
 
-@pytest.mark.parametrize("names", [("Q5_0", "Q5_0"), ("Q4_K", "Q8_0")], ids="-".join)
+@pytest.mark.parametrize(
+    "names", [("Q5_0", "Q5_0"), ("Q4_K", "Q8_0"), ("IQ2_S", "IQ4_XS")], ids="-".join
+)
 def test_tiles_of_gate_and_up(
     names: tuple[str, str], kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,6 +406,7 @@ def test_biases_and_clipped_swiglu_of_experts(dtype: mx.Dtype, kernels: str) -> 
 
 
 SUMMED = [
+    ("IQ3_S", mx.float16, 2, 37, 2, False),
     ("Q4_K", mx.float16, 3, 37, 2, True),
     ("MXFP4", mx.bfloat16, 1, 8, 4, False),
     ("affine4g64", mx.float32, 2, 3, 9, True),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -15,10 +17,15 @@ import pytest
 from mlxfuse import KernelError
 from mlxfuse.formats import BY_NAME
 from mlxfuse.kernels import unavailable
+from mlxfuse.kernels.matmul import quantized_matmul
 from mlxfuse.kernels.matmul.dequantize import KERNEL, dequantize
+from mlxfuse.kernels.matmul.product import Call
+from mlxfuse.kernels.norm import norm_rope
 from mlxfuse.kernels.runtime import backend as _backend
 from mlxfuse.kernels.runtime import kernel as _kernel
 from mlxfuse.kernels.runtime import source as _source
+from mlxfuse.kernels.runtime.kernel import Launch, Prepared
+from mlxfuse.kernels.weight import QuantizedWeight
 
 from ..weights import random_blocks, segment
 
@@ -171,3 +178,64 @@ def test_kernels_do_not_run_where_the_default_device_is_the_cpu(
     assert _backend.backend() is _backend.METAL
     monkeypatch.setenv("MLXFUSE_KERNELS", "metal")
     assert _backend.backend().strict
+
+
+def matmul_call(m: int, **more: Any) -> Call[mx.array]:
+    weight = QuantizedWeight.whole(WEIGHT)
+    x = mx.random.normal((1, m, 64), key=mx.random.key(m))
+    return Call(x, weight, None, more.get("residual"), None, False)
+
+
+def launches_to_prepare() -> list[tuple[Launch, Prepared, list[str]]]:
+    """Launches, the same prepared, and the names of the inputs that change."""
+    residual = mx.ones((1, 2, 4))
+    call = matmul_call(2, residual=residual)
+    prepared = quantized_matmul.prepare(call.x, call.weight, residual=residual)
+    q, k, offset = mx.ones((1, 3, 64)), mx.ones((1, 3, 32)), mx.array(7)
+    rope = {"heads": 2, "kv_heads": 1, "dims": 32, "base": 1e4}
+    turned = norm_rope.prepare(q, k, offset=offset, **rope)
+    assert prepared is not None
+    assert turned is not None
+    found = norm_rope._Call(q, k, 2, 1, offset, 32, base=1e4)
+    return [
+        (quantized_matmul._launch(call), prepared, ["x", "residual"]),
+        (norm_rope._launch(found), turned, ["q", "k", "offset"]),
+    ]
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["quantized_matmul", "norm_rope"])
+def test_a_prepared_launch_is_handed_over_as_any(
+    which: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Metal: the same program, grid, types and inputs, at every call."""
+    seen: list[dict[str, Any]] = []
+
+    def factory(**what: Any) -> Any:
+        def launch(**how: Any) -> list[mx.array]:
+            seen.append({**what, **how})
+            return [mx.zeros(s, d) for s, d in zip(how["output_shapes"], how["output_dtypes"],
+                                                   strict=True)]  # fmt: skip
+
+        return launch
+
+    monkeypatch.setattr(mx.fast, "metal_kernel", factory)
+    launch, prepared, free = launches_to_prepare()[which]
+    for turn in range(3):
+        places = [launch.program.inputs.index(name) for name in free]
+        new = [launch.arrays[i] + turn for i in places]
+        arrays = list(launch.arrays)
+        for i, array in zip(places, new, strict=True):
+            arrays[i] = array
+        seen.clear()
+        with _backend.using(_backend.METAL):
+            launch.dispatch(arrays, factory)
+            prepared(*new)
+        want, got = seen
+        for name in want:
+            if name == "inputs":
+                assert all(map(mx.array_equal, got[name], want[name]))
+                assert [got[name][i] is a for i, a in zip(places, new, strict=True)]
+            elif name == "output_shapes":
+                assert list(map(math.prod, got[name])) == list(map(math.prod, want[name]))
+            else:
+                assert got[name] == want[name], name

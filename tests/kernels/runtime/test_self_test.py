@@ -289,3 +289,64 @@ def test_compressed_keys_and_values(own_cache: Path) -> None:
         second, program=dataclasses.replace(second.program, body=second.program.body + "//")
     ))  # fmt: skip
     assert self_test._key(changed) != self_test._key(first)
+
+
+def test_a_result_is_of_all_that_it_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine, MLX, the Metal source, and what MLX compiles of it."""
+    (variant, *_) = variants.norms()
+    launch = variant.launch
+    key = self_test._key(launch)
+    assert self_test._key(variant.launch) == key
+    x, *rest = launch.arrays
+    small = x.reshape(-1)[:4]
+    changed = [
+        dataclasses.replace(launch, template=(("T", mx.bfloat16),)),
+        dataclasses.replace(launch, arrays=(x.astype(mx.bfloat16), *rest)),
+        dataclasses.replace(launch, arrays=(x[None], *rest)),
+        dataclasses.replace(launch, arrays=(small.reshape(*[1] * (x.ndim - 1), -1), *rest)),
+    ]
+    keys = [self_test._key(each) for each in changed]
+    real = self_test.header
+    for name, value in (
+        ("header", lambda parts: real(parts) + "\n"),
+        ("version", lambda package: "0.99"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(self_test, name, value)
+            keys.append(self_test._key(launch))
+    for name in ("device_name", "architecture"):
+        with monkeypatch.context() as patch:
+            patch.setattr(mx.metal, "is_available", lambda: True)
+            patch.setattr(mx, "device_info", lambda name=name: {name: "another"})
+            keys.append(self_test._key(launch))
+    with monkeypatch.context() as patch:
+        patch.setattr(self_test.platform, "platform", lambda: "macOS-27")
+        keys.append(self_test._key(launch))
+    assert len({key, *keys}) == len(keys) + 1
+
+
+def test_inputs_in_constant_memory_are_a_variant(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """MLX binds fewer than 8 elements in another address space."""
+    found = recorded(tmp_path, "llama-q4", (1, 9))
+    rows = [c for c in found if c[0].name == "dequantize" and c[1][1] is not None]
+    assert {arguments[1].size for _, arguments in rows} == {1, 9}
+    tried = []
+    monkeypatch.setattr(
+        self_test, "compare", lambda kernel, small, **_: tried.append(small[1].size) or ""
+    )
+    self_test.check(rows, emulated=True)
+    assert tried == [1, 8]
+
+
+def test_small_cases_use_experts_from_the_first_to_the_last(tmp_path: Path) -> None:
+    found = recorded(tmp_path, "qwen3moe", (1,))
+    products = [c for c in found if c[0].name == "quantized_matmul" and c[1][0].experts is not None]
+    assert products
+    for kernel, (call,) in products:
+        (small,) = kernel.small(call)
+        ids = np.array(small.experts).reshape(-1)
+        assert ids.min() == 0
+        assert len(set(ids.tolist())) == min(ids.size, call.weight.experts)
+        assert ids.max() >= call.weight.experts * (ids.size - 1) // ids.size

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from tests.models.case import EXPERT_Q4, K_MIX, MLP, Q4_MIX, Case, Shape, expert_shapes
+from tests.models.changes import edit
 
 # Heads of 16, of which 8 are rotated; two value heads for each key head.
 QWEN35 = {
@@ -72,6 +75,16 @@ def _case(arch: str, **said: Any) -> Case:
     return Case(arch, only=layer, ranges={"ssm_a": (-2.0, -0.2)}, **said)  # -exp(A_log)
 
 
+def next_layer(case: Case, i: int, usual: dict[str, Shape]) -> dict[str, Shape]:
+    """Qwen3-Next's: two small matrices are one."""
+    found = layer(case, i, usual)
+    if "ssm_beta" in found:
+        heads, hidden = found.pop("ssm_beta")
+        del found["ssm_alpha"]
+        found["ssm_ba"] = (2 * heads, hidden)
+    return found
+
+
 CASES = {
     "qwen35": _case("qwen35", layers=4, keys=QWEN35, formats={**Q4_MIX, "ssm_alpha": "F32"}),
     "qwen35-k-quants": _case(
@@ -95,5 +108,18 @@ CASES = {
         fused_gate=True,
         keys={**QWEN35, "full_attention_interval": 3},
         formats=EXPERT_Q4,
+    ),
+    "qwen3next": Case(
+        "qwen3next",
+        only=next_layer,
+        ranges={"ssm_a": (-2.0, -0.2)},
+        layers=4,
+        untied=True,
+        experts=6,
+        used=3,
+        expert_ffn=32,
+        shared_ffn=64,
+        keys={**QWEN35, "rope.dimension_sections": None},
+        controls={"turns-shifted": edit("ssm_ba", lambda data: np.roll(data, 3, 0))},
     ),
 }

@@ -142,3 +142,18 @@ def test_copies_go_their_own_ways():
         second.update_and_fetch(*part(two, i, i + 1))
     assert same(first, feed(singles()[0], one, (1,)))
     assert same(second, feed(singles()[0], two, (1,)))
+
+
+def test_what_is_extracted_goes_on_by_itself():
+    alone = singles()
+    batch = CompressedKVCache.merge(alone)
+    taken = batch.extract(1)
+    assert same(taken, alone[1])
+    feed(taken, stream(90, seed=7), (9,))
+    assert batch.offset.tolist() == list(LENGTHS)
+    assert same(batch.caches[1], alone[1])
+    taken.trim(95)
+    assert same(batch.caches[1], alone[1])
+    # Nor do the caches that were merged, or the batch's, change each other.
+    batch.update_and_fetch(*stream(1, batch=3))
+    assert [c.offset for c in alone] == list(LENGTHS)

@@ -384,3 +384,20 @@ def test_many_queries_read_some_heads_at_a_time(settings, monkeypatch):
         assert same(*caches)
         # Control: the heads of queries have other masks, sinks and keys.
         assert mx.abs(mx.roll(want, 1, axis=1) - want).max().item() > 1e-2
+
+
+def test_a_sliding_cache_can_be_trimmed_until_something_has_left_the_window():
+    pair = stream(600)
+    cache = CompressedKVCache(keep=0, window=200)
+    for length in (150, 50, 400):
+        start = cache.offset
+        feed(cache, part(pair, start, start + length), (50,))
+        full = cache._first > 0
+        assert cache.is_trimmable() == (not full)
+        if not full:
+            before = copy.deepcopy(cache)
+            feed(cache, stream(3, seed=2), (3,))
+            assert trim_prompt_cache([cache], 3) == 3
+            assert same(cache, before)
+    assert full
+    assert trim_prompt_cache([cache], 3) == 0

@@ -1,19 +1,21 @@
-"""Linear and embedding layers for weights that came from a GGUF file, on MLX's CPU back-end.
+"""What MLX's CPU back-end needs, for weights of a GGUF file; a Mac does without.
 
-``Linear`` and ``Embedding`` hold a dense float matrix. ``StreamedLinear`` and
-``StreamedEmbedding`` hold none: they dequantise the file's rows at every call, for
-models whose dense form does not fit in memory.
+Matrices are multiplied by the fastest BLAS at hand. ``Linear``, ``Embedding`` and ``SwitchLinear``
+hold dense floats; those that are ``Streamed`` hold none: they dequantise the file's rows at every
+call, for models whose dense form does not fit in memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.activations import swiglu, swiglu_oai
+from mlx_lm.models import switch_layers
+from numpy.typing import NDArray
 
 from .. import blas
 from ..kernels import backend
@@ -70,6 +72,17 @@ def matmul(x: mx.array, weight: mx.array) -> mx.array:
     return x @ weight.T
 
 
+def evaluated(y: mx.array) -> mx.array:
+    """``y`` with its value, where it can have one: what it was made of is no longer needed.
+
+    Else the rows that are dequantised for one token live, of all layers, until the token is there.
+    """
+    if backend().values:  # else dispatches are counted, of a graph
+        with suppress(ValueError):  # inside mx.compile or mx.vmap
+            mx.eval(y)
+    return y
+
+
 class Linear(nn.Linear):
     """``nn.Linear`` that multiplies with :func:`matmul`; same parameters and meaning."""
 
@@ -82,20 +95,6 @@ class Linear(nn.Linear):
     def __call__(self, x: mx.array) -> mx.array:
         y = matmul(x, self.weight)
         return y + self.bias if "bias" in self else y
-
-
-# The activations of `mlxfuse.kernels.matmul.quantized_matmul`, with MLX-LM's own operations.
-GATED: dict[str, Callable[[mx.array, mx.array], mx.array]] = {
-    "swiglu": swiglu,
-    "geglu": lambda gate, up: nn.gelu(gate) * up,
-    "geglu_tanh": lambda gate, up: nn.gelu_approx(gate) * up,
-    "swiglu_clipped": swiglu_oai,
-}
-PLAIN: dict[str, Callable[[mx.array], mx.array]] = {
-    "gelu": nn.gelu,
-    "gelu_tanh": nn.gelu_approx,
-    "relu2": nn.relu2,
-}
 
 
 class Embedding(nn.Embedding):
@@ -131,10 +130,10 @@ class StreamedLinear(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         n, k = self._shape
         step = max(1, _CHUNK_BYTES // (4 * k))
-        parts = [
-            matmul(x, mx.array(self._rows(i, min(i + step, n))).astype(x.dtype))
-            for i in range(0, n, step)
-        ]
+        parts = []
+        for i in range(0, n, step):
+            chunk = mx.array(self._rows(i, min(i + step, n))).astype(x.dtype)
+            parts.append(evaluated(matmul(x, chunk)))
         y = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
         return y + self.bias if "bias" in self else y
 
@@ -165,3 +164,86 @@ class StreamedEmbedding(nn.Module):
 
     def as_linear(self, x: mx.array) -> mx.array:
         return self._head(x)
+
+
+def grouped(
+    x: mx.array, ids: NDArray[np.integer], matrix: Callable[[int], mx.array], rows: int
+) -> mx.array:
+    """Ask for each chosen expert's matrix ``[N, K]`` once, and multiply all of its rows by it.
+
+    Args:
+        rows: N.
+    """
+    if not ids.size:
+        return mx.zeros((*ids.shape, 1, rows), x.dtype)
+    chosen, flat = ids.reshape(-1), x.reshape(-1, x.shape[-1])
+    of_x = np.arange(chosen.size) // (chosen.size // flat.shape[0])
+    order = np.argsort(chosen, kind="stable")
+    experts, starts = np.unique(chosen[order], return_index=True)
+    parts = [
+        evaluated(matmul(flat[mx.array(of_x[own])], matrix(int(expert))))
+        for expert, own in zip(experts, np.split(order, starts[1:]), strict=True)
+    ]
+    return mx.concatenate(parts)[mx.array(np.argsort(order))].reshape(*ids.shape, 1, rows)
+
+
+def values_of(ids: mx.array) -> NDArray[np.integer] | None:
+    """The ids, or None where nothing has a value yet: inside `mx.compile` or an export."""
+    try:
+        return np.asarray(ids)
+    except ValueError:
+        return None
+
+
+def biased(layer: nn.Module, y: mx.array, ids: mx.array) -> mx.array:
+    return y + mx.expand_dims(layer.bias[ids], -2) if "bias" in layer else y
+
+
+class SwitchLinear(switch_layers.SwitchLinear):
+    """mlx-lm's, with dense matrices; on the CPU each chosen one is read once.
+
+    Args:
+        weight: ``[experts, N, K]``.
+        bias: ``[experts, N]``.
+    """
+
+    def __init__(self, weight: mx.array, bias: mx.array | None = None) -> None:
+        nn.Module.__init__(self)
+        self.weight = weight
+        if bias is not None:
+            self.bias = bias
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        ids = values_of(indices) if mx.default_device() == mx.cpu else None
+        if ids is None:
+            y: mx.array = super().__call__(x, indices, sorted_indices)
+            return y
+        return biased(self, grouped(x, ids, self.weight.__getitem__, self.output_dims), indices)
+
+
+class StreamedSwitchLinear(nn.Module):
+    """The chosen matrices are dequantised from the file's bytes at every call.
+
+    Args:
+        rows: float32 rows by range, expert after expert.
+        shape: [experts, N].
+        bias: ``[experts, N]``.
+    """
+
+    def __init__(self, rows: Rows, shape: tuple[int, ...], bias: mx.array | None = None) -> None:
+        super().__init__()
+        self._rows = rows
+        self._shape = shape
+        if bias is not None:
+            self.bias = bias
+
+    def _extra_repr(self) -> str:
+        return f"experts={self._shape[0]}, output_dims={self._shape[1]}, streamed"
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        n = self._shape[1]
+
+        def matrix(expert: int) -> mx.array:
+            return mx.array(self._rows(expert * n, (expert + 1) * n)).astype(x.dtype)
+
+        return biased(self, grouped(x, np.asarray(indices), matrix, n), indices)

@@ -1,0 +1,68 @@
+"""What the command line says holds for requests that do not say otherwise."""
+
+import mlx.core as mx
+import pytest
+
+from mlxfuse.errors import MLXFuseError
+from mlxfuse.loader import load
+from mlxfuse.server.app import Server
+from mlxfuse.server.prompts import Planner
+from mlxfuse.server.requests import CompletionRequest
+from mlxfuse.text.generate import Settings
+
+from ..models import tiny
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return load(tiny.write(tmp_path_factory.mktemp("defaults") / "m.gguf", tiny.build("llama", 0)))
+
+
+def job_of(pair, settings, **request):
+    plan = Planner(*pair, settings, False).completion(CompletionRequest(prompt="abc", **request))
+    return plan.make(0, lambda *_: None)
+
+
+def processed(job):
+    logits = mx.zeros((1, 259)) + 1.0
+    tokens = mx.array(job.prompt)
+    for processor in job.processors:
+        logits = processor(tokens, logits)
+    return logits[0].tolist()
+
+
+def test_the_servers_options_are_the_defaults(pair):
+    settings = Settings(
+        temp=0.5,
+        top_k=7,
+        xtc_probability=0.2,
+        repetition_penalty=2.0,
+        logit_bias={9: 3.0},
+        stop=("\n",),
+        seed=5,
+    )
+    job = job_of(pair, settings)
+    assert (job.sampling.temp, job.sampling.top_k, job.sampling.xtc_probability) == (0.5, 7, 0.2)
+    assert (list(job.stops), job.seed) == (["\n"], 5)
+    found = processed(job)
+    assert found[9] == 4.0
+    assert found[job.prompt[-1]] == 0.5
+    own = job_of(
+        pair,
+        settings,
+        temperature=1.0,
+        xtc_probability=0,
+        repetition_penalty=1,
+        logit_bias={},
+        stop=[],
+        seed=-1,
+    )
+    assert (own.sampling.temp, own.sampling.xtc_probability) == (1.0, 0.0)
+    assert (list(own.stops), own.seed) == ([], None)
+    assert processed(own) == [1.0] * 259
+    assert processed(job_of(pair, Settings())) == [1.0] * 259
+
+
+def test_a_bias_of_no_token_is_refused_before_any_request(pair):
+    with pytest.raises(MLXFuseError, match="999999 is no token"):
+        Server(*pair, "m", Settings(logit_bias={999999: 1.0}), port=0)
