@@ -1,4 +1,4 @@
-"""Writes what README.md shows of the code, tables and a picture: ``python -m tests.readme``."""
+"""Writes what the documents show of the code, tables and a picture: ``python -m tests.readme``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tests.fusion.zoo import summary
 from tests.picture import PICTURE, counts, draw
 
 README = Path(__file__).parent.parent / "README.md"
+CONTRIBUTING = README.parent / ".github" / "CONTRIBUTING.md"
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -23,10 +24,7 @@ def tables() -> dict[str, str]:
     """Name of a generated block -> its Markdown."""
     stored = [f for f in FORMATS.values() if f.name not in ("Q8_1", "Q8_K")]
     return {
-        "architectures": _table(
-            ("GGUF architecture", "models", "activations on Metal"),
-            [(f"`{a.name}`", a.models, a.metal_dtype) for a in ARCHITECTURES.values()],
-        ),
+        "models": _table(("models", "in the file") * _ABREAST, _models()),
         "formats": _table(
             ("type", "bits a weight", "kernel"),
             [(f.name, f"{f.bits_per_weight:g}", "yes" if f.kernel else "") for f in stored],
@@ -41,6 +39,17 @@ def tables() -> dict[str, str]:
     }
 
 
+_ABREAST = 3  # architectures in a row of the table
+
+
+def _models() -> list[tuple[str, ...]]:
+    """The architectures by the names of their models, which read on downwards."""
+    cells = sorted((a.models, f"`{a.name}`") for a in ARCHITECTURES.values())
+    rows = -(-len(cells) // _ABREAST)
+    cells += [("", "")] * (rows * _ABREAST - len(cells))
+    return [sum((cells[at] for at in range(row, len(cells), rows)), ()) for row in range(rows)]
+
+
 def render(text: str) -> str:
     """``text`` with each generated block made anew; a block without a table is an error."""
     made = tables()
@@ -52,5 +61,6 @@ def render(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(render(README.read_text()))
+    for page in (README, CONTRIBUTING):
+        page.write_text(render(page.read_text()))
     PICTURE.write_text(draw(counts()))

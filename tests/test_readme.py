@@ -1,4 +1,4 @@
-"""The README's tables and commands are those of the code."""
+"""What the documents say of the code is so: tables, commands, files that they name."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import tomllib
 from collections import Counter
 from importlib.util import find_spec
@@ -21,21 +22,57 @@ from packaging.requirements import Requirement
 from mlxfuse import env
 from mlxfuse.cli import app
 from mlxfuse.export.mlx_checkpoint import export_mlx
+from mlxfuse.loader import load
 from mlxfuse.process import INTERRUPTED
+from mlxfuse.server import Server
+from mlxfuse.text.generate import Settings
 
 from .models import tiny
 from .picture import PICTURE, counts, draw
-from .readme import README, render, tables
+from .readme import CONTRIBUTING, README, render, tables
 
 TEXT = README.read_text()
 
 
 def test_tables_are_current() -> None:
+    guide = CONTRIBUTING.read_text()
     assert render(TEXT) == TEXT, "run: python -m tests.readme"
-    assert all(table in TEXT for table in tables().values())
-    changed = TEXT.replace("| Q4_K | 4.5 |", "| Q4_K | 4.6 |")
-    assert changed != TEXT
-    assert render(changed) == TEXT
+    assert render(guide) == guide, "run: python -m tests.readme"
+    assert all(table in TEXT + guide for table in tables().values())
+    changed = guide.replace("| Q4_K | 4.5 |", "| Q4_K | 4.6 |")
+    assert changed != guide
+    assert render(changed) == guide
+
+
+# Where the contributors' documents are, and what the paths in them are below.
+PAGES = {
+    CONTRIBUTING: README.parent,
+    README.parent / "mlxfuse" / "README.md": README.parent / "mlxfuse",
+    README.parent / "metal" / "README.md": README.parent / "mlxfuse",
+    README.parent / "tests" / "README.md": README.parent / "tests",
+    README.parent / "tests" / "msl" / "README.md": README.parent / "tests" / "msl",
+}
+
+
+def _missing(text: str, base: Path) -> list[str]:
+    """Paths that a text names and that do not exist, below its own folder or the repository."""
+    named = re.findall(r"`((?:[\w.]+/)+[\w.*-]*|\w+\.(?:py|metal|h|c|toml))`", text)
+    folders = (base, README.parent, README.parent / "metal", README.parent / "tests" / "fusion")
+    named = [n for n in named if "NAME" not in n]  # stands for any name
+    return [n for n in named if not any(any(f.glob(n.rstrip("/"))) for f in folders)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(README.parent).as_posix())
+def test_what_a_page_names_exists(page: Path) -> None:
+    text = page.read_text()
+    assert _missing(text, PAGES[page]) == []
+    assert _missing("`nn/no_such.py` and `nowhere/`", PAGES[page]) == ["nn/no_such.py", "nowhere/"]
+    for module in re.findall(r"python -m (tests[\w.]*)", text):
+        assert find_spec(module), module
+
+
+def test_the_readme_is_a_page_for_users() -> None:
+    assert len(TEXT.splitlines()) <= 200
 
 
 def test_the_picture_is_current() -> None:
@@ -65,14 +102,17 @@ NOT_RUN = {
     ".venv/bin/pip install -e '.[cpu]'": "installs from the network",
     ".venv/bin/pip install -e '.[cpu,test]'": "installs from the network",
     ".venv/bin/python -m pytest -n auto": "it is this very suite",
-    "mlxfuse generate org/repo:Q4_K_M -p -  < question.txt": "downloads a model",
+    "mlxfuse ls": "shows the user's own folders",
+    "mlxfuse pull org/repo:Q4_K_M": "downloads a model",
+    "mlxfuse rm org/repo:Q4_K_M": "removes one",
     "mlxfuse tune model-Q4_K_M.gguf": "needs Metal, and times it",
     "mlxfuse bench kernels --report kernels.json": "needs Metal, and times it",
 }
 
 
 def _commands(block: str) -> list[str]:
-    return [c.strip() for line in block.splitlines() for c in line.split(" && ") if c.strip()]
+    lines = (re.sub(r"  # .*", "", line) for line in block.splitlines())
+    return [c.strip() for line in lines for c in line.split(" && ") if c.strip()]
 
 
 SHELL = [c for language, block in BLOCKS if language == "sh" for c in _commands(block)]
@@ -172,7 +212,15 @@ def _serve(command: str, folder: Path) -> None:
 @pytest.mark.parametrize("block", [b for language, b in BLOCKS if language == "python"])
 def test_a_script_of_the_readme(block: str, demo: Path, folder: Path) -> None:
     """The repository of MLX's community is a folder of the same name here."""
-    out, _ = _run(folder, sys.executable, "-c", block)
+    if "8080" in block:
+        server = Server(*load(demo), "demo", Settings(max_tokens=16), port=0)
+        threading.Thread(target=server.serve, daemon=True).start()
+        block = block.replace("http://127.0.0.1:8080", server.address)
+    try:
+        out, _ = _run(folder, sys.executable, "-c", block)
+    finally:
+        if "base_url" in block:
+            server.stop()
     assert "Paris" in out or "nothing fused" in out
 
 
