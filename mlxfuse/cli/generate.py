@@ -74,6 +74,10 @@ class Message(text_opt.Prompt):
     prefill_response: Annotated[
         str | None, opt.of_text("How the answer begins.", metavar="TEXT", rare=True)
     ] = None
+    json_schema: Annotated[
+        Path | None,
+        opt.of_text("JSON of the schema in this file.", metavar="FILE", rare=True),
+    ] = None
     ignore_chat_template: Annotated[
         bool, opt.of_text("Continue the prompt as raw text.", "--ignore-chat-template")
     ] = False
@@ -94,7 +98,14 @@ class Message(text_opt.Prompt):
             "prompt": text_opt.clean(self._text()),
             "prefill_response": self.prefill_response and text_opt.clean(self.prefill_response),
             "ignore_chat_template": self.ignore_chat_template,
+            "json_schema": None if self.json_schema is None else self._schema(self.json_schema),
         }
+
+    @staticmethod
+    def _schema(path: Path) -> Any:
+        from ..text.structured import read_schema
+
+        return read_schema(text_opt.read_text(path))
 
     def _text(self) -> str:
         if self.file is not None:

@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_lm.generate import TextStateMachine
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..text.parts import text_machine
+from ..text.parts import CALL, CONTENT, REASONING, Parts, Whole
 from .text import Piece, Token
 
 log = logging.getLogger(__name__)
@@ -28,7 +27,7 @@ class Call:
     arguments: str
 
 
-# ("content" | "reasoning", text) or ("call", Call)
+# (CONTENT | REASONING, text) or (CALL, Call)
 Part = tuple[str, Any]
 
 
@@ -36,18 +35,18 @@ Part = tuple[str, Any]
 class Form:
     """How the text of an answer is to be read.
 
-    state     the part it begins in: ``normal``, ``reasoning``, or ``header`` for gpt-oss.
+    opening   the end of the prompt; None: there is nothing but content.
+    begun     the prompt already holds how the answer begins.
     tools     as the request has them; without any the marks of tool calls are text.
     parallel  whether there may be several calls.
     forced    the content is a tool call, as JSON.
-    plain     there is nothing but content.
     """
 
-    state: str = "normal"
+    opening: str | None = None
+    begun: bool = False
     tools: list[dict[str, Any]] = field(default_factory=list)
     parallel: bool = True
     forced: bool = False
-    plain: bool = False
 
 
 class Answer:
@@ -65,33 +64,25 @@ class Answer:
         self.stopped_by: str | None = None
         self.count = self.cached = 0
         self._tokenizer, self._form = tokenizer, form
-        machine = (
-            TextStateMachine(None)
-            if form.plain
-            else text_machine(tokenizer, tools=bool(form.tools))
-        )
-        self._state = machine.make_state(form.state)
-        self._before = form.state
-        self._bare = form.state == "reasoning"  # white space here only separates
-        self._tool = ""
+        self._parts: Parts | Whole = Whole()
+        if form.opening is not None:
+            tools = bool(form.tools)
+            self._parts = Parts(tokenizer, form.opening, begun=form.begun, tools=tools)
 
     def feed(self, piece: Piece) -> list[Part]:
         """What ``piece`` adds."""
         self.count, self.cached = piece.count, piece.cached or self.cached
         self.tokens += piece.tokens
-        self._state, segments = TextStateMachine.split(self._state, piece.text)
+        found = self._parts.feed(piece.text)
         if piece.finish is not None:
-            self._state, rest, state = TextStateMachine.flush(self._state)
-            segments.append((state, rest))
+            found += self._parts.rest()
         parts: list[Part] = []
-        for state, text in segments:
-            parts += self._segment(state, text)
+        for kind, text in found:
+            parts += self._part(kind, text)
             if self.calls and not self._form.parallel:
                 self.finish = "tool_calls"
                 return parts
         if piece.finish is not None:
-            if self._before == "tool":
-                parts += self._end_of_call()
             if self._form.forced:
                 parts += self._forced()
             self.stopped_by = piece.stopped_by
@@ -99,54 +90,40 @@ class Answer:
             self.finish = "tool_calls" if made else piece.finish
         return parts
 
-    def _segment(self, state: str, text: str) -> Iterator[Part]:
-        if state != self._before:
-            if self._before == "tool":
-                yield from self._end_of_call()
-            self._before, self._bare = state, True
-        if state == "tool":
-            self._tool += text
-            return
-        if self._bare:
-            text = text.lstrip()
-        if not text or state == "header":
-            return
-        self._bare = False
-        if state == "reasoning":
+    def _part(self, kind: str, text: str) -> Iterator[Part]:
+        if kind == CALL:
+            yield from self._calls(text)
+        elif kind == REASONING:
             self.reasoning += text
-            yield "reasoning", text
+            yield kind, text
         else:
             self.content += text
             if not self._form.forced:
-                yield "content", text
+                yield CONTENT, text
 
-    def _end_of_call(self) -> Iterator[Part]:
-        text, self._tool = self._tool, ""
+    def _calls(self, text: str) -> Iterator[Part]:
         try:
             found = self._tokenizer.tool_parser(text, self._form.tools)
             calls = [_call(each) for each in (found if isinstance(found, list) else [found])]
         except Exception as error:  # MLX-LM's parsers raise whatever malformed text leads to
             log.warning("not a tool call (%s): %.200r", error, text)
             start, end = self._tokenizer.tool_call_start, self._tokenizer.tool_call_end
-            whole = f"{start}{text}{end}"
-            self.content += whole
-            yield "content", whole
+            yield from self._part(CONTENT, f"{start}{text}{end}")
             return
         for call in calls[: None if self._form.parallel else 1]:
             self.calls.append(call)
-            yield "call", call
+            yield CALL, call
 
     def _forced(self) -> Iterator[Part]:
         """The call that a grammar made the model write."""
-        text, self.content = self.content, ""
         try:
-            call = _call(json.loads(text))
+            call = _call(json.loads(self.content))
         except (ValueError, RecursionError):  # it was cut off
-            self.content = text
-            yield "content", text
+            yield CONTENT, self.content
             return
+        self.content = ""
         self.calls.append(call)
-        yield "call", call
+        yield CALL, call
 
 
 def _call(found: Any) -> Call:

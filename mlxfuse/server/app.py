@@ -28,6 +28,7 @@ from . import anthropic
 from .anthropic import MessagesRequest
 from .engine import Engine, Event, Job, Limits
 from .gate import Gate
+from .listener import bind
 from .prompts import Plan, Planner
 from .replies import Reply, error_body
 from .requests import ChatRequest, CompletionRequest, RequestError, parse, read_body
@@ -254,24 +255,6 @@ def _body(path: str, error: RequestError) -> dict[str, Any]:
     """The form of an error that the clients of this path read."""
     of = anthropic.error_body if "/messages" in path else error_body
     return of(error)
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens, also at an IPv6 address.
-
-    Raises:
-        OSError: the address is in use or not this machine's; the message names it.
-    """
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        made = socket.socket(family, kind, proto)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
-    except OSError as error:
-        raise OSError(f"cannot listen at {host}, port {port}: {error.strerror}") from error
-    return made
 
 
 class Server:

@@ -6,6 +6,7 @@ import itertools
 import logging
 import queue
 import random
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +18,11 @@ from mlx_lm.generate import BatchGenerator, StopSequences
 from mlx_lm.models.cache import KVCache, LRUPromptCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..memory import machine
 from ..nn.kv.cache import CompressedKVCache
+from ..text.sampling import Sampling
 from .one_by_one import OneByOne
-from .sampling import Sampler, Sampling, finite, make_sampler
+from .sampling import Sampler, finite, make_sampler
 from .text import Piece, StreamedText, Token
 
 log = logging.getLogger(__name__)
@@ -38,6 +41,7 @@ class Job:
 
     prompt      token ids within the vocabulary, at least one.
     max_tokens  at least 1.
+    sampling    how tokens are chosen, but for its penalties, stops and seed.
     seed        as for `make_sampler`.
     processors  MLX-LM's logits processors, of this job only.
     stops       strings before which the answer ends.
@@ -113,7 +117,9 @@ class Engine:
         self._ends = StopSequences([(token,) for token in tokenizer.eos_token_ids])
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._jobs: dict[int, Job] = {}
-        self._samplers: dict[Sampling, Sampler] = {}
+        self._samplers: dict[tuple[float, ...], Sampler] = {}
+        newline = tokenizer.encode("\n", add_special_tokens=False)
+        self._protected = [*newline, *sorted(tokenizer.eos_token_ids)]
         self._cache = self._new_cache()
         self._closing = False
         self.failure: Exception | None = None
@@ -269,12 +275,15 @@ class Engine:
         self._cache.trim_to(n_bytes=left)
 
     def _sampler(self, job: Job) -> Sampler:
-        # Jobs that share a sampler are sampled in one call.
+        made = make_sampler(job.sampling, self._protected, job.seed)
         if job.seed is not None:
-            return make_sampler(job.sampling, job.seed)
+            return made
+        # Jobs that share a sampler are sampled in one call.
         if len(self._samplers) > 64:
             self._samplers.clear()
-        return self._samplers.setdefault(job.sampling, make_sampler(job.sampling))
+        s = job.sampling
+        key = (s.temp, s.top_p, s.top_k, s.min_p, s.min_tokens_to_keep)
+        return self._samplers.setdefault((*key, s.xtc_probability, s.xtc_threshold), made)
 
     def _keep_boundary(self, batch: Any, uid: int) -> None:
         boundaries = self._jobs[uid].boundaries
@@ -307,6 +316,13 @@ class Engine:
         if text or tokens or finish or job.count == 1:
             job.deliver(Piece(text, tokens, finish, stop, job.count, job.cached))
         return finish is not None
+
+
+def memory_left() -> int:
+    """Bytes that the model leaves of what this machine has for it and its caches."""
+    # Elsewhere what MLX holds is not available, so it is counted already.
+    held = mx.get_active_memory() if sys.platform == "darwin" else 0
+    return max(0, machine().budget - held)
 
 
 def _guarded(job: Job, processor: Any) -> Any:

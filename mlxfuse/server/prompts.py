@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import mlx.core as mx
@@ -12,23 +12,19 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import GrammarError, MLXFuseError
 from ..text.generate import Settings
-from ..text.sampling import suppressed
+from ..text.parts import begins_in_reasoning
+from ..text.sampling import Sampling, suppressed
 from ..text.structured import Constraint, Grammars
 from .answers import Form
 from .engine import Job
 from .requests import MAX_CHOICES, ChatRequest, CompletionRequest, RequestError
-from .sampling import Sampling
 
 # What a request may not tell the template: it is how the template is rendered.
 _RESERVED = {
     *("conversation", "messages", "tools", "documents", "chat_template"),
     *("add_generation_prompt", "continue_final_message", "tokenize", "return_dict"),
 }
-# Parameters of a request, not None by default, that take the server's options as defaults.
-_OWN = (
-    *("xtc_probability", "xtc_threshold", "repetition_penalty", "repetition_context_size"),
-    *("presence_penalty", "frequency_penalty"),
-)
+_OPENING = 64  # characters of a prompt's end in which a mark of reasoning is looked for
 _UNLIMITED = 1 << 20  # tokens, for a model that does not say how many it was made for
 
 
@@ -44,7 +40,7 @@ class Plan:
     prompts: list[list[int]]
     make: Callable[[int, Callable[..., None]], Job]
     n: int = 1
-    form: Form = field(default_factory=lambda: Form(plain=True))
+    form: Form = field(default_factory=Form)
     texts: list[str] = field(default_factory=list)
 
     @property
@@ -68,8 +64,6 @@ class Planner:
         self.context = context_length(model)
         self.vocabulary = len(tokenizer)
         self._grammars = Grammars(tokenizer)
-        newline = tokenizer.encode("\n", add_special_tokens=False)
-        self._protected = (*newline, *sorted(tokenizer.eos_token_ids))
 
     def chat(self, request: ChatRequest) -> Plan:
         """Raises:
@@ -78,16 +72,12 @@ class Planner:
         top = request.top
         tools = self._tools(request)
         ids, text, boundaries = self._conversation(request, tools)
-        state = self._tokenizer.response_initial_state or "normal"
-        start = self._tokenizer.think_start
-        if request.continue_final_message:
-            state = "normal"
-        elif start is not None and text.rstrip().endswith(start):
-            state = "reasoning"
         forced = self._forced(request, tools)
-        constraint = self._constraint(request, forced, state == "reasoning", bool(tools))
+        reasoning = begins_in_reasoning(self._tokenizer, text)
+        constraint = self._constraint(request, forced, reasoning, bool(tools))
         form = Form(
-            state=state,
+            opening=text[-_OPENING:],
+            begun=request.continue_final_message,
             tools=tools,
             parallel=request.parallel_tool_calls,
             forced=forced is not None,
@@ -266,21 +256,17 @@ class Planner:
         constraint: Constraint | None,
         boundaries: Mapping[int, str],
     ) -> Callable[[int, Callable[..., None]], Job]:
-        request = self._filled(request)
         sampling = self._sampling(request)
-        if not all(token < self.vocabulary for token in request.logit_bias):
+        if not all(0 <= token < self.vocabulary for token in sampling.logit_bias):
             raise self._outside("logit_bias")
-        limit = request.limit
-        if limit is None:
-            limit = self._settings.max_tokens
+        limit = sampling.max_tokens
         if limit == 0:
             raise RequestError("max_tokens: expected 1 or more", param="max_tokens")
 
         def make(index: int, deliver: Callable[..., None]) -> Job:
             prompt = prompts[index // request.n]
             left = self.context - len(prompt)
-            asked = self._settings.seed if request.seed is None else request.seed
-            seed = None if asked in (None, -1) else asked
+            seed = sampling.seed
             # The grammar comes last: nothing may lift what it forbids.
             own = [] if constraint is None else [constraint.copy()]
             return Job(
@@ -289,48 +275,46 @@ class Planner:
                 deliver,
                 sampling,
                 None if seed is None else (seed + index) % 2**64,
-                [*self._processors(request), *own],
-                request.stop,
+                [*self._processors(request, sampling), *own],
+                sampling.stop,
                 top,
                 boundaries,
             )
 
         return make
 
-    def _filled(self, request: ChatRequest | CompletionRequest) -> ChatRequest | CompletionRequest:
-        """The request, with the server's options where it says nothing."""
-        own = {name: getattr(self._settings, name) for name in _OWN}
-        own |= {"stop": list(self._settings.stop), "logit_bias": dict(self._settings.logit_bias)}
-        missing = own.keys() - request.model_fields_set
-        return request.model_copy(update={name: own[name] for name in missing})
-
     def _sampling(self, request: ChatRequest | CompletionRequest) -> Sampling:
-        defaults = self._settings
-
-        def given(value: Any, default: Any) -> Any:
-            return default if value is None else value
-
-        top_k = given(request.top_k, defaults.top_k)
-        return Sampling(
-            temp=float(given(request.temperature, defaults.temp)),
-            top_p=float(given(request.top_p, defaults.top_p)),
-            top_k=top_k if 0 < top_k < self.vocabulary else 0,
-            min_p=float(given(request.min_p, defaults.min_p)),
-            xtc_probability=float(request.xtc_probability),
-            xtc_threshold=float(request.xtc_threshold),
-            protected=self._protected,
+        """The server's own settings, with what the request gives in their place."""
+        names = {field.name for field in fields(Sampling)} - {"max_tokens"}
+        asked = {name: getattr(request, name) for name in names & request.model_fields_set}
+        if "temperature" in request.model_fields_set:
+            asked["temp"] = request.temperature
+        if request.limit is not None:
+            asked["max_tokens"] = request.limit
+        made = replace(self._settings, **asked)
+        return replace(
+            made,
+            top_k=made.top_k if 0 < made.top_k < self.vocabulary else 0,
+            repetition_penalty=made.repetition_penalty or 1.0,
+            repetition_context_size=min(made.repetition_context_size, self.context),
+            stop=tuple(made.stop),
+            seed=None if made.seed == -1 else made.seed,
         )
 
-    def _processors(self, request: ChatRequest | CompletionRequest) -> Iterable[Any]:
-        yield from make_logits_processors({**request.logit_bias, **suppressed(self._tokenizer)})
-        if request.repetition_penalty not in (0, 1) and request.repetition_context_size:
+    def _processors(
+        self, request: ChatRequest | CompletionRequest, sampling: Sampling
+    ) -> Iterable[Any]:
+        yield from make_logits_processors({**sampling.logit_bias, **suppressed(self._tokenizer)})
+        if sampling.repetition_penalty != 1 and sampling.repetition_context_size:
             yield from make_logits_processors(
-                repetition_penalty=max(request.repetition_penalty, 0.01),
-                repetition_context_size=min(request.repetition_context_size, self.context),
+                repetition_penalty=max(sampling.repetition_penalty, 0.01),
+                repetition_context_size=sampling.repetition_context_size,
             )
         for kind in ("presence", "frequency"):
-            penalty = getattr(request, f"{kind}_penalty")
-            size = getattr(request, f"{kind}_context_size")
+            penalty, size = (
+                getattr(sampling, f"{kind}_penalty"),
+                getattr(request, f"{kind}_context_size"),
+            )
             if penalty and size != 0:
                 size = self.context if size is None else min(size, self.context)
                 how = {f"{kind}_penalty": penalty, f"{kind}_context_size": size}

@@ -202,7 +202,9 @@ _Count = Annotated[int, Field(ge=0)]
 
 
 class _Completion(Model):
-    """The parameters that chat and text completions share; None is for the server's default."""
+    """The parameters that chat and text completions share; with mlx-lm's names where OpenAI has
+    none. What a request does not give is as the server's own settings say.
+    """
 
     model: str = ""
     stream: bool = False
@@ -213,13 +215,13 @@ class _Completion(Model):
     top_p: Fraction | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Fraction | None = None
-    xtc_probability: Fraction = 0.0
-    xtc_threshold: Annotated[float, Field(ge=0, le=0.5)] = 0.1
-    repetition_penalty: Annotated[float, Field(ge=0, le=100)] = 0.0
-    repetition_context_size: _Count = 20
-    presence_penalty: _Penalty = 0.0
+    xtc_probability: Fraction | None = None
+    xtc_threshold: Annotated[float, Field(ge=0, le=0.5)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0, le=100)] | None = None
+    repetition_context_size: _Count | None = None
+    presence_penalty: _Penalty | None = None
     presence_context_size: _Count | None = None
-    frequency_penalty: _Penalty = 0.0
+    frequency_penalty: _Penalty | None = None
     frequency_context_size: _Count | None = None
     logit_bias: Annotated[dict[int, float], BeforeValidator(_bias)] = {}
     seed: int | None = None

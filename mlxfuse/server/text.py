@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from ..text.sampling import StopTexts
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +46,13 @@ class StreamedText:
 
     Args:
         detokenizer: a fresh one of MLX-LM's.
-        stops: strings before which the text ends; none is empty.
+        stops: strings before which the text ends.
     """
 
     def __init__(self, detokenizer: Any, stops: Sequence[str]) -> None:
-        self._detokenizer, self._stops = detokenizer, stops
-        self._held = ""
-        self._given = 0  # characters
+        self._detokenizer, self._stops = detokenizer, StopTexts(tuple(stops))
+        self._length = self._given = 0  # characters
         self._tokens: list[Token] = []
-        self._longest = max(map(len, stops), default=1) - 1
 
     def add(self, token: Token, ends: str | None) -> tuple[str, tuple[Token, ...], str | None]:
         """The text, tokens and the stop string, if one was met, that ``token`` completes.
@@ -61,34 +61,18 @@ class StreamedText:
             ends: ``stop`` for a token that is no text and ends it, ``length`` for a last one.
         """
         if ends != "stop":
-            at = self._given + len(self._held)
-            self._tokens.append(Token(token.id, at, token.logprob, token.top))
+            self._tokens.append(replace(token, at=self._length))
             self._detokenizer.add_token(token.id)
         if ends is not None:
             self._detokenizer.finalize()
-        self._held += self._detokenizer.last_segment
-        found = min(
-            ((at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0),
-            default=None,
-        )
-        if found is not None:
-            return *self._give(found[0]), found[1]
-        if ends is not None:
-            return *self._give(len(self._held)), None
-        return *self._give(len(self._held) - self._pending()), None
-
-    def _pending(self) -> int:
-        """Characters at the end with which a stop string may begin."""
-        for length in range(min(self._longest, len(self._held)), 0, -1):
-            end = self._held[-length:]
-            if any(stop.startswith(end) for stop in self._stops):
-                return length
-        return 0
-
-    def _give(self, length: int) -> tuple[str, tuple[Token, ...]]:
-        text, self._held = self._held[:length], self._held[length:]
-        self._given += length
-        # A token without text of its own comes with the text before it.
-        count = sum(1 for token in self._tokens if token.at < self._given)
+        segment = self._detokenizer.last_segment
+        self._length += len(segment)
+        text = self._stops.feed(segment)
+        whole = ends is not None and self._stops.found is None
+        if whole:
+            text += self._stops.rest()
+        self._given += len(text)
+        # A token without text of its own comes with the text behind it.
+        count = sum(1 for each in self._tokens if whole or each.at < self._given)
         tokens, self._tokens = tuple(self._tokens[:count]), self._tokens[count:]
-        return text, tokens
+        return text, tokens, self._stops.found

@@ -20,8 +20,9 @@ from ..errors import MLXFuseError, UnsupportedError
 from ..nn.kv.cache import CompressedKVCache
 from ..nn.kv.options import KVOptions, check_model, compressed, describe
 from . import lookup
-from .parts import CONTENT, REASONING, Parts, Whole
+from .parts import CONTENT, REASONING, Parts, Whole, begins_in_reasoning
 from .sampling import Sampling, StopTexts
+from .structured import Grammars
 
 _OPENING = 8  # tokens of a prompt's end among which a mark of reasoning is looked for
 
@@ -33,6 +34,7 @@ class Settings(Sampling):
     kv                  how to compress the key-value cache; None for mlx-lm's plain one.
     quantized_kv_start  tokens up to which it stays plain.
     kv_force            compress keys of models that are known to suffer from it.
+    json_schema         what the answer is to be: JSON that is valid against this schema.
     prompt_lookup       draft tokens from what the text said before; `mlxfuse.text.lookup`.
     num_draft_tokens    tokens that are drafted at a time, at most.
     """
@@ -49,6 +51,7 @@ class Settings(Sampling):
     kv: KVOptions | None = None
     quantized_kv_start: int = 0
     kv_force: bool = False
+    json_schema: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +239,7 @@ def run(
 
     Raises:
         MLXFuseError: no token was generated.
+        GrammarError: the JSON schema cannot be followed.
     """
     found: dict[str, list[str]] = {CONTENT: [], REASONING: []}
     takers = {CONTENT: write, REASONING: think}
@@ -266,7 +270,7 @@ def run(
         prompt,
         max_tokens=settings.max_tokens,
         sampler=settings.sampler(tokenizer),
-        logits_processors=settings.logits_processors(tokenizer),
+        logits_processors=_processors(tokenizer, prompt, settings),
         prefill_step_size=settings.prefill_step_size,
         **options,
     ):
@@ -275,7 +279,7 @@ def run(
             tokens.append(int(last.token))
         give(parts.feed(stops.feed(last.text)))
         reason = last.finish_reason or reason
-        if stops.found:
+        if stops.found is not None:
             reason = "stop"
             break
         if stop is not None and stop():
@@ -297,6 +301,17 @@ def run(
         end_token=int(last.token) if last.finish_reason == "stop" else None,
         accepted=accepted if drafts else None,
     )
+
+
+def _processors(tokenizer: TokenizerWrapper, prompt: list[int], settings: Settings) -> list[Any]:
+    made = settings.logits_processors(tokenizer)
+    if settings.json_schema is not None:
+        plain = settings.ignore_chat_template or not tokenizer.has_chat_template
+        opening = tokenizer.decode(prompt[-_OPENING:])
+        reasoning = not plain and begins_in_reasoning(tokenizer, opening)
+        grammars = Grammars(tokenizer)
+        made.append(grammars.json_schema(settings.json_schema, reasoning=reasoning, plain=plain))
+    return made
 
 
 def _parts(tokenizer: TokenizerWrapper, prompt: list[int], settings: Settings) -> Parts | Whole:

@@ -10,30 +10,37 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 _MARK = re.compile(r"<\|\w+\|>")
 
-CONTENT, REASONING = "content", "reasoning"
+CONTENT, REASONING, CALL = "content", "reasoning", "call"
 
 
 class Parts:
-    """Splits an answer's text as it comes: ``<think>`` parts, and the channels of gpt-oss.
+    """Splits an answer's text as it comes: ``<think>`` parts, tool calls, gpt-oss's channels.
 
     The marks themselves, and the white space that separates the parts, are left out.
 
     Args:
         opening: the end of the prompt. Some templates end it with the mark of reasoning.
         begun: the prompt already holds how the answer begins.
+        tools: give each tool call, whole, as a part of its own; else its marks are text.
     """
 
-    def __init__(self, tokenizer: TokenizerWrapper, opening: str, *, begun: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: TokenizerWrapper,
+        opening: str,
+        *,
+        begun: bool = False,
+        tools: bool = False,
+    ) -> None:
         state = "normal" if begun else tokenizer.response_initial_state or "normal"
-        start = tokenizer.think_start
-        if start is not None and opening.rstrip().endswith(start):
+        if begins_in_reasoning(tokenizer, opening):
             state = "reasoning"
-        self._state = text_machine(tokenizer, tools=False).make_state(state)
+        self._state = text_machine(tokenizer, tools=tools).make_state(state)
         self._before, self._bare = state, state == "reasoning"
-        self._header = ""
+        self._header = self._call = ""
 
     def feed(self, text: str) -> list[tuple[str, str]]:
-        """What ``text`` adds: (`CONTENT` or `REASONING`, some text) each."""
+        """What ``text`` adds: (`CONTENT`, `REASONING` or `CALL`, some text) each."""
         self._state, segments = TextStateMachine.split(self._state, text)
         return [part for state, piece in segments for part in self._segment(state, piece)]
 
@@ -41,22 +48,36 @@ class Parts:
         """What was held back when the text has ended."""
         self._state, held, state = TextStateMachine.flush(self._state)
         parts = self._segment(state, held)
+        if self._before == "tool":
+            parts.append((CALL, self._call))
         # A header that no message followed is no header.
         text = _MARK.sub("", self._header)
         return parts + ([(CONTENT, text)] if text else [])
 
     def _segment(self, state: str, text: str) -> list[tuple[str, str]]:
+        ended = []
         if state != self._before:
-            self._before, self._bare, self._header = state, True, ""
+            if self._before == "tool":
+                ended = [(CALL, self._call)]
+            self._before, self._bare, self._header, self._call = state, True, "", ""
         if state == "header":
             self._header += text
-            return []
+            return ended
+        if state == "tool":
+            self._call += text
+            return ended
         if self._bare:
             text = text.lstrip()
         if not text:
-            return []
+            return ended
         self._bare = False
-        return [(REASONING if state == "reasoning" else CONTENT, text)]
+        return [*ended, (REASONING if state == "reasoning" else CONTENT, text)]
+
+
+def begins_in_reasoning(tokenizer: TokenizerWrapper, opening: str) -> bool:
+    """Whether a prompt that ends with ``opening`` ends with the mark of reasoning."""
+    start = tokenizer.think_start
+    return start is not None and opening.rstrip().endswith(start)
 
 
 class Whole:

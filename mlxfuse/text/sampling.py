@@ -134,17 +134,18 @@ class StopTexts:
     def __init__(self, stops: tuple[str, ...]) -> None:
         self._stops = tuple(stop for stop in stops if stop)
         self._held = ""
-        self.found = False
+        self.found: str | None = None
 
     def feed(self, piece: str) -> str:
-        """The text that is known not to belong to a stop text; ``found`` says that one was met."""
+        """The text that is known not to belong to a stop text; ``found`` is the one met."""
         if not self._stops:
             return piece
         text = self._held + piece
-        places = [i for stop in self._stops if (i := text.find(stop)) >= 0]
+        places = [(i, stop) for stop in self._stops if (i := text.find(stop)) >= 0]
         if places:
-            self.found, self._held = True, ""
-            return text[: min(places)]
+            first, self.found = min(places)
+            self._held = ""
+            return text[:first]
         longest = max(len(stop) for stop in self._stops) - 1
         keep = next(
             n

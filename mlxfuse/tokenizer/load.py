@@ -80,6 +80,15 @@ def wrapped(tokenizer: GGUFTokenizer, eos_token_ids: Iterable[int]) -> Tokenizer
     return wrapper
 
 
+def with_template(tokenizer: TokenizerWrapper, template: str) -> TokenizerWrapper:
+    """The same tokenizer with another chat template, which also tells how tools are called."""
+    inner = tokenizer._tokenizer
+    inner.chat_template = template
+    if not isinstance(inner, GGUFTokenizer):
+        return TokenizerWrapper(inner, type(tokenizer.detokenizer), tokenizer.eos_token_ids)
+    return wrapped(inner, tokenizer.eos_token_ids)
+
+
 class GGUFTokenizer(PreTrainedTokenizerFast):
     """A transformers tokenizer over a `Vocab`, which repairs ill-formed text before encoding,
     decodes as it streams, and renders chat templates under `chat_template`'s limits."""

@@ -14,9 +14,9 @@ from mlxfuse.errors import MLXFuseError
 from mlxfuse.loader import load
 from mlxfuse.server import Server
 from mlxfuse.server.engine import Engine, EngineError, Job, Limits
-from mlxfuse.server.sampling import Sampling
 from mlxfuse.server.text import Piece, StreamedText, Token
 from mlxfuse.text.generate import Settings, generate
+from mlxfuse.text.sampling import Sampling
 
 from ..models import tiny
 from .conftest import openai_client, serving

@@ -1,14 +1,18 @@
 """Answers of a given form: what each token may be, with reasoning, drafts and tools beside."""
 
 import json
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from jsonschema import validate
+from typer.testing import CliRunner
 
+from mlxfuse.cli import app
 from mlxfuse.errors import GrammarError
 from mlxfuse.loader import load
+from mlxfuse.text.generate import Settings, generate
 from mlxfuse.text.structured import Grammars
 
 from ..models import tiny
@@ -139,3 +143,33 @@ def test_of_a_file_whose_tokens_are_sentencepieces(tmp_path):
     _, tok = load(tiny.write(tmp_path / "m.gguf", tiny.build("gemma3", 0)))
     text = follow(Grammars(tok).json_schema(ANSWER), tok, nothing)
     validate(json.loads(text), ANSWER)
+
+
+@pytest.mark.parametrize("drafted", [False, True])
+def test_generate_follows_a_schema(tmp_path, drafted):
+    """On a random model, whose own words are no JSON; also with drafts."""
+    made = tiny.build("llama", 0)
+    model, tok = load(tiny.write(tmp_path / "m.gguf", made))
+    draft = load(tiny.write(tmp_path / "d.gguf", tiny.build("llama", 1)))[0] if drafted else None
+    settings = Settings(prompt="Hi", max_tokens=40, json_schema=ANSWER, ignore_chat_template=True)
+    got = generate(model, tok, settings, draft_model=draft)
+    validate(json.loads(got.text), ANSWER)
+    assert got.finish_reason == "stop"
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(generate(model, tok, replace(settings, json_schema=None)).text)
+
+
+def test_the_command_follows_a_schema_in_a_file(tmp_path):
+    model = tiny.write(tmp_path / "m.gguf", tiny.build("llama", 0))
+    schema = tmp_path / "schema.json"
+    arguments = ["generate", str(model), "-p", "Hi", "--ignore-chat-template", "-m", "40"]
+    arguments += ["--json-schema", str(schema)]
+    for text, what in (("{", "not JSON"), ("[]", "an object"), ('{"enum": []}', "followed")):
+        schema.write_text(text)
+        got = CliRunner().invoke(app, arguments)
+        assert got.exit_code == 4
+        assert what in got.output
+    schema.write_text(json.dumps(ANSWER))
+    got = CliRunner().invoke(app, arguments)
+    assert got.exit_code == 0, got.output
+    validate(json.loads(got.stdout.splitlines()[0]), ANSWER)
