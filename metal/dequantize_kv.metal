@@ -18,11 +18,7 @@ METAL_FUNC void dequantize_side(const device uint* row, device T* to, uint lane)
   }
   hadamard<dim, block>(x, lane);
   UNROLL
-  for (int i = 0; i < 2 * At::each; i++) {
-    const uint unit = At::unit(lane, i / 2);
-    if (lane < uint(At::lanes) && unit < uint(At::units)) {
-      *(device vec<T, 4>*)(to + 8 * unit + 4 * (i % 2)) =
-          vec<T, 4>(float4(x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]));
-    }
+  for (int j = 0; j < At::each; j++) {
+    write_unit<At>(to, x + 8 * j, j, lane < uint(At::lanes), lane);
   }
 }

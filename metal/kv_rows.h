@@ -176,6 +176,38 @@ struct Symmetric {
   }
 };
 
+//@ units:
+// Writes a lane's unit j of a token: neighbouring lanes write neighbouring 16 bytes. Of 4 bytes a
+// value, two lanes write half of the one's unit each, then of the other's.
+template <typename At, typename T>
+METAL_FUNC void write_unit(device T* token, const thread float* x, int j, bool here, uint lane) {
+  const float4 low = float4(x[0], x[1], x[2], x[3]);
+  const float4 high = float4(x[4], x[5], x[6], x[7]);
+  const uint unit = At::unit(lane, j);
+  if constexpr (sizeof(T) == 2) {
+    if (here && unit < uint(At::units)) {
+      *(device uint4*)(token + 8 * unit) =
+          uint4(as_type<uint2>(vec<T, 4>(low)), as_type<uint2>(vec<T, 4>(high)));
+    }
+  } else {
+    const bool odd = lane & 1;
+    const float4 sent = odd ? low : high;
+    float4 got;
+    UNROLL
+    for (int e = 0; e < 4; e++) {
+      got[e] = simd_shuffle_xor(sent[e], ushort(1));
+    }
+    const uint pair = unit & ~1u;
+    device float4* to = (device float4*)(token + 8 * pair + (odd ? 4 : 0));
+    if (here && pair < uint(At::units)) {
+      to[0] = odd ? got : low;
+    }
+    if (here && pair + 1 < uint(At::units)) {
+      to[2] = odd ? high : got;
+    }
+  }
+}
+
 //@ hadamard:
 // Of a power of two up to 512.
 constexpr float inverse_root(int n) {

@@ -293,13 +293,10 @@ struct Softmax {
       device float* sums, device float* stats, uint first, uint end, uint lane) const thread {
     UNROLL
     for (int r = 0; r < rows; r++) {
+      const bool here = first + r < end && lane < uint(Values::lanes);
       UNROLL
-      for (int i = 0; i < 2 * Values::each; i++) {
-        const uint unit = Values::unit(lane, i / 2);
-        if (first + r < end && lane < uint(Values::lanes) && unit < uint(Values::units)) {
-          *(device float4*)(sums + (first + r) * dv + 8 * unit + 4 * (i % 2)) =
-              float4(o[r][4 * i], o[r][4 * i + 1], o[r][4 * i + 2], o[r][4 * i + 3]);
-        }
+      for (int j = 0; j < Values::each; j++) {
+        write_unit<Values>(sums + (first + r) * dv, o[r] + 8 * j, j, here, lane);
       }
     }
     const uint own = row(lane);

@@ -1,10 +1,14 @@
-"""``python -m tests.dispatches``: GPU dispatches of one decoded token and layer, by what they are.
+"""GPU dispatches of one decoded token, counted in the graph, so that it needs no GPU.
 
-Counted in the graph, so that it needs no GPU: quantised weights, float16 activations and cache.
+    python -m tests.dispatches          of a layer, by what they are
+    python -m tests.dispatches --all    of a token, for each class of mlx-lm that is used much
+
+With quantised weights.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 
 import mlx.core as mx
@@ -14,6 +18,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlxfuse import patch_model
 from mlxfuse.fusion.dispatches import dispatches
+from tests.fusion import zoo
+from tests.fusion.configs import USED
 
 SIZES = {
     "hidden_size": 128,
@@ -50,6 +56,22 @@ def of_layer(model: nn.Module) -> Counter[str]:
     return dispatches(lambda: model.layers[0](hidden, None, cache[0]))
 
 
+def of_class(name: str) -> tuple[int, int, int]:
+    """Layers, dispatches of a token of mlx-lm's own code, and of the patched model."""
+    model = zoo.build(name, "affine4")
+    before, after = patch_model(model, fuse="all").dispatches or (0, 0)
+    return len(model.layers), before, after
+
+
+def every_class() -> None:
+    print("| class | layers | stock | patched | a layer, stock | patched |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name in sorted(USED):
+        layers, before, after = of_class(name)
+        row = name, layers, before, after, f"{before / layers:.1f}", f"{after / layers:.1f}"
+        print("|", " | ".join(map(str, row)), "|")
+
+
 def main() -> None:
     print("| model | dispatches a layer | of these |\n| --- | --- | --- |")
     for module in (llama, qwen3):
@@ -64,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    every_class() if "--all" in sys.argv else main()

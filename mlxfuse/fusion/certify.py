@@ -6,6 +6,7 @@ import ast
 import inspect
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -164,6 +165,59 @@ def readers(cls: type[nn.Module]) -> tuple[str, ...]:
         if isinstance(statement, ast.Assign) and x in _locals(statement):
             break
     return tuple(found)
+
+
+def inputs(cls: type[nn.Module]) -> tuple[str, ...]:
+    """The children that a class's plain `__call__` calls once, whatever happens, and with nothing
+    but its own input, as it came: their results may be computed beforehand.
+
+    Raises:
+        NotFusible: there is no such method.
+    """
+    _check_plain(cls, cls.__call__)
+    return _inputs(cls, cls.__call__)
+
+
+@cache
+def _inputs(cls: type[nn.Module], call: Callable[..., Any]) -> tuple[str, ...]:
+    function = _parsed(cls, call)
+    if len(function.args.args) < 2:
+        return ()
+    x = function.args.args[1].arg
+    uses = Counter(n.attr for n in ast.walk(function) if isinstance(n, ast.Attribute))
+    found: list[str] = []
+    for statement in function.body:
+        for node in _always(statement):
+            match node:
+                case ast.Call(
+                    func=ast.Attribute(ast.Name("self"), name), args=[ast.Name(given)], keywords=[]
+                ) if given == x and uses[name] == 1:
+                    found.append(name)
+        if x in _locals(statement) or any(_sets_part_of(x, n) for n in ast.walk(statement)):
+            break
+    return tuple(found)
+
+
+def _sets_part_of(x: str, node: ast.AST) -> bool:
+    """Whether it is ``x[...]`` that is assigned to."""
+    if not (isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store)):
+        return False
+    return isinstance(node.value, ast.Name) and node.value.id == x
+
+
+# What is within these may be evaluated later, several times or not at all.
+_SOMETIMES = (
+    *(ast.If, ast.For, ast.While, ast.Try, ast.With, ast.FunctionDef, ast.Lambda),
+    *(ast.IfExp, ast.BoolOp, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp),
+)
+
+
+def _always(node: ast.AST) -> Iterator[ast.AST]:
+    """It and what is in it, as far as it is evaluated once."""
+    if not isinstance(node, _SOMETIMES):
+        yield node
+        for child in ast.iter_child_nodes(node):
+            yield from _always(child)
 
 
 def _apart(statement: ast.stmt) -> list[ast.stmt]:

@@ -33,7 +33,7 @@ from ..nn.moe import ExpertsForm, FusedExperts, FusedMoE, FusedWeightedExperts, 
 from ..nn.post_norm import FusedPostNormBlock, PostNormForm
 from ..nn.projection import Projection
 from .candidates import Candidate, Skip, Tree, register_detector
-from .certify import Match, certify, is_known
+from .certify import Match, certify, inputs, is_known
 from .emit import Piece, candidate
 from .forms import (
     attention_form,
@@ -57,6 +57,7 @@ def _places(
     kind: str,
     form: Callable[[nn.Module, Match], Any],
     looks: Callable[[nn.Module], bool] | None = None,
+    otherwise: Callable[[Tree, str, nn.Module], Candidate] | None = None,
 ) -> Callable[[_Find], _Find]:
     """Decorator: register what finds the place in one module that has a known body.
 
@@ -65,6 +66,7 @@ def _places(
         form: what the place is found from.
         looks: whether a module without such a body is reported all the same. None: neither it nor
             one that is odd in its form, of which another detector tells.
+        otherwise: finds the place in a module that looks so and has no known body.
     """
 
     def register(find: _Find) -> _Find:
@@ -76,9 +78,12 @@ def _places(
                     continue
                 told = looks is not None
                 try:
-                    held = form(module, certify(type(module), kind))
-                    told = True
-                    found = find(tree, path, module, held)
+                    if not known and otherwise is not None:
+                        found: Candidate | None = otherwise(tree, path, module)
+                    else:
+                        held = form(module, certify(type(module), kind))
+                        told = True
+                        found = find(tree, path, module, held)
                 except NotFusible as reason:
                     if told:
                         yield Skip(name, path, str(reason))
@@ -129,11 +134,34 @@ def _single(tree: Tree, module: nn.Module, name: str) -> Projection:
     return single(module, name)
 
 
+def _inputs(tree: Tree, path: str, module: nn.Module) -> Candidate:
+    """The linears of an attention that its own code calls with its input, in one dispatch."""
+    names = [n for n in inputs(type(module)) if has(module, n)]
+    if len(names) < 2:
+        certify(type(module), "attention")  # which says why it is none
+    return _together("qkv", tree, path, module, names)
+
+
+def _together(name: str, tree: Tree, path: str, module: nn.Module, linears: list[str]) -> Candidate:
+    """Linears of one input, those of a kind in one dispatch, for the module's own code."""
+    runs = [tuple(run) for _, run in groupby(linears, lambda one: describe(module[one]))]
+    together = tuple(run for run in runs if len(run) > 1)
+    if not together:
+        check_joinable([module[one] for one in linears])
+    makes, formats = zip(*(_joined(tree, module, run) for run in together), strict=True)
+    form = DeltaNetForm(type(module), together)
+    piece = Piece(module, FusedDeltaNet, form, "joined", lambda: tuple(make() for make in makes))
+    names = [one for run in together for one in run]
+    explain = f"{', '.join(names)} of {path} in {len(together)} dispatch(es)"
+    return candidate(name, 80, path, names, [piece], explain, sum(formats, ()))
+
+
 @_places(
     "qkv",
     "attention",
     attention_form,
     lambda m: has(m, "q_proj", "k_proj", "v_proj") or has(m, "qkv_proj"),
+    _inputs,
 )
 def _qkv(tree: Tree, path: str, module: nn.Module, form: AttentionForm) -> Candidate | None:
     """Q, k and v in one dispatch, or their one matrix with three results."""
@@ -308,16 +336,7 @@ def _looks_linear(module: nn.Module) -> bool:
 def _in_proj(tree: Tree, path: str, module: nn.Module, match: Match) -> Candidate:
     """The linears of a gated delta net's input in one dispatch; dense ones are in another."""
     linears = [match.names[slot] for slot in match.form["linears"]]
-    runs = [tuple(run) for _, run in groupby(linears, lambda name: describe(module[name]))]
-    together = tuple(run for run in runs if len(run) > 1)
-    if not together:
-        check_joinable([module[name] for name in linears])
-    makes, formats = zip(*(_joined(tree, module, run) for run in together), strict=True)
-    form = DeltaNetForm(type(module), together)
-    piece = Piece(module, FusedDeltaNet, form, "joined", lambda: tuple(make() for make in makes))
-    names = [name for run in together for name in run]
-    explain = f"{', '.join(names)} of {path} in {len(together)} dispatch(es)"
-    return candidate("in_proj", 80, path, names, [piece], explain, sum(formats, ()))
+    return _together("in_proj", tree, path, module, linears)
 
 
 @register_detector("embedding")

@@ -83,10 +83,13 @@ def in_folder(folder: Path, choice: str | None = None) -> Path:
     names = [p.name for p in folder.iterdir() if p.is_file()]
     if not candidates(names):
         raise ModelRefError(
-            f"{one_line(str(folder))} has no model; expected a .gguf file, config.json and "
-            "safetensors of an MLX-LM checkpoint, or what mlxfuse export wrote"
+            f"{one_line(str(folder))} is a folder that has no model; expected a .gguf file, "
+            "config.json and safetensors of an MLX-LM checkpoint, or what mlxfuse export wrote"
         )
-    return folder / choose(one_line(str(folder)), choice, names)[0]
+    try:
+        return folder / choose(one_line(str(folder)), choice, names)[0]
+    except ModelRefError as error:
+        raise ModelRefError(f"in the folder {error}") from None
 
 
 def candidates(names: Iterable[str]) -> list[Candidate]:

@@ -3,6 +3,7 @@
 Nothing here knows of models or modules; that is ``nn``.
 """
 
+from .kv.codes import KVCodes, PackedCodes, pack_codes
 from .runtime.backend import (
     Backend,
     backend,
@@ -18,12 +19,15 @@ from .runtime.kernel import Prepared
 
 __all__ = [
     "Backend",
+    "KVCodes",
+    "PackedCodes",
     "Prepared",
     "backend",
     "counts",
     "disabled",
     "fallbacks",
     "launches",
+    "pack_codes",
     "summary",
     "unavailable",
     "using",

@@ -159,6 +159,8 @@ def make_module(
         return StreamedEmbedding(rows, shape, dtype)
     if isinstance(stock, nn.Conv1d):  # of each channel alone
         stock.weight = _dense(rows, shape, dtype)[..., None]
+        if weight.bias:
+            stock.bias = _bias(file, weight, dtype)
         return stock
     bias = _bias(file, weight, dtype) if weight.bias else None
     if len(weight.shape) == 3:

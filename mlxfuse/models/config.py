@@ -11,6 +11,7 @@ from ..errors import GGUFError, UnsupportedError
 from .architectures import ARCHITECTURES
 from .keys import Keys
 from .layers import check_kv_heads
+from .nearest import nearest
 from .rope import read_rope
 from .table import Architecture, Config
 
@@ -22,9 +23,10 @@ def architecture(file: GGUFFile) -> Architecture:
     """The file's row of ``ARCHITECTURES``, or UnsupportedError naming it and those there are."""
     name = file.architecture
     if name not in ARCHITECTURES:
+        near = nearest(file)
         raise UnsupportedError(
             f"{file.path}: architecture {name!r} is not supported; "
-            f"supported are {', '.join(ARCHITECTURES)}"
+            f"supported are {', '.join(ARCHITECTURES)}" + (near and f"; {near}")
         )
     arch = ARCHITECTURES[name]
     return (arch.choose and arch.choose(Keys(file, arch.uneven))) or arch
@@ -77,7 +79,9 @@ def read_config(file: GGUFFile, context_length: int | None = None) -> Config:
     if tied and not arch.may_tie:
         raise GGUFError(file.path, f"output.weight is missing; {arch.name} has a head of its own")
     norm = "layer_norm_epsilon" if arch.layer_norm else "layer_norm_rms_epsilon"
-    epsilon = key.positive(f"attention.{norm}")
+    # Some hybrids' files have the other name.
+    other = key("attention.layer_norm_epsilon", float, 0.0)
+    epsilon = key.positive(f"attention.{norm}", other or None)
     args: dict[str, Any] = {
         "model_type": arch.name,
         "hidden_size": embd,
@@ -190,7 +194,7 @@ def _experts(
         "routed_scaling_factor": key("expert_weights_scale", float, 0.0) or 1.0,
         **_expert_groups(key, arch, experts),
     }
-    if tensors & {"ffn_gate_shexp", "ffn_up_shexp"}:
+    if "ffn_down_shexp" in tensors:
         shared = _shared_width(key, width)
         sizes["shared_ff"] = args["shared_expert_intermediate_size"] = shared
         args |= dict.fromkeys(("n_shared_experts", "num_shared_experts"), shared // width)

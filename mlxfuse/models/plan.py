@@ -6,6 +6,7 @@ a weight is read.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,8 @@ QKV = ("attn_q", "attn_k", "attn_v")
 FUSED_QKV = "attn_qkv"
 # llama.cpp's one tensor for several: their rows one after the other, of experts in each of them.
 FUSED = {FUSED_QKV: QKV, "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps")}
+# Several tensors for what is one of mlx-lm's.
+TOGETHER = {FUSED_QKV: QKV, "ffn_gate_up_shexp": ("ffn_gate_shexp", "ffn_up_shexp")}
 # One tensor for several whose rows take turns, so many for each key head.
 TURNS = {"ssm_ba": ("ssm_beta", "ssm_alpha")}
 
@@ -224,19 +227,21 @@ class _Finder:
                 turns, each = len(members), height // self.sizes["key_heads"]
                 firsts = range(members.index(name) * each, turns * height, turns * each)
                 return tuple(take(whole, turns * height, first, each) for first in firsts)
-        if name == FUSED_QKV and not weight.tiled and all(map(there, QKV)):
-            heights = [self._part_rows(part) for part in QKV]
-            return tuple(take(*pair, 0, pair[1]) for pair in zip(QKV, heights, strict=True))
+        parts = TOGETHER.get(name, ())
+        if parts and not weight.tiled and all(map(there, parts)):
+            heights = [self._part_rows(part) for part in parts]
+            return tuple(take(*pair, 0, pair[1]) for pair in zip(parts, heights, strict=True))
         return ()
 
     def _part_rows(self, part: str) -> int:
         of = {"attn_q": "q", "attn_k": "kv", "attn_v": "kv"}
+        of |= dict.fromkeys(TOGETHER["ffn_gate_up_shexp"], "shared_ff")
         return self.sizes[of.get(part, "expert_ff")]
 
     def _checked(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self.file.tensors[name]
-        if shape == (1, *tensor.shape):
-            tensor = replace(tensor, shape=shape)  # converters squeeze a matrix of one row
+        if tensor.shape != shape and _same(tensor, shape):
+            tensor = replace(tensor, shape=shape)
         if tensor.shape != shape:
             raise GGUFError(
                 self.file.path, f"{name} has the shape {tensor.shape}; expected {shape}"
@@ -297,6 +302,22 @@ class _Finder:
             group = f"{at}{group_of[name]}" if name in group_of else ""
             found.append(WeightPlan(f"{at}{weight.module}", rows, bias, group, weight))
         return tuple(found)
+
+
+def _same(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor has the shape but for axes of 1, or is a vector that is split into parts.
+
+    Converters squeeze matrices of one row, and llama.cpp takes tensors with more axes of 1.
+    """
+    if tensor.format.quantized:
+        return tensor.shape[-1:] == shape[-1:] and _lean(tensor.shape) == _lean(shape)
+    flat = len(shape) == 1 and math.prod(tensor.shape) == shape[0]
+    return flat or _lean(tensor.shape) == _lean(shape)
+
+
+def _lean(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without axes of 1."""
+    return tuple(size for size in shape if size != 1)
 
 
 def plan(file: GGUFFile, config: Config) -> Plan:

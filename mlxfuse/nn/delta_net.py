@@ -1,4 +1,4 @@
-"""Gated delta nets of mlx-lm's models with their input projections in one dispatch."""
+"""Modules of mlx-lm's models with their input projections in one dispatch, and else as they are."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from .fused import Form, FusedModule, Run, split
+from .fused import Form, FusedModule, Run, replacing, split
 from .norm import Normed, floats
 from .projection import Projection
 
 
 @dataclass
 class DeltaNetForm(Form):
-    """The variant of gated delta net that a module has, and what is fused of it.
+    """What is fused of a module whose own code goes on to run.
 
     linears  names of those of its input, together those that are computed together.
     joined   the fused projections, one for each of ``linears``.
@@ -29,26 +29,15 @@ class DeltaNetForm(Form):
         return all(projection.holds() for projection in self.joined)
 
 
-class _Answering:
-    """A module as its own code sees it, but for some linears whose results are there already."""
-
-    def __init__(self, module: FusedModule, results: dict[str, Callable[[mx.array], mx.array]]):
-        self._module = module
-        vars(self).update(results)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-
 class FusedDeltaNet(FusedModule):
-    """Mixed with the class of an mlx-lm gated delta net; see `DeltaNetForm`."""
+    """Mixed with the class of an mlx-lm gated delta net, or with that of another module whose own
+    code calls linears with its input; see `DeltaNetForm`.
+    """
 
     _fused: DeltaNetForm
 
-    def __call__(
-        self, inputs: mx.array | Normed, mask: mx.array | None = None, cache: Any = None
-    ) -> mx.array:
-        """inputs [B, L, hidden_size] -> the same shape."""
+    def __call__(self, inputs: mx.array | Normed, *args: Any, **kwargs: Any) -> Any:
+        """inputs [B, L, hidden_size] -> what the class gives, by its own code."""
         form = self._fused
         module: Any = self
         run = Run.of(inputs)
@@ -56,9 +45,8 @@ class FusedDeltaNet(FusedModule):
         if self.fusible(run.on, *form.joined) and getattr(self, "sharding_group", None) is None:
             parts = self.part(run, self.project, list, inputs)
             names = [name for group in form.linears for name in group]
-            module = _Answering(self, {n: _constant(y) for n, y in zip(names, parts, strict=True)})
-        y: mx.array = form.original.__call__(module, floats(inputs), mask, cache)
-        return y
+            module = replacing(self, {n: _constant(y) for n, y in zip(names, parts, strict=True)})
+        return form.original.__call__(module, floats(inputs), *args, **kwargs)
 
     def project(self, run: Run, x: mx.array | Normed) -> list[mx.array]:
         """x [B, L, hidden_size] -> the result of each of the linears; by its codes, if there are

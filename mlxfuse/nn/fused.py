@@ -186,3 +186,12 @@ def split(projection: Projection, x: Given, on: Backend) -> Sequence[mx.array] |
         assert isinstance(projection, KernelProjection)
         return projection.integers(read, split=True)
     return projection.split(read, on)
+
+
+def replacing(module: nn.Module, children: dict[str, Callable[..., Any]]) -> nn.Module:
+    """The module as its own code sees it for one call, with something else for some children."""
+    other: nn.Module = type(module).__new__(type(module))
+    vars(other).update(vars(module))
+    dict.update(other, module)
+    dict.update(other, children)
+    return other

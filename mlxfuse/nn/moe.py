@@ -13,7 +13,7 @@ from mlx_lm.models.switch_layers import _gather_sort, _scatter_unsort
 from ..kernels import Backend, backend
 from ..kernels.activations import Int8Activations
 from .activations import GATED
-from .fused import Form, FusedModule, Run, readable
+from .fused import Form, FusedModule, Run, readable, replacing
 from .norm import Normed, floats
 from .projection import MAX_IDS, KernelProjection
 
@@ -218,12 +218,3 @@ def _summing(experts: Callable[..., mx.array], cast: bool) -> Callable[..., Summ
 def _reading(child: nn.Module, x: Normed) -> Callable[..., mx.array]:
     """The child, which takes x where it is given its floats."""
     return lambda y, *args, **kwargs: child(x if y is x.floats else y, *args, **kwargs)
-
-
-def replacing(module: nn.Module, children: dict[str, Callable[..., Any]]) -> nn.Module:
-    """The module as its own code sees it for one call, with something else for some children."""
-    other: nn.Module = type(module).__new__(type(module))
-    vars(other).update(vars(module))
-    dict.update(other, module)
-    dict.update(other, children)
-    return other

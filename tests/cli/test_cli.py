@@ -256,9 +256,11 @@ def bad_files(model, folder):
         return path
 
     unknown_type = data[:kind] + struct.pack("<I", 4) + data[kind + 4 :]
+    empty = folder / "none"
+    empty.mkdir()
     return {
         "no such file": ("nosuch.gguf", 1, "no such file"),
-        "a folder": (folder, 1, "folder"),
+        "a folder": (empty, 1, "folder that has no model"),
         "text": (write("text.gguf", b"Hello, I am not a model.\n" * 9), 4, "text.gguf"),
         "empty": (write("empty.gguf", b""), 4, "empty.gguf"),
         "truncated header": (write("cut.gguf", data[:3000]), 4, "cut.gguf"),

@@ -6,10 +6,20 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx_lm.models import gemma4_text, gpt_oss, kimi_k3, llama, mixtral, qwen3_moe
+from mlx_lm.models import (
+    gemma4_text,
+    gpt_oss,
+    kimi_k3,
+    llama,
+    ministral3,
+    mixtral,
+    muse_glimmer,
+    qwen3_moe,
+)
 
 from mlxfuse.errors import NotFusible
-from mlxfuse.fusion.certify import KNOWN, certify, parse, readers, unify
+from mlxfuse.fusion import certify as certify_module
+from mlxfuse.fusion.certify import KNOWN, certify, inputs, parse, readers, unify
 from mlxfuse.nn.moe import Summands
 from tests.fusion.survey import covered
 
@@ -123,6 +133,41 @@ def test_results_that_are_only_to_be_added_up(wrong: Callable[..., object]) -> N
     assert y.dtype == mx.float16
     with pytest.raises((AssertionError, TypeError, ValueError)):
         wrong(y, scores)
+
+
+METHODS = {
+    "return self.k(self.q(x)) + self.v(x)": ("q", "v"),
+    "y = self.norm(self.q(x))\n    return y * mx.sigmoid(self.gate(x))": ("q", "gate"),
+    "x = self.q(x)\n    return x + self.k(x)": ("q",),
+    "x[0] = 1\n    return self.q(x)": (),
+    "x += 1\n    return self.q(x)": (),
+    "y = x\n    return self.q(y)": (),
+    "if self.on:\n        y = self.q(x)\n    return self.k(x)": ("k",),
+    "return self.q(x) if self.on else self.k(x)": (),
+    "f = lambda: self.q(x)\n    return f()": (),
+    "return [self.q(x) for _ in range(2)]": (),
+    "return self.q(x) + self.q(x) + self.k(x)": ("k",),
+    "return self.q(x).reshape(self.k.weight.shape) + self.k(x)": ("q",),
+    "return self.q(x, 2) + self.k(x, mask=x) + self.v(cache)": (),
+    "return self.on and self.q(x)": (),
+}
+
+
+@pytest.mark.parametrize(("text", "names"), METHODS.items())
+def test_what_is_called_once_with_the_input_as_it_came(
+    text: str, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The results of these, and of no others, may be computed before the method runs."""
+    source = f"def __call__(self, x, cache=None):\n    {text}\n"
+    monkeypatch.setattr(certify_module, "_parsed", lambda cls, call: parse(source))
+    assert certify_module._inputs(type(text, (), {}), None) == names
+
+
+def test_inputs_of_attentions() -> None:
+    assert inputs(ministral3.Attention) == ("q_proj", "k_proj", "v_proj")
+    assert inputs(muse_glimmer.Attention) == ("q_proj", "k_proj", "v_proj", "gate_proj")
+    with pytest.raises(NotFusible, match="is not the class that its module has"):
+        inputs(type("Other", (ministral3.Attention,), {}))
 
 
 class Any(nn.Module):

@@ -558,7 +558,7 @@ def test_what_cannot_be_patched_is_told(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_strict_covers_int8_activations() -> None:
-    model = make("llama", "affine6")
+    model = make("llama", "affine1")
     want = {path: type(m) for path, m in model.named_modules()}
     with pytest.raises(PatchError, match=r"int8 of model\.layers\.0"):
         patch_model(model, fuse="qkv,gate_up", act_quant="on", strict=True)

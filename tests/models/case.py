@@ -129,7 +129,8 @@ def shapes(case: Case, vocabulary: int = VOCABULARY) -> Iterator[tuple[str, Shap
     layer = _layer(case)
     for i in range(case.layers):
         for name, shape in (case.only(case, i, dict(layer)) if case.only else layer).items():
-            yield f"blk.{i}.{whole(name)}", shape
+            bare = case.arch == "falcon-h1" and name == "ffn_norm"
+            yield f"blk.{i}.{name if bare else whole(name)}", shape
 
 
 def _layer(case: Case) -> dict[str, Shape]:

@@ -191,12 +191,12 @@ def controls(name: str) -> Iterator[tuple[str, Change]]:
     if case.experts:
         if case.fused_gate:
             yield "up-first", edit("ffn_gate_up_exps", lambda x: np.roll(x, case.expert_ffn, 1))
-        else:
+        elif "ffn_gate_exps" in names:
             yield "gate-and-up-swapped", swap("ffn_gate_exps", "ffn_up_exps")
         yield "other-experts-down", edit("ffn_down_exps", lambda data: np.roll(data, 1, 0))
         yield "fewer-experts", set_key("expert_used_count", case.used - 1)
         yield "more-experts", set_key("expert_used_count", case.used + 1)
-    if "ssm.state_size" in keys:
+    if "attn_gate" in names and "ssm_out" in names:
         yield from delta_net_controls(case, keys)
     if case.sinks:
         yield "no-sinks", edit("attn_sinks", lambda data: data - 1e4)

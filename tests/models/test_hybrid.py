@@ -162,10 +162,10 @@ def test_the_fused_model_has_llama_cpps_logits(
     assert len(tallies["in_proj"].fused) == recurrent
     for kind in ("qkv", "norm_rope"):
         assert len(tallies[kind].fused) == len(model.layers) - recurrent
-    # In "qwen35" alpha is F32, as in many released files: the last two are called alone.
+    # In "qwen35" alpha is F32, as in many released files: it is read with the others.
     joined = model.layers[0].linear_attn._fused.linears
     whole = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
-    assert joined == ((whole[:3],) if name == "qwen35" else (whole,))
+    assert joined == (whole,)
     state = make_prompt_cache(model)
     prompt = source.prompt[None]
     rows = [model(mx.array(prompt[:, :10]), cache=state)[0]]

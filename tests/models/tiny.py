@@ -25,6 +25,8 @@ from tests.models.cases import CASES
 
 __all__ = ["CASES", "VOCABULARY", "Case"]
 SEEDS = (0, 1, 2)
+VECTORS = ("ssm_a", "ssm_d", "ssm_norm")  # of more than one axis in some files
+VECTORS = ("ssm_a", "ssm_d", "ssm_norm")  # of more than one axis in some files
 BOS, EOS, MERGED = 256, 257, 258
 
 
@@ -123,7 +125,12 @@ def build(name: str, seed: int) -> Tiny:
             factors = random.uniform(1, 6, shape).astype(np.float32)
             factors[len(factors) - case.unrotated :] = 1e30
             tensors[full] = factors, "F32"
-        elif full.endswith(".bias") or (len(shape) == 1 and short != "ffn_gate_inp_shexp"):
+        elif (
+            full.endswith(".bias")
+            or short in VECTORS
+            or short in VECTORS
+            or (len(shape) == 1 and short != "ffn_gate_inp_shexp")
+        ):
             # gpt-oss clips gate and up at 7.
             wide = 9 if short in ("ffn_gate_exps", "ffn_up_exps") else 1.5
             low, high = (-wide, wide) if full.endswith(".bias") else (0.2, 2.2)

@@ -182,6 +182,8 @@ class _Walker:
 
     def _declaration(self, node: Node, context: _Context) -> Iterator[str]:
         kind, type_, name = node["kind"], _type(node), node.get("name", "")
+        if node.get("bases") and not node.get("definitionData", {}).get("isEmpty"):
+            yield f"derived class '{name}': only types without data members may have bases"
         declared = (*_FUNCTIONS, "VarDecl", "ParmVarDecl", "FieldDecl")
         if kind in declared and kind != "CXXMethodDecl" and re.search(r"\bdouble\b", type_):
             yield "'double' is not supported in Metal"

@@ -242,6 +242,22 @@ BUGS = {
         "q4_k", "try { acc[0] = 0; } catch (...) {}", "cannot use 'try' with exceptions disabled"
     ),
     "new": at_start("q4_k", "auto p = new float[2];", "'default new' is not supported"),
+    "derived class": Bug(
+        "q4_k",
+        (),
+        "derived class 'D'",
+        "struct D",
+        header="struct E { int e; };\nstruct D : E { int d; };\n",
+    ),
+    "derived class of a template": Bug(
+        "q4_k",
+        (),
+        "derived class 'D'",
+        "struct D",
+        header="template <typename T> struct E { T e; };\n"
+        "template <typename T> struct D : E<T> { int f() const { return int(this->e); } };\n"
+        "inline int made() { D<int> d{}; return d.f(); }\n",
+    ),
     "virtual method": Bug(
         "q4_k",
         (),

@@ -219,3 +219,20 @@ def test_a_port_in_use_is_one_message(server, path):
     assert process.returncode == 1
     assert b"in use" in err
     assert b"Traceback" not in err
+
+
+def test_sigterm_ends_it_after_what_has_begun(path):
+    process = start("server", path, "--port", "0", "--api-key", "k", "--served-model-name", "nm",
+                    "--prompt-cache-bytes", "1MB", stdout=subprocess.DEVNULL)  # fmt: skip
+    for line in process.stderr:
+        if found := re.search(rb"at (http://127\.0\.0\.1:\d+)/v1", line):
+            break
+    client = openai.OpenAI(base_url=f"{found[1].decode()}/v1", api_key="k", timeout=60)
+    (served,) = client.models.list()
+    assert (served.id, served.to_dict()["architecture"]) == ("nm", "llama")
+    chunks = iter(client.completions.create(model="", prompt="Hello", max_tokens=100, stream=True))
+    next(chunks)
+    process.send_signal(signal.SIGTERM)
+    assert list(chunks)[-1].choices[0].finish_reason is not None
+    assert process.wait(timeout=30) == -signal.SIGTERM
+    assert b"Traceback" not in process.stderr.read()

@@ -1,7 +1,10 @@
 """Attention over keys and values that others have quantised, in the forms of oneDNN's graph API.
 
 There, x = (code - zero point) * scale, with codes signed or unsigned, and scales and zero points
-for the tensor, or along any axes. Here all of it becomes packed rows, exactly, or is refused.
+for the tensor, or along any axes. Here all of it becomes packed rows, exactly, or is refused::
+
+    packed = pack_codes(KVCodes(k_codes, k_scales), KVCodes(v_codes, v_scales, bits=4))
+    output = packed.attend(queries, scale=head_size**-0.5)
 """
 
 from __future__ import annotations
@@ -76,35 +79,63 @@ class KVCodes:
         return 1 << (self.bits - 1) if self.codes.dtype == mx.int8 else 0
 
 
-def attend_codes(
-    q: mx.array, k: KVCodes | mx.array, v: KVCodes | mx.array, **options: Any
-) -> mx.array:
-    """`compressed_sdpa` over all of ``k`` and ``v``, which are packed first, at every call.
+@dataclass(frozen=True, slots=True)
+class PackedCodes:
+    """Keys and values as packed rows, made once by `pack_codes` and attended to many times.
 
-    Scales of channels multiply the queries, or the result, in float32. Any number of keys is
-    accepted; rows are added up to a multiple of 4.
+    scheme           what a row is.
+    rows             uint32 ``[B, Hkv, S or up to 3 more, row_words]``.
+    length           S.
+    k_scale, v_scale floating point ``[1 or B, 1 or Hkv, 1, dim]``: scales of channels, or None.
+    """
+
+    scheme: KVScheme
+    rows: mx.array
+    length: int
+    k_scale: mx.array | None = None
+    v_scale: mx.array | None = None
+
+    def attend(self, q: mx.array, **options: Any) -> mx.array:
+        """`compressed_sdpa` over all of the keys and values.
+
+        Scales of channels multiply the queries, or the result, in float32.
+
+        Args:
+            q: ``[B, Hq, L, dim]``; Hq a multiple of Hkv.
+            options: of `compressed_sdpa`, but for those of the tail, the sink and fresh tokens:
+                ``scale``, ``mask``, ``causal``, ``window``, ``sinks``, ``softcap``,
+                ``left_padding``.
+
+        Returns:
+            ``[B, Hq, L, v.dim]`` in ``q.dtype``.
+
+        Raises:
+            ValueError: arguments whose shapes or types do not fit together.
+        """
+        query = q
+        if self.k_scale is not None:
+            query = q.astype(mx.float32) * _for_queries(self.k_scale, q)
+        (out,) = compressed_sdpa(query, self.scheme, self.rows, self.length, **options)
+        if self.v_scale is not None:
+            out = out.astype(mx.float32) * _for_queries(self.v_scale, q)
+        return out.astype(q.dtype)
+
+
+def pack_codes(k: KVCodes | mx.array, v: KVCodes | mx.array) -> PackedCodes:
+    """Keys and values as the attention kernel reads them; no code, scale or zero point is rounded.
 
     Args:
-        q: ``[B, Hq, L, dim]``.
-        k: codes, or plain keys ``[B, Hkv, S, dim]``.
-        v: likewise.
-        options: of `compressed_sdpa`, but for those of the tail and the sink.
-
-    Returns:
-        ``[B, Hq, L, v.dim]`` in ``q.dtype``.
+        k: codes, or plain keys ``[B, Hkv, S, dim]``. Any S: rows are padded to a multiple of 4.
+        v: likewise, independently of k.
 
     Raises:
-        ValueError: also where codes have no exact form here; the nearest that has is named.
+        ValueError: codes have no exact form here; the nearest that has is named.
     """
-    scheme, rows, q_scale, out_scale = _packed(k, v)
-    if short := -rows.shape[2] % 4:
+    scheme, rows, k_scale, v_scale = _packed(k, v)
+    length = rows.shape[2]
+    if short := -length % 4:
         rows = mx.pad(rows, [(0, 0), (0, 0), (0, short), (0, 0)])
-    length = rows.shape[2] - short
-    query = q if q_scale is None else q.astype(mx.float32) * _for_queries(q_scale, q)
-    (out,) = compressed_sdpa(query, scheme, rows, length, **options)
-    if out_scale is not None:
-        out = out.astype(mx.float32) * _for_queries(out_scale, q)
-    return out.astype(q.dtype)
+    return PackedCodes(scheme, rows, length, k_scale, v_scale)
 
 
 def _for_queries(scale: mx.array, q: mx.array) -> mx.array:

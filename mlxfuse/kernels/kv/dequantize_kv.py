@@ -56,7 +56,7 @@ def _program(scheme: KVScheme) -> Program:
             f"dequantize_side<{v}, {scheme.v.dim}, {scheme.v_block}>("
             f"row, v + ulong(token) * {scheme.v.dim}, lane);\n"
         ),
-        parts=(*sections(scheme), "dequantize_kv.metal"),
+        parts=(*sections(scheme), "kv_rows.h:units", "dequantize_kv.metal"),
     )
 
 

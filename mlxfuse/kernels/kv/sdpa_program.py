@@ -211,6 +211,7 @@ def parts_program(scheme: KVScheme, given: tuple[str, ...], shape: Geometry) -> 
         body="\n".join(lines) + "\n",
         parts=(
             *sections(scheme),
+            "kv_rows.h:units",
             "online_softmax.h",
             f"compressed_sdpa.metal:{'staged' if shape.staged else 'direct'}",
             "compressed_sdpa.metal:heads",

@@ -92,6 +92,7 @@ def _lfm2(key: Keys, config: Config) -> Config:
 
 def _row(name: str, models: str, module: str, mlp: Weights) -> Architecture:
     """What the two have alike. The final norm is called the embedding's in files."""
+    experts_too = {"experts_gate_up": EXPERT_GROUPS["gate_up"]} if "ffn_gate_inp" in mlp else {}
     return Architecture(
         name=name,
         models=models,
@@ -102,7 +103,7 @@ def _row(name: str, models: str, module: str, mlp: Weights) -> Architecture:
         },
         layer={**_NORMS, **_ATTENTION, **mlp},
         other_layers={"convolution": {**_NORMS, **_CONV, **mlp}},
-        groups=GROUPS | {"experts_gate_up": EXPERT_GROUPS["gate_up"]},
+        groups=GROUPS | experts_too,
         uneven=("attention.head_count_kv",),
         gatings=(2,),
         fixed_head=True,

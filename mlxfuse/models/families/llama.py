@@ -74,7 +74,7 @@ def _smollm3(key: Keys, config: Config) -> Config:
     return without_rope(config, range(3, config.layers, 4))
 
 
-_GRANITE = Architecture(
+GRANITE = Architecture(
     name="granite",
     models="Granite 3, 4.0 micro and 350M",
     module="mlx_lm.models.granite",
@@ -136,9 +136,9 @@ ROWS = (
         args={"use_bias": False},
         rope_layout="interleaved",
     ),
-    _GRANITE,
+    GRANITE,
     replace(
-        _GRANITE,
+        GRANITE,
         name="granitemoe",
         models="Granite 3 1B-A400M and 3B-A800M",
         module="mlx_lm.models.granitemoe",

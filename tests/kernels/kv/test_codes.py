@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxfuse.kernels.kv.codes import KVCodes, attend_codes
+from mlxfuse.kernels import KVCodes, pack_codes
 from mlxfuse.kernels.runtime import kernel as _kernel
 from tests import msl
 
@@ -51,7 +51,7 @@ def codes_of(
 
 def check(q: mx.array, k: Any, v: Any, keys: np.ndarray, values: np.ndarray) -> None:
     before = _kernel.launches["compressed_sdpa"]
-    got = attend_codes(q, k, v, scale=D**-0.5)
+    got = pack_codes(k, v).attend(q, scale=D**-0.5)
     assert _kernel.launches["compressed_sdpa"] - before == 1
     assert got.dtype == q.dtype
     keys, values = (np.repeat(x, HEADS // KV, axis=1) for x in (keys, values))
@@ -102,6 +102,24 @@ def test_what_has_no_exact_form_is_refused() -> None:
         KVCodes(codes.astype(mx.int32), scales)
     with pytest.raises(ValueError, match="3 scales for heads of 64"):
         KVCodes(codes, mx.ones((1, 1, 1, 3)))
-    q = mx.zeros((B, HEADS, 1, D))
     with pytest.raises(ValueError, match=r"group of 16 .* nearest valid group is 32"):
-        attend_codes(q, KVCodes(codes, mx.ones((B, KV, S, 4))), q[:, :KV], scale=1.0)
+        pack_codes(KVCodes(codes, mx.ones((B, KV, S, 4))), mx.zeros((B, KV, S, D)))
+
+
+def test_packed_once_and_attended_to_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By several queries of any number, with the options of attention; without a kernel here."""
+    monkeypatch.setenv("MLXFUSE_KERNELS", "reference")
+    k, keys = codes_of("token", True, False, 8, mx.float32, 1)
+    v, values = codes_of("group", False, True, 4, mx.float32, 2)
+    packed = pack_codes(k, v)
+    assert (packed.length, packed.rows.shape[2]) == (S, 40)
+    rng = np.random.default_rng(5)
+    for queries in (1, 3, 12):
+        q = normal(rng, mx.float32, B, HEADS, queries, D)
+        mask = mx.array(rng.random((queries, S)) < 0.5)
+        got = packed.attend(q, scale=0.1, mask=mask, causal=False)
+        own = [np.repeat(x, HEADS // KV, axis=1) for x in (keys, values)]
+        s = np.where(np.array(mask), to_float64(q) @ own[0].swapaxes(-1, -2) * 0.1, -np.inf)
+        p = np.exp(s - s.max(-1, keepdims=True))
+        want = p / p.sum(-1, keepdims=True) @ own[1]
+        np.testing.assert_allclose(to_float64(got), want, rtol=0, atol=1e-4)
