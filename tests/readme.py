@@ -27,7 +27,7 @@ def tables() -> dict[str, str]:
         "models": _table(("models", "in the file") * _ABREAST, _models()),
         "formats": _table(
             ("type", "bits a weight", "kernel"),
-            [(f.name, f"{f.bits_per_weight:g}", "yes" if f.streams else "") for f in stored],
+            [(f.name, f"{f.bits_per_weight:g}", "yes" if f.kernel else "") for f in stored],
         ),
         "zoo": _table(
             ("fusion", "classes with places for it", "fused", "partly", "places fused"), summary()

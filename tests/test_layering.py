@@ -21,7 +21,7 @@ LAYERS = (
     ("models", "fusion"),
     ("inspect",),
     ("loader", "export"),
-    ("text",),
+    ("generate",),
     ("server",),
     ("bench",),
     ("cli",),

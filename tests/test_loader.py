@@ -13,13 +13,13 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlxfuse.errors import GGUFError, ModelRefError, UnsupportedError
+from mlxfuse.generate.run import Settings, encode_prompt
 from mlxfuse.gguf.reader import open_gguf
 from mlxfuse.loader import activation_dtype, load
 from mlxfuse.models import ARCHITECTURES, build
 from mlxfuse.models.config import read_config
 from mlxfuse.models.plan import plan
 from mlxfuse.nn.rope import FrequencyRoPE
-from mlxfuse.text.generate import Settings, encode_prompt
 from tests.models import tiny
 
 

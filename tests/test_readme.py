@@ -22,10 +22,10 @@ from packaging.requirements import Requirement
 from mlxfuse import env
 from mlxfuse.cli import app
 from mlxfuse.export.mlx_checkpoint import export_mlx
+from mlxfuse.generate.run import Settings
 from mlxfuse.loader import load
 from mlxfuse.process import INTERRUPTED
 from mlxfuse.server import Server
-from mlxfuse.text.generate import Settings
 
 from .models import tiny
 from .picture import PICTURE, counts, draw

@@ -272,7 +272,7 @@ class Cache(Compression):
     ] = 2048
 
     def settings(self) -> dict[str, Any]:
-        """The fields of `mlxfuse.text.generate.Settings`."""
+        """The fields of `mlxfuse.generate.run.Settings`."""
         return {
             "kv": self.scheme(),
             "quantized_kv_start": self.quantized_kv_start,

@@ -73,7 +73,7 @@ MaxTokens = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """`mlxfuse.text.sampling.Sampling`; what is None is as the model's file says, else its
+    """`mlxfuse.generate.sampling.Sampling`; what is None is as the model's file says, else its
     default there.
     """
 
@@ -157,7 +157,7 @@ NumDraftTokens = Annotated[
 
 
 def lookup_settings(prompt_lookup: bool, num_draft_tokens: int | None) -> dict[str, Any]:
-    """The fields of `mlxfuse.text.generate.Settings`."""
+    """The fields of `mlxfuse.generate.run.Settings`."""
     usual = 7 if prompt_lookup else 3
     return {"prompt_lookup": prompt_lookup, "num_draft_tokens": num_draft_tokens or usual}
 
@@ -179,7 +179,7 @@ class Prompt:
     chat_template_config: ChatTemplateConfig = None
 
     def settings(self) -> dict[str, Any]:
-        """The fields of `mlxfuse.text.generate.Settings`."""
+        """The fields of `mlxfuse.generate.run.Settings`."""
         if self.system_prompt is not None and self.system_prompt_file is not None:
             raise typer.BadParameter("give --system-prompt or --system-prompt-file, not both")
         system = self.system_prompt

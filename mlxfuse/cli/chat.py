@@ -23,9 +23,9 @@ from ._common import AnswerWriter, command, show_report
 from .progress import status_line
 
 if TYPE_CHECKING:
+    from ..generate.chat import Chat
+    from ..generate.run import Result
     from ..loader import LoadReport
-    from ..text.chat import Chat
-    from ..text.generate import Result
 
 FENCE = '"""'
 HELP = f"""\
@@ -69,8 +69,8 @@ def chat_command(
     path = model.fetch()
     stdout, interactive = sys.stdout, sys.stdin.isatty() and sys.stdout.isatty()
     with redirect_stdout(sys.stderr), status_line(True) as say:
-        from ..text.chat import Chat
-        from ..text.generate import Settings
+        from ..generate.chat import Chat
+        from ..generate.run import Settings
 
         loaded, tokenizer = load.load(path, say)
         report = loaded.load_report
@@ -180,14 +180,14 @@ class _Talk:
             print(neutralize(self._chat.system_prompt or "no system prompt"), file=sys.stderr)
 
     def _save(self, name: str) -> None:
-        from ..text import conversation
+        from ..generate import conversation
 
         path = _path(name)
         conversation.save(path, self._chat.messages)
         print(f"{len(self._chat.messages)} messages are in {path}", file=sys.stderr)
 
     def _load(self, name: str) -> None:
-        from ..text import conversation
+        from ..generate import conversation
 
         path = _path(name)
         self._chat.resume(conversation.load(path))

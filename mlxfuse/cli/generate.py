@@ -34,7 +34,7 @@ class Drafting:
     num_draft_tokens: text_opt.NumDraftTokens = None
 
     def settings(self) -> dict[str, Any]:
-        """The fields of `mlxfuse.text.generate.Settings`."""
+        """The fields of `mlxfuse.generate.run.Settings`."""
         if self.draft_model is not None and self.prompt_lookup:
             raise typer.BadParameter("give --draft-model or --prompt-lookup, not both")
         return text_opt.lookup_settings(self.prompt_lookup, self.num_draft_tokens)
@@ -103,7 +103,7 @@ class Message(text_opt.Prompt):
 
     @staticmethod
     def _schema(path: Path) -> Any:
-        from ..text.structured import read_schema
+        from ..generate.structured import read_schema
 
         return read_schema(text_opt.read_text(path))
 
@@ -158,8 +158,8 @@ def generate_command(
     # mlx-lm prints warnings on stdout.
     with redirect_stdout(sys.stderr), status_line(talk.shown and not out.as_json) as say:
         from .. import kernels
-        from ..text import generate as engine
-        from ..text import prompt_cache
+        from ..generate import prompt_cache
+        from ..generate import run as engine
 
         if prompt_cache_file:
             prompt_cache.expect_model(prompt_cache_file, ref)

@@ -20,7 +20,7 @@ from ._common import command, show_report
 from .progress import status_line
 
 if TYPE_CHECKING:
-    from ..text.perplexity import Way
+    from ..generate.perplexity import Way
 
 
 @command("Look", "mlxfuse perplexity model-Q4_K_M.gguf -f text.txt --kv-bits k8v4 --kld")
@@ -74,8 +74,8 @@ def perplexity_command(
     kv = cache.scheme()
     path = model.fetch()
     with redirect_stdout(sys.stderr), status_line(not out.as_json) as say:
+        from ..generate.perplexity import Way, perplexity, render
         from ..nn.kv.options import check_model, compressed, plain_caches
-        from ..text.perplexity import Way, perplexity, render
 
         loaded, tokenizer = load.load(path, say)
         ids = tokenizer.encode(text)
@@ -120,8 +120,8 @@ def _other(
     Raises:
         MLXFuseError: it has other tokens for the text.
     """
+    from ..generate.perplexity import Way
     from ..nn.kv.options import plain_caches
-    from ..text.perplexity import Way
 
     path = model.fetch()
     loaded, tokenizer = load.load(path, say)

@@ -163,8 +163,8 @@ def server_command(
     draft_path = drafting.draft_model and resolve_model(drafting.draft_model, None, True)
     logging.basicConfig(level=level, format="%(asctime)s - %(levelname)s - %(message)s")
     with status_line(True) as say:
+        from ..generate.run import Settings
         from ..server.app import Server
-        from ..text.generate import Settings
         from ..tokenizer.load import with_template
 
         loaded, tokenizer = load.load(path, say)

@@ -11,6 +11,7 @@ from ..errors import GGUFError, UnsupportedError
 from .architectures import ARCHITECTURES
 from .keys import Keys
 from .layers import check_kv_heads
+from .nearest import nearest
 from .rope import read_rope
 from .table import Architecture, Config
 
@@ -22,9 +23,10 @@ def architecture(file: GGUFFile) -> Architecture:
     """The file's row of ``ARCHITECTURES``, or UnsupportedError naming it and those there are."""
     name = file.architecture
     if name not in ARCHITECTURES:
+        near = nearest(file)
         raise UnsupportedError(
             f"{file.path}: architecture {name!r} is not supported; "
-            f"supported are {', '.join(ARCHITECTURES)}"
+            f"supported are {', '.join(ARCHITECTURES)}" + (near and f"; {near}")
         )
     arch = ARCHITECTURES[name]
     return (arch.choose and arch.choose(Keys(file, arch.uneven))) or arch

@@ -23,7 +23,7 @@ _KNOWN: dict[str, tuple[str, float, float]] = {
 
 
 def recommended(metadata: Mapping[str, object]) -> tuple[dict[str, float], list[str]]:
-    """The options of `mlxfuse.text.sampling.Sampling` that the file gives, and what was left out.
+    """The options of `Sampling` that the file gives, and what was left out.
 
     A value that means nothing is left out with a line that says so, since llama.cpp runs such a
     file too; so is mirostat, which MLX-LM does not have.

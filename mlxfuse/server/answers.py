@@ -12,7 +12,7 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..text.parts import CALL, CONTENT, REASONING, Parts, Whole
+from ..generate.parts import CALL, CONTENT, REASONING, Parts, Whole
 from .text import Piece, Token
 
 log = logging.getLogger(__name__)

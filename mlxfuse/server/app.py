@@ -22,8 +22,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from ..errors import MLXFuseError
+from ..generate.run import Settings, add_eos_tokens
 from ..nn.kv.options import compress_caches
-from ..text.generate import Settings, add_eos_tokens
 from . import anthropic
 from .anthropic import MessagesRequest
 from .engine import Engine, Event, Job, Limits

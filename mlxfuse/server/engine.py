@@ -18,9 +18,9 @@ from mlx_lm.generate import BatchGenerator, StopSequences
 from mlx_lm.models.cache import KVCache, LRUPromptCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..generate.sampling import Sampling
 from ..memory import machine
 from ..nn.kv.cache import CompressedKVCache
-from ..text.sampling import Sampling
 from .one_by_one import OneByOne
 from .sampling import Sampler, finite, make_sampler
 from .text import Piece, StreamedText, Token

@@ -11,10 +11,10 @@ from mlx_lm.sample_utils import make_logits_processors
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import GrammarError, MLXFuseError
-from ..text.generate import Settings
-from ..text.parts import begins_in_reasoning
-from ..text.sampling import Sampling, suppressed
-from ..text.structured import Constraint, Grammars
+from ..generate.parts import begins_in_reasoning
+from ..generate.run import Settings
+from ..generate.sampling import Sampling, suppressed
+from ..generate.structured import Constraint, Grammars
 from .answers import Form
 from .engine import Job
 from .requests import MAX_CHOICES, ChatRequest, CompletionRequest, RequestError

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, apply_xtc, greedy_sampler
 
-from ..text.sampling import Sampling
+from ..generate.sampling import Sampling
 
 Sampler = Callable[[mx.array], mx.array]
 

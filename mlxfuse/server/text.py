@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..text.sampling import StopTexts
+from ..generate.sampling import StopTexts
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,8 +50,8 @@ def main() -> None:
     arguments = parser.parse_args()
     blas.preload()  # before MLX is imported
     from mlxfuse import load
+    from mlxfuse.generate.perplexity import Way, perplexity
     from mlxfuse.nn.kv.options import KVOptions, compressed, plain_caches
-    from mlxfuse.text.perplexity import Way, perplexity
 
     model, tokenizer = load(arguments.model)
     ids = tokenizer.encode("\n".join(topics[name] for name in TOPICS))

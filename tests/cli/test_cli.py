@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 
 import mlxfuse
 from mlxfuse.cli import app
+from mlxfuse.generate.run import Settings, new_cache
 from mlxfuse.loader import load
 from mlxfuse.terminal import neutralize
-from mlxfuse.text.generate import Settings, new_cache
 
 from ..models import tiny
 

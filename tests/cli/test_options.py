@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from mlxfuse.cli import app
 from mlxfuse.cli._groups import flat
 from mlxfuse.cli._text_options import Sampling as Options
-from mlxfuse.text.sampling import Sampling
+from mlxfuse.generate.sampling import Sampling
 
 from ..models import tiny
 

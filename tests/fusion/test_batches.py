@@ -15,7 +15,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlxfuse.kernels.runtime.backend import unfused
 from mlxfuse.loader import load
-from mlxfuse.models.families import gemma2
+from mlxfuse.models.families import gemma2_model as gemma2
 from tests.fusion.zoo import uncompiled
 from tests.models import tiny
 

@@ -17,6 +17,8 @@ from mlx_lm.models.cache import (
 
 from mlxfuse.errors import GGUFError, PromptCacheError, UnsupportedError
 from mlxfuse.fusion import unpatch_model
+from mlxfuse.generate import prompt_cache
+from mlxfuse.generate.run import Settings, generate
 from mlxfuse.gguf.reader import open_gguf
 from mlxfuse.inspect.header import inspect, render
 from mlxfuse.inspect.needs import needs
@@ -27,8 +29,6 @@ from mlxfuse.models.plan import plan
 from mlxfuse.nn.delta_net import FusedDeltaNet
 from mlxfuse.nn.kv.cache import CompressedKVCache
 from mlxfuse.nn.kv.options import KVOptions, compressed, plain_caches
-from mlxfuse.text import prompt_cache
-from mlxfuse.text.generate import Settings, generate
 from tests import msl
 from tests.models import tiny
 from tests.models.test_golden import BOUND, disagreement, model_of

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import anthropic
 import openai
 
+from mlxfuse.generate.run import Settings
 from mlxfuse.server import Server
-from mlxfuse.text.generate import Settings
 
 
 @contextmanager

@@ -4,11 +4,11 @@ import mlx.core as mx
 import pytest
 
 from mlxfuse.errors import MLXFuseError
+from mlxfuse.generate.run import Settings
 from mlxfuse.loader import load
 from mlxfuse.server.app import Server
 from mlxfuse.server.prompts import Planner
 from mlxfuse.server.requests import CompletionRequest
-from mlxfuse.text.generate import Settings
 
 from ..models import tiny
 

@@ -11,12 +11,12 @@ import openai
 import pytest
 
 from mlxfuse.errors import MLXFuseError
+from mlxfuse.generate.run import Settings, generate
+from mlxfuse.generate.sampling import Sampling
 from mlxfuse.loader import load
 from mlxfuse.server import Server
 from mlxfuse.server.engine import Engine, EngineError, Job, Limits
 from mlxfuse.server.text import Piece, StreamedText, Token
-from mlxfuse.text.generate import Settings, generate
-from mlxfuse.text.sampling import Sampling
 
 from ..models import tiny
 from .conftest import openai_client, serving

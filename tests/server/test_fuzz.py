@@ -8,10 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mlxfuse.generate.run import Settings
 from mlxfuse.server import Server
 from mlxfuse.server.anthropic import MessagesRequest
 from mlxfuse.server.requests import OFF, ChatRequest, CompletionRequest
-from mlxfuse.text.generate import Settings
 
 from .speaker import HERMES, Speaker, tokenizer
 from .test_openai import CALL, MARKS, TOOLS

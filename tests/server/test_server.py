@@ -13,13 +13,13 @@ import openai
 import pytest
 from mlx_lm.generate import stream_generate
 
+from mlxfuse.generate.chat import Chat
+from mlxfuse.generate.run import Settings, generate
 from mlxfuse.loader import load
 from mlxfuse.nn.kv.cache import CompressedKVCache
 from mlxfuse.nn.kv.options import KVOptions
 from mlxfuse.server.app import Server
 from mlxfuse.server.gate import BODY_LIMIT
-from mlxfuse.text.chat import Chat
-from mlxfuse.text.generate import Settings, generate
 
 from ..cli.test_cli import TEMPLATE, start
 from ..models import tiny

@@ -200,7 +200,7 @@ def _nemotron_row(name: str, models: str) -> Architecture:
     return Architecture(
         name=name,
         models=models,
-        module="mlx_lm.models.nemotron_h",
+        module="mlxfuse.models.families.nemotron_h_model",
         outer={
             "token_embd": Weight("backbone.embeddings", ("vocab", "embd")),
             "output_norm": Weight("backbone.norm_f", ("embd",)),

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from mlxfuse.errors import MLXFuseError
+from mlxfuse.generate.run import Settings, generate
+from mlxfuse.generate.sampling import Sampling, StopTexts
 from mlxfuse.loader import load
 from mlxfuse.models.sampling import WHOLE_CONTEXT, recommended
-from mlxfuse.text.generate import Settings, generate
-from mlxfuse.text.sampling import Sampling, StopTexts
 
 from ..models import tiny
 

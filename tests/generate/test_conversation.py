@@ -5,10 +5,10 @@ import math
 import pytest
 
 from mlxfuse.errors import MLXFuseError
+from mlxfuse.generate import conversation
+from mlxfuse.generate.chat import Chat
+from mlxfuse.generate.run import Settings
 from mlxfuse.loader import load
-from mlxfuse.text import conversation
-from mlxfuse.text.chat import Chat
-from mlxfuse.text.generate import Settings
 
 from ..models import tiny
 

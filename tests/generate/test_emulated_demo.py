@@ -11,9 +11,9 @@ import mlx.core as mx
 import pytest
 from mlx_lm.generate import generate_step
 
+from mlxfuse.generate import run as generate
 from mlxfuse.kernels import fallbacks, launches
 from mlxfuse.loader import load
-from mlxfuse.text import generate
 
 ROOT = Path(__file__).parent.parent
 

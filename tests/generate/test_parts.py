@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlxfuse.text import generate as engine
-from mlxfuse.text.chat import Chat
-from mlxfuse.text.generate import Settings
-from mlxfuse.text.parts import CONTENT, REASONING, Parts
+from mlxfuse.generate import run as engine
+from mlxfuse.generate.chat import Chat
+from mlxfuse.generate.parts import CONTENT, REASONING, Parts
+from mlxfuse.generate.run import Settings
 from mlxfuse.tokenizer.load import build_tokenizer
 
 from ..cli.test_cli import TEMPLATE, invoke

@@ -12,7 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import MLXFuseError
 from ..nn.kv.options import check_model
-from .generate import Result, Settings, add_eos_tokens, new_cache, run, seed
+from .run import Result, Settings, add_eos_tokens, new_cache, run, seed
 
 # Of the context, what is left for an answer when old messages have to go, at most.
 ROOM = 0.25

@@ -24,11 +24,11 @@ from typer.testing import CliRunner
 from mlxfuse.cli import app
 from mlxfuse.errors import MLXFuseError, PromptCacheError, UnsupportedError
 from mlxfuse.fusion import patch_model
+from mlxfuse.generate import prompt_cache
+from mlxfuse.generate.perplexity import Way, perplexity
 from mlxfuse.loader import load
 from mlxfuse.nn.kv.cache import CompressedKVCache
 from mlxfuse.nn.kv.options import KVOptions, check_model, compress_caches, compressed, plain_caches
-from mlxfuse.text import prompt_cache
-from mlxfuse.text.perplexity import Way, perplexity
 from tests.models import tiny
 
 # Largest mean KLD from the plain cache.

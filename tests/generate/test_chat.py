@@ -15,11 +15,11 @@ import pytest
 from mlx_lm.generate import stream_generate
 from mlx_lm.models import cache as caches
 
+from mlxfuse.generate.chat import Chat
+from mlxfuse.generate.run import Settings, new_cache
 from mlxfuse.loader import load
 from mlxfuse.nn.kv.cache import CompressedKVCache
 from mlxfuse.nn.kv.options import KVOptions
-from mlxfuse.text.chat import Chat
-from mlxfuse.text.generate import Settings, new_cache
 
 from ..cli.test_cli import REPOSITORY, TEMPLATE, invoke, start
 from ..models import tiny

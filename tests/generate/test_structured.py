@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from mlxfuse.cli import app
 from mlxfuse.errors import GrammarError
+from mlxfuse.generate.run import Settings, generate
+from mlxfuse.generate.structured import Grammars
 from mlxfuse.loader import load
-from mlxfuse.text.generate import Settings, generate
-from mlxfuse.text.structured import Grammars
 
 from ..models import tiny
 from ..server.speaker import HERMES, tokenizer

@@ -35,7 +35,7 @@ class Settings(Sampling):
     quantized_kv_start  tokens up to which it stays plain.
     kv_force            compress keys of models that are known to suffer from it.
     json_schema         what the answer is to be: JSON that is valid against this schema.
-    prompt_lookup       draft tokens from what the text said before; `mlxfuse.text.lookup`.
+    prompt_lookup       draft tokens from what the text said before; `mlxfuse.generate.lookup`.
     num_draft_tokens    tokens that are drafted at a time, at most.
     """
 
@@ -180,7 +180,7 @@ def generate(
     Args:
         model, tokenizer: a pair from ``mlxfuse.load`` or ``mlx_lm.load``.
         draft_model: a smaller model with the same vocabulary, for speculative decoding.
-        prompt_cache: what ``mlxfuse.text.prompt_cache.read`` returned; the prompt follows it.
+        prompt_cache: what ``mlxfuse.generate.prompt_cache.read`` returned; the prompt follows it.
         write: called with each piece of the answer as it is there.
         think: called with each piece of the model's reasoning as it is there.
         on_prompt: called as (prompt tokens processed, prompt tokens).

@@ -6,10 +6,10 @@ import mlx.core as mx
 import pytest
 
 from mlxfuse.errors import MLXFuseError
+from mlxfuse.generate.chat import Chat
+from mlxfuse.generate.lookup import Index
+from mlxfuse.generate.run import Settings, generate
 from mlxfuse.loader import load
-from mlxfuse.text.chat import Chat
-from mlxfuse.text.generate import Settings, generate
-from mlxfuse.text.lookup import Index
 
 from ..models import tiny
 

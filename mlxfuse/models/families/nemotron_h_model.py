@@ -1,0 +1,55 @@
+"""Nemotron-H whose mixers leave a batch's padding out of their states.
+
+mlx-lm 0.32's ``nemotron_h`` does not give ``ssm_update`` the lengths of prompts that are padded on
+the right, as its ``granitemoehybrid`` does: the states of the shorter ones are wrong from then on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models import nemotron_h
+from mlx_lm.models.nemotron_h import ModelArgs
+from mlx_lm.models.ssm import ssm_update
+
+__all__ = ["Model", "ModelArgs"]
+
+
+class Mixer(nemotron_h.NemotronHMamba2Mixer):
+    def _ssm(
+        self,
+        hidden_states: mx.array,
+        B: mx.array,
+        C: mx.array,
+        dt: mx.array,
+        cache: Any,
+        mask: mx.array | None,
+    ) -> mx.array:
+        """hidden_states [N, L, heads * head size] -> the same shape."""
+        x = mx.unflatten(hidden_states, -1, (self.num_heads, self.head_dim))
+        groups = (self.n_groups, self.ssm_state_size)
+        y, state = ssm_update(
+            x,
+            self.A_log,
+            mx.unflatten(B, -1, groups),
+            mx.unflatten(C, -1, groups),
+            self.D.astype(x.dtype),
+            dt,
+            self.dt_bias,
+            cache[1] if cache else None,
+            self.time_step_limit,
+            mask,
+            cache.lengths if cache else None,
+        )
+        if cache:
+            cache[1] = state
+        return y.reshape(hidden_states.shape)
+
+
+class Model(nemotron_h.Model):
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__(args)
+        for layer in self.layers:
+            if layer.block_type == "M":
+                layer.mixer = Mixer(args)

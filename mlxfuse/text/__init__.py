@@ -1,1 +1,0 @@
-"""Tokens and text: generating, chatting, measuring perplexity, files of prompt caches."""
