@@ -193,7 +193,7 @@ USUAL: Case = {
         ("key <= row.last", "key < row.last"),  # the last key is not seen
         ("total *= decay;", ""),
         ("scale.y * q_sum[r][j]", "0.0f"),  # the bias is left out
-        ("const uint unit = Values::unit(lane, i / 2);", "const uint unit = lane ^ 1;"),
+        ("const uint unit = At::unit(lane, j);", "const uint unit = lane ^ 2;"),
     ],
 )
 def test_a_wrong_kernel_is_seen(text: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
