@@ -111,7 +111,8 @@ def _describe(file: GGUFFile, config: Config, vocab: Vocab) -> dict[str, Any]:
     args = dict(config.args)
     name = config.architecture.module.rpartition(".")[2]
     args["model_type"] = {"gemma3": "gemma3_text"}.get(name, name)
-    if find_spec(f"mlx_lm.models.{args['model_type']}") is None:
+    odd = config.kinds or config.values or None in config.ropes or config.architecture.latent
+    if find_spec(f"mlx_lm.models.{args['model_type']}") is None or odd:
         raise UnsupportedError(
             f"{file.path}: MLX-LM has no class that runs {config.architecture.name} as this file "
             "has it; `mlxfuse export` without --mlx keeps it"
