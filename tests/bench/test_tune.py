@@ -13,7 +13,7 @@ import pytest
 from mlxfuse.bench import tune
 from mlxfuse.errors import KernelError
 from mlxfuse.fusion import patch_model, unpatch_model
-from mlxfuse.fusion.patch import SLOWER
+from mlxfuse.fusion.choose import SLOWER
 from mlxfuse.kernels.matmul import quantized_matmul
 from mlxfuse.kernels.runtime import kernel as _kernel
 from mlxfuse.kernels.runtime import self_test, tuning
