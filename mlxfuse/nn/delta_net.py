@@ -37,7 +37,7 @@ class FusedDeltaNet(FusedModule):
     _fused: DeltaNetForm
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Inputs [B, L, hidden_size], the first argument -> what the class gives, by its own code."""
+        """Inputs [B, L, hidden_size], the first argument -> what the class gives."""
         form = self._fused
         if not args:  # a block of mlx-lm's may name it
             name = form.original.__call__.__code__.co_varnames[1]
