@@ -53,7 +53,7 @@ NO_MLX = {
     *("gguf", "tokenizer", "hub", "inspect"),
 }
 # Imported by a loaded model only.
-TOKENIZER = {"tokenizer.load", "tokenizer.spm"}
+TOKENIZER = {"tokenizer.load", "tokenizer.backend", "tokenizer.merging"}
 HEAVY = ("mlx", "mlx_lm", "transformers", "tokenizers", "torch")
 
 

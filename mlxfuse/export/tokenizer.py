@@ -8,7 +8,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from ..errors import UnsupportedError
-from ..tokenizer.load import build_backend
+from ..tokenizer.backend import build_backend
 from ..tokenizer.merging import beyond_tokens, needs_scores
 from ..tokenizer.vocab import Vocab
 

@@ -18,7 +18,7 @@ import pytest
 
 from mlxfuse.errors import GGUFError, UnsupportedError
 from mlxfuse.gguf.reader import open_gguf
-from mlxfuse.tokenizer import load as tokenizer_module
+from mlxfuse.tokenizer import backend as tokenizer_module
 from mlxfuse.tokenizer.load import build_backend, build_tokenizer, load_tokenizer
 from mlxfuse.tokenizer.pretokenizers import PRE
 from mlxfuse.tokenizer.vocab import read_vocab
