@@ -1,4 +1,4 @@
-// One decode trait for each format. `mlxfuse/formats.py` documents the streams they read.
+// One decode trait for each format. `mlxfuse/streams.py` documents the streams they read.
 //
 // A unit is the run of `width` consecutive weights that one lane decodes: 32, or 16 where the
 // codes of 32 would not fit one 16-byte load. Half h of a unit is its weights 16 h to 16 h + 15.

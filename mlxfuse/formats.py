@@ -1,89 +1,13 @@
 """The one table of GGUF tensor types: data only, shared by ``gguf`` and ``kernels``.
 
 Sources: ``ggml/include/ggml.h`` (ids), ``ggml/src/ggml-common.h`` (block layouts).
-
-Formats with a kernel also say how their blocks are split into **streams**: for one kind of
-field each, all blocks of a row side by side, so that neighbouring SIMD lanes load neighbouring
-bytes. The bytes of a row's streams add up to the row's bytes in the file. In every code stream
-a group of 32 consecutive weights is contiguous: with weight ``16 h + 4 j + b`` of a group
-(h < 2, j < 4, b < 4),
-
-* 4-bit plane, 16 bytes: byte ``4 j + b``, low nibble for h = 0, high nibble for h = 1;
-* 2-bit plane, 8 bytes: word ``j % 2``, byte ``b``, bits ``4 h + 2 (j // 2)`` and the next;
-* 1-bit plane, 4 bytes: byte ``b``, bit ``4 h + j`` in the formats of 256 weights, bit
-  ``4 (j % 2) + 2 h + j // 2`` in those of 32;
-
-so one shift and one mask of a word yield the bits of four weights, each in its own byte. ggml
-keeps some planes in other orders; ``swaps`` says how to exchange the bits. The orders of the
-1-bit planes are those that the fewest swaps lead to.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True, slots=True)
-class Swap:
-    """An exchange of bits between the 32-bit words of a block, its own inverse.
-
-    Bits ``mask << shift`` of word ``i`` change places with bits ``mask`` of word
-    ``i + distance``, for every ``i`` that has the bit ``distance`` clear; within each word
-    if ``distance`` is 0.
-    """
-
-    distance: int
-    shift: int
-    mask: int
-
-
-@dataclass(frozen=True, slots=True)
-class Stream:
-    """One field of a format's blocks, stored for all blocks of a row side by side.
-
-    name    ``codes`` (the main bit plane), ``high`` (the bits above it), ``signs``, ``scales``,
-            ``supers``.
-    dtype   element type the kernels bind, by numpy's name; never narrower than it must be,
-            because MLX counts elements, not bytes, when it cuts command buffers.
-    start   where the field begins in the file's block, in bytes.
-    stop    where it ends.
-    swaps   bit exchanges that follow the copy, in order.
-    """
-
-    name: str
-    dtype: str
-    start: int
-    stop: int
-    swaps: tuple[Swap, ...] = ()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one block."""
-        return self.stop - self.start
-
-
-# ggml's Q4_K pairs group 2 l with group 2 l + 1 in one byte; after the exchange a byte pairs
-# weight j of a group with weight j + 16 of the same group.
-_NIBBLES = (Swap(4, 4, 0x0F0F0F0F),)
-# Q6_K pairs group s with group s + 2 of a 128-weight half.
-_FAR_NIBBLES = (Swap(8, 4, 0x0F0F0F0F), *_NIBBLES)
-# Word k, bits 2 s and 2 s + 1 (group s of a 128-weight half) -> words 2 s and 2 s + 1.
-_PAIRS = (*_NIBBLES, Swap(2, 2, 0x33333333))
-# Word k, bit g (group g of 256) -> word g, bit k: an 8 by 8 transposition.
-_BITS = (*_PAIRS, Swap(1, 1, 0x55555555))
-# Bit i of a 32-weight block -> the 1-bit plane's order: index bits 4 and 1, then 3 and 0.
-_ROTATE = (Swap(0, 14, 0x0000CCCC), Swap(0, 7, 0x00AA00AA))
-# NVFP4 pairs weight j of 16 with weight j + 8; see `_NIBBLES`.
-_EIGHTS = (Swap(2, 4, 0x0F0F0F0F),)
-# Word h, byte j, bits 2 b and 2 b + 1 -> the 2-bit plane's place of weight 16 h + 4 j + b. Address
-# bits, from the word's down to the lower one of the pair's, are h, j1, j0, b1, b0. Of word and
-# lowest byte bit; higher byte and higher pair bit; lower ones; both pair bits change places.
-_SPREAD = (
-    Swap(1, 8, 0x00FF00FF),
-    Swap(0, 12, 0x0000F0F0),
-    Swap(0, 6, 0x00CC00CC),
-    Swap(0, 2, 0x0C0C0C0C),
-)
+from .streams import BITS, EIGHTS, FAR_NIBBLES, NIBBLES, PAIRS, ROTATE, SPREAD, Stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +38,7 @@ class Traits:
 
 
 _SIXTEEN = (Stream("codes", "uint16", 0, 2),)
-_TERNARY = Stream("codes", "uint32", 0, 64, _PAIRS), Stream("scales", "float16", 64, 66)
+_TERNARY = Stream("codes", "uint32", 0, 64, PAIRS), Stream("scales", "float16", 64, 66)
 _FOURS = Stream("codes", "uint32", 2, 18), Stream("scales", "float16", 0, 2)
 
 
@@ -186,7 +110,7 @@ _TYPES = (
         Traits(
             (
                 Stream("codes", "uint32", 6, 22),
-                Stream("high", "uint32", 2, 6, _ROTATE),
+                Stream("high", "uint32", 2, 6, ROTATE),
                 Stream("scales", "float16", 0, 2),
             ),
             offset=16,
@@ -198,7 +122,7 @@ _TYPES = (
         Traits(
             (
                 Stream("codes", "uint32", 8, 24),
-                Stream("high", "uint32", 4, 8, _ROTATE),
+                Stream("high", "uint32", 4, 8, ROTATE),
                 Stream("scales", "float16", 0, 4),
             ),
             biased=True,
@@ -215,7 +139,7 @@ _TYPES = (
         *("Q2_K", 10, 256, 84),
         Traits(
             (
-                Stream("codes", "uint32", 16, 80, _PAIRS),
+                Stream("codes", "uint32", 16, 80, PAIRS),
                 Stream("scales", "uint32", 0, 16),
                 Stream("supers", "float16", 80, 84),
             ),
@@ -229,8 +153,8 @@ _TYPES = (
         *("Q3_K", 11, 256, 110),
         Traits(
             (
-                Stream("codes", "uint32", 32, 96, _PAIRS),
-                Stream("high", "uint32", 0, 32, _BITS),
+                Stream("codes", "uint32", 32, 96, PAIRS),
+                Stream("high", "uint32", 0, 32, BITS),
                 Stream("scales", "uint32", 96, 108),
                 Stream("supers", "float16", 108, 110),
             ),
@@ -242,7 +166,7 @@ _TYPES = (
     Format(
         *("Q4_K", 12, 256, 144),
         Traits(
-            (Stream("codes", "uint32", 16, 144, _NIBBLES), Stream("scales", "uint32", 0, 16)),
+            (Stream("codes", "uint32", 16, 144, NIBBLES), Stream("scales", "uint32", 0, 16)),
             biased=True,
         ),
         (0, 2),
@@ -251,8 +175,8 @@ _TYPES = (
         *("Q5_K", 13, 256, 176),
         Traits(
             (
-                Stream("codes", "uint32", 48, 176, _NIBBLES),
-                Stream("high", "uint32", 16, 48, _BITS),
+                Stream("codes", "uint32", 48, 176, NIBBLES),
+                Stream("high", "uint32", 16, 48, BITS),
                 Stream("scales", "uint32", 0, 16),
             ),
             biased=True,
@@ -263,8 +187,8 @@ _TYPES = (
         *("Q6_K", 14, 256, 210),
         Traits(
             (
-                Stream("codes", "uint32", 0, 128, _FAR_NIBBLES),
-                Stream("high", "uint32", 128, 192, _PAIRS),
+                Stream("codes", "uint32", 0, 128, FAR_NIBBLES),
+                Stream("high", "uint32", 128, 192, PAIRS),
                 Stream("scales", "uint32", 192, 208),
                 Stream("supers", "float16", 208, 210),
             ),
@@ -327,7 +251,7 @@ _TYPES = (
             (
                 Stream("codes", "uint32", 2, 66),
                 Stream("high", "uint32", 66, 74),
-                Stream("signs", "uint32", 74, 106, _ROTATE),
+                Stream("signs", "uint32", 74, 106, ROTATE),
                 Stream("scales", "uint32", 106, 110),
                 Stream("supers", "float16", 0, 2),
             ),
@@ -341,7 +265,7 @@ _TYPES = (
             (
                 Stream("codes", "uint32", 2, 34),
                 Stream("high", "uint32", 66, 74),
-                Stream("signs", "uint32", 34, 66, _ROTATE),
+                Stream("signs", "uint32", 34, 66, ROTATE),
                 Stream("scales", "uint32", 74, 82),
                 Stream("supers", "float16", 0, 2),
             ),
@@ -386,7 +310,7 @@ _TYPES = (
     Format(
         *("NVFP4", 40, 64, 36),
         Traits(
-            (Stream("codes", "uint32", 4, 36, _EIGHTS), Stream("scales", "uint32", 0, 4)),
+            (Stream("codes", "uint32", 4, 36, EIGHTS), Stream("scales", "uint32", 0, 4)),
             halves=True,
             integers=False,
         ),
@@ -395,7 +319,7 @@ _TYPES = (
     Format(
         *("Q1_0", 41, 128, 18),
         Traits(
-            (Stream("codes", "uint32", 2, 18, _ROTATE), Stream("scales", "float16", 0, 2)),
+            (Stream("codes", "uint32", 2, 18, ROTATE), Stream("scales", "float16", 0, 2)),
             offset=1,
         ),
         (0,),
@@ -403,7 +327,7 @@ _TYPES = (
     Format(
         *("Q2_0", 42, 64, 18),
         Traits(
-            (Stream("codes", "uint32", 2, 18, _SPREAD), Stream("scales", "float16", 0, 2)),
+            (Stream("codes", "uint32", 2, 18, SPREAD), Stream("scales", "float16", 0, 2)),
             offset=1,
         ),
         (0,),

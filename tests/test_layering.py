@@ -14,7 +14,8 @@ PACKAGE = Path(mlxfuse.__file__).parent
 
 # The layers, lowest first; a module imports from lower layers or from its own room.
 LAYERS = (
-    ("errors", "env", "files", "formats", "terminal"),
+    ("errors", "env", "files", "streams", "terminal"),
+    ("formats",),
     ("blas", "codebooks", "memory", "process"),
     ("gguf", "kernels"),
     ("tokenizer", "hub", "nn"),
@@ -37,7 +38,18 @@ ONLY = {
     "huggingface_hub": {"hub"},
 }
 NO_MLX = {
-    *("errors", "env", "files", "formats", "codebooks", "terminal", "blas", "memory", "process"),
+    *(
+        "errors",
+        "env",
+        "files",
+        "streams",
+        "formats",
+        "codebooks",
+        "terminal",
+        "blas",
+        "memory",
+        "process",
+    ),
     *("gguf", "tokenizer", "hub", "inspect"),
 }
 # Imported by a loaded model only.

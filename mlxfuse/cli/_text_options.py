@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import MLXFuseError
 from ..terminal import one_line
 from ._options import fraction, number, of_model, of_sampling, of_text
 
@@ -195,10 +196,10 @@ def read_text(path: Path) -> str:
     """A file of text.
 
     Raises:
-        UsageError: it is not in UTF-8.
+        MLXFuseError: it is not in UTF-8.
         OSError: it cannot be read.
     """
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise typer.BadParameter(f"{path}: expected a text in UTF-8: {error}") from None
+        raise MLXFuseError(f"{path}: expected a text in UTF-8: {error}") from None

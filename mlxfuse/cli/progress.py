@@ -64,7 +64,8 @@ def status_line(shown: bool) -> Iterator[Callable[[str | None], None]]:
             if text is None:
                 line.stop()
             else:
-                line.update(escape(one_line(text, 70)))
+                # Naming the spinner draws the line at once: what takes no time is seen too.
+                line.update(escape(one_line(text, 70)), spinner="dots")
 
         yield say
 

@@ -110,7 +110,9 @@ def _describe(file: GGUFFile, config: Config, vocab: Vocab) -> dict[str, Any]:
     """``config.json`` as mlx-lm's model reads it."""
     args = dict(config.args)
     name = config.architecture.module.rpartition(".")[2]
-    args["model_type"] = {"gemma3": "gemma3_text"}.get(name, name)
+    # Of our own classes only these compute what mlx-lm's do.
+    stock = {"gemma2_model": "gemma2", "gemma3_model": "gemma3_text"}
+    args["model_type"] = stock.get(name, name)
     odd = config.kinds or config.values or None in config.ropes or config.architecture.latent
     if find_spec(f"mlx_lm.models.{args['model_type']}") is None or odd:
         raise UnsupportedError(

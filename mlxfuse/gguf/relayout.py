@@ -14,7 +14,8 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from ..formats import BY_NAME, Format, Swap
+from ..formats import BY_NAME, Format
+from ..streams import Swap
 
 Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.unsignedinteger]

@@ -36,9 +36,13 @@ class FusedDeltaNet(FusedModule):
 
     _fused: DeltaNetForm
 
-    def __call__(self, inputs: mx.array | Normed, *args: Any, **kwargs: Any) -> Any:
-        """inputs [B, L, hidden_size] -> what the class gives, by its own code."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Inputs [B, L, hidden_size], the first argument -> what the class gives."""
         form = self._fused
+        if not args:  # a block of mlx-lm's may name it
+            name = form.original.__call__.__code__.co_varnames[1]
+            args = (kwargs.pop(name),)
+        inputs: mx.array | Normed = args[0]
         module: Any = self
         run = Run.of(inputs)
         # With a sharding group their own code changes the inputs' gradient first.
@@ -46,7 +50,7 @@ class FusedDeltaNet(FusedModule):
             parts = self.part(run, self.project, list, inputs)
             names = [name for group in form.linears for name in group]
             module = replacing(self, {n: _constant(y) for n, y in zip(names, parts, strict=True)})
-        return form.original.__call__(module, floats(inputs), *args, **kwargs)
+        return form.original.__call__(module, floats(inputs), *args[1:], **kwargs)
 
     def project(self, run: Run, x: mx.array | Normed) -> list[mx.array]:
         """x [B, L, hidden_size] -> the result of each of the linears; by its codes, if there are

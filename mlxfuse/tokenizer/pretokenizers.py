@@ -32,6 +32,22 @@ _GPT4O = (
     rf"{_CASED}{_CONTRACTION}?|{_CAPITALS}{_CONTRACTION}?|\p{{N}}{{1,3}}|{_SYMBOLS_SLASH}|{_SPACES}"
 )
 _TEKKEN = rf"{_CASED}|{_CAPITALS}|\p{{N}}|{_SYMBOLS_SLASH}|{_SPACES}"
+_MARKED = rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+{_CONTRACTION}?"
+# Words with single spaces between them are one piece.
+_EXAONE_MOE = (
+    rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}\p{{M}}*(?: ?\p{{L}}\p{{M}}*)*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+# A number is split in groups of three digits, counted from its end. Both forms count its digits
+# only once, at its first digit: a count from each digit would take minutes on a very long number.
+# In the first form, the text before a number stays in one piece with the number's first group.
+_THREES = r"\G\P{N}*+(?:(?<!\p{N})\p{N}{1,2}(?=(?>(?:\p{N}{3})*)(?!\p{N}))|\p{N}{3})"
+# In the second form only ASCII digits count, and other numerals stay with the group before them.
+_SUPERBPE = (
+    r"\p{N}+",
+    r"(?<![0-9])[0-9]{0,2}\K(?=(?>(?:[0-9]{3})+)(?![0-9]))",
+    r"[0-9]{3}(?=[0-9]{3})",
+)
 
 # The range takes in U+2000 and U+3000, but a space is a space before it is tried.
 _CJK = r"[\x{800}-\x{9fa5}\x{ac00}-\x{d7ff}&&\S]+"
@@ -52,10 +68,32 @@ _DEEPSEEK_LETTERS = (
     r"\x{118a0}-\x{118df}\x{1e900}-\x{1e943}"
 )
 _ASCII_PUNCTUATION = r"!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~"
-_DEEPSEEK3 = (
+_DEEPSEEK_WORD = (
     rf"[{_ASCII_PUNCTUATION}][A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+"
-    rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_SPACES}"
+    r"| ?[\p{P}\p{S}]+"
 )
+_DEEPSEEK3 = rf"{_DEEPSEEK_WORD}[\r\n]*|{_SPACES}"
+_HAN_KANA = r"[\x{4e00}-\x{9fa5}\x{3040}-\x{30ff}]+"
+_HAN = (
+    r"\x{3400}-\x{4dbf}\x{4e00}-\x{9fff}\x{f900}-\x{faff}\x{20000}-\x{2a6df}\x{2a700}-\x{2ebef}"
+    r"\x{2f800}-\x{2fa1f}"
+)
+_KIMI_K2 = (
+    rf"[{_HAN}]+|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}&&[^{_HAN}]]+{_CONTRACTION}?|\p{{N}}{{1,3}}"
+    rf"|{_SYMBOLS}|{_SPACES}"
+)
+# Han, kana, Thai, Lao, Khmer, Myanmar and Hangul.
+_AFMOE_SCRIPTS = (
+    r"[\x{3400}-\x{4dbf}\x{4e00}-\x{9fff}\x{f900}-\x{faff}\x{2f00}-\x{2fdf}\x{3040}-\x{30ff}"
+    r"\x{ff65}-\x{ff9f}\x{e40}-\x{eff}\x{1780}-\x{17ff}\x{1000}-\x{109f}\x{aa60}-\x{aa7f}"
+    r"\x{a9e0}-\x{a9ff}\x{ac00}-\x{d7af}\x{1100}-\x{11ff}]+"
+)
+# Hangul, CJK punctuation, Bopomofo, and Han with kana: a run of one of these is a piece.
+_YOUTU_SCRIPTS = (
+    r"[\x{ac00}-\x{d7a3}\x{3131}-\x{318e}]+|[！…“”‘’—：；，\x{3001}-\x{303f}\x{fe30}-\x{fe4f}]+"
+    rf"|[\x{{3105}}-\x{{312f}}]+|{_HAN_KANA}"
+)
+_LINES = r"[^\n]+|\n+"
 _BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
 
 
@@ -88,7 +126,7 @@ PRE: dict[str, Pre] = {
         _LLAMA_BPE,
     ),
     **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe"), Pre((_LLAMA3,))),
-    "glm4": Pre((_LLAMA3,), ignore_merges=True),
+    **dict.fromkeys(("glm4", "glm5"), Pre((_LLAMA3,), ignore_merges=True)),
     # Numbers apart first: all spaces before one stay together.
     "minicpm5": Pre((r"\p{N}{1,3}", _LLAMA3), ignore_merges=True),
     **dict.fromkeys(
@@ -128,8 +166,21 @@ PRE: dict[str, Pre] = {
     "deepseek-coder": Pre((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}")),
     **dict.fromkeys(
         ("deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"),
-        Pre((r"\p{N}{1,3}", r"[\x{4e00}-\x{9fa5}\x{3040}-\x{30ff}]+", _DEEPSEEK3)),
+        Pre((r"\p{N}{1,3}", _HAN_KANA, _DEEPSEEK3)),
     ),
+    "spark2_5": Pre((r"\p{N}", _HAN_KANA, rf"{_DEEPSEEK_WORD}|[\r\n]|\s+(?!\S)|\s+")),
+    "afmoe": Pre((_THREES, _AFMOE_SCRIPTS, _DEEPSEEK3)),
+    "kimi-k2": Pre((_KIMI_K2,)),
+    "youtu": Pre(
+        (_YOUTU_SCRIPTS, rf"{_MARKED}|\p{{N}}|{_SYMBOLS_SLASH}|{_SPACES}"), ignore_merges=True
+    ),
+    **dict.fromkeys(
+        ("tiny_aya", "cohere2moe"),
+        Pre((_THREES, rf"{_MARKED}|\p{{N}}{{1,3}}|{_SYMBOLS_SLASH}|{_SPACES}")),
+    ),
+    "exaone-moe": Pre((_EXAONE_MOE,)),
+    "laguna": Pre((_LINES, _QWEN2)),
+    "superbpe": Pre(_SUPERBPE),
     "falcon": Pre((r"[\p{P}$+<=>\^~|`]+", _GPT2, "[0-9][0-9][0-9]")),
     **dict.fromkeys(("bloom", "gpt3-finnish", "poro-chat"), Pre((_BLOOM,))),
     "viking": Pre((_BLOOM, r"\p{N}")),
@@ -137,5 +188,5 @@ PRE: dict[str, Pre] = {
         (rf"{_CONTRACTION}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}",),
     ),
     # The escaped space is a letter to nobody: lines are merged whole.
-    "gemma4": Pre((r"[^\n]+|\n+",), add_bos=True, ignore_merges=True, byte_level=False),
+    "gemma4": Pre((_LINES,), add_bos=True, ignore_merges=True, byte_level=False),
 }

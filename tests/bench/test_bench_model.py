@@ -247,7 +247,7 @@ def test_a_runner_reads_and_decodes_what_it_says(model, test):
     assert seen == steps * 2  # the depth was read before, and once
     assert runner.memory > 0
     if test.generated:
-        per_token = sum(n for n, _ in needs_of(model).kv) * 2  # float32
+        per_token = sum(n for n, _ in needs_of(model).kv) * 4  # float32
         assert runner.read == pytest.approx(per_token * (4 + 7) / 2)
     else:
         assert runner.read is None

@@ -383,4 +383,5 @@ def test_the_kernels_self_tests(few, kernels, monkeypatch):
 def test_samples_decode_to_finite_numbers_that_differ(name):
     values = np.array(dequantize(cases.sample(BY_NAME[name]), None, mx.float32))
     assert np.isfinite(values).all()
-    assert len(np.unique(values)) > 100
+    # 32 blocks: of ternary weights each has but its scale, that below zero, and zero.
+    assert len(np.unique(values)) > (60 if name.startswith("TQ") else 100)

@@ -100,7 +100,7 @@ def test_a_wrong_variant_is_not_timed(model, monkeypatch):
     real = _kernel.run
 
     def planted(launch, *, emulated=False):
-        factor = 1.01 if ", 8>(" in launch.program.body else 1
+        factor = 1.01 if ", 8, 2>(" in launch.program.body else 1
         return [y * factor for y in real(launch, emulated=emulated)]
 
     patch_model(model, fuse="all")

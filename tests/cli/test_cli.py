@@ -598,7 +598,7 @@ def test_inspect_tells_what_goes_together(tmp_path, name, qkv, gate):
     ("change", "reason"),
     [
         (lambda m: m.metadata.pop("llama.block_count"), "the key 'llama.block_count' is missing"),
-        (lambda m: m.metadata.update({"llama.expert_count": 4}), "mixture-of-experts models of"),
+        (lambda m: m.metadata.update({"llama.expert_count": 4}), "the key 'llama.expert_used_c"),
         (
             lambda m: m.metadata.update({"llama.attention.head_count_kv": [2.0, math.nan, 2.0]}),
             "llama.attention.head_count_kv is not a list of integers",

@@ -11,6 +11,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlxfuse.fusion import patch_model, unpatch_model
 from mlxfuse.kernels import fallbacks, launches
+from mlxfuse.kernels.runtime.backend import backend
 from mlxfuse.nn.fused import Run
 from mlxfuse.nn.kv.options import KVOptions, compressed, plain_caches
 from tests import msl
@@ -150,7 +151,7 @@ def test_a_kept_graph_sees_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("31b", "affine4", num_hidden_layers=1)
     want = zoo.logits(model)
     patch_model(model, fuse="all")
-    monkeypatch.setattr(Run, "of", classmethod(lambda cls, x: cls("", True)))
+    monkeypatch.setattr(Run, "of", classmethod(lambda cls, x: cls(backend(), True)))
     attention = model.layers[0].self_attn
     assert zoo.apart(zoo.logits(model), want) <= BOUND
     assert set(attention._fused.kept) == {"enter", "leave"}

@@ -77,7 +77,8 @@ def says(text):
             end = "length" if i == len(text) - 1 else None
             numbers = dict.fromkeys(("prompt_tps", "generation_tps", "peak_memory"), 0.0)
             counts = {"prompt_tokens": len(prompt), "generation_tokens": i + 1}
-            yield SimpleNamespace(text=letter, token=0, finish_reason=end, **numbers, **counts)
+            given = {"text": letter, "token": 0, "finish_reason": end, "from_draft": False}
+            yield SimpleNamespace(**given, **numbers, **counts)
 
     return stream
 

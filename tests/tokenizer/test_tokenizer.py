@@ -19,7 +19,7 @@ import pytest
 from mlxfuse.errors import GGUFError, UnsupportedError
 from mlxfuse.gguf.reader import open_gguf
 from mlxfuse.tokenizer import load as tokenizer_module
-from mlxfuse.tokenizer.load import build_tokenizer, load_tokenizer
+from mlxfuse.tokenizer.load import build_backend, build_tokenizer, load_tokenizer
 from mlxfuse.tokenizer.pretokenizers import PRE
 from mlxfuse.tokenizer.vocab import read_vocab
 
@@ -73,6 +73,15 @@ def test_golden_covers_every_pre_and_tells_them_apart() -> None:
         ("bpe qwen2", {"pre": "llama-bpe"}),
         ("bpe smollm", {"pre": "gpt-2"}),
         ("bpe deepseek-llm", {"pre": "deepseek-coder"}),
+        ("bpe kimi-k2", {"pre": "gpt-4o"}),
+        ("bpe glm5", {"pre": "chatglm-bpe"}),
+        ("bpe youtu", {"pre": "tiny_aya"}),
+        ("bpe cohere2moe", {"pre": "gpt-4o"}),
+        ("bpe afmoe", {"pre": "deepseek-v3"}),
+        ("bpe spark2_5", {"pre": "deepseek-v3"}),
+        ("bpe exaone-moe", {"pre": "qwen35"}),
+        ("bpe laguna", {"pre": "qwen2"}),
+        ("bpe superbpe", {"pre": "default"}),
         ("bpe tekken", {"add_bos_token": False}),
         ("spm", {"add_space_prefix": False}),
         ("spm", {"add_bos_token": False}),
@@ -82,6 +91,14 @@ def test_golden_covers_every_pre_and_tells_them_apart() -> None:
 def test_control_wrong_metadata_shows(name: str, change: dict[str, Any]) -> None:
     changes = {f"tokenizer.ggml.{key}": value for key, value in change.items()}
     assert wrong({**FAMILIES[name], **changes, "general.name": "other"}, name) > 0
+
+
+@pytest.mark.parametrize("pre", ["afmoe", "superbpe"])
+def test_a_long_number_is_split_in_threes_from_the_right(pre: str) -> None:
+    # A pattern that looked to the end of the number from each of its digits would take minutes.
+    split = build_backend(read_vocab(vocabularies.bpe(pre), "test.gguf")).pre_tokenizer
+    pieces = [piece for piece, _ in split.pre_tokenize_str("7" * 200_000)]
+    assert pieces == ["77"] + ["777"] * 66_666
 
 
 def test_control_missing_byte_fallback_shows() -> None:

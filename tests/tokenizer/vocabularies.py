@@ -58,6 +58,13 @@ CORPUS = [
     "aaaa aaaaaaa ababab baba",
     "One.\nTwo.\nThree!\n\n(a)\n(b)\n\nWhat?!\n\n",
     "x  23   45    678",
+    "aBaB abAB BabB camelCase a\u0301Ba\u0301B \u200ca\u200db",
+    "1½123 123½ ½12345²678 1234567 ab1234ab1234 782378",
+    "it'sb 'sb we'LLx 'LLx a'tb a b a b",
+    "가ㄱ！ㄅ一 가ㄱ！ㄅ一 、一、一",
+    "a一b一 a一b一 กកကกកက +é ~cd ~cd",
+    "a！a！a！ aㄅaㄅaㄅ aｱaｱaｱ !\u2f00!\u2f00!\u2f00 a\u1100a\u1100a\u1100 a\uf900a\uf900a\uf900",
+    "!\n/!\n/!\n/",
     "unmerged is a token that no merge makes, also as  unmerged",
 ]
 CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -132,7 +139,7 @@ _TRAINING = [text.replace("<|", "<").replace("|>", ">") for text in CORPUS[:-1]]
 @functools.cache
 def _bpe_merges() -> list[tuple[str, str]]:
     table = byte_alphabet()
-    return _train([[table[b] for b in text.encode()] for text in _TRAINING], 700)
+    return _train([[table[b] for b in text.encode()] for text in _TRAINING], 1000)
 
 
 @functools.cache

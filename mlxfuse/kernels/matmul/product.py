@@ -1,6 +1,4 @@
-"""A product of activations and quantised weights, cut into tiles: what `quantized_matmul` and
-`int8_matmul` have in common.
-"""
+"""Activations times quantised weights, cut into tiles: what both products have in common."""
 
 from __future__ import annotations
 
