@@ -78,14 +78,15 @@ def test_json_is_the_whole_of_stdout(model):
 @pytest.mark.parametrize(
     ("command", "name", "args"),
     [
-        ("generate", "run.stream_generate", ("-p", "x", "-m", "2")),
-        ("chat", "run.stream_generate", ("-m", "2")),
-        ("chat", "run.make_prompt_cache", ("-m", "2")),
-        ("perplexity", "perplexity.perplexity", ("--ctx-size", "16", "-f", "-")),
+        ("generate", "generate.run.stream_generate", ("-p", "x", "-m", "2")),
+        ("chat", "generate.run.stream_generate", ("-m", "2")),
+        ("chat", "generate.run.make_prompt_cache", ("-m", "2")),
+        ("perplexity", "generate.perplexity.perplexity", ("--ctx-size", "16", "-f", "-")),
+        ("bench", "bench.run.bench", ("-p", "2", "-n", "0", "-r", "2")),
     ],
 )
 def test_what_mlx_lm_prints_is_not_on_stdout(command, name, args, model, monkeypatch):
-    found = f"mlxfuse.generate.{name}"
+    found = f"mlxfuse.{name}"
     real = pkgutil.resolve_name(found)
 
     def talks(*args, **kwargs):
