@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pkgutil
 import pty
 import re
 import signal
@@ -72,6 +73,31 @@ def test_json_is_the_whole_of_stdout(model):
     assert got["finish_reason"] == "length"
     for name in ("prompt_tps", "generation_tps", "load_seconds", "peak_memory"):
         assert got[name] > 0, name
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "args"),
+    [
+        ("generate", "generate.run.stream_generate", ("-p", "x", "-m", "2")),
+        ("chat", "generate.run.stream_generate", ("-m", "2")),
+        ("chat", "generate.run.make_prompt_cache", ("-m", "2")),
+        ("perplexity", "generate.perplexity.perplexity", ("--ctx-size", "16", "-f", "-")),
+        ("bench", "bench.run.bench", ("-p", "2", "-n", "0", "-r", "2")),
+    ],
+)
+def test_what_mlx_lm_prints_is_not_on_stdout(command, name, args, model, monkeypatch):
+    found = f"mlxfuse.{name}"
+    real = pkgutil.resolve_name(found)
+
+    def talks(*args, **kwargs):
+        print("[WARNING] words")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(found, talks)
+    result = invoke(command, model, *args, "--json", text="some text that is long enough " * 4)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)
+    assert "[WARNING] words" in result.stderr
 
 
 def test_text_on_stdout_and_footer_on_stderr(model):

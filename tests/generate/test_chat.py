@@ -124,6 +124,37 @@ def test_a_cache_that_tells_no_offset_is_begun_anew(chat, monkeypatch):
     assert (result.tokens, result.prompt_tokens) == (tokens, total)
 
 
+def test_a_prompt_that_was_read_whole_still_gives_an_answer(chat):
+    """Stopped when all of it was in the cache, and said again."""
+    at_end = []
+    stopped = chat.say(
+        "Hello",
+        on_prompt=lambda done, total: at_end.append(done == total),
+        stop=lambda: at_end[-1],
+    )
+    assert stopped is None
+    ids = chat._encode([*chat.messages, {"role": "user", "content": "Hello"}])
+    assert chat._ids[: chat.cached_tokens] == ids
+    got = chat.say("Hello")
+    assert got.tokens == afresh(chat._model, chat._tokenizer, chat.messages[:-1], 6)[0]
+    assert got.prompt_tokens == 1
+
+
+def test_the_end_of_an_answer_is_not_read_again(tmp_path):
+    made = tiny.build("llama", 0)
+    made.metadata["tokenizer.chat_template"] = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}[assistant]"
+    )
+    model, tokenizer = load(tiny.write(tmp_path / "m.gguf", made))
+    ends = {tokenizer.eos_token_id: 1e4}
+    chat = Chat(model, tokenizer, Settings(max_tokens=6, logit_bias=ends))
+    first = chat.say("Hello")
+    assert (first.tokens, first.end_token) == ([], tokenizer.eos_token_id)
+    assert first.prompt_tokens == len("[user]Hello[assistant]")
+    assert chat.say("more").prompt_tokens == len("[user]more[assistant]")
+
+
 # --- the command --------------------------------------------------------------------------
 
 

@@ -190,6 +190,22 @@ def test_sinks_with_compressed_values_or_by_force():
     assert mx.abs(got - want).max().item() < 1e-5
 
 
+@pytest.mark.parametrize("command", ["generate", "chat", "perplexity"])
+def test_the_commands_refuse_compressed_keys_with_sinks(command, models, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("hello " * 20)
+    more = {"generate": ("-p", "x", "-m", "2"), "chat": ("-m", "2")}
+    more["perplexity"] = ("-f", text, "--ctx-size", "16", "--chunks", "1")
+    args = [command, models("gpt-oss")[0], *map(str, more[command])]
+    refused = CliRunner().invoke(app, [*args, "--kv-bits", "8"], input="x\n")
+    assert refused.exit_code == UnsupportedError.exit_code
+    assert "learned attention sinks" in refused.stderr
+    assert not refused.stdout
+    for allowed in (("--kv-bits", "8", "--kv-force"), ("--kv-bits", "k16v8")):
+        done = CliRunner().invoke(app, [*args, *allowed], input="x\n")
+        assert done.exit_code == 0, done.output
+
+
 def test_layers_without_a_compressed_form_are_named():
     class Odd(nn.Module):
         def make_cache(self):

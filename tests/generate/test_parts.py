@@ -126,3 +126,22 @@ def test_the_command_gives_the_answer_on_stdout(more, shown, tmp_path, monkeypat
     assert result.exit_code == 0, result.output
     assert result.stdout == "yes\n"
     assert ("hm\n\n" in result.stderr) is shown
+
+
+@pytest.mark.parametrize("after_cache", [False, True])
+def test_a_templates_bos_is_the_only_one(after_cache):
+    metadata = {**vocabularies.bpe("llama-bpe"), "tokenizer.ggml.add_bos_token": True}
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer = build_tokenizer({**metadata, "tokenizer.chat_template": template}, "test.gguf")
+    bos = tokenizer.bos_token_id
+    text = tokenizer.encode("hello", add_special_tokens=False)
+    assert tokenizer.encode("hello") == [bos, *text]
+    settings = Settings(prompt="hello")
+    want = text if after_cache else [bos, *text]
+    assert engine.encode_prompt(tokenizer, settings, after_cache=after_cache) == want
+    raw = Settings(prompt="hello", ignore_chat_template=True)
+    assert engine.encode_prompt(tokenizer, raw) == [bos, *text]
+    model = SimpleNamespace(layers=[], make_cache=lambda: [])
+    for given in (settings, raw):
+        chat = Chat(model, tokenizer, given)
+        assert chat._encode([{"role": "user", "content": "hello"}]) == [bos, *text]

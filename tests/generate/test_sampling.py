@@ -140,3 +140,21 @@ def test_the_footer_tells_what_was_chosen_and_by_whom():
     assert some.describe({"top_k"}) == "Sampling: temp 0.6, top-k 20 (the file's)"
     assert some.chosen() == {"temp": 0.6, "top_k": 20}
     assert Sampling(repetition_penalty=1.1).describe() == "Sampling: greedy, repetition-penalty 1.1"
+
+
+def test_xtc_leaves_ends_and_newlines_alone(pair):
+    """It takes away the likely tokens but for the least likely of them."""
+    tokenizer = pair[1]
+    (newline,) = tokenizer.encode("\n", add_special_tokens=False)
+    end, other, least = tokenizer.eos_token_id, newline + 1, newline + 2
+    logits = np.full((200, tokenizer.vocab_size), -math.inf, np.float32)
+    logits[:, [newline, end, other, least]] = np.log([0.25, 0.25, 0.3, 0.2])
+    sampler = Sampling(temp=1, xtc_probability=1, xtc_threshold=0.15).sampler(tokenizer)
+    free = Sampling(temp=1).sampler(tokenizer)  # control
+    mx.random.seed(0)
+    mx.disable_compile()  # compiling mlx-lm's functions takes seconds
+    try:
+        assert set(sampler(mx.array(logits)).tolist()) == {newline, end, least}
+        assert set(free(mx.array(logits)).tolist()) == {newline, end, other, least}
+    finally:
+        mx.enable_compile()

@@ -2,10 +2,12 @@
 
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from mlxfuse.errors import DownloadError, ModelRefError
 from mlxfuse.hub import folders
 from mlxfuse.hub import resolve as hub
+from mlxfuse.hub.download import fetch
 
 from .server import serve
 
@@ -384,3 +387,27 @@ def test_offline_without_any_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(DownloadError, match="offline"):
         hub.resolve("org/repo")
+
+
+@pytest.mark.parametrize(("free", "there", "fits"), [(99, 0, False), (100, 0, True),
+                                                     (39, 60, False), (40, 60, True)])  # fmt: skip
+def test_a_disk_without_room_is_told_before_anything_is_asked(
+    free, there, fits, fake, tmp_path, monkeypatch
+):
+    body = bytes(range(100))
+    fake.add("/file", body)
+    target = tmp_path / "file"
+    if there:
+        (tmp_path / "file.part").write_bytes(body[:there])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 0, free))
+    digest = hashlib.sha256(body).hexdigest()
+    ask = partial(fetch, f"{fake.url}/file", target, size=100, sha256=digest, label="a model")
+    if fits:
+        ask()
+        assert target.read_bytes() == body
+        return
+    with pytest.raises(DownloadError, match=rf"a model: {100 - there} bytes .*, {free} are free"):
+        ask()
+    assert not fake.requests
+    assert not target.exists()
+    assert (tmp_path / "file.part").read_bytes() == body[:there]

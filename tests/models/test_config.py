@@ -217,6 +217,17 @@ def test_rope_scaling(tmp_path: Path, keys: dict[str, object], rope: Rope) -> No
     assert found.rope == rope
 
 
+def test_a_file_that_names_no_original_context_has_the_trained_one(tmp_path: Path) -> None:
+    """And not the one that it is opened for."""
+    yarn = {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0}
+    for context in (None, 64, 4096):
+        assert config(tmp_path, "llama", context, **yarn).rope.yarn == 256
+    unnamed = {"rope__scaling__original_context_length": None}
+    for context, factors in ((None, "short"), (1024, "short"), (1025, "long")):
+        rope = config(tmp_path, "phi3", context, **unnamed).rope
+        assert rope.factors == f"rope_factors_{factors}.weight"
+
+
 def test_periods_of_yarn_blend_the_two_frequencies() -> None:
     """Written out pair by pair from the paper's formula."""
     rope = Rope(dims=8, base=100.0, factor=4.0, yarn=1000)

@@ -14,6 +14,7 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
     save_prompt_cache,
 )
+from mlx_lm.models.qwen3_next import Qwen3NextRMSNormGated
 
 from mlxfuse.errors import GGUFError, PromptCacheError, UnsupportedError
 from mlxfuse.fusion import unpatch_model
@@ -345,3 +346,30 @@ def test_needs_know_the_state(tmp_path: Path) -> None:
     assert wanted.state == sum(c.nbytes for c in state if isinstance(c, ArraysCache))
     assert wanted.kv == ((2 * 32, 0),)  # one layer with attention: 2 heads of 16, k and v
     assert wanted.cache(7) == wanted.state + 7 * 128
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_decay_is_the_files_to_float32(dtype: str, tmp_path: Path) -> None:
+    """Also in a model of a shorter type; the file has -exp(A_log)."""
+    source = tiny.build("qwen35", 0)
+    model, _ = load(tiny.write(tmp_path / "m.gguf", source), dtype=dtype)
+    want = source.tensors["blk.0.ssm_a"][0][[0, 2, 4, 1, 3, 5]]
+    found = model.layers[0].linear_attn.A_log
+    assert found.dtype == mx.float32
+    np.testing.assert_allclose(-np.exp(np.array(found, np.float64)), want, rtol=1e-6)
+    short = np.log(-want).astype(np.float16).astype(np.float64)  # control
+    assert np.abs(np.exp(short) / want + 1).max() > 1e-5
+
+
+def test_the_norm_of_a_net_has_the_files_epsilon(tmp_path: Path) -> None:
+    path = write(tmp_path, "qwen35", attention__layer_norm_rms_epsilon=0.25)
+    net = load(path, dtype="float32")[0].layers[0].linear_attn
+    heads, gate = (mx.random.normal((1, 2, 6, 16), key=mx.random.key(i)) for i in (0, 1))
+    stock = Qwen3NextRMSNormGated(16, eps=0.25)
+    stock.weight = net.norm.weight
+    order = [0, 2, 4, 1, 3, 5]  # of the file's value heads, in mlx-lm's order
+    want = stock(heads, gate[:, :, order])
+    got = net.norm(heads, gate)[:, :, order]
+    assert mx.allclose(got, want, atol=1e-6)
+    stock.eps = 1e-5
+    assert not mx.allclose(got, stock(heads, gate[:, :, order]), atol=1e-2)  # control

@@ -1,5 +1,7 @@
 """What the command line says holds for requests that do not say otherwise."""
 
+from types import SimpleNamespace
+
 import mlx.core as mx
 import pytest
 
@@ -8,9 +10,11 @@ from mlxfuse.generate.run import Settings
 from mlxfuse.loader import load
 from mlxfuse.server.app import Server
 from mlxfuse.server.prompts import Planner
-from mlxfuse.server.requests import CompletionRequest
+from mlxfuse.server.requests import ChatRequest, CompletionRequest, parse
+from mlxfuse.tokenizer.load import build_tokenizer
 
 from ..models import tiny
+from ..tokenizer import vocabularies
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +70,20 @@ def test_the_servers_options_are_the_defaults(pair):
 def test_a_bias_of_no_token_is_refused_before_any_request(pair):
     with pytest.raises(MLXFuseError, match="999999 is no token"):
         Server(*pair, "m", Settings(logit_bias={999999: 1.0}), port=0)
+
+
+def test_a_templates_bos_is_the_only_one():
+    metadata = {**vocabularies.bpe("llama-bpe"), "tokenizer.ggml.add_bos_token": True}
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer = build_tokenizer({**metadata, "tokenizer.chat_template": template}, "test.gguf")
+    text = tokenizer.encode("hello hello", add_special_tokens=False)
+    want = [tokenizer.bos_token_id, *text]
+    planner = Planner(SimpleNamespace(), tokenizer, Settings(), True)
+    said = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": " hello"}]
+    chat = parse(ChatRequest, {"messages": [*said, {"role": "user", "content": "!"}]})
+    (ids,) = planner.chat(chat).prompts
+    assert ids[: len(want)] == want
+    assert planner.completion(CompletionRequest(prompt="hello hello")).prompts == [want]
+    # Where the messages end in the prompt is found with the same tokens.
+    ends = planner.chat(parse(ChatRequest, {"messages": said})).make(0, print).boundaries
+    assert ends == {1 + len(tokenizer.encode("hello", add_special_tokens=False)): "user"}

@@ -14,7 +14,7 @@ from mlxfuse.errors import MLXFuseError
 from mlxfuse.generate.run import Settings, generate
 from mlxfuse.generate.sampling import Sampling
 from mlxfuse.loader import load
-from mlxfuse.server import Server
+from mlxfuse.server import Server, sampling
 from mlxfuse.server.engine import Engine, EngineError, Job, Limits
 from mlxfuse.server.text import Piece, StreamedText, Token
 
@@ -258,6 +258,18 @@ def test_a_seed_decides_whatever_runs_beside_it(random_model):
     assert texts(7, 2**64 - 1, 7, together=False) == want
     assert texts(8, 1, 9, together=True) != want  # control
     engine.close()
+
+
+def test_xtc_leaves_ends_and_newlines_alone(tok, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sampling, "apply_xtc", lambda x, *given: seen.append(given) or x)
+    engine = engine_of(Speaker(tok, ["a"]), tok)
+    asked = Sampling(temp=1e-3, xtc_probability=1.0, xtc_threshold=0.25)
+    assert run(engine, Collected(tok.encode("x"), 3, sampling=asked))[0].text == "a"
+    engine.close()
+    (newline,) = tok.encode("\n", add_special_tokens=False)
+    assert {tuple(given) for *_, given in seen} == {(newline, *sorted(tok.eos_token_ids))}
+    assert {given[:2] for given in seen} == {(1.0, 0.25)}
 
 
 def test_without_a_seed_answers_differ(random_model):

@@ -209,6 +209,7 @@ TOO_MUCH = {
     "{% set n.x = n.x + n.x %}{% endfor %}",
     "capture": "{% set n = namespace(x='a') %}{% for i in range(99) %}"
     "{% set y %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = y %}{% endfor %}",
+    "capture of a join": "{% set y %}{{ range(99)|join('a' * 999999) }}{% endset %}",
     "output": "{% for i in range(99999) %}{{ messages[1].content * 999 }}{% endfor %}",
     "static text": "{% for i in range(9999) %}" + "b" * 9999 + "{% endfor %}",
     "center filter": "{{ 'a'|center(1000000000) }}",
@@ -238,8 +239,7 @@ TOO_LONG = {
     "loops over the conversation": ROWS.replace("in m", "in messages") * 3 + "{% endfor %}" * 12,
     "loops that are counted": "{% set m = [1] * 9999 %}"
     "{% for a in m %}{% for b in m %}{{ loop.length }}{% endfor %}{% endfor %}",
-    "filtered loop": "{% set m = [1] * 9999 %}{% for a in m %}{% for b in m if b > 1 %}"
-    "{% endfor %}{% endfor %}",
+    "filtered loop": "{% for c in 'ab' * 4999999 if c > 'b' %}{% endfor %}",
     "loops in a macro": "{% macro f(m) %}" + ROWS + "{% endfor %}" * 4 + "{% endmacro %}"
     "{{ f([1] * 9999) }}",
     "macros": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"

@@ -362,3 +362,17 @@ def test_unknown_model_and_pre_are_unsupported_by_name(key: str, known: str) -> 
     with pytest.raises(UnsupportedError, match="'no-such' is not supported") as caught:
         build_tokenizer(metadata, "test.gguf")
     assert known in str(caught.value)
+
+
+def test_what_is_no_text_is_left_out() -> None:
+    """Control tokens and the unknown one; a user's own token is text, to the backend as well."""
+    tokenizer = build_tokenizer(FAMILIES["spm"], "test.gguf")
+    tokens = FAMILIES["spm"]["tokenizer.ggml.tokens"]
+    unknown, start, letter, own = (tokens.index(t) for t in ("<unk>", "<s>", "e", "<think>"))
+    ids = [start, unknown, letter, own]
+    assert tokenizer.decode(ids, skip_special_tokens=False).startswith("<s>")
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "e<think>"
+    backend = tokenizer._tokenizer.backend_tokenizer
+    assert backend.decode([start, own], skip_special_tokens=True) == "<think>"
+    added = backend.get_added_tokens_decoder()
+    assert [added[i].special for i in (unknown, start, own)] == [True, True, False]
