@@ -132,7 +132,9 @@ def load(
 
     Returns:
         (model, tokenizer), with ``return_config`` (model, tokenizer, configuration);
-        ``model.load_report`` tells what was done.
+        ``model.load_report`` tells what was done. Some files ask that certain tokens are never
+        generated; mlx-lm's own ``generate`` needs to be told, by
+        ``logits_processors=make_logits_processors(tokenizer.suppressed)``.
 
     Raises:
         DoesNotFitError: the model, with a cache for ``context_length`` tokens (by default those it

@@ -22,7 +22,7 @@ def test_a_text_that_needs_a_newer_language_is_found():
     assert "const F f(p,row*units,i);" in found.source
     newer = found.source.replace(
         "const F f(p,row*units,i);",
-        "auto at = [](uint a, uint b) { return a * b; };\nconst F f(p, at(row, units), i);",
+        "auto whole = [](uint a, uint b) { return a * b; };\nconst F f(p, whole(row, units), i);",
     )
     errors = msl.check_languages(newer, found.name)
     assert [bool(errors[v]) for v in msl.LANGUAGES] == [True, False, False]
