@@ -24,6 +24,14 @@ from tests.fusion import zoo
 from tests.models import tiny
 
 
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    """Every array gets a buffer of its size: MLX gives used ones again that are up to twice it."""
+    limit = mx.set_cache_limit(0)
+    yield
+    mx.set_cache_limit(limit)
+
+
 def arrays(value: Any) -> Iterator[mx.array]:
     if isinstance(value, mx.array):
         yield value
