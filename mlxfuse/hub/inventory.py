@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import env
 from ..errors import ModelRefError
 from ..gguf.exported import is_export
 from ..terminal import one_line
@@ -52,10 +52,8 @@ def installed() -> list[Found]:
 
 def _folders() -> list[tuple[str, Path]]:
     home = Path.home()
-    caches = home / ("Library/Caches" if os.uname().sysname == "Darwin" else ".cache")
-    llama = os.environ.get("LLAMA_CACHE") or caches / "llama.cpp"
     studio = [home / ".lmstudio" / "models", home / ".cache" / "lm-studio" / "models"]
-    return [("llama.cpp", Path(llama)), *(("LM Studio", folder) for folder in studio)]
+    return [("llama.cpp", env.llama_cache()), *(("LM Studio", folder) for folder in studio)]
 
 
 def _in_folder(folder: Path, depth: int = _DEPTH) -> Iterator[Path]:

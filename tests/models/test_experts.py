@@ -255,7 +255,7 @@ def test_both_ways_to_multiply_by_experts_are_self_tested(
     def note(recorded: list[self_test.Recorded]) -> dict[str, str]:
         for kernel, arguments in recorded:
             launch = kernel.launch(*arguments)
-            gathered = "experts" in launch.program.inputs or "rows" in launch.program.inputs
+            gathered = "experts" in launch.program.inputs or "row_ends" in launch.program.inputs
             seen.add((kernel.name, "MXFP4" in launch.program.body, gathered))
             if kernel.name == "quantized_matmul":
                 tiles.add(launch.program.body.partition("_tile<")[0].rpartition("\n")[2])

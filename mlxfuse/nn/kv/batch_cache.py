@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 
 from ...kernels.kv.compressed_sdpa import MAX_PLACES, MAX_QUERIES, compressed_sdpa
-from .cache import CompressedKVCache, Pair
+from .cache import CompressedKVCache, Pair, copied
 
 
 class BatchCompressedKVCache(mlx_lm_cache._BaseCache):
@@ -37,7 +37,7 @@ class BatchCompressedKVCache(mlx_lm_cache._BaseCache):
         if self._plain is not None:
             for i, cache in enumerate(self._caches):
                 cache.sink, cache.tail = (
-                    None if x is None else mx.contiguous(x[i : i + 1]) for x in self._plain
+                    None if x is None else copied(x[i : i + 1]) for x in self._plain
                 )
             self._plain = None
         return self._caches

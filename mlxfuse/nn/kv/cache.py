@@ -1,7 +1,6 @@
 """Key-value caches that hold keys and values compressed, in mlx-lm's cache contract.
 
 Tokens lie in three places, in the order of their positions::
-
     sink    the first ``keep`` tokens, as the model computed them
     rows    compressed, sealed in blocks of ``BLOCK`` tokens
     tail    the last ``RECENT`` tokens or more, as the model computed them
@@ -383,11 +382,16 @@ def _of_heads(mask: Mask, heads: slice) -> Mask:
     return mask
 
 
+def copied(rows: mx.array) -> mx.array:
+    """Rows in a buffer of their own, not a view of a larger one, as `mx.contiguous` may give."""
+    return mx.concatenate([rows, rows[:, :, :0]], axis=2)
+
+
 def _write(into: mx.array | None, rows: mx.array, start: int, capacity: int) -> mx.array:
     if into is None:
         into = mx.zeros((*rows.shape[:2], capacity, rows.shape[3]), rows.dtype)
-    if rows.shape[2] == capacity:  # MLX would keep a view of all that rows are a part of
-        return mx.concatenate([rows, into[:, :, :0]], axis=2)
+    if rows.shape[2] == capacity:
+        return copied(rows)
     into[:, :, start : start + rows.shape[2]] = rows
     return into
 
