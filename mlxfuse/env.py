@@ -73,6 +73,11 @@ def cache_dir() -> Path:
     return Path(base) / "mlxfuse"
 
 
+def no_color() -> bool:
+    """Whether the terminal is to show no colours and no dimmed text (no-color.org)."""
+    return bool(os.environ.get("NO_COLOR"))
+
+
 def llama_cache() -> Path:
     """The folder that llama.cpp downloads models to."""
     caches = Path.home() / ("Library/Caches" if os.uname().sysname == "Darwin" else ".cache")

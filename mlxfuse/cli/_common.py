@@ -215,7 +215,7 @@ class AnswerWriter:
         self._say(None)
         self._thought = True
         text = neutralize(piece)
-        if self._on_terminal and not os.environ.get("NO_COLOR"):
+        if self._on_terminal and not env.no_color():
             text = f"\x1b[2m{text}\x1b[22m"
         self._put(text, self._stdout if self._on_terminal else sys.stderr)
 

@@ -9,7 +9,7 @@ import pytest
 from mlxfuse.formats import BY_NAME
 from mlxfuse.kernels import launches
 from mlxfuse.kernels.matmul.product import Call
-from mlxfuse.kernels.matmul.quantized_matmul import KERNEL, quantized_matmul
+from mlxfuse.kernels.matmul.quantized_matmul import KERNEL, MOST_FOR_16, quantized_matmul
 from mlxfuse.kernels.weight import Part, QuantizedWeight, Segment
 from mlxfuse.nn.cpu import SwitchLinear
 from mlxfuse.nn.experts import QuantizedSwitchLinear
@@ -148,7 +148,8 @@ def test_tiles_read_the_bytes_of_their_experts_once(monkeypatch: pytest.MonkeyPa
     total = sum(a.nbytes for a in layer._streams[0].values())
     for name, ids in IDS.items():
         ids = np.sort(ids)
-        uses = sum(-(-n // 32) for n in np.bincount(ids).tolist())  # tiles, each of one expert
+        many = 16 if len(ids) / EXPERTS <= MOST_FOR_16 else 32
+        uses = sum(-(-n // many) for n in np.bincount(ids).tolist())  # tiles, each of one expert
         x = activations(len(ids))
         mx.eval(x)
         with msl.installed(), msl.counting() as found:
