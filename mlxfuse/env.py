@@ -12,6 +12,7 @@ from pathlib import Path
 
 # name -> (default, meaning); the README's table is generated from this.
 VARIABLES: dict[str, tuple[str, str]] = {
+    "MLXFUSE_API_KEY": ("", "the key that clients of the server must send"),
     "MLXFUSE_BENCH": ("tests.msl", "the module that emulates Metal (default: a checkout's)"),
     "MLXFUSE_CACHE": ("", "cache folder (default: ~/.cache/mlxfuse, ~/Library/Caches/mlxfuse)"),
     "MLXFUSE_CPU_BLAS": ("1", "0: on CPU use only MLX's own matmul, not numpy's BLAS"),
