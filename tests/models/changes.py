@@ -25,6 +25,16 @@ def edit(tensor: str, change: Callable[[np.ndarray], np.ndarray]) -> Change:
     return apply
 
 
+def together(*changes: Change) -> Change:
+    """Several changes at once."""
+
+    def apply(model: Tiny) -> None:
+        for change in changes:
+            change(model)
+
+    return apply
+
+
 def swap(one: str, other: str) -> Change:
     """Let the tensors of two names change places, in every layer."""
 

@@ -19,7 +19,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlxfuse.loader import load
 from tests.models import tiny
 from tests.models.case import Change
-from tests.models.changes import edit, set_key, swap
+from tests.models.changes import edit, set_key, swap, together
 
 GOLDEN = Path(__file__).parent / "golden"
 BOUND = 1e-4  # both for NMSE and for mean KLD (nats)
@@ -127,6 +127,8 @@ def wrong_rope_layout(model: tiny.Tiny) -> None:
     first = 2 * width * case.kv_heads + len(rows)
     for name, (data, kind) in model.tensors.items():
         short = name.split(".")[-2]
+        if name.endswith("scale"):  # of a whole tensor
+            continue
         if short in ("attn_q", "attn_k"):
             model.tensors[name] = data[rows if short == "attn_q" else keys], kind
         elif short == "attn_qkv" and len(data) == first:  # and not a gated delta net's
@@ -155,13 +157,18 @@ def controls(name: str) -> Iterator[tuple[str, Change]]:
         yield "rope-layout", wrong_rope_layout
     unused = "rope_factors_short" if name == "phi3-long" else "rope_factors_long"
     names = sorted({full.removesuffix(".weight").split(".", 2)[-1] for full in model.tensors})
+    scales: list[str] = []
     for tensor in names:
-        if tensor.startswith("nextn"):  # not used
+        if tensor.startswith("nextn") or tensor.endswith(".input_scale"):  # not used
             continue
         if tensor.endswith(".bias"):
             yield f"no-{tensor}", edit(tensor, np.zeros_like)
+        elif tensor.endswith(".scale"):  # one alone changes little
+            scales.append(tensor)
         elif any(part in tensor for part in ("norm", "scale", "rope_")) and tensor != unused:
             yield f"no-{tensor}", edit(tensor, np.ones_like)
+    if scales:
+        yield "no-scales", together(*(edit(tensor, np.ones_like) for tensor in scales))
     keys = {key.removeprefix(f"{case.arch}."): value for key, value in model.metadata.items()}
     window = keys.get("attention.sliding_window")
     if window and case.arch != "phi3":
