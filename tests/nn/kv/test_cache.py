@@ -344,7 +344,11 @@ def test_memory_of_a_prompt_is_below_the_plain_caches():
 
 
 def test_layers_take_memory_one_after_the_other():
-    """Why the benchmark's one computing layer has the peak of all 24."""
+    """Why the benchmark's one computing layer has the peak of all 24.
+
+    When MLX's threads free what they have read shifts the peak by an eighth; 24 layers at once
+    would take several times it.
+    """
     of = bench_kv_memory.model()
     limit = mx.set_cache_limit(0)  # buffers of other tests, used again, would be counted or not
     try:
@@ -353,7 +357,7 @@ def test_layers_take_memory_one_after_the_other():
         )
     finally:
         mx.set_cache_limit(limit)
-    assert one == pytest.approx(all_of_them, rel=0.1)
+    assert one == pytest.approx(all_of_them, rel=0.3)
 
 
 @pytest.mark.parametrize("settings", [{}, {"keep": 0, "window": 130}], ids=["whole", "sliding"])
