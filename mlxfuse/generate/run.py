@@ -247,31 +247,10 @@ def run(
         MLXFuseError: no token was generated.
         GrammarError: the JSON schema cannot be followed.
     """
-    found: dict[str, list[str]] = {CONTENT: [], REASONING: []}
-    takers = {CONTENT: write, REASONING: think}
-    tokens: list[int] = []
-    accepted, last, reason = 0, None, "length"
-    stops, parts = StopTexts(settings.stop), _parts(tokenizer, prompt, settings)
-
-    def give(pieces: list[tuple[str, str]]) -> None:
-        for kind, text in pieces:
-            found[kind].append(text)
-            if (take := takers[kind]) is not None:
-                take(text)
-
-    if settings.kv is not None and settings.quantized_kv_start:
-        options |= {
-            "kv_bits": settings.kv.v_bits,
-            "quantized_kv_start": settings.quantized_kv_start,
-        }
-    stream: Callable[..., Iterator[Any]] = stream_generate
-    drafts = "draft_model" in options
-    if settings.prompt_lookup:
-        _expect_trimmable(model, options.get("prompt_cache"), "--prompt-lookup")
-        stream, drafts = lookup.stream, True
-        options["num_draft_tokens"] = settings.num_draft_tokens
+    answer = _Answer(StopTexts(settings.stop), _parts(tokenizer, prompt, settings), write, think)
+    stream, options = _streamed(model, settings, options)
     sampler, first = settings.sampler(tokenizer), team is None or team.first
-    for last in stream(
+    for step in stream(
         model,
         tokenizer,
         prompt,
@@ -282,35 +261,95 @@ def run(
         prefill_step_size=settings.prefill_step_size,
         **options,
     ):
-        accepted += last.from_draft
-        if last.finish_reason != "stop":
-            tokens.append(int(last.token))
-        give(parts.feed(stops.feed(last.text)))
-        reason = last.finish_reason or reason
-        if stops.found is not None:
-            reason = "stop"
+        answer.add(step)
+        if answer.stops.found is not None:
+            answer.reason = "stop"
             break
         if stop is not None and stop():
-            reason = last.finish_reason or "interrupted"
+            answer.reason = step.finish_reason or "interrupted"
             break
     if team is not None:
         mx.synchronize(generation_stream)  # a step that nobody waits for still needs every rank
-    give(parts.feed(stops.rest()) + parts.rest())
-    if last is None:
-        raise MLXFuseError("the model generated nothing")
-    return Result(
-        text="".join(found[CONTENT]),
-        reasoning="".join(found[REASONING]).rstrip(),
-        tokens=tokens,
-        prompt_tokens=last.prompt_tokens,
-        prompt_tps=last.prompt_tps,
-        generation_tokens=last.generation_tokens,
-        generation_tps=last.generation_tps,
-        peak_memory=last.peak_memory,
-        finish_reason=reason,
-        end_token=int(last.token) if last.finish_reason == "stop" else None,
-        accepted=accepted if drafts else None,
-    )
+    return answer.result(drafts=settings.prompt_lookup or "draft_model" in options)
+
+
+def _streamed(
+    model: Any, settings: Settings, options: dict[str, Any]
+) -> tuple[Callable[..., Iterator[Any]], dict[str, Any]]:
+    """What generates, mlx-lm's ``stream_generate`` or one like it, and its further arguments."""
+    if settings.kv is not None and settings.quantized_kv_start:
+        options |= {
+            "kv_bits": settings.kv.v_bits,
+            "quantized_kv_start": settings.quantized_kv_start,
+        }
+    if not settings.prompt_lookup:
+        return stream_generate, options
+    _expect_trimmable(model, options.get("prompt_cache"), "--prompt-lookup")
+    return lookup.stream, options | {"num_draft_tokens": settings.num_draft_tokens}
+
+
+class _Answer:
+    """An answer as it comes: what each step of ``stream_generate`` adds to it.
+
+    stops   the texts that end it.
+    reason  why it ended; ``length`` until something else is known.
+    """
+
+    def __init__(
+        self,
+        stops: StopTexts,
+        parts: Parts | Whole,
+        write: Callable[[str], None] | None,
+        think: Callable[[str], None] | None,
+    ) -> None:
+        self.stops, self.reason = stops, "length"
+        self._parts = parts
+        self._takers = {CONTENT: write, REASONING: think}
+        self._texts: dict[str, list[str]] = {CONTENT: [], REASONING: []}
+        self._tokens: list[int] = []
+        self._accepted, self._last = 0, None
+
+    def add(self, step: Any) -> None:
+        """Take one step's token and text; whoever takes pieces gets those that are known."""
+        self._last = step
+        self._accepted += step.from_draft
+        if step.finish_reason != "stop":
+            self._tokens.append(int(step.token))
+        self._give(self._parts.feed(self.stops.feed(step.text)))
+        self.reason = step.finish_reason or self.reason
+
+    def _give(self, pieces: list[tuple[str, str]]) -> None:
+        for kind, text in pieces:
+            self._texts[kind].append(text)
+            if (take := self._takers[kind]) is not None:
+                take(text)
+
+    def result(self, *, drafts: bool) -> Result:
+        """The whole answer, after what was held back of its text.
+
+        Args:
+            drafts: tokens were drafted, so that it matters how many were accepted.
+
+        Raises:
+            MLXFuseError: there was no step.
+        """
+        self._give(self._parts.feed(self.stops.rest()) + self._parts.rest())
+        last: Any = self._last
+        if last is None:
+            raise MLXFuseError("the model generated nothing")
+        return Result(
+            text="".join(self._texts[CONTENT]),
+            reasoning="".join(self._texts[REASONING]).rstrip(),
+            tokens=self._tokens,
+            prompt_tokens=last.prompt_tokens,
+            prompt_tps=last.prompt_tps,
+            generation_tokens=last.generation_tokens,
+            generation_tps=last.generation_tps,
+            peak_memory=last.peak_memory,
+            finish_reason=self.reason,
+            end_token=int(last.token) if last.finish_reason == "stop" else None,
+            accepted=self._accepted if drafts else None,
+        )
 
 
 def _processors(tokenizer: TokenizerWrapper, prompt: list[int], settings: Settings) -> list[Any]:
