@@ -146,18 +146,16 @@ def load(
         UnsupportedError: the architecture, a tensor type or a feature is not supported.
         ValueError: ``kv_bits``, ``kv_group_size`` or ``kv_layers`` is not one of these.
     """
-    bits = PLAIN
     if trust_remote_code:
         raise UnsupportedError("trust_remote_code: mlxfuse never runs code that comes with a model")
-    if kv_bits is not None:
-        # Refused before anything is read.
-        options = KVOptions.parse(kv_bits, kv_group_size, layers=kv_layers)
-        full_only = options.layers == "full"
-        bits = KVBits(options.k_bits, options.v_bits, options.group_size, full_only)
+    kv: dict[str, Any] = {
+        "kv_bits": kv_bits,
+        "kv_group_size": kv_group_size,
+        "kv_layers": kv_layers,
+    }
+    asked = Asked(context_length, _cache_bits(**kv), ignore_memory)  # refused before any reading
     account = Account(progress=progress)
-    ref = None if path_or_hf_repo is None else os.fspath(path_or_hf_repo)
-    with bars() as downloading:
-        path = resolve(ref, revision=revision, progress=downloading, note=_warn)
+    path = _on_this_machine(path_or_hf_repo, revision)
     changes = Changes(dict(tokenizer_config or {}), dict(model_config or {}))
     if is_checkpoint(path):
         if context_length is not None:
@@ -165,26 +163,36 @@ def load(
         opened = _open_checkpoint(path, dtype, changes, lazy, account)
     else:
         quantized = unavailable() is None or bool(chosen(fuse))
-        asked = Asked(context_length, bits, ignore_memory)
         opened = _open_gguf(path, dtype, changes, asked, quantized, account)
-    model = opened.model
     if adapter_path is not None:
-        apply_adapter(model, Path(adapter_path))
-    patch = patch_model(
-        model,
-        fuse=fuse,
-        act_quant=act_quant,
-        kv_bits=kv_bits,
-        kv_group_size=kv_group_size,
-        kv_layers=kv_layers,
-    )
-    if patch.self_test_seconds:
-        account.seconds["self-test"] = patch.self_test_seconds
-    model.load_report = LoadReport(
-        dict(account.seconds), account.dequantized, patch, opened.sampling, opened.notes
-    )
-    pair = (model, opened.tokenizer)
+        apply_adapter(opened.model, Path(adapter_path))
+    patch = patch_model(opened.model, fuse=fuse, act_quant=act_quant, **kv)
+    opened.model.load_report = _report(account, opened, patch)
+    pair = (opened.model, opened.tokenizer)
     return (*pair, opened.config) if return_config else pair
+
+
+def _cache_bits(kv_bits: int | str | None, kv_group_size: int, kv_layers: str) -> KVBits:
+    """How many bits the caches take; ValueError for what `patch_model` would refuse."""
+    if kv_bits is None:
+        return PLAIN
+    options = KVOptions.parse(kv_bits, kv_group_size, layers=kv_layers)
+    full_only = options.layers == "full"
+    return KVBits(options.k_bits, options.v_bits, options.group_size, full_only)
+
+
+def _on_this_machine(name: str | os.PathLike[str] | None, revision: str | None) -> Path:
+    """Where the model's files are, downloaded if need be."""
+    ref = None if name is None else os.fspath(name)
+    with bars() as downloading:
+        return resolve(ref, revision=revision, progress=downloading, note=_warn)
+
+
+def _report(account: Account, opened: Opened, patch: PatchReport) -> LoadReport:
+    seconds = dict(account.seconds)
+    if patch.self_test_seconds:
+        seconds["self-test"] = patch.self_test_seconds
+    return LoadReport(seconds, account.dequantized, patch, opened.sampling, opened.notes)
 
 
 @dataclass(frozen=True, slots=True)
