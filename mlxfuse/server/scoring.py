@@ -25,7 +25,7 @@ def told(logprobs: mx.array, tokens: Sequence[int], top: int | None) -> list[Tok
     if top is None:
         return [Token(token) for token in tokens]
     top = min(top, logprobs.shape[-1] - 1)
-    own = mx.take_along_axis(logprobs, mx.array(tokens)[:, None], axis=-1)
+    own = mx.take_along_axis(logprobs, mx.array(list(tokens))[:, None], axis=-1)
     best = mx.argpartition(-logprobs, top, axis=-1)[:, :top]
     costs = mx.take_along_axis(logprobs, best, axis=-1).astype(mx.float32)
     found: list[Token] = []
