@@ -273,6 +273,17 @@ class Library:
     translation: Translation
 
 
+_UNROLLING = re.compile(r'_Pragma\("clang loop unroll\(full\)"\)|#pragma (?:clang loop )?unroll.*')
+
+
+def _text(translation: Translation, build: Build) -> str:
+    """What is compiled: but for what is counted, without the wishes to unroll loops.
+
+    They change no result, and without them a large kernel compiles in a fifth of the time.
+    """
+    return translation.text if build == "counted" else _UNROLLING.sub("", translation.text)
+
+
 @functools.lru_cache(maxsize=4096)
 def compile_kernel(
     source: str, name: str, build: Build = "fast", version: int = DEFAULT_VERSION
@@ -289,12 +300,13 @@ def compile_kernel(
         MslCompileError: with clang's messages; lines are those of ``source``.
     """
     translation = translate(source, name)
-    stem = f"kernel-{digest(identity(build, version), translation.text, str(runtime()))}"
+    whole = _text(translation, build)
+    stem = f"kernel-{digest(identity(build, version), whole, str(runtime()))}"
     path = cache_dir() / f"{stem}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=cache_dir()) as folder:
             text = Path(folder) / KERNEL_FILE
-            text.write_text(translation.text, encoding="utf-8")
+            text.write_text(whole, encoding="utf-8")
             included = ("-include-pch", str(precompiled(build, version)))
             compiled = text.with_suffix(".o")
             produce(compiled, [*clang(build, included), "-c", str(text)])

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from tests import msl
+from tests.msl import build
+from tests.msl.source import translate
 
 RMS_NORM = """
   threadgroup float partial[32];
@@ -300,6 +302,15 @@ def test_generated_text_compiles_in_every_language_version():
 
 
 @emulated_only
+def test_only_what_is_counted_has_unrolled_loops():
+    loop = '_Pragma("clang loop unroll(full)")\nfor (int i = 0; i < 4; i++) {\n y[i] = x[i];\n}'
+    source = f"[[kernel]] void copy(device float* x, device float* y) {{\n{loop}\n}}"
+    texts = {b: build._text(translate(source, "copy"), b) for b in (*msl.BUILDS, "counted")}
+    assert [b for b, text in texts.items() if "unroll" in text] == ["counted"]
+    # Lines keep their numbers.
+    assert len({text.count("\n") for text in texts.values()}) == 1
+
+
 def test_cache_is_private_and_refused_when_it_is_not(tmp_path):
     assert stat.S_IMODE(msl.cache_dir().stat().st_mode) == 0o700
     shared = tmp_path / "shared"
