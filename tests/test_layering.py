@@ -17,6 +17,7 @@ LAYERS = (
     ("errors", "env", "files", "streams", "terminal"),
     ("formats",),
     ("blas", "codebooks", "memory", "process"),
+    ("ranks",),
     ("gguf", "kernels"),
     ("tokenizer", "hub", "nn"),
     ("models", "fusion"),
@@ -49,6 +50,7 @@ NO_MLX = {
         "blas",
         "memory",
         "process",
+        "ranks",
     ),
     *("gguf", "tokenizer", "hub", "inspect"),
 }

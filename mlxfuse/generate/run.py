@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.generate import stream_generate
+from mlx_lm.generate import generation_stream, stream_generate
 from mlx_lm.models.cache import (
     KVCache,
     RotatingKVCache,
@@ -19,6 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..errors import MLXFuseError, UnsupportedError
 from ..nn.kv.cache import CompressedKVCache
 from ..nn.kv.options import KVOptions, check_model, compressed, describe
+from ..ranks import Ranks, agreed
 from . import lookup
 from .parts import CONTENT, REASONING, Parts, Whole, begins_in_reasoning
 from .sampling import Sampling, StopTexts
@@ -174,6 +175,7 @@ def generate(
     think: Callable[[str], None] | None = None,
     on_prompt: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
+    team: Ranks | None = None,
 ) -> Result:
     """Generate one answer.
 
@@ -185,6 +187,7 @@ def generate(
         think: called with each piece of the model's reasoning as it is there.
         on_prompt: called as (prompt tokens processed, prompt tokens).
         note: called with what the user should know about the answer to come.
+        team: the ranks that hold the model together; each must call this. The prompt is rank 0's.
 
     Raises:
         UnsupportedError: the model's cache cannot do what was asked.
@@ -193,6 +196,7 @@ def generate(
     seed(settings)
     add_eos_tokens(tokenizer, settings.extra_eos_token)
     prompt = encode_prompt(tokenizer, settings, after_cache=prompt_cache is not None)
+    prompt = prompt if team is None else team.share(prompt)
     context = getattr(getattr(model, "args", None), "max_position_embeddings", None)
     if note and context and len(prompt) > context:
         note(
@@ -213,7 +217,7 @@ def generate(
         options |= {"draft_model": draft_model, "num_draft_tokens": settings.num_draft_tokens}
     else:
         options["prompt_progress_callback"] = on_prompt
-    result = run(model, tokenizer, prompt, settings, write=write, think=think, **options)
+    result = run(model, tokenizer, prompt, settings, write=write, think=think, team=team, **options)
     return replace(result, kv_cache=describe(caches))
 
 
@@ -226,6 +230,7 @@ def run(
     write: Callable[[str], None] | None = None,
     think: Callable[[str], None] | None = None,
     stop: Callable[[], bool] | None = None,
+    team: Ranks | None = None,
     **options: Any,
 ) -> Result:
     """``stream_generate`` to its end.
@@ -235,72 +240,116 @@ def run(
         write: called with each piece of the answer as it is there.
         think: called with each piece of the model's reasoning as it is there.
         stop: asked after each token whether to end the answer there.
+        team: the ranks that hold the model together; each must call this with the same prompt.
         options: more arguments of ``stream_generate``.
 
     Raises:
         MLXFuseError: no token was generated.
         GrammarError: the JSON schema cannot be followed.
     """
-    found: dict[str, list[str]] = {CONTENT: [], REASONING: []}
-    takers = {CONTENT: write, REASONING: think}
-    tokens: list[int] = []
-    accepted, last, reason = 0, None, "length"
-    stops, parts = StopTexts(settings.stop), _parts(tokenizer, prompt, settings)
+    answer = _Answer(StopTexts(settings.stop), _parts(tokenizer, prompt, settings), write, think)
+    stream, options = _streamed(model, settings, options)
+    sampler, first = settings.sampler(tokenizer), team is None or team.first
+    for step in stream(
+        model,
+        tokenizer,
+        prompt,
+        max_tokens=settings.max_tokens,
+        sampler=sampler if team is None else agreed(sampler, team.group),
+        # Rank 0 chooses for all.
+        logits_processors=_processors(tokenizer, prompt, settings) if first else [],
+        prefill_step_size=settings.prefill_step_size,
+        **options,
+    ):
+        answer.add(step)
+        if answer.stops.found is not None:
+            answer.reason = "stop"
+            break
+        if stop is not None and stop():
+            answer.reason = step.finish_reason or "interrupted"
+            break
+    if team is not None:
+        mx.synchronize(generation_stream)  # a step that nobody waits for still needs every rank
+    return answer.result(drafts=settings.prompt_lookup or "draft_model" in options)
 
-    def give(pieces: list[tuple[str, str]]) -> None:
-        for kind, text in pieces:
-            found[kind].append(text)
-            if (take := takers[kind]) is not None:
-                take(text)
 
+def _streamed(
+    model: Any, settings: Settings, options: dict[str, Any]
+) -> tuple[Callable[..., Iterator[Any]], dict[str, Any]]:
+    """What generates, mlx-lm's ``stream_generate`` or one like it, and its further arguments."""
     if settings.kv is not None and settings.quantized_kv_start:
         options |= {
             "kv_bits": settings.kv.v_bits,
             "quantized_kv_start": settings.quantized_kv_start,
         }
-    stream: Callable[..., Iterator[Any]] = stream_generate
-    drafts = "draft_model" in options
-    if settings.prompt_lookup:
-        _expect_trimmable(model, options.get("prompt_cache"), "--prompt-lookup")
-        stream, drafts = lookup.stream, True
-        options["num_draft_tokens"] = settings.num_draft_tokens
-    for last in stream(
-        model,
-        tokenizer,
-        prompt,
-        max_tokens=settings.max_tokens,
-        sampler=settings.sampler(tokenizer),
-        logits_processors=_processors(tokenizer, prompt, settings),
-        prefill_step_size=settings.prefill_step_size,
-        **options,
-    ):
-        accepted += last.from_draft
-        if last.finish_reason != "stop":
-            tokens.append(int(last.token))
-        give(parts.feed(stops.feed(last.text)))
-        reason = last.finish_reason or reason
-        if stops.found is not None:
-            reason = "stop"
-            break
-        if stop is not None and stop():
-            reason = last.finish_reason or "interrupted"
-            break
-    give(parts.feed(stops.rest()) + parts.rest())
-    if last is None:
-        raise MLXFuseError("the model generated nothing")
-    return Result(
-        text="".join(found[CONTENT]),
-        reasoning="".join(found[REASONING]).rstrip(),
-        tokens=tokens,
-        prompt_tokens=last.prompt_tokens,
-        prompt_tps=last.prompt_tps,
-        generation_tokens=last.generation_tokens,
-        generation_tps=last.generation_tps,
-        peak_memory=last.peak_memory,
-        finish_reason=reason,
-        end_token=int(last.token) if last.finish_reason == "stop" else None,
-        accepted=accepted if drafts else None,
-    )
+    if not settings.prompt_lookup:
+        return stream_generate, options
+    _expect_trimmable(model, options.get("prompt_cache"), "--prompt-lookup")
+    return lookup.stream, options | {"num_draft_tokens": settings.num_draft_tokens}
+
+
+class _Answer:
+    """An answer as it comes: what each step of ``stream_generate`` adds to it.
+
+    stops   the texts that end it.
+    reason  why it ended; ``length`` until something else is known.
+    """
+
+    def __init__(
+        self,
+        stops: StopTexts,
+        parts: Parts | Whole,
+        write: Callable[[str], None] | None,
+        think: Callable[[str], None] | None,
+    ) -> None:
+        self.stops, self.reason = stops, "length"
+        self._parts = parts
+        self._takers = {CONTENT: write, REASONING: think}
+        self._texts: dict[str, list[str]] = {CONTENT: [], REASONING: []}
+        self._tokens: list[int] = []
+        self._accepted, self._last = 0, None
+
+    def add(self, step: Any) -> None:
+        """Take one step's token and text; whoever takes pieces gets those that are known."""
+        self._last = step
+        self._accepted += step.from_draft
+        if step.finish_reason != "stop":
+            self._tokens.append(int(step.token))
+        self._give(self._parts.feed(self.stops.feed(step.text)))
+        self.reason = step.finish_reason or self.reason
+
+    def _give(self, pieces: list[tuple[str, str]]) -> None:
+        for kind, text in pieces:
+            self._texts[kind].append(text)
+            if (take := self._takers[kind]) is not None:
+                take(text)
+
+    def result(self, *, drafts: bool) -> Result:
+        """The whole answer, after what was held back of its text.
+
+        Args:
+            drafts: tokens were drafted, so that it matters how many were accepted.
+
+        Raises:
+            MLXFuseError: there was no step.
+        """
+        self._give(self._parts.feed(self.stops.rest()) + self._parts.rest())
+        last: Any = self._last
+        if last is None:
+            raise MLXFuseError("the model generated nothing")
+        return Result(
+            text="".join(self._texts[CONTENT]),
+            reasoning="".join(self._texts[REASONING]).rstrip(),
+            tokens=self._tokens,
+            prompt_tokens=last.prompt_tokens,
+            prompt_tps=last.prompt_tps,
+            generation_tokens=last.generation_tokens,
+            generation_tps=last.generation_tps,
+            peak_memory=last.peak_memory,
+            finish_reason=self.reason,
+            end_token=int(last.token) if last.finish_reason == "stop" else None,
+            accepted=self._accepted if drafts else None,
+        )
 
 
 def _processors(tokenizer: TokenizerWrapper, prompt: list[int], settings: Settings) -> list[Any]:

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from tests import msl
-from tests.msl import build
-from tests.msl.source import translate
+from tests.msl.build import with_lines
 
 RMS_NORM = """
   threadgroup float partial[32];
@@ -303,14 +302,32 @@ def test_generated_text_compiles_in_every_language_version():
 
 @emulated_only
 def test_only_what_is_counted_has_unrolled_loops():
-    loop = '_Pragma("clang loop unroll(full)")\nfor (int i = 0; i < 4; i++) {\n y[i] = x[i];\n}'
-    source = f"[[kernel]] void copy(device float* x, device float* y) {{\n{loop}\n}}"
-    texts = {b: build._text(translate(source, "copy"), b) for b in (*msl.BUILDS, "counted")}
+    found = capture_gemv()
+    source = found.source.replace("for (", '_Pragma("clang loop unroll(full)") for (')
+    assert source != found.source
+    builds = (*msl.BUILDS, "counted")
+    texts = {b: msl.compile_kernel(source, found.name, b).translation.text for b in builds}
     assert [b for b, text in texts.items() if "unroll" in text] == ["counted"]
-    # Lines keep their numbers.
-    assert len({text.count("\n") for text in texts.values()}) == 1
 
 
+@emulated_only
+@pytest.mark.parametrize("build", msl.BUILDS)
+def test_line_tables_change_no_code(build, tmp_path):
+    """A fault is told with the lines of a second library: its addresses must be the first's."""
+    found = capture_gemv()
+    codes = []
+    library = msl.compile_kernel(found.source, found.name, build)
+    other = msl.compile_kernel(found.source, found.name, "checked" if build == "fast" else "fast")
+    for path in (library.path, with_lines(library), other.path):
+        code = tmp_path / "code"
+        command = ["objcopy", "-O", "binary", "--only-section=.text", str(path), str(code)]
+        subprocess.run(command, check=True)
+        codes.append(code.read_bytes())
+    assert codes[0] == codes[1]
+    assert codes[0] != codes[2]
+
+
+@emulated_only
 def test_cache_is_private_and_refused_when_it_is_not(tmp_path):
     assert stat.S_IMODE(msl.cache_dir().stat().st_mode) == 0o700
     shared = tmp_path / "shared"
