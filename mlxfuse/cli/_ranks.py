@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..ranks import Ranks
 
 T = TypeVar("T")
+ONE_MODEL = "the ranks hold one model together"
 
 
 def team() -> Ranks | None:

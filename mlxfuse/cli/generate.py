@@ -19,10 +19,8 @@ from . import _options as opt
 from . import _text_options as text_opt
 from ._common import AnswerWriter, command, show_report
 from ._models import resolve_model
-from ._ranks import alone, of_first, team
+from ._ranks import ONE_MODEL, alone, of_first, team
 from .progress import status_line
-
-ONE_MODEL = "the ranks hold one model together"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,8 @@ from mlxfuse.generate.run import Settings, generate
 from mlxfuse.generate.sampling import Sampling
 from mlxfuse.loader import load
 from mlxfuse.server import Server, sampling
-from mlxfuse.server.engine import Engine, EngineError, Job, Limits
+from mlxfuse.server.engine import Engine, Limits
+from mlxfuse.server.jobs import EngineError, Job
 from mlxfuse.server.text import Piece, StreamedText, Token
 
 from ..models import tiny
