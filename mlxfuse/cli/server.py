@@ -110,7 +110,7 @@ class Amounts:
 
     def limits(self, prefill_step_size: int) -> Any:
         """A `Limits`; to be asked once the model is loaded."""
-        from ..server.engine import Limits, memory_left
+        from ..server.jobs import Limits, memory_left
 
         size = self.prompt_cache_bytes
         return Limits(

@@ -26,9 +26,9 @@ from ..nn.kv.options import compress_caches
 from ..ranks import Ranks
 from . import anthropic
 from .anthropic import MessagesRequest
-from .engine import Engine, Limits
+from .engine import Engine
 from .gate import Gate
-from .jobs import Event, Job
+from .jobs import Event, Job, Limits
 from .listener import bind
 from .prompts import Plan, Planner
 from .replies import Reply, error_body

@@ -6,44 +6,30 @@ import itertools
 import logging
 import queue
 import random
-import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx_lm.generate import BatchGenerator, StopSequences
 from mlx_lm.models.cache import KVCache, LRUPromptCache, make_prompt_cache
 from mlx_lm.sample_utils import greedy_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import MLXFuseError
-from ..memory import machine
 from ..nn.kv.cache import CompressedKVCache
 from ..ranks import Ranks, agreed
 from . import turns
-from .jobs import EngineError, Job
+from .jobs import EngineError, Job, Limits
 from .one_by_one import OneByOne
-from .sampling import Sampler, finite, make_sampler
-from .text import Piece, StreamedText, Token
+from .sampling import Sampler, make_sampler
+from .scoring import Scoring, told
+from .text import Piece, StreamedText
 from .turns import Turn
 
 log = logging.getLogger(__name__)
 
 _KEY = "model"  # LRUPromptCache keeps caches of several
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """How much is done at a time, and kept."""
-
-    decode_concurrency: int = 32
-    prompt_concurrency: int = 8
-    prefill_step_size: int = 2048
-    prompt_caches: int = 10
-    prompt_cache_bytes: int = 1 << 63
 
 
 class Engine:
@@ -88,6 +74,7 @@ class Engine:
         self._ends = StopSequences([(token,) for token in tokenizer.eos_token_ids])
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._jobs: dict[int, Job] = {}
+        self._scoring: dict[int, Scoring] = {}  # of jobs with numbers below 0
         self._samplers: dict[tuple[float, ...], Sampler] = {}
         self._grown = False  # whether the prompt caches may be more than is to be kept
         newline = tokenizer.encode("\n", add_special_tokens=False)
@@ -201,7 +188,7 @@ class Engine:
         return self._team is None and (self._jobs[uid].cancelled or self._closing)
 
     def _abandon(self, error: EngineError) -> None:
-        jobs, self._jobs = self._jobs, {}
+        jobs, self._jobs, self._scoring = self._jobs, {}, {}
         for job in jobs.values():
             job.deliver(error)
         if self._closing or self.failure is not None:
@@ -221,6 +208,7 @@ class Engine:
             self._take(batch)
             if not self._jobs:
                 continue
+            self._score(batch)
             progress, generated = batch.next()
             for response in progress:
                 if response.end_of_segment and not response.end_of_prompt:
@@ -229,7 +217,9 @@ class Engine:
 
     def _end(self, batch: Any, over: list[int]) -> None:
         batch.remove(over)
-        for job in [self._jobs.pop(uid) for uid in over]:
+        for uid in over:
+            job = self._jobs.pop(uid)
+            self._scoring.pop(uid, None)
             if job.failure is not None:
                 job.deliver(job.failure)
 
@@ -241,15 +231,7 @@ class Engine:
         waiting = self._waiting()
         dropped = [uid for uid, job in self._jobs.items() if job.cancelled or job.failure]
         self._end(batch, dropped)
-        begun = []
-        for job in waiting:
-            try:
-                self._begin(batch, job, self._sampler(job))
-            except Exception as error:  # it is in no batch yet: nothing else is touched
-                log.exception("a request could not begin")
-                job.deliver(EngineError(f"the request could not begin: {error}"))
-            else:
-                begun.append(job)
+        begun = [job for job in waiting if self._enter(batch, job)]
         if begun or self._grown:
             left = self._limits.prompt_cache_bytes - batch.prompt_cache_nbytes
             self._cache.trim_to(n_bytes=left)
@@ -278,31 +260,69 @@ class Engine:
         self._end(batch, turn.dropped)
         for job in turn.begun:
             like = self._jobs.get(job.like)
+            job.sampler = like.sampler if like else agreed(greedy_sampler, team.group)
             expected = job.uid, job.cached
-            self._begin(batch, job, like.sampler if like else agreed(greedy_sampler, team.group))
-            if (job.uid, job.cached) != expected:
+            if not self._enter(batch, job) or (job.uid, job.cached) != expected:
                 raise EngineError("the ranks have come to hold different conversations")
         self._cache.trim_to(n_sequences=turn.kept)
 
-    def _begin(self, batch: Any, job: Job, sampler: Sampler | None) -> None:
-        prompt, cache = job.prompt, None
+    def _enter(self, batch: Any, job: Job, scored: Scoring | None = None) -> bool:
+        """Begin with a job; whether anything is left to be done for it."""
+        try:
+            if job.sampler is None:
+                job.sampler = self._sampler(job)
+            if scored is not None or job.echo is None or job.top is None:
+                return self._begin(batch, job, scored)
+            job.uid = min(self._scoring, default=0) - 1
+            self._scoring[job.uid] = Scoring(self._model, job.prompt, job.top, job.echo)
+            self._jobs[job.uid] = job
+        except Exception as error:  # it is in no batch yet: nothing else is touched
+            if scored is not None and self._team is not None:
+                raise  # the other ranks have begun
+            log.exception("a request could not begin")
+            job.deliver(EngineError(f"the request could not begin: {error}"))
+            return False
+        return True
+
+    def _score(self, batch: Any) -> None:
+        """Read on in the first of the prompts whose tokens are to be told of."""
+        for uid, scoring in itertools.islice(self._scoring.items(), 1):
+            if scoring.step():
+                job = self._jobs.pop(uid)
+                del self._scoring[uid]
+                self._enter(batch, job, scoring)
+                return
+
+    def _begin(self, batch: Any, job: Job, scored: Scoring | None) -> bool:
+        """Generate for a job from the next step on, unless it wants its prompt alone."""
+        if job.echo is not None or not job.max_tokens:
+            text = "" if job.echo is None else job.echo.text
+            tokens = () if scored is None else tuple(scored.tokens)
+            job.deliver(Piece(text, tokens, None if job.max_tokens else "length"))
+        if not job.max_tokens:
+            return False
+        prompt, cache, held = job.prompt, None, 0
         # One token at least is left to be read.
-        if len(prompt) > 1:
+        if scored is not None and self._draft is None:
+            cache, held = scored.cache, len(prompt) - 1
+        elif len(prompt) > 1:
             cache, rest = self._cache.fetch_nearest_cache(_KEY, prompt[:-1])
-            job.cached = len(prompt) - 1 - len(rest)
+            job.cached = held = len(prompt) - 1 - len(rest)
         cuts = [] if self._cuttable else sorted(job.boundaries)
-        edges = [job.cached, *(b for b in cuts if job.cached < b < len(prompt)), len(prompt)]
-        job.text, job.sampler = StreamedText(self._tokenizer.detokenizer, job.stops), sampler
+        edges = [held, *(b for b in cuts if held < b < len(prompt)), len(prompt)]
+        begun = 0 if job.echo is None else len(job.echo.text)
+        job.text = StreamedText(self._tokenizer.detokenizer, job.stops, begun)
         (job.uid,) = batch.insert_segments(
             segments=[[prompt[a:b] for a, b in itertools.pairwise(edges)]],
             max_tokens=[job.max_tokens],
             caches=[cache],
-            all_tokens=[prompt[: job.cached]],
-            samplers=[sampler],
+            all_tokens=[prompt[:held]],
+            samplers=[job.sampler],
             logits_processors=[[_guarded(job, p) for p in job.processors]],
             stop_sequences=[self._ends],
         )
         self._jobs[job.uid] = job
+        return True
 
     def _sampler(self, job: Job) -> Sampler:
         made = make_sampler(job.sampling, self._protected, job.seed)
@@ -337,7 +357,8 @@ class Engine:
         assert job.text is not None
         job.count += 1
         reason = response.finish_reason
-        text, tokens, stop = job.text.add(_token(response, job.top), reason)
+        (token,) = told(response.logprobs[None], [response.token], job.top)
+        text, tokens, stop = job.text.add(token, reason)
         if stop is not None and reason is None:
             for cache, held in batch.extract_cache([response.uid]).values():
                 self._keep(held, cache)
@@ -351,13 +372,6 @@ class Engine:
         return finish is not None
 
 
-def memory_left() -> int:
-    """Bytes that the model leaves of what this machine has for it and its caches."""
-    # Elsewhere what MLX holds is not available, so it is counted already.
-    held = mx.get_active_memory() if sys.platform == "darwin" else 0
-    return max(0, machine().budget - held)
-
-
 def _guarded(job: Job, processor: Any) -> Any:
     def process(tokens: mx.array, logits: mx.array) -> mx.array:
         try:
@@ -368,16 +382,3 @@ def _guarded(job: Job, processor: Any) -> Any:
         return result
 
     return process
-
-
-def _token(response: Any, top: int | None) -> Token:
-    if top is None:
-        return Token(response.token)
-    row = np.array(response.logprobs.astype(mx.float32))
-    best = np.argpartition(-row, top)[:top] if 0 < top < row.size else np.arange(row.size)[:top]
-    best = best[np.argsort(-row[best], kind="stable")]
-    return Token(
-        response.token,
-        logprob=finite(float(row[response.token])),
-        top=tuple((int(i), finite(float(row[i]))) for i in best),
-    )

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..ranks import Ranks
 from .jobs import Job
+from .text import Echo
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,8 @@ def tell(team: Ranks, turn: Turn, running: Iterable[Job]) -> None:
             "stops": list(job.stops),
             "boundaries": list(job.boundaries.items()),
             "cached": job.cached,
+            # What a prompt's tokens cost is computed by all.
+            "top": job.top if job.uid < 0 else None,
             # Jobs that share a sampler are sampled in one call, so they must on every rank.
             "like": next(each.uid for each in jobs if each.sampler is job.sampler),
         }
@@ -61,8 +64,9 @@ def told(team: Ranks) -> Turn | None:
     found: Any = team.share(None)
     if found is None:
         return None
-    begun = [
-        Job(**{**job, "boundaries": dict(job["boundaries"])}, deliver=lambda event: None)
-        for job in found["begun"]
-    ]
-    return Turn(found["dropped"], begun, found["kept"])
+    return Turn(found["dropped"], [_job(**each) for each in found["begun"]], found["kept"])
+
+
+def _job(boundaries: list[tuple[int, str]], top: int | None, **more: Any) -> Job:
+    echo = None if top is None else Echo("", (0,) * len(more["prompt"]))
+    return Job(**more, boundaries=dict(boundaries), top=top, echo=echo, deliver=lambda event: None)
