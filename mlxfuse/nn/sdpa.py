@@ -39,3 +39,10 @@ def sdpa(
     weights = mx.softmax(scores, precise=True, axis=-1)[..., : keys.shape[2]]
     output = weights.reshape(batch, keys.shape[1], -1, length, keys.shape[2]) @ values[:, :, None]
     return output.reshape(batch, heads, length, -1)
+
+
+def mask_of(mask: mx.array | str | None, heads: slice) -> mx.array | str | None:
+    """The mask of some heads, if it has one for each."""
+    if isinstance(mask, mx.array) and mask.ndim > 2 and mask.shape[-3] > 1:
+        return mask[..., heads, :, :]
+    return mask
