@@ -5,6 +5,9 @@ from __future__ import annotations
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
+Mask = mx.array | str | None
+"""As mlx-lm's models have it: an array, ``causal``, or None where all is seen."""
+
 
 def sdpa(
     queries: mx.array,
@@ -12,7 +15,7 @@ def sdpa(
     values: mx.array,
     *,
     scale: float,
-    mask: mx.array | str | None = None,
+    mask: Mask = None,
     sinks: mx.array | None = None,
     softcap: float | None = None,
 ) -> mx.array:
@@ -41,7 +44,7 @@ def sdpa(
     return output.reshape(batch, heads, length, -1)
 
 
-def mask_of(mask: mx.array | str | None, heads: slice) -> mx.array | str | None:
+def mask_of(mask: Mask, heads: slice) -> Mask:
     """The mask of some heads, if it has one for each."""
     if isinstance(mask, mx.array) and mask.ndim > 2 and mask.shape[-3] > 1:
         return mask[..., heads, :, :]

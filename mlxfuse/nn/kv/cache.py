@@ -27,10 +27,9 @@ from ...kernels.kv.dequantize_kv import dequantize_kv
 from ...kernels.kv.quantize_kv import quantize_kv
 from ...kernels.kv.scheme import KVScheme, KVSide
 from ...kernels.kv.sdpa_call import Scores
-from ..sdpa import mask_of, sdpa
+from ..sdpa import Mask, mask_of, sdpa
 
 Pair = tuple[mx.array, mx.array]
-Mask = mx.array | str | None
 
 
 class CompressedKVCache(mlx_lm_cache._BaseCache):
