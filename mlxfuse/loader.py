@@ -28,8 +28,10 @@ from .models.adapters import apply_adapter
 from .models.build import build
 from .models.checkpoint import load_checkpoint
 from .models.config import read_config
-from .models.plan import plan, stored_rows
+from .models.part import Part
+from .models.plan import Plan, plan, stored_rows
 from .models.sampling import recommended
+from .models.shard import shares
 from .models.streams import Account
 from .nn.kv.options import KVOptions
 from .tokenizer.load import load_tokenizer
@@ -98,6 +100,7 @@ def load(
     ignore_memory: bool = False,
     kv_layers: str = "all",
     progress: Callable[[float], None] | None = None,
+    group: mx.distributed.Group | None = None,
 ) -> tuple[Any, ...]:
     """Load a model: the same arguments and the same pair as ``mlx_lm.load``, and a few more.
 
@@ -129,6 +132,9 @@ def load(
             dequantised at every call.
         kv_layers: ``all``, or ``full`` to leave layers with a sliding window plain.
         progress: called with the share of a GGUF file's weights that is in memory, 0 to 1.
+        group: the machines that share the model, as ``mx.distributed.init`` gives them; each of
+            them calls ``load`` with the same arguments, reads and keeps its own part, and gets
+            the same logits. None, or a group of one: this machine alone.
 
     Returns:
         (model, tokenizer), with ``return_config`` (model, tokenizer, configuration);
@@ -157,13 +163,20 @@ def load(
     account = Account(progress=progress)
     path = _on_this_machine(path_or_hf_repo, revision)
     changes = Changes(dict(tokenizer_config or {}), dict(model_config or {}))
+    shared = group is not None and group.size() > 1
+    if shared and adapter_path is not None:
+        raise UnsupportedError("adapter_path: machines that share a model cannot have an adapter")
     if is_checkpoint(path):
+        if shared:
+            raise UnsupportedError(f"{path}: machines can share a GGUF file or an export of one")
         if context_length is not None:
             raise UnsupportedError(f"{path}: context_length is for GGUF files; leave it out")
         opened = _open_checkpoint(path, dtype, changes, lazy, account)
     else:
         quantized = unavailable() is None or bool(chosen(fuse))
-        opened = _open_gguf(path, dtype, changes, asked, quantized, account)
+        opened = _open_gguf(
+            path, dtype, changes, asked, quantized, account, group if shared else None
+        )
     if adapter_path is not None:
         apply_adapter(opened.model, Path(adapter_path))
     patch = patch_model(opened.model, fuse=fuse, act_quant=act_quant, **kv)
@@ -236,6 +249,7 @@ def _open_gguf(
     asked: Asked,
     quantized: bool,
     account: Account,
+    group: mx.distributed.Group | None,
 ) -> Opened:
     with ExitStack() as stack:
         with account.time("header"):
@@ -247,7 +261,9 @@ def _open_gguf(
             except UnsupportedError as error:
                 named = str(path) in str(error)
                 raise (error if named else UnsupportedError(f"{path}: {error}")) from None
-            room = room_for(file, weights, machine(quantized), asked)
+            part = None if group is None else _part(path, weights, group)
+            own = weights if part is None else part.share.plan
+            room = room_for(file, own, machine(quantized), asked)
             if isinstance(file, ExportedFile):
                 file.arrange(stored_rows(weights))
         with account.time("tokenizer"):
@@ -255,8 +271,19 @@ def _open_gguf(
             _change(tokenizer, changes.tokenizer)
             sampling, notes = recommended(file.metadata)
         activations = activation_dtype(config.architecture, dtype)
-        model = build(file, weights, activations, room, quantized=quantized, account=account)
+        model = build(
+            file, weights, activations, room, quantized=quantized, account=account, part=part
+        )
+    if part is not None:
+        notes = [str(part.share), *part.share.notes, *notes]
     return Opened(model, tokenizer, dict(config.args), sampling, notes)
+
+
+def _part(path: Path, weights: Plan, group: mx.distributed.Group) -> Part:
+    try:
+        return Part(shares(weights, group.size())[group.rank()], group)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{path}: {error}") from None
 
 
 # What a tokenizer_config may change of a GGUF file's tokenizer.

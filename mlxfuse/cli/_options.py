@@ -18,6 +18,7 @@ import typer
 
 from ..terminal import one_line
 from ._models import before_imports, complete_model, resolve_model
+from ._ranks import team
 
 
 class DType(StrEnum):
@@ -165,7 +166,10 @@ class Loading(Fusing):
             say: is told how far it has come.
         """
         from ..loader import load
+        from ..ranks import expect_same, same_run
 
+        if (found := team()) is not None:
+            expect_same(same_run(path), found.group)
         say(f"loading {path.name}")
         return load(
             path,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.generate import stream_generate
+from mlx_lm.generate import generation_stream, stream_generate
 from mlx_lm.models.cache import (
     KVCache,
     RotatingKVCache,
@@ -19,6 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..errors import MLXFuseError, UnsupportedError
 from ..nn.kv.cache import CompressedKVCache
 from ..nn.kv.options import KVOptions, check_model, compressed, describe
+from ..ranks import Ranks, agreed
 from . import lookup
 from .parts import CONTENT, REASONING, Parts, Whole, begins_in_reasoning
 from .sampling import Sampling, StopTexts
@@ -174,6 +175,7 @@ def generate(
     think: Callable[[str], None] | None = None,
     on_prompt: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
+    team: Ranks | None = None,
 ) -> Result:
     """Generate one answer.
 
@@ -185,6 +187,7 @@ def generate(
         think: called with each piece of the model's reasoning as it is there.
         on_prompt: called as (prompt tokens processed, prompt tokens).
         note: called with what the user should know about the answer to come.
+        team: the ranks that hold the model together; each must call this. The prompt is rank 0's.
 
     Raises:
         UnsupportedError: the model's cache cannot do what was asked.
@@ -193,6 +196,7 @@ def generate(
     seed(settings)
     add_eos_tokens(tokenizer, settings.extra_eos_token)
     prompt = encode_prompt(tokenizer, settings, after_cache=prompt_cache is not None)
+    prompt = prompt if team is None else team.share(prompt)
     context = getattr(getattr(model, "args", None), "max_position_embeddings", None)
     if note and context and len(prompt) > context:
         note(
@@ -213,7 +217,7 @@ def generate(
         options |= {"draft_model": draft_model, "num_draft_tokens": settings.num_draft_tokens}
     else:
         options["prompt_progress_callback"] = on_prompt
-    result = run(model, tokenizer, prompt, settings, write=write, think=think, **options)
+    result = run(model, tokenizer, prompt, settings, write=write, think=think, team=team, **options)
     return replace(result, kv_cache=describe(caches))
 
 
@@ -226,6 +230,7 @@ def run(
     write: Callable[[str], None] | None = None,
     think: Callable[[str], None] | None = None,
     stop: Callable[[], bool] | None = None,
+    team: Ranks | None = None,
     **options: Any,
 ) -> Result:
     """``stream_generate`` to its end.
@@ -235,6 +240,7 @@ def run(
         write: called with each piece of the answer as it is there.
         think: called with each piece of the model's reasoning as it is there.
         stop: asked after each token whether to end the answer there.
+        team: the ranks that hold the model together; each must call this with the same prompt.
         options: more arguments of ``stream_generate``.
 
     Raises:
@@ -243,13 +249,15 @@ def run(
     """
     answer = _Answer(StopTexts(settings.stop), _parts(tokenizer, prompt, settings), write, think)
     stream, options = _streamed(model, settings, options)
+    sampler, first = settings.sampler(tokenizer), team is None or team.first
     for step in stream(
         model,
         tokenizer,
         prompt,
         max_tokens=settings.max_tokens,
-        sampler=settings.sampler(tokenizer),
-        logits_processors=_processors(tokenizer, prompt, settings),
+        sampler=sampler if team is None else agreed(sampler, team.group),
+        # Rank 0 chooses for all.
+        logits_processors=_processors(tokenizer, prompt, settings) if first else [],
         prefill_step_size=settings.prefill_step_size,
         **options,
     ):
@@ -260,6 +268,8 @@ def run(
         if stop is not None and stop():
             answer.reason = step.finish_reason or "interrupted"
             break
+    if team is not None:
+        mx.synchronize(generation_stream)  # a step that nobody waits for still needs every rank
     return answer.result(drafts=settings.prompt_lookup or "draft_model" in options)
 
 

@@ -22,6 +22,7 @@ from .projection import (
     Projection,
 )
 from .quantized import QuantizedLinear
+from .summed import Summed, SummedProjection
 
 # Layers that do nothing but multiply and add their bias: no LoRA, no subclass.
 LINEARS = (QuantizedLinear, nn.QuantizedLinear, Linear, nn.Linear)
@@ -34,6 +35,8 @@ def single(parent: nn.Module, name: str) -> Projection:
         NotFusible: it is a linear that cannot add anything.
     """
     linear = parent[name]
+    if type(linear) is Summed:
+        return SummedProjection(parent, name, single(linear, "inner"))
     if type(linear) is QuantizedLinear:
         return KernelProjection(parent, [name], linear.weight, linear.get("bias"), stock=False)
     if type(linear) is nn.QuantizedLinear:

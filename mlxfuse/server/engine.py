@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx_lm.generate import BatchGenerator, StopSequences
 from mlx_lm.models.cache import KVCache, LRUPromptCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -22,8 +21,9 @@ from ..generate.sampling import Sampling
 from ..memory import machine
 from ..nn.kv.cache import CompressedKVCache
 from .one_by_one import OneByOne
-from .sampling import Sampler, finite, make_sampler
-from .text import Piece, StreamedText, Token
+from .sampling import Sampler, make_sampler
+from .scoring import Scoring, told
+from .text import Echo, Piece, StreamedText
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +40,14 @@ class Job:
     """One answer to generate.
 
     prompt      token ids within the vocabulary, at least one.
-    max_tokens  at least 1.
+    max_tokens  0: the prompt alone.
     sampling    how tokens are chosen, but for its penalties, stops and seed.
     seed        as for `make_sampler`.
     processors  MLX-LM's logits processors, of this job only.
     stops       strings before which the answer ends.
     top         most likely tokens to tell of each token; None: nothing about probabilities.
     boundaries  tokens of the prompt up to the end of a message -> ``system`` or ``user``.
+    echo        the prompt comes first, and with ``top`` also what its tokens cost.
     deliver     is called in the engine's thread, with an exception or the piece that has
                 ``finish`` last.
     """
@@ -60,6 +61,7 @@ class Job:
     stops: Sequence[str] = ()
     top: int | None = None
     boundaries: Mapping[int, str] = field(default_factory=dict)
+    echo: Echo | None = None
     cancelled: bool = False
     # The engine's own.
     text: StreamedText | None = None
@@ -117,6 +119,7 @@ class Engine:
         self._ends = StopSequences([(token,) for token in tokenizer.eos_token_ids])
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._jobs: dict[int, Job] = {}
+        self._scoring: dict[int, Scoring] = {}  # of jobs with numbers below 0
         self._samplers: dict[tuple[float, ...], Sampler] = {}
         newline = tokenizer.encode("\n", add_special_tokens=False)
         self._protected = [*newline, *sorted(tokenizer.eos_token_ids)]
@@ -203,7 +206,7 @@ class Engine:
         mx.eval(self._model(mx.array([[0]]), cache=make_prompt_cache(self._model)))
 
     def _abandon(self, error: EngineError) -> None:
-        jobs, self._jobs = self._jobs, {}
+        jobs, self._jobs, self._scoring = self._jobs, {}, {}
         for job in jobs.values():
             job.deliver(error)
         if self._closing or self.failure is not None:
@@ -223,6 +226,7 @@ class Engine:
             self._take(batch)
             if not self._jobs:
                 continue
+            self._score(batch)
             progress, generated = batch.next()
             for response in progress:
                 if response.end_of_segment and not response.end_of_prompt:
@@ -230,7 +234,9 @@ class Engine:
             over = {r.uid for r in generated if self._advance(batch, r)}
             over |= {uid for uid, job in self._jobs.items() if job.cancelled or job.failure}
             batch.remove(list(over))
-            for job in [self._jobs.pop(uid) for uid in over]:
+            for uid in over:
+                job = self._jobs.pop(uid)
+                self._scoring.pop(uid, None)
                 if job.failure is not None:
                     job.deliver(job.failure)
 
@@ -245,27 +251,52 @@ class Engine:
                 return
             if job.cancelled:
                 continue
-            try:
-                self._begin(batch, job)
-            except Exception as error:  # it is in no batch yet: nothing else is touched
-                log.exception("a request could not begin")
-                job.deliver(EngineError(f"the request could not begin: {error}"))
+            if job.echo is not None and job.top is not None:
+                uid = min(self._scoring, default=0) - 1
+                self._jobs[uid] = job
+                self._scoring[uid] = Scoring(self._model, job.prompt, job.top, job.echo)
+                continue
+            self._try_to_begin(batch, job)
 
-    def _begin(self, batch: Any, job: Job) -> None:
-        prompt, cache = job.prompt, None
+    def _score(self, batch: Any) -> None:
+        """Read on in the first of the prompts whose tokens are to be told of."""
+        for uid, scoring in itertools.islice(self._scoring.items(), 1):
+            if scoring.step():
+                job = self._jobs.pop(uid)
+                del self._scoring[uid]
+                self._try_to_begin(batch, job, scoring)
+                return
+
+    def _try_to_begin(self, batch: Any, job: Job, scored: Scoring | None = None) -> None:
+        try:
+            if job.echo is not None or not job.max_tokens:
+                text = "" if job.echo is None else job.echo.text
+                tokens = () if scored is None else tuple(scored.tokens)
+                job.deliver(Piece(text, tokens, None if job.max_tokens else "length"))
+            if job.max_tokens:
+                self._begin(batch, job, scored)
+        except Exception as error:  # it is in no batch yet: nothing else is touched
+            log.exception("a request could not begin")
+            job.deliver(EngineError(f"the request could not begin: {error}"))
+
+    def _begin(self, batch: Any, job: Job, scored: Scoring | None) -> None:
+        prompt, cache, held = job.prompt, None, 0
         # One token at least is left to be read.
-        if len(prompt) > 1:
+        if scored is not None and self._draft is None:
+            cache, held = scored.cache, len(prompt) - 1
+        elif len(prompt) > 1:
             cache, rest = self._cache.fetch_nearest_cache(_KEY, prompt[:-1])
-            job.cached = len(prompt) - 1 - len(rest)
+            job.cached = held = len(prompt) - 1 - len(rest)
         cuts = [] if self._cuttable else sorted(job.boundaries)
-        edges = [job.cached, *(b for b in cuts if job.cached < b < len(prompt)), len(prompt)]
+        edges = [held, *(b for b in cuts if held < b < len(prompt)), len(prompt)]
         sampler = self._sampler(job)
-        job.text = StreamedText(self._tokenizer.detokenizer, job.stops)
+        begun = 0 if job.echo is None else len(job.echo.text)
+        job.text = StreamedText(self._tokenizer.detokenizer, job.stops, begun)
         (uid,) = batch.insert_segments(
             segments=[[prompt[a:b] for a, b in itertools.pairwise(edges)]],
             max_tokens=[job.max_tokens],
             caches=[cache],
-            all_tokens=[prompt[: job.cached]],
+            all_tokens=[prompt[:held]],
             samplers=[sampler],
             logits_processors=[[_guarded(job, p) for p in job.processors]],
             stop_sequences=[self._ends],
@@ -306,7 +337,8 @@ class Engine:
         assert job.text is not None
         job.count += 1
         reason = response.finish_reason
-        text, tokens, stop = job.text.add(_token(response, job.top), reason)
+        (token,) = told(response.logprobs[None], [response.token], job.top)
+        text, tokens, stop = job.text.add(token, reason)
         if stop is not None and reason is None:
             for cache, held in batch.extract_cache([response.uid]).values():
                 self._keep(held, cache)
@@ -335,16 +367,3 @@ def _guarded(job: Job, processor: Any) -> Any:
         return result
 
     return process
-
-
-def _token(response: Any, top: int | None) -> Token:
-    if top is None:
-        return Token(response.token)
-    row = np.array(response.logprobs.astype(mx.float32))
-    best = np.argpartition(-row, top)[:top] if 0 < top < row.size else np.arange(row.size)[:top]
-    best = best[np.argsort(-row[best], kind="stable")]
-    return Token(
-        response.token,
-        logprob=finite(float(row[response.token])),
-        top=tuple((int(i), finite(float(row[i]))) for i in best),
-    )
