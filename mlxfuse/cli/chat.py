@@ -23,8 +23,8 @@ from ._common import AnswerWriter, command, show_report
 from .progress import status_line
 
 if TYPE_CHECKING:
+    from ..generate.answer import Result
     from ..generate.chat import Chat
-    from ..generate.run import Result
     from ..loader import LoadReport
 
 FENCE = '"""'
