@@ -19,10 +19,8 @@ from . import _options as opt
 from . import _text_options as text_opt
 from ._common import AnswerWriter, command, show_report
 from ._models import resolve_model
-from ._ranks import alone, of_first, team
+from ._ranks import NO_END, ONE_MODEL, alone, of_first, team
 from .progress import status_line
-
-ONE_MODEL = "the ranks hold one model together"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +114,7 @@ class Message(text_opt.Prompt):
                 raise typer.BadParameter("give --prompt or --file, not both")
             return text_opt.read_text(self.file)
         if self.prompt == "-":
-            alone("it does not pass on the end of its input; use --file", **{"prompt -": True})
+            alone(NO_END, **{"prompt -": True})
             if sys.stdin.isatty():
                 print("type the message, then Ctrl-D on a line of its own", file=sys.stderr)
             return sys.stdin.read()

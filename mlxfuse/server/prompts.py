@@ -16,7 +16,7 @@ from ..generate.run import Settings
 from ..generate.sampling import Sampling, suppressed
 from ..generate.structured import Constraint, Grammars
 from .answers import Form
-from .engine import Job
+from .jobs import Job
 from .requests import MAX_CHOICES, ChatRequest, CompletionRequest, RequestError
 from .text import Echo
 

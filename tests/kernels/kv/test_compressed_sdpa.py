@@ -21,6 +21,7 @@ from mlxfuse.kernels.runtime.self_test import calls
 from mlxfuse.kernels.runtime.source import _squeeze
 from tests import msl
 
+from ..builds import in_turn
 from ..pairwise import Case, covering, pairs, possible
 from ..weights import to_float64
 from .problems import Problem, normal, oracle, packed, with_scores
@@ -132,7 +133,7 @@ def check(case: Case) -> None:
         assert mx.array_equal(got[1], mx.concatenate(problem.options["fresh"], axis=-1))
 
 
-@pytest.mark.parametrize("case", PAIRS, ids=name_of)
+@pytest.mark.parametrize(("case", "kernels"), in_turn(PAIRS, name_of), indirect=["kernels"])
 def test_every_pair_of_values(case: Case, kernels: str) -> None:
     # The lint follows paths, which are the same in all cases; other tests have it.
     with msl.using(lint=False):
