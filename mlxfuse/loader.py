@@ -32,7 +32,7 @@ from .models.config import read_config
 from .models.part import Part
 from .models.plan import Plan, plan, stored_rows
 from .models.sampling import recommended
-from .models.shard import shares
+from .models.shard import shares, stages
 from .models.streams import Account
 from .nn.kv.options import KVOptions
 from .ranks import expect_same
@@ -103,6 +103,7 @@ def load(
     kv_layers: str = "all",
     progress: Callable[[float], None] | None = None,
     group: mx.distributed.Group | None = None,
+    pipeline: bool = False,
 ) -> tuple[Any, ...]:
     """Load a model: the same arguments and the same pair as ``mlx_lm.load``, and a few more.
 
@@ -137,6 +138,9 @@ def load(
         group: the machines that share the model, as ``mx.distributed.init`` gives them; each of
             them calls ``load`` with the same arguments, reads and keeps its own part, and gets
             the same logits. None, or a group of one: this machine alone.
+        pipeline: each machine of the group has some layers, one after the other, and not a part
+            of each layer: for slow links, and models whose heads cannot be shared. One chat is
+            then no faster than on one machine.
 
     Returns:
         (model, tokenizer), with ``return_config`` (model, tokenizer, configuration);
@@ -173,14 +177,17 @@ def load(
     if is_checkpoint(path):
         if context_length is not None:
             raise UnsupportedError(f"{path}: context_length is for GGUF files; leave it out")
+        if pipeline and group is not None:
+            raise UnsupportedError(f"{path}: a pipeline is for GGUF files and exports of them")
         opened = _open_checkpoint(path, dtype, changes, lazy, account, group)
     else:
         quantized = unavailable() is None or bool(chosen(fuse))
-        opened = _open_gguf(path, dtype, changes, asked, quantized, account, group)
+        shared = None if group is None else Sharing(group, pipeline)
+        opened = _open_gguf(path, dtype, changes, asked, quantized, account, shared)
     if adapter_path is not None:
         apply_adapter(opened.model, Path(adapter_path))
     patch = patch_model(opened.model, fuse=fuse, act_quant=act_quant, **kv)
-    if group is not None:
+    if group is not None and not pipeline:
         _expect_same_sums(patch, group)
     opened.model.load_report = _report(account, opened, patch)
     pair = (opened.model, opened.tokenizer)
@@ -226,6 +233,22 @@ class Changes:
 
 
 @dataclass(frozen=True, slots=True)
+class Sharing:
+    """How machines share a model: a part of each layer, or in a pipeline some layers."""
+
+    group: mx.distributed.Group
+    pipeline: bool
+
+    def part(self, path: Path, weights: Plan) -> Part:
+        """This machine's part of a file's model."""
+        split = stages if self.pipeline else shares
+        try:
+            return Part(split(weights, self.group.size())[self.group.rank()], self.group)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{path}: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
 class Opened:
     """A model that is not fused yet; see `LoadReport` for the last two."""
 
@@ -265,7 +288,7 @@ def _open_gguf(
     asked: Asked,
     quantized: bool,
     account: Account,
-    group: mx.distributed.Group | None,
+    shared: Sharing | None,
 ) -> Opened:
     with ExitStack() as stack:
         with account.time("header"):
@@ -277,7 +300,7 @@ def _open_gguf(
             except UnsupportedError as error:
                 named = str(path) in str(error)
                 raise (error if named else UnsupportedError(f"{path}: {error}")) from None
-            part = None if group is None else _part(path, weights, group)
+            part = None if shared is None else shared.part(path, weights)
             own = weights if part is None else part.share.plan
             room = room_for(file, own, machine(quantized), asked)
             if isinstance(file, ExportedFile):
@@ -293,13 +316,6 @@ def _open_gguf(
     if part is not None:
         notes = [str(part.share), *part.share.notes, *notes]
     return Opened(model, tokenizer, dict(config.args), sampling, notes)
-
-
-def _part(path: Path, weights: Plan, group: mx.distributed.Group) -> Part:
-    try:
-        return Part(shares(weights, group.size())[group.rank()], group)
-    except UnsupportedError as error:
-        raise UnsupportedError(f"{path}: {error}") from None
 
 
 # What a tokenizer_config may change of a GGUF file's tokenizer.
