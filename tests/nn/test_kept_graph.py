@@ -29,6 +29,7 @@ from mlxfuse.nn import fused as form
 from mlxfuse.nn import projection, rotation
 from mlxfuse.nn.kept_graph import Piece
 from mlxfuse.nn.norm import Normed
+from mlxfuse.nn.snapshot import Snapshot
 from tests.fusion import zoo
 from tests.fusion.configs import USED
 
@@ -154,6 +155,27 @@ def test_kept_graphs_give_the_same(name: str, parts: set[str], own: dict[str, An
     assert {name for f in forms(model) for name in f.kept} == parts
     zoo.logits(model)
     assert [piece._builds for piece in pieces(model)] == builds
+
+
+def test_a_token_asks_four_times_a_layer_whether_its_arrays_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Attention, MLP, and what each of the two kept graphs reads besides."""
+    model = patched("qwen3")
+    zoo.logits(model)
+    asked: list[int] = []
+    holds = Snapshot.holds
+    monkeypatch.setattr(
+        Snapshot, "holds", lambda held: asked.append(len(held._held)) or holds(held)
+    )
+    for f in forms(model):  # the bound methods that they keep are those from before
+        for piece in f.kept.values():
+            piece._holds = piece._holds.__self__.holds
+    zoo.logits(model)
+    assert len(asked) == 4 * 2
+    # Of q, k and v, o and the rotation, and of gate, up and down: names and arrays.
+    both = [f.snapshot() for f in forms(model) if f.snapshot() is not None]
+    assert sum(asked[:4]) > sum(len(held._held) for held in both[:2]) >= 30
 
 
 def test_int8_activations_have_graphs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
