@@ -22,6 +22,7 @@ from .hub.resolve import resolve
 from .inspect.needs import PLAIN, KVBits
 from .inspect.room import Asked, machine, room_for
 from .kernels import unavailable
+from .kernels.runtime import self_test
 from .kernels.weight import type_name
 from .models import Architecture
 from .models.adapters import apply_adapter
@@ -34,6 +35,7 @@ from .models.sampling import recommended
 from .models.shard import shares
 from .models.streams import Account
 from .nn.kv.options import KVOptions
+from .ranks import expect_same, same_run
 from .tokenizer.load import load_tokenizer
 
 if TYPE_CHECKING:
@@ -134,7 +136,9 @@ def load(
         progress: called with the share of a GGUF file's weights that is in memory, 0 to 1.
         group: the machines that share the model, as ``mx.distributed.init`` gives them; each of
             them calls ``load`` with the same arguments, reads and keeps its own part, and gets
-            the same logits. None, or a group of one: this machine alone.
+            the same logits. None, or a group of one: this process alone, which under
+            ``mlx.launch`` too loads all of the model and runs it by itself. Tokens are to be
+            chosen by one for all: `mlxfuse.ranks.agreed`.
 
     Returns:
         (model, tokenizer), with ``return_config`` (model, tokenizer, configuration);
@@ -151,6 +155,7 @@ def load(
         GGUFError: the file is malformed, or its tensors contradict its metadata.
         UnsupportedError: the architecture, a tensor type or a feature is not supported.
         ValueError: ``kv_bits``, ``kv_group_size`` or ``kv_layers`` is not one of these.
+        RanksError: on all of ``group``, if versions, arguments or the model's files differ there.
     """
     if trust_remote_code:
         raise UnsupportedError("trust_remote_code: mlxfuse never runs code that comes with a model")
@@ -163,23 +168,27 @@ def load(
     account = Account(progress=progress)
     path = _on_this_machine(path_or_hf_repo, revision)
     changes = Changes(dict(tokenizer_config or {}), dict(model_config or {}))
-    shared = group is not None and group.size() > 1
-    if shared and adapter_path is not None:
+    group = group if group is not None and group.size() > 1 else None
+    if group is not None and adapter_path is not None:
         raise UnsupportedError("adapter_path: machines that share a model cannot have an adapter")
+    if group is not None:
+        fuse = fuse if isinstance(fuse, str) else ",".join(sorted(fuse))
+        told = (dtype, context_length, fuse, act_quant, kv, changes)
+        expect_same(same_run(path, str(told)), group)
     if is_checkpoint(path):
-        if shared:
+        if group is not None:
             raise UnsupportedError(f"{path}: machines can share a GGUF file or an export of one")
         if context_length is not None:
             raise UnsupportedError(f"{path}: context_length is for GGUF files; leave it out")
         opened = _open_checkpoint(path, dtype, changes, lazy, account)
     else:
         quantized = unavailable() is None or bool(chosen(fuse))
-        opened = _open_gguf(
-            path, dtype, changes, asked, quantized, account, group if shared else None
-        )
+        opened = _open_gguf(path, dtype, changes, asked, quantized, account, group)
     if adapter_path is not None:
         apply_adapter(opened.model, Path(adapter_path))
     patch = patch_model(opened.model, fuse=fuse, act_quant=act_quant, **kv)
+    if group is not None:
+        patch.disabled |= {program.op: why for program, why in self_test.agree(group).items()}
     opened.model.load_report = _report(account, opened, patch)
     pair = (opened.model, opened.tokenizer)
     return (*pair, opened.config) if return_config else pair
