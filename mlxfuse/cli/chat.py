@@ -24,8 +24,8 @@ from ._ranks import of_first, team
 from .progress import status_line
 
 if TYPE_CHECKING:
+    from ..generate.answer import Result
     from ..generate.chat import Chat
-    from ..generate.run import Result
     from ..loader import LoadReport
 
 FENCE = '"""'

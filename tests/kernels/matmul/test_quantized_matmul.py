@@ -12,8 +12,8 @@ import pytest
 from mlxfuse import KernelError
 from mlxfuse.formats import BY_NAME, Format
 from mlxfuse.kernels.matmul import quantized_matmul as module
-from mlxfuse.kernels.matmul.product import ACTIVATIONS
 from mlxfuse.kernels.matmul.quantized_matmul import quantized_matmul
+from mlxfuse.kernels.matmul.tile_program import ACTIVATIONS
 from mlxfuse.kernels.runtime import backend as _backend
 from mlxfuse.kernels.runtime import kernel as _kernel
 from mlxfuse.kernels.weight import AffineSegment, Part, QuantizedWeight
