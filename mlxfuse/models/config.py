@@ -61,8 +61,9 @@ def read_config(file: GGUFFile, context_length: int | None = None) -> Config:
     if experts or (arch.experts and not arch.dense_too):
         expert_args, expert_sizes, by_layer = _experts(key, arch, layers)
         sizes |= expert_sizes
-    sizes["ff"] = key.count("feed_forward_length", sizes.get("expert_ff"))
-    sizes["gate_up"] = 2 * sizes["ff"]
+    if not arch.attention_free:  # nor has it an MLP
+        sizes["ff"] = key.count("feed_forward_length", sizes.get("expert_ff"))
+        sizes["gate_up"] = 2 * sizes["ff"]
     context = key.count("context_length")
     rope = read_rope(
         key,
@@ -86,7 +87,7 @@ def read_config(file: GGUFFile, context_length: int | None = None) -> Config:
         "model_type": arch.name,
         "hidden_size": embd,
         "num_hidden_layers": layers,
-        "intermediate_size": sizes["ff"],
+        "intermediate_size": sizes.get("ff", 0),
         "num_attention_heads": heads,
         "num_key_value_heads": sizes["kv_heads"],
         "head_dim": head,
@@ -110,16 +111,19 @@ def read_config(file: GGUFFile, context_length: int | None = None) -> Config:
 
 def _sizes(key: Keys, arch: Architecture) -> dict[str, int]:
     """The sizes that every architecture has."""
-    embd, heads = key.count("embedding_length"), key.count("attention.head_count")
-    kv_heads = key.count("attention.head_count_kv", heads)
-    check_kv_heads(key, heads, kv_heads)
+    embd = key.count("embedding_length")
+    heads = kv_heads = 1
+    if not arch.attention_free:
+        heads = key.count("attention.head_count")
+        kv_heads = key.count("attention.head_count_kv", heads)
+        check_kv_heads(key, heads, kv_heads)
     if arch.latent:
         kv_heads = heads
         head, value_head = _latent_heads(key)
     else:
         head = key.count("attention.key_length", embd // heads)
         value_head = key.count("attention.value_length", embd // heads)
-    if value_head != head and not arch.latent:
+    if value_head != head and not (arch.latent or arch.value_heads):
         raise UnsupportedError(f"heads of keys ({head}) and values ({value_head}) differ in size")
     if head * heads != embd and arch.fixed_head:
         raise UnsupportedError(
@@ -136,8 +140,9 @@ def _sizes(key: Keys, arch: Architecture) -> dict[str, int]:
         "value": value_head,
         "o": heads * value_head,
         "kv": kv_heads * head,
+        "v": kv_heads * value_head,
         "qkv": (heads + 2 * kv_heads) * head,
-        "cache": 2 * kv_heads * head,
+        "cache": kv_heads * (head + value_head),
         "window": 0,
         "state": 0,
     }
