@@ -5,6 +5,7 @@ Values are read at call time, so a test or a script may change them.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,6 +62,20 @@ def launched_rank() -> int | None:
         if (rank := os.environ.get(name, "")).isdigit():
             return int(rank)
     return None
+
+
+def first_rank_address() -> str | None:
+    """The host name or address at which MLX's ring or JACCL reaches rank 0; None if neither runs.
+
+    Raises:
+        OSError: the ring's file of hosts cannot be read.
+        ValueError: it is not JSON.
+    """
+    found = os.environ.get("MLX_JACCL_COORDINATOR", "")
+    if hosts := os.environ.get("MLX_HOSTFILE", ""):
+        nodes = json.loads(Path(hosts).read_text("utf-8"))
+        found = nodes[0][0] if nodes and nodes[0] else ""
+    return found.rpartition(":")[0] or None
 
 
 def cache_dir() -> Path:

@@ -98,3 +98,7 @@ class KernelError(MLXFuseError, RuntimeError):
 
 class DoesNotFitError(MLXFuseError):
     """The model takes more memory than there is for it."""
+
+
+class RanksError(MLXFuseError):
+    """The processes that hold one model together differ, or one of them has ended."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -22,16 +23,20 @@ from .hub.resolve import resolve
 from .inspect.needs import PLAIN, KVBits
 from .inspect.room import Asked, machine, room_for
 from .kernels import unavailable
+from .kernels.runtime import self_test
 from .kernels.weight import type_name
 from .models import Architecture
 from .models.adapters import apply_adapter
 from .models.build import build
 from .models.checkpoint import load_checkpoint
 from .models.config import read_config
-from .models.plan import plan, stored_rows
+from .models.part import Part
+from .models.plan import Plan, plan, stored_rows
 from .models.sampling import recommended
+from .models.shard import shares
 from .models.streams import Account
 from .nn.kv.options import KVOptions
+from .ranks import expect_same, same_run
 from .tokenizer.load import load_tokenizer
 
 if TYPE_CHECKING:
@@ -98,6 +103,7 @@ def load(
     ignore_memory: bool = False,
     kv_layers: str = "all",
     progress: Callable[[float], None] | None = None,
+    group: mx.distributed.Group | None = None,
 ) -> tuple[Any, ...]:
     """Load a model: the same arguments and the same pair as ``mlx_lm.load``, and a few more.
 
@@ -129,6 +135,11 @@ def load(
             dequantised at every call.
         kv_layers: ``all``, or ``full`` to leave layers with a sliding window plain.
         progress: called with the share of a GGUF file's weights that is in memory, 0 to 1.
+        group: the machines that share the model, as ``mx.distributed.init`` gives them; each of
+            them calls ``load`` with the same arguments, reads and keeps its own part, and gets
+            the same logits. None, or a group of one: this process alone, which under
+            ``mlx.launch`` too loads all of the model and runs it by itself. Tokens are to be
+            chosen by one for all: `mlxfuse.ranks.agreed`.
 
     Returns:
         (model, tokenizer), with ``return_config`` (model, tokenizer, configuration);
@@ -140,51 +151,79 @@ def load(
         DoesNotFitError: the model, with a cache for ``context_length`` tokens (by default those it
             was made for, at most 4096), takes more memory than there is for it.
         ModelRefError: nothing has that name.
+        RanksError: the machines of the group would not compute the same.
         DownloadError: it cannot be downloaded.
         ExportError, CheckpointError: the folder, or the adapter, is not as it was written.
         GGUFError: the file is malformed, or its tensors contradict its metadata.
         UnsupportedError: the architecture, a tensor type or a feature is not supported.
         ValueError: ``kv_bits``, ``kv_group_size`` or ``kv_layers`` is not one of these.
+        RanksError: on all of ``group``, if versions, arguments or the model's files differ there.
     """
-    bits = PLAIN
     if trust_remote_code:
         raise UnsupportedError("trust_remote_code: mlxfuse never runs code that comes with a model")
-    if kv_bits is not None:
-        # Refused before anything is read.
-        options = KVOptions.parse(kv_bits, kv_group_size, layers=kv_layers)
-        full_only = options.layers == "full"
-        bits = KVBits(options.k_bits, options.v_bits, options.group_size, full_only)
+    kv: dict[str, Any] = {
+        "kv_bits": kv_bits,
+        "kv_group_size": kv_group_size,
+        "kv_layers": kv_layers,
+    }
+    asked = Asked(context_length, _cache_bits(**kv), ignore_memory)  # refused before any reading
     account = Account(progress=progress)
-    ref = None if path_or_hf_repo is None else os.fspath(path_or_hf_repo)
-    with bars() as downloading:
-        path = resolve(ref, revision=revision, progress=downloading, note=_warn)
+    path = _on_this_machine(path_or_hf_repo, revision)
     changes = Changes(dict(tokenizer_config or {}), dict(model_config or {}))
+    if group is not None and group.size() < 2:
+        group = None
+    if group is not None and adapter_path is not None:
+        raise UnsupportedError("adapter_path: machines that share a model cannot have an adapter")
+    if group is not None:
+        fuse = fuse if isinstance(fuse, str) else ",".join(sorted(fuse))
+        told = (dtype, context_length, fuse, act_quant, kv, changes)
+        expect_same(same_run(path, str(told)), group)
     if is_checkpoint(path):
         if context_length is not None:
             raise UnsupportedError(f"{path}: context_length is for GGUF files; leave it out")
-        opened = _open_checkpoint(path, dtype, changes, lazy, account)
+        opened = _open_checkpoint(path, dtype, changes, lazy, account, group)
     else:
         quantized = unavailable() is None or bool(chosen(fuse))
-        asked = Asked(context_length, bits, ignore_memory)
-        opened = _open_gguf(path, dtype, changes, asked, quantized, account)
-    model = opened.model
+        opened = _open_gguf(path, dtype, changes, asked, quantized, account, group)
     if adapter_path is not None:
-        apply_adapter(model, Path(adapter_path))
-    patch = patch_model(
-        model,
-        fuse=fuse,
-        act_quant=act_quant,
-        kv_bits=kv_bits,
-        kv_group_size=kv_group_size,
-        kv_layers=kv_layers,
-    )
-    if patch.self_test_seconds:
-        account.seconds["self-test"] = patch.self_test_seconds
-    model.load_report = LoadReport(
-        dict(account.seconds), account.dequantized, patch, opened.sampling, opened.notes
-    )
-    pair = (model, opened.tokenizer)
+        apply_adapter(opened.model, Path(adapter_path))
+    patch = patch_model(opened.model, fuse=fuse, act_quant=act_quant, **kv)
+    if group is not None:
+        patch.disabled |= {program.op: why for program, why in self_test.agree(group).items()}
+        _expect_same_sums(patch, group)
+    opened.model.load_report = _report(account, opened, patch)
+    pair = (opened.model, opened.tokenizer)
     return (*pair, opened.config) if return_config else pair
+
+
+def _expect_same_sums(patch: PatchReport, group: mx.distributed.Group) -> None:
+    """Compare where rank 0 adds the residual before a sum: the others must know of it."""
+    places = sorted(place.path for place in patch.fused if place.name == "residual")
+    digest = zlib.crc32(" ".join(places).encode())
+    expect_same({"the fusion `residual`": f"{len(places)} places ({digest:08x})"}, group)
+
+
+def _cache_bits(kv_bits: int | str | None, kv_group_size: int, kv_layers: str) -> KVBits:
+    """How many bits the caches take; ValueError for what `patch_model` would refuse."""
+    if kv_bits is None:
+        return PLAIN
+    options = KVOptions.parse(kv_bits, kv_group_size, layers=kv_layers)
+    full_only = options.layers == "full"
+    return KVBits(options.k_bits, options.v_bits, options.group_size, full_only)
+
+
+def _on_this_machine(name: str | os.PathLike[str] | None, revision: str | None) -> Path:
+    """Where the model's files are, downloaded if need be."""
+    ref = None if name is None else os.fspath(name)
+    with bars() as downloading:
+        return resolve(ref, revision=revision, progress=downloading, note=_warn)
+
+
+def _report(account: Account, opened: Opened, patch: PatchReport) -> LoadReport:
+    seconds = dict(account.seconds)
+    if patch.self_test_seconds:
+        seconds["self-test"] = patch.self_test_seconds
+    return LoadReport(seconds, account.dequantized, patch, opened.sampling, opened.notes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +246,12 @@ class Opened:
 
 
 def _open_checkpoint(
-    path: Path, dtype: mx.Dtype | str | None, changes: Changes, lazy: bool, account: Account
+    path: Path,
+    dtype: mx.Dtype | str | None,
+    changes: Changes,
+    lazy: bool,
+    account: Account,
+    group: mx.distributed.Group | None,
 ) -> Opened:
     wanted = None if dtype is None else named_dtype(dtype)
     with account.time("read"):
@@ -217,8 +261,10 @@ def _open_checkpoint(
             tokenizer_config=changes.tokenizer,
             model_config=changes.model,
             lazy=lazy,
+            group=group,
         )
-    return Opened(model, tokenizer, config)
+    notes = [] if group is None else [f"{group.size()} machines share the model, as mlx-lm does"]
+    return Opened(model, tokenizer, config, notes=notes)
 
 
 def _open_gguf(
@@ -228,6 +274,7 @@ def _open_gguf(
     asked: Asked,
     quantized: bool,
     account: Account,
+    group: mx.distributed.Group | None,
 ) -> Opened:
     with ExitStack() as stack:
         with account.time("header"):
@@ -239,7 +286,9 @@ def _open_gguf(
             except UnsupportedError as error:
                 named = str(path) in str(error)
                 raise (error if named else UnsupportedError(f"{path}: {error}")) from None
-            room = room_for(file, weights, machine(quantized), asked)
+            part = None if group is None else _part(path, weights, group)
+            own = weights if part is None else part.share.plan
+            room = room_for(file, own, machine(quantized), asked)
             if isinstance(file, ExportedFile):
                 file.arrange(stored_rows(weights))
         with account.time("tokenizer"):
@@ -247,8 +296,19 @@ def _open_gguf(
             _change(tokenizer, changes.tokenizer)
             sampling, notes = recommended(file.metadata)
         activations = activation_dtype(config.architecture, dtype)
-        model = build(file, weights, activations, room, quantized=quantized, account=account)
+        model = build(
+            file, weights, activations, room, quantized=quantized, account=account, part=part
+        )
+    if part is not None:
+        notes = [str(part.share), *part.share.notes, *notes]
     return Opened(model, tokenizer, dict(config.args), sampling, notes)
+
+
+def _part(path: Path, weights: Plan, group: mx.distributed.Group) -> Part:
+    try:
+        return Part(shares(weights, group.size())[group.rank()], group)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{path}: {error}") from None
 
 
 # What a tokenizer_config may change of a GGUF file's tokenizer.

@@ -10,8 +10,9 @@ import time
 import traceback
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
+from . import env
 from .terminal import neutralize
 
 INTERRUPTED = 130
@@ -63,9 +64,16 @@ def unexpected(
     """The hook for what is not an error of ours: one line, exit code 1."""
     where = traceback.extract_tb(trace)[-1] if trace else None
     place = f" ({Path(where.filename).name}:{where.lineno})" if where else ""
-    fail(f"{kind.__name__}: {error}{place}; --debug shows the traceback")
+    fail(f"{kind.__name__}: {error}{place}; --debug shows the traceback", errors())
 
 
-def fail(message: str) -> None:
-    """Print one message on stderr, safe for a terminal."""
-    print(f"mlxfuse: {neutralize(message)}", file=sys.stderr)
+def fail(message: str, to: TextIO | None = None) -> None:
+    """Print one message, safe for a terminal, on stderr or ``to``; with the rank, if it has one."""
+    rank = env.launched_rank()
+    who = "mlxfuse" if rank is None else f"mlxfuse: rank {rank}"
+    print(f"{who}: {neutralize(message)}", file=to or sys.stderr, flush=True)
+
+
+def errors() -> TextIO:
+    """Where errors go: stderr, also of a rank whose notes go nowhere."""
+    return (sys.__stderr__ or sys.stderr) if env.launched_rank() else sys.stderr

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 import typer
 
 from .. import __version__, env
-from ..errors import MLXFuseError, UnsupportedError
-from ..process import INTERRUPTED, fail, unexpected
+from ..errors import MLXFuseError, RanksError
+from ..process import INTERRUPTED, errors, fail, unexpected
 from ..terminal import neutralize, one_line
 from ._groups import flat
+from ._ranks import begin
 from .progress import print_table
 
 if TYPE_CHECKING:
@@ -45,7 +46,9 @@ app = typer.Typer(
 def main() -> NoReturn:
     """The ``mlxfuse`` command; exits with the codes of ``mlxfuse.errors``."""
     sys.excepthook = unexpected
-    _expect_one_process()
+    if env.launched_rank():
+        # Rank 0 speaks for all; `process.errors` is where the others tell why they end.
+        sys.stdout = sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     # The command object, not the app: calling the app would install typer's own excepthook.
@@ -54,18 +57,6 @@ def main() -> NoReturn:
 
 
 # [0<=x<=1] and [default: 1; x>=0]: an error tells the range too.
-def _expect_one_process() -> None:
-    """Stop under ``mlx.launch``, where each process would load and run the whole model."""
-    if (rank := env.launched_rank()) is None:
-        return
-    if rank == 0:
-        fail(
-            "mlx.launch starts several processes, and mlxfuse cannot share a model among them: "
-            "each would load all of it and answer by itself. Run the command without mlx.launch"
-        )
-    raise SystemExit(UnsupportedError.exit_code)
-
-
 _RANGE = re.compile(r"\s+\[[\d.]*<?=?x[<>=\d.]*\]|; [\d.]*<?=?x[<>=\d.]*(?=\])")
 
 
@@ -110,13 +101,16 @@ def _without_booleans(args: Sequence[str]) -> list[str]:
     return found
 
 
-def command(panel: str, *examples: str, name: str | None = None) -> Callable[[Command], Command]:
+def command(
+    panel: str, *examples: str, name: str | None = None, ranks: bool = False
+) -> Callable[[Command], Command]:
     """Register a function of option groups (see `flat`) as a command.
 
     Args:
         panel: where ``mlxfuse --help`` lists it.
         examples: command lines that end its ``--help``.
         name: the command's name; by default the function's without ``_command``.
+        ranks: whether it runs under ``mlx.launch``.
     """
 
     def register(function: Command) -> Command:
@@ -125,34 +119,54 @@ def command(panel: str, *examples: str, name: str | None = None) -> Callable[[Co
             cls=_Command,
             rich_help_panel=panel,
             epilog="\n".join(examples),
-        )(_reporting(flat(function)))
+        )(_reporting(flat(function), ranks))
         return function
 
     return register
 
 
-def _reporting(function: Command) -> Command:
-    """Turn what a command raises into one message on stderr and an exit code."""
+def _reporting(function: Command, ranks: bool) -> Command:
+    """Turn what a command raises into one message on stderr and an exit code, for all ranks."""
 
     @functools.wraps(function)
     def wrapper(**given: Any) -> None:
         debug = bool(given.get("debug"))
         if debug:
-            sys.excepthook = sys.__excepthook__
+            sys.excepthook, sys.stderr = sys.__excepthook__, errors()
+        team, code = None, 1
         try:
+            team = begin(ranks)
             function(**given)
             sys.stdout.flush()
+            if team is not None:
+                team.barrier()
+            code = 0
         except KeyboardInterrupt:
-            raise typer.Exit(INTERRUPTED) from None
+            code = INTERRUPTED
+            raise typer.Exit(code) from None
         except BrokenPipeError:
             # The interpreter flushes stdout when it exits; that must not fail again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(PIPE_CLOSED) from None
+            code = PIPE_CLOSED
+            raise typer.Exit(code) from None
         except (MLXFuseError, OSError, MemoryError) as error:
+            if team is not None and isinstance(error, RanksError):
+                team.settle()
             if debug:
                 traceback.print_exc()
-            fail(str(error) or type(error).__name__)
-            raise typer.Exit(getattr(error, "exit_code", 1)) from None
+            fail(str(error) or type(error).__name__, errors())
+            code = getattr(error, "exit_code", 1)
+            raise typer.Exit(code) from None
+        except (typer.Exit, typer.BadParameter) as error:
+            code = error.exit_code
+            raise
+        except RuntimeError:
+            if team is not None:
+                team.settle()  # MLX raises it where it has lost a rank
+            raise
+        finally:
+            if team is not None:
+                team.leave(code)
 
     return wrapper
 

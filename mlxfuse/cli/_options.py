@@ -18,6 +18,7 @@ import typer
 
 from ..terminal import one_line
 from ._models import before_imports, complete_model, resolve_model
+from ._ranks import team
 
 
 class DType(StrEnum):
@@ -166,6 +167,7 @@ class Loading(Fusing):
         """
         from ..loader import load
 
+        ranks = team()
         say(f"loading {path.name}")
         return load(
             path,
@@ -175,6 +177,7 @@ class Loading(Fusing):
             fuse=self.fuse,
             act_quant=self.act_quant.value,
             ignore_memory=self.ignore_memory,
+            group=None if ranks is None else ranks.group,
         )
 
 

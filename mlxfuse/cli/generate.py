@@ -19,6 +19,7 @@ from . import _options as opt
 from . import _text_options as text_opt
 from ._common import AnswerWriter, command, show_report
 from ._models import resolve_model
+from ._ranks import NO_END, ONE_MODEL, alone, of_first, team
 from .progress import status_line
 
 
@@ -113,6 +114,7 @@ class Message(text_opt.Prompt):
                 raise typer.BadParameter("give --prompt or --file, not both")
             return text_opt.read_text(self.file)
         if self.prompt == "-":
+            alone(NO_END, **{"prompt -": True})
             if sys.stdin.isatty():
                 print("type the message, then Ctrl-D on a line of its own", file=sys.stderr)
             return sys.stdin.read()
@@ -128,6 +130,7 @@ class Message(text_opt.Prompt):
     "Run",
     'mlxfuse generate model-Q4_K_M.gguf -p "What is a fused kernel?" -m 200',
     "mlxfuse generate org/repo:Q4_K_M -f question.txt --temp 0.7 --seed 1",
+    ranks=True,
 )
 def generate_command(
     model: opt.Model,
@@ -149,8 +152,11 @@ def generate_command(
         raise typer.BadParameter(
             "--max-kv-size cannot be combined with --draft-model or --prompt-cache-file"
         )
+    alone(ONE_MODEL, draft_model=drafting.draft_model)
+    alone("each rank would need a file of its own", prompt_cache_file=prompt_cache_file)
     load.check()
-    given = {**message.settings(), **cache.settings(), **sampling.given(), **drafting.settings()}
+    told = of_first(message.settings)
+    given = {**told, **cache.settings(), **sampling.given(), **drafting.settings()}
     path = model.fetch(talk.shown)
     draft_path = drafting.draft_model and resolve_model(drafting.draft_model, None, talk.shown)
 
@@ -185,6 +191,7 @@ def generate_command(
             think=None if out.as_json else writer.think,
             on_prompt=lambda done, total: say(f"reading the prompt: {done:,} of {total:,} tokens"),
             note=fail if talk.shown else None,
+            team=team(),
         )
     report = loaded.load_report
     if out.as_json:

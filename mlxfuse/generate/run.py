@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.generate import stream_generate
+from mlx_lm.generate import generation_stream, stream_generate
 from mlx_lm.models.cache import (
     KVCache,
     RotatingKVCache,
@@ -19,8 +19,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..errors import MLXFuseError, UnsupportedError
 from ..nn.kv.cache import CompressedKVCache
 from ..nn.kv.options import KVOptions, check_model, compressed, describe
+from ..ranks import Ranks, agreed
 from . import lookup
-from .parts import CONTENT, REASONING, Parts, Whole, begins_in_reasoning
+from .answer import Answer, Result
+from .parts import Parts, Whole, begins_in_reasoning
 from .sampling import Sampling, StopTexts
 from .structured import Grammars
 
@@ -52,53 +54,6 @@ class Settings(Sampling):
     quantized_kv_start: int = 0
     kv_force: bool = False
     json_schema: Mapping[str, Any] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What was generated, and how fast.
-
-    text                the answer, without the reasoning before it.
-    tokens              ids in the order generated, without the one that ended the text.
-    prompt_tps          prompt tokens a second, until the first token was there.
-    generation_tokens   tokens generated, with the one that ended the text.
-    generation_tps      generated tokens a second, after the prompt.
-    peak_memory         GB (1e9 bytes) that MLX held at most.
-    finish_reason       ``stop`` (an end token or a stop text), ``length`` (``max_tokens``)
-                        or ``interrupted``.
-    end_token           id of the token that ended the text, if one did.
-    kv_cache            how the key-value cache was compressed, if it was.
-    reasoning           what the model put between the marks of reasoning (see `Parts`).
-    """
-
-    text: str
-    tokens: list[int]
-    prompt_tokens: int
-    prompt_tps: float
-    generation_tokens: int
-    generation_tps: float
-    peak_memory: float
-    finish_reason: str
-    end_token: int | None = None
-    kv_cache: str | None = None
-    accepted: int | None = None
-    reasoning: str = ""
-
-    def footer(self) -> str:
-        """The three lines that ``mlx_lm.generate`` ends with, and one about drafts."""
-        lines = (
-            f"Prompt: {self.prompt_tokens} tokens, {self.prompt_tps:.3f} tokens-per-sec\n"
-            f"Generation: {self.generation_tokens} tokens, "
-            f"{self.generation_tps:.3f} tokens-per-sec\n"
-            f"Peak memory: {self.peak_memory:.3f} GB"
-        )
-        if self.accepted is None:
-            return lines
-        steps = max(self.generation_tokens - self.accepted, 1)
-        return (
-            f"{lines}\nDrafts: {self.accepted} tokens accepted, "
-            f"{self.generation_tokens / steps:.2f} tokens a forward pass"
-        )
 
 
 def encode_prompt(
@@ -174,6 +129,7 @@ def generate(
     think: Callable[[str], None] | None = None,
     on_prompt: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
+    team: Ranks | None = None,
 ) -> Result:
     """Generate one answer.
 
@@ -185,6 +141,7 @@ def generate(
         think: called with each piece of the model's reasoning as it is there.
         on_prompt: called as (prompt tokens processed, prompt tokens).
         note: called with what the user should know about the answer to come.
+        team: the ranks that hold the model together; each must call this. The prompt is rank 0's.
 
     Raises:
         UnsupportedError: the model's cache cannot do what was asked.
@@ -193,6 +150,7 @@ def generate(
     seed(settings)
     add_eos_tokens(tokenizer, settings.extra_eos_token)
     prompt = encode_prompt(tokenizer, settings, after_cache=prompt_cache is not None)
+    prompt = prompt if team is None else team.share(prompt)
     context = getattr(getattr(model, "args", None), "max_position_embeddings", None)
     if note and context and len(prompt) > context:
         note(
@@ -213,7 +171,7 @@ def generate(
         options |= {"draft_model": draft_model, "num_draft_tokens": settings.num_draft_tokens}
     else:
         options["prompt_progress_callback"] = on_prompt
-    result = run(model, tokenizer, prompt, settings, write=write, think=think, **options)
+    result = run(model, tokenizer, prompt, settings, write=write, think=think, team=team, **options)
     return replace(result, kv_cache=describe(caches))
 
 
@@ -226,6 +184,7 @@ def run(
     write: Callable[[str], None] | None = None,
     think: Callable[[str], None] | None = None,
     stop: Callable[[], bool] | None = None,
+    team: Ranks | None = None,
     **options: Any,
 ) -> Result:
     """``stream_generate`` to its end.
@@ -235,72 +194,52 @@ def run(
         write: called with each piece of the answer as it is there.
         think: called with each piece of the model's reasoning as it is there.
         stop: asked after each token whether to end the answer there.
+        team: the ranks that hold the model together; each must call this with the same prompt.
         options: more arguments of ``stream_generate``.
 
     Raises:
         MLXFuseError: no token was generated.
         GrammarError: the JSON schema cannot be followed.
     """
-    found: dict[str, list[str]] = {CONTENT: [], REASONING: []}
-    takers = {CONTENT: write, REASONING: think}
-    tokens: list[int] = []
-    accepted, last, reason = 0, None, "length"
-    stops, parts = StopTexts(settings.stop), _parts(tokenizer, prompt, settings)
+    answer = Answer(StopTexts(settings.stop), _parts(tokenizer, prompt, settings), write, think)
+    stream, options = _streamed(model, settings, options)
+    sampler, first = settings.sampler(tokenizer), team is None or team.first
+    for step in stream(
+        model,
+        tokenizer,
+        prompt,
+        max_tokens=settings.max_tokens,
+        sampler=sampler if team is None else agreed(sampler, team.group),
+        # Rank 0 chooses for all.
+        logits_processors=_processors(tokenizer, prompt, settings) if first else [],
+        prefill_step_size=settings.prefill_step_size,
+        **options,
+    ):
+        answer.add(step)
+        if answer.stops.found is not None:
+            answer.reason = "stop"
+            break
+        if stop is not None and stop():
+            answer.reason = step.finish_reason or "interrupted"
+            break
+    if team is not None:
+        mx.synchronize(generation_stream)  # a step that nobody waits for still needs every rank
+    return answer.result(drafts=settings.prompt_lookup or "draft_model" in options)
 
-    def give(pieces: list[tuple[str, str]]) -> None:
-        for kind, text in pieces:
-            found[kind].append(text)
-            if (take := takers[kind]) is not None:
-                take(text)
 
+def _streamed(
+    model: Any, settings: Settings, options: dict[str, Any]
+) -> tuple[Callable[..., Iterator[Any]], dict[str, Any]]:
+    """What generates, mlx-lm's ``stream_generate`` or one like it, and its further arguments."""
     if settings.kv is not None and settings.quantized_kv_start:
         options |= {
             "kv_bits": settings.kv.v_bits,
             "quantized_kv_start": settings.quantized_kv_start,
         }
-    stream: Callable[..., Iterator[Any]] = stream_generate
-    drafts = "draft_model" in options
-    if settings.prompt_lookup:
-        _expect_trimmable(model, options.get("prompt_cache"), "--prompt-lookup")
-        stream, drafts = lookup.stream, True
-        options["num_draft_tokens"] = settings.num_draft_tokens
-    for last in stream(
-        model,
-        tokenizer,
-        prompt,
-        max_tokens=settings.max_tokens,
-        sampler=settings.sampler(tokenizer),
-        logits_processors=_processors(tokenizer, prompt, settings),
-        prefill_step_size=settings.prefill_step_size,
-        **options,
-    ):
-        accepted += last.from_draft
-        if last.finish_reason != "stop":
-            tokens.append(int(last.token))
-        give(parts.feed(stops.feed(last.text)))
-        reason = last.finish_reason or reason
-        if stops.found is not None:
-            reason = "stop"
-            break
-        if stop is not None and stop():
-            reason = last.finish_reason or "interrupted"
-            break
-    give(parts.feed(stops.rest()) + parts.rest())
-    if last is None:
-        raise MLXFuseError("the model generated nothing")
-    return Result(
-        text="".join(found[CONTENT]),
-        reasoning="".join(found[REASONING]).rstrip(),
-        tokens=tokens,
-        prompt_tokens=last.prompt_tokens,
-        prompt_tps=last.prompt_tps,
-        generation_tokens=last.generation_tokens,
-        generation_tps=last.generation_tps,
-        peak_memory=last.peak_memory,
-        finish_reason=reason,
-        end_token=int(last.token) if last.finish_reason == "stop" else None,
-        accepted=accepted if drafts else None,
-    )
+    if not settings.prompt_lookup:
+        return stream_generate, options
+    _expect_trimmable(model, options.get("prompt_cache"), "--prompt-lookup")
+    return lookup.stream, options | {"num_draft_tokens": settings.num_draft_tokens}
 
 
 def _processors(tokenizer: TokenizerWrapper, prompt: list[int], settings: Settings) -> list[Any]:

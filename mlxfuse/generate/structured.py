@@ -152,30 +152,45 @@ class Constraint:
             self._advance(last)
             return
         found: Any = tokens[self._prompt :].tolist() if count else []
-        if found[: len(self._seen)] != self._seen:
-            self._restart()
-        for token in found[len(self._seen) :]:
+        same = len(self._seen)
+        if found[:same] != self._seen:
+            pairs = enumerate(zip(found, self._seen, strict=False))
+            same = next((i for i, (a, b) in pairs if a != b), min(count, same))
+            self._take_back(len(self._seen) - same)
+        for token in found[same:]:
             self._advance(token)
+
+    def _take_back(self, count: int) -> None:
+        """Forget the last ``count`` tokens."""
+        dropped = self._past[-count:]
+        self._state = dropped[0][0]
+        if consumed := sum(read for _, read in dropped):
+            self._matcher.rollback(consumed)
+        del self._seen[-count:], self._past[-count:]
 
     def _restart(self) -> None:
         self._matcher.reset()
         self._seen: list[int] = []
+        # For each token that was seen: the state before it, and whether the matcher read it.
+        self._past: list[tuple[str, bool]] = []
         self._state = self._first
 
     def _advance(self, token: int) -> None:
+        before, read = self._state, False
         self._seen.append(token)
-        if self._state == "free":
+        if before == "free":
             if self._seen[-len(self._trigger) :] == self._trigger:
                 self._state = "begin"
-        elif self._state == "begin" and token == self._tool:
+        elif before == "begin" and token == self._tool:
             self._state = "tool"
-        elif self._state == "begin" and token == self._think and len(self._seen) == 1:
+        elif before == "begin" and token == self._think and len(self._seen) == 1:
             self._state = "free"
-        elif self._state != "tool" and not self._matcher.is_stopped():
-            self._state = "grammar"
+        elif before != "tool" and not self._matcher.is_stopped():
+            self._state, read = "grammar", True
             self._matcher.consume_token(token)
             if self._matcher.is_error():
                 raise GrammarError(f"the grammar is too complex: {self._matcher.get_error()}")
+        self._past.append((before, read))
 
 
 class _Vocabulary:

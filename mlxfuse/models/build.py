@@ -26,6 +26,7 @@ from ..nn.cpu import (
 from ..nn.experts import QuantizedSwitchLinear
 from ..nn.quantized import Place, QuantizedEmbedding, QuantizedLinear
 from ..nn.rope import FrequencyRoPE, NoRoPE
+from .part import Part, parent_of
 from .plan import Group, Plan, WeightPlan, groups, lean
 from .rope import Rope
 from .rows import RowSource
@@ -47,14 +48,17 @@ def build(
     *,
     quantized: bool = False,
     account: Account | None = None,
+    part: Part | None = None,
 ) -> nn.Module:
     """mlx-lm's model with the file's weights, evaluated layer by layer.
 
     Args:
+        weights: of the whole model.
         budget: bytes of dense weights, by default half of the memory that is available; what
             exceeds it stays in the mapped file and is dequantised at every call.
         quantized: keep matrices of the types that have a kernel as the file has them.
         account: adds up what it costs.
+        part: what of it this rank holds, if several machines share the model.
 
     Host memory above the model itself: of the weight (with ``quantized``, the fused group) being
     made, the file's bytes or one chunk in float32 and, if it has several chunks, a copy.
@@ -66,8 +70,11 @@ def build(
     _set_ropes(file, model, config)
     _check_parameters(model, weights)
     for path, value in config.values.items():
-        parent, name = _parent(model, path)
+        parent, name = parent_of(model, path)
         setattr(parent, name, mx.array(value))
+    if part is not None:
+        part.narrow(model)
+        weights = part.share.plan
     left = memory.available() // 2 if budget is None else budget
     loader = StreamLoader(file, account)
     in_order = list(groups(weights))
@@ -79,7 +86,7 @@ def build(
             _place_quantized(loader, model, group, dtype)
             continue
         for weight in group.weights:
-            parent, name = _parent(model, weight.module)
+            parent, name = parent_of(model, weight.module)
             nbytes = math.prod(weight.shape) * dtype.size
             dense = len(weight.shape) == 1 or weight.of.bare or weight.of.dense or nbytes <= left
             left -= nbytes if dense else 0
@@ -89,6 +96,8 @@ def build(
                 mx.eval(made if isinstance(made, mx.array) else made.parameters())
             if quantized:
                 _note(account, weight, nbytes if dense else 0)
+    if part is not None:
+        part.join(model)
     model.eval()
     return model
 
@@ -97,7 +106,7 @@ def _place_quantized(loader: StreamLoader, model: nn.Module, group: Group, dtype
     """One `QuantizedWeight` for the group, and a layer over its rows for each member."""
     whole = loader.weight(group)
     for i, weight in enumerate(group.weights):
-        parent, name = _parent(model, weight.module)
+        parent, name = parent_of(model, weight.module)
         if isinstance(getattr(parent, name), nn.Embedding):
             setattr(parent, name, QuantizedEmbedding(whole, dtype))
             continue
@@ -174,7 +183,8 @@ def make_module(
 
 
 def _bias(file: GGUFFile, weight: WeightPlan, dtype: mx.Dtype) -> mx.array:
-    return mx.array(FileRows(file, weight.bias, mapped=False)(0, weight.shape[0])).astype(dtype)
+    found = mx.array(FileRows(file, weight.bias, mapped=False)(0, weight.shape[0])).astype(dtype)
+    return mx.zeros_like(found) if weight.silent else found
 
 
 class FileRows:
@@ -244,14 +254,6 @@ def _rope(file: GGUFFile, rope: Rope) -> nn.Module:
         if not np.all(factors > 0):
             raise GGUFError(file.path, f"{rope.factors} has values that are not positive")
     return FrequencyRoPE(mx.array(rope.periods(factors)), rope.scale, pairs=rope.pairs)
-
-
-def _parent(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    *parents, name = path.split(".")
-    module: Any = model
-    for part in parents:
-        module = module[int(part)] if isinstance(module, list) else module[part]
-    return module, name
 
 
 def _check_parameters(model: nn.Module, weights: Plan) -> None:

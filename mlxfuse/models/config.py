@@ -5,6 +5,7 @@ Keys and defaults are llama.cpp's (``src/llama-model.cpp``, ``src/models/*.cpp``
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import GGUFError, UnsupportedError
@@ -45,6 +46,45 @@ def read_config(file: GGUFFile, context_length: int | None = None) -> Config:
     """
     arch = architecture(file)
     key = Keys(file, arch.uneven)
+    experts = _has_experts(key, arch)
+    sizes = _sizes(key, arch)
+    layers, ignored = _layers(key)
+    expert_args: dict[str, Any] = {}
+    by_layer: tuple[dict[str, int], ...] = ()
+    if experts:
+        expert_args, expert_sizes, by_layer = _experts(key, arch, layers)
+        sizes |= expert_sizes
+    width = sizes.get("expert_ff")
+    sizes["ff"] = 0 if arch.attention_free else key.count("feed_forward_length", width)
+    sizes["gate_up"] = 2 * sizes["ff"]
+    context = key.count("context_length")
+    rope = read_rope(key, arch, sizes["head"], context, context_length or context)
+    sizes["rotary"] = rope.dims
+    tied = "output.weight" not in file.tensors
+    if tied and not arch.may_tie:
+        raise GGUFError(file.path, f"output.weight is missing; {arch.name} has a head of its own")
+    args: dict[str, Any] = {
+        "num_hidden_layers": layers,
+        "max_position_embeddings": context,
+        "rope_theta": rope.base,
+        **({"partial_rotary_factor": rope.dims / sizes["head"]} if arch.partial_rope else {}),
+        "tie_word_embeddings": tied,
+        **_sizes_as_args(sizes),
+        **_epsilons(key, arch),
+        **expert_args,
+        **_own_args(key, arch, sizes),
+    }
+    config = Config(arch, layers, sizes, args, rope, tied, ignored=ignored, by_layer=by_layer)
+    return arch.configure(key, config) if arch.configure else config
+
+
+def _has_experts(key: Keys, arch: Architecture) -> bool:
+    """Whether the model's layers have experts.
+
+    Raises:
+        UnsupportedError: they do and the architecture's do not, or the model is none that
+            generates text.
+    """
     experts = bool(key("expert_count", int, 0))
     if experts and not arch.experts:
         raise UnsupportedError(f"mixture-of-experts models of {arch.name} are not supported")
@@ -53,66 +93,48 @@ def read_config(file: GGUFFile, context_length: int | None = None) -> Config:
             f"{arch.name}.attention.causal is false: a model that sees later tokens too, such as "
             "those for embeddings; only models that generate text are supported"
         )
-    sizes = _sizes(key, arch)
-    embd, heads, head = sizes["embd"], sizes["heads"], sizes["head"]
-    layers, ignored = _layers(key)
-    expert_args: dict[str, Any] = {}
-    by_layer: tuple[dict[str, int], ...] = ()
-    if experts or (arch.experts and not arch.dense_too):
-        expert_args, expert_sizes, by_layer = _experts(key, arch, layers)
-        sizes |= expert_sizes
-    if not arch.attention_free:  # nor has it an MLP
-        sizes["ff"] = key.count("feed_forward_length", sizes.get("expert_ff"))
-        sizes["gate_up"] = 2 * sizes["ff"]
-    context = key.count("context_length")
-    rope = read_rope(
-        key,
-        head,
-        context,
-        context_length or context,
-        types=arch.rope_types,
-        partial=arch.partial_rope,
-        pairs=arch.rope_layout == "interleaved",
-        yarn_log=arch.yarn_log,
-    )
-    sizes["rotary"] = rope.dims
-    tied = "output.weight" not in file.tensors
-    if tied and not arch.may_tie:
-        raise GGUFError(file.path, f"output.weight is missing; {arch.name} has a head of its own")
+    return experts or (arch.experts and not arch.dense_too)
+
+
+def _sizes_as_args(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Fields of ``ModelArgs`` that are sizes in every architecture."""
+    fields = {
+        "hidden_size": "embd",
+        "intermediate_size": "ff",
+        "num_attention_heads": "heads",
+        "num_key_value_heads": "kv_heads",
+        "head_dim": "head",
+        "vocab_size": "vocab",
+    }
+    return {field: sizes[name] for field, name in fields.items()}
+
+
+def _epsilons(key: Keys, arch: Architecture) -> dict[str, float]:
+    """The norms' epsilon under each name that a ``ModelArgs`` has for it."""
     norm = "layer_norm_epsilon" if arch.layer_norm else "layer_norm_rms_epsilon"
     # Some hybrids' files have the other name.
     other = key("attention.layer_norm_epsilon", float, 0.0)
     epsilon = key.positive(f"attention.{norm}", other or None)
-    args: dict[str, Any] = {
+    names = ("rms_norm_eps", "layer_norm_eps", "norm_eps", "norm_epsilon")
+    return dict.fromkeys(names, epsilon)
+
+
+def _own_args(key: Keys, arch: Architecture, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Fields of ``ModelArgs`` that the architecture's row tells."""
+    return {
         "model_type": arch.name,
-        "hidden_size": embd,
-        "num_hidden_layers": layers,
-        "intermediate_size": sizes.get("ff", 0),
-        "num_attention_heads": heads,
-        "num_key_value_heads": sizes["kv_heads"],
-        "head_dim": head,
         "attention_bias": False,  # linears have the biases that the file has
         "mlp_bias": False,
-        **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "norm_eps", "norm_epsilon"), epsilon),
-        "vocab_size": sizes["vocab"],
-        "max_position_embeddings": context,
-        "rope_theta": rope.base,
-        **({"partial_rotary_factor": rope.dims / head} if arch.partial_rope else {}),
-        "tie_word_embeddings": tied,
-        **expert_args,
         **{field: sizes[name] for field, name in arch.same.items()},
         **{field: key.value(*given) for field, given in arch.keys.items()},
-        **{field: name in file.tensors for field, name in arch.present.items()},
+        **{field: name in key.file.tensors for field, name in arch.present.items()},
         **arch.args,
     }
-    config = Config(arch, layers, sizes, args, rope, tied, ignored=ignored, by_layer=by_layer)
-    return arch.configure(key, config) if arch.configure else config
 
 
 def _sizes(key: Keys, arch: Architecture) -> dict[str, int]:
     """The sizes that every architecture has."""
-    embd = key.count("embedding_length")
-    heads = kv_heads = 1
+    embd, heads, kv_heads = key.count("embedding_length"), 1, 1
     if not arch.attention_free:
         heads = key.count("attention.head_count")
         kv_heads = key.count("attention.head_count_kv", heads)

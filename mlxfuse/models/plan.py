@@ -48,6 +48,7 @@ class WeightPlan:
     bias    likewise, or empty.
     group   path of the fused group it belongs to, for example ``model.layers.0.qkv``, or empty.
     of      its row of the architecture's table.
+    silent  its bias is added by another of the machines that share the model.
     """
 
     module: str
@@ -55,6 +56,7 @@ class WeightPlan:
     bias: tuple[RowSource, ...]
     group: str
     of: Weight
+    silent: bool = False
 
     @property
     def parameter(self) -> str:

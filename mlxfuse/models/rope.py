@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import GGUFError, UnsupportedError
 from .keys import Keys
+
+if TYPE_CHECKING:
+    from ..gguf.reader import GGUFFile
+    from .table import Architecture
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,84 +69,94 @@ class Rope:
         return (1 / (ramp / interpolated + (1 - ramp) / extrapolated)).astype(np.float32)
 
 
-def read_rope(
-    key: Keys,
-    head: int,
-    trained: int,
-    used: int,
-    *,
-    types: tuple[str, ...],
-    partial: bool,
-    pairs: bool,
-    yarn_log: float = 0.0,
-) -> Rope:
+def read_rope(key: Keys, arch: Architecture, head: int, trained: int, used: int) -> Rope:
     """The rotary embedding of the layers that see the whole context.
 
     Args:
+        arch: its ``rope_types``, ``partial_rope``, ``rope_layout`` and ``yarn_log`` say what the
+            architecture has.
         head: components of a head.
         trained, used: tokens of the file's context and of the one it is opened for.
-        types, partial, pairs, yarn_log: what the architecture's table says: ``rope_types``,
-            ``partial_rope``, whether its ``rope_layout`` is interleaved, and ``yarn_log``.
 
     Raises:
         UnsupportedError: a scaling that the architecture does not have.
         GGUFError: a value makes no sense, or the tensor of factors is missing.
     """
-    file = key.file
-    dims = key.count("rope.dimension_count", head)
-    if dims % 2 or dims > head:
-        raise GGUFError(file.path, f"{dims} rotary dimensions of a head of {head}")
-    if dims != head and not partial:
-        raise UnsupportedError(f"{key.name} with rotary embedding on {dims} of {head} dimensions")
+    dims = _rotated(key, head, arch.partial_rope)
     base = key.positive("rope.freq_base", 10000.0)
     original = key.count("rope.scaling.original_context_length", trained)
+    kind, factor = _scaling(key)
+    kind, factors = _factors(key, kind, used > original)
+    if kind not in ("none", *arch.rope_types):
+        raise UnsupportedError(
+            f"rotary scaling {kind!r} is not supported for {key.name}; "
+            f"supported are {', '.join(arch.rope_types)}"
+        )
+    if factors:
+        _check_factors(key.file, factors, dims // 2)
+    scale = key("rope.scaling.attn_factor", float, 1.0)
+    rope = Rope(dims, base, factor, scale, factors, pairs=arch.rope_layout == "interleaved")
+    return _with_yarn(key, rope, original, arch.yarn_log) if kind == "yarn" else rope
+
+
+def _rotated(key: Keys, head: int, partial: bool) -> int:
+    """How many components of a head are rotated."""
+    dims = key.count("rope.dimension_count", head)
+    if dims % 2 or dims > head:
+        raise GGUFError(key.file.path, f"{dims} rotary dimensions of a head of {head}")
+    if dims != head and not partial:
+        raise UnsupportedError(f"{key.name} with rotary embedding on {dims} of {head} dimensions")
+    return dims
+
+
+def _scaling(key: Keys) -> tuple[str, float]:
+    """The kind of scaling that the metadata names, and its factor."""
     # llama.cpp's default type is linear, which a missing factor turns into none.
     kind = key("rope.scaling.type", str, "linear")
     factor = key("rope.scaling.factor", float, key("rope.scale_linear", float, 0.0)) or 1.0
     if factor <= 0:
-        raise GGUFError(file.path, f"rope.scaling.factor is {factor}; expected more than 0")
-    scale = key("rope.scaling.attn_factor", float, 1.0)
+        raise GGUFError(key.file.path, f"rope.scaling.factor is {factor}; expected more than 0")
     if kind == "none" or (kind == "linear" and factor == 1.0):
-        kind, factor = "none", 1.0
-    factors, turns = "", (32.0, 1.0)
-    if "rope_freqs.weight" in file.tensors:
-        kind = "llama3" if kind == "none" else f"{kind} with rope_freqs.weight"
-        factors = "rope_freqs.weight"
-    elif "rope_factors_long.weight" in file.tensors or "rope_factors_short.weight" in file.tensors:
-        if kind in ("none", "longrope"):
-            kind = "longrope"
-        factors = f"rope_factors_{'long' if used > original else 'short'}.weight"
-    elif kind == "longrope":
-        raise GGUFError(file.path, "rope_factors_long.weight is missing for longrope scaling")
-    if kind not in ("none", *types):
-        raise UnsupportedError(
-            f"rotary scaling {kind!r} is not supported for {key.name}; "
-            f"supported are {', '.join(types)}"
+        return "none", 1.0
+    return kind, factor
+
+
+def _factors(key: Keys, kind: str, long: bool) -> tuple[str, str]:
+    """The kind of scaling, for which the tensors of factors count too, and the tensor's name."""
+    tensors = key.file.tensors
+    if "rope_freqs.weight" in tensors:
+        named = "llama3" if kind == "none" else f"{kind} with rope_freqs.weight"
+        return named, "rope_freqs.weight"
+    if "rope_factors_long.weight" in tensors or "rope_factors_short.weight" in tensors:
+        named = "longrope" if kind == "none" else kind
+        return named, f"rope_factors_{'long' if long else 'short'}.weight"
+    if kind == "longrope":
+        raise GGUFError(key.file.path, "rope_factors_long.weight is missing for longrope scaling")
+    return kind, ""
+
+
+def _check_factors(file: GGUFFile, name: str, count: int) -> None:
+    tensor = file.tensors.get(name)
+    if tensor is None:
+        raise GGUFError(file.path, f"{name} is missing")
+    if tensor.shape != (count,):
+        raise GGUFError(file.path, f"{name} is {tensor.shape}; expected {(count,)}")
+
+
+def _with_yarn(key: Keys, rope: Rope, original: int, yarn_log: float) -> Rope:
+    """``rope`` with YaRN's ramp and the scale that YaRN gives to queries and keys."""
+    if rope.base <= 1:
+        raise GGUFError(
+            key.file.path, f"rope.freq_base is {rope.base}; expected more than 1 for YaRN"
         )
-    if factors:
-        tensor = file.tensors.get(factors)
-        if tensor is None:
-            raise GGUFError(file.path, f"{factors} is missing")
-        if tensor.shape != (dims // 2,):
-            raise GGUFError(file.path, f"{factors} is {tensor.shape}; expected {(dims // 2,)}")
-    if kind == "yarn":
-        if base <= 1:
-            raise GGUFError(file.path, f"rope.freq_base is {base}; expected more than 1 for YaRN")
-        scale *= 1 + 0.1 * math.log(factor) if factor > 1 else 1.0
-        if yarn_log:
-            # What the scale of scores already has (``mscale_all_dim`` in the models' own files).
-            log = key("rope.scaling.yarn_log_multiplier", float, 0.0) * yarn_log
-            scale /= 1 + 0.1 * log * math.log(factor) if factor > 1 else 1.0
-            names = (f"rope.scaling.yarn_beta_{end}" for end in ("fast", "slow"))
-            fast, slow = (key(n, float, turn) for n, turn in zip(names, turns, strict=True))
-            turns = (fast, slow)
-    return Rope(
-        dims,
-        base,
-        factor,
-        scale,
-        factors,
-        yarn=original if kind == "yarn" else 0,
-        turns=turns,
-        pairs=pairs,
-    )
+    scale, turns = rope.scale, rope.turns
+    growth = math.log(rope.factor) if rope.factor > 1 else 0.0
+    scale *= 1 + 0.1 * growth
+    if yarn_log:
+        # What the scale of scores already has (``mscale_all_dim`` in the models' own files).
+        log = key("rope.scaling.yarn_log_multiplier", float, 0.0) * yarn_log
+        scale /= 1 + 0.1 * log * growth
+        fast = key("rope.scaling.yarn_beta_fast", float, turns[0])
+        slow = key("rope.scaling.yarn_beta_slow", float, turns[1])
+        turns = (fast, slow)
+    return replace(rope, scale=scale, yarn=original, turns=turns)

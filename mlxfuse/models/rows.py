@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,12 @@ from ..gguf.blocks import dequantize
 if TYPE_CHECKING:
     from ..formats import Format
     from ..gguf.reader import GGUFFile, Tensor
+
+Ranges = tuple[tuple[int, int], ...]
+"""``[first, last + 1)`` of consecutive things, one range after the other in ascending order."""
+
+# Of rows of which only some columns are kept, so many bytes are read at a time.
+_PIECE = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +34,12 @@ class RowSource:
                  changed on the file's bytes and is exact.
     factor       what the rows are multiplied by: a vector of one number, or of one for each
                  expert; None for 1.
+
+    Where several machines share a model, each has a part:
+
+    kept         which of the rows, counted in the model's order from ``start``; empty for all.
+    columns      which columns of them, whole blocks; empty for all.
+    matrices     which of the matrices of a stack; empty for all.
     """
 
     tensor: Tensor
@@ -34,6 +47,9 @@ class RowSource:
     stop: int
     swap: tuple[int, ...] = ()
     factor: Tensor | None = None
+    kept: Ranges = ()
+    columns: Ranges = ()
+    matrices: Ranges = ()
 
     @property
     def format(self) -> Format:
@@ -42,56 +58,110 @@ class RowSource:
     @property
     def count(self) -> int:
         """Rows, of each expert if there are any."""
-        return self.stop - self.start
+        return length(self.kept) or self.stop - self.start
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (*self.tensor.shape[:-2], self.count, *self.tensor.shape[1:][-1:])
+        lead, last = self.tensor.shape[:-2], self.tensor.shape[1:][-1:]
+        lead = (self.experts,) if lead else lead
+        return (*lead, self.count, *((length(self.columns),) if self.columns else last))
 
     @property
     def experts(self) -> int:
         """Matrices one after the other in the tensor: 1, or as many as it has experts."""
-        return self.tensor.shape[0] if len(self.tensor.shape) == 3 else 1
+        stacked = self.tensor.shape[0] if len(self.tensor.shape) == 3 else 1
+        return length(self.matrices) or stacked
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes in the file of what is kept of a row."""
+        return self.format.row_bytes(self.shape[-1] if len(self.shape) > 1 else 1)
 
     @property
     def nbytes(self) -> int:
-        """Bytes in the file of a matrix's rows."""
-        return self.experts * self.count * self.tensor.row_bytes
+        """Bytes in the file of what is kept."""
+        return self.experts * self.count * self.row_bytes
 
     def factors(self, file: GGUFFile) -> NDArray[np.float32] | None:
         """What each row is multiplied by, float32 ``[experts * rows, 1]``, or None for 1."""
         if self.factor is None:
             return None
-        values = dequantize(file.read(self.factor), self.factor.format, (self.experts, 1))
-        return np.repeat(values, self.count, axis=0)
+        stacked = self.tensor.shape[0] if len(self.tensor.shape) == 3 else 1
+        values = dequantize(file.read(self.factor), self.factor.format, (stacked, 1))
+        return np.repeat(values[list(indices(self.matrices or ((0, stacked),)))], self.count, 0)
 
     def spans(self) -> list[slice]:
-        """Where the rows are among all of the tensor's, one slice for each expert."""
-        height = self.tensor.rows // self.experts
+        """Where the rows are among all of the tensor's: slices of consecutive ones, ascending."""
+        stacked = self.tensor.shape[0] if len(self.tensor.shape) == 3 else 1
+        height = self.tensor.rows // stacked
+        runs = [(self.start, self.stop)]
+        if self.kept:
+            rows = np.sort(self._rows())
+            ends = np.flatnonzero(np.diff(rows) > 1) + 1
+            runs = [(int(run[0]), int(run[-1]) + 1) for run in np.split(rows, ends)]
         return [
-            slice(expert * height + self.start, expert * height + self.stop)
-            for expert in range(self.experts)
+            slice(matrix * height + start, matrix * height + stop)
+            for matrix in indices(self.matrices or ((0, stacked),))
+            for start, stop in runs
         ]
 
+    def _rows(self) -> NDArray[np.intp]:
+        """The file's row, in its matrix, of each row that is kept, in the model's order."""
+        rows = np.arange(self.start, self.stop)
+        if self.swap:
+            last = rows[len(rows) - math.prod(self.swap) :]
+            last[:] = last.reshape(self.swap).swapaxes(1, 2).ravel()
+        return np.concatenate([rows[a:b] for a, b in self.kept]) if self.kept else rows
+
     def order(self) -> NDArray[np.intp] | None:
-        """Index of the file's row for each row of the model, or None if they are the same."""
+        """Index among `bytes` of each row of the model, or None if they are in the same order."""
         if not self.swap:
             return None
-        rows = np.arange(self.count)
-        last = rows[self.count - math.prod(self.swap) :]
-        last[:] = last.reshape(self.swap).swapaxes(1, 2).ravel()
-        return rows
+        rows = self._rows()
+        return np.searchsorted(np.sort(rows), rows)
 
     def bytes(self, file: GGUFFile, *, mapped: bool) -> NDArray[np.uint8]:
         """The rows in the file's order, uint8 [rows, bytes a row], expert after expert.
 
-        A view if ``mapped``, but for a part of every expert.
+        A view if ``mapped``, but for a part of every expert and for a part of the columns.
         """
         tensor = self.tensor
-        if len(tensor.shape) == 1 or mapped:
+        if len(tensor.shape) == 1:
             data = file.view(tensor) if mapped else file.read(tensor)
-            rows = data.reshape(*(tensor.shape[:-1] or tensor.shape), -1)
-            return rows[..., self.start : self.stop, :].reshape(-1, rows.shape[-1])
-        whole = self.count == tensor.shape[-2]
-        read = [file.read(tensor, span) for span in ([slice(None)] if whole else self.spans())]
+            return data.reshape(tensor.shape[0], -1)[np.sort(self._rows())]
+        if self.columns:
+            return self._columns(file)
+        whole = self.count == tensor.shape[-2] and not self.matrices
+        spans = [slice(None)] if whole else self.spans()
+        if mapped:
+            rows = file.view(tensor).reshape(tensor.rows, tensor.row_bytes)
+            return rows[spans[0]] if len(spans) == 1 else np.concatenate([rows[s] for s in spans])
+        read = [file.read(tensor, span) for span in spans]
         return (read[0] if len(read) == 1 else np.concatenate(read)).reshape(-1, tensor.row_bytes)
+
+    def _columns(self, file: GGUFFile) -> NDArray[np.uint8]:
+        """`bytes` of some columns: whole rows are read, a piece at a time."""
+        tensor, block = self.tensor, self.format.block_size
+        found = np.empty((self.experts * self.count, self.row_bytes), np.uint8)
+        step, at = max(1, _PIECE // tensor.row_bytes), 0
+        for span in self.spans():
+            for start in range(span.start, span.stop, step):
+                rows = slice(start, min(start + step, span.stop))
+                data = file.read(tensor, rows).reshape(-1, tensor.row_bytes)
+                out, left = found[at : at + len(data)], 0
+                for first, end in self.columns:
+                    a, b = (c // block * self.format.type_size for c in (first, end))
+                    out[:, left : left + b - a] = data[:, a:b]
+                    left += b - a
+                at += len(data)
+        return found
+
+
+def length(ranges: Ranges) -> int:
+    """How many things they hold."""
+    return sum(end - first for first, end in ranges)
+
+
+def indices(ranges: Ranges) -> Iterable[int]:
+    """Each of them."""
+    return (i for first, end in ranges for i in range(first, end))

@@ -74,7 +74,8 @@ class StreamLoader:
         sources = group.sources
         columns = sources[0].shape[-1]
         first, rows = first_rows(sources)
-        if isinstance(self.file, ExportedFile):
+        part = any(s.kept or s.columns or s.matrices for s in sources)
+        if isinstance(self.file, ExportedFile) and not part:
             streams = self._stored(self.file, group.key, list(rows))
         else:
             streams = self._relaid(sources, first, rows, columns)

@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx_lm.models.base import scaled_dot_product_attention
 
 from ..kernels import Backend
+from ..kernels.kv.sdpa_call import Scores
 from .fused import Form, FusedModule, Run, plus, project, rounded, split
 from .norm import Given, floats
 from .projection import Projection
@@ -90,8 +91,7 @@ class FusedAttention(FusedModule):
 
     def holds(self, on: Backend, *, counted: bool = True) -> bool:
         """`fusible`, with what is fused of it."""
-        form = self._fused
-        return self.fusible(on, form.qkv, form.o, form.rotation, counted=counted)
+        return self.fusible(on, self._fused.snapshot(), counted=counted)
 
     def children_read(self) -> list[tuple[nn.Module, str]]:
         """The norms of q and k and the linears that are not fused, for `part`."""
@@ -185,10 +185,7 @@ class FusedAttention(FusedModule):
                 queries,
                 keys,
                 values,
-                scale=form.scale,
-                mask=mask,
-                sinks=sinks,
-                softcap=form.softcap or None,
+                Scores.of(mask, form.scale, form.softcap or None, sinks),
             )
             return output
         if cache is not None:

@@ -60,7 +60,7 @@ class FusedExperts(FusedModule):
         form = self._fused
         run = Run.of(x)
         alike = scores is None or cast or scores.dtype == floats(x).dtype
-        if not (alike and self.fusible(run.on, form.up, form.down)):
+        if not (alike and self.fusible(run.on, form.snapshot())):
             y: mx.array = form.original.__call__(self, floats(x), indices)
             total = _weighted(y, scores)
             return total.astype(y.dtype) if cast else total

@@ -48,7 +48,8 @@ class Projection(ABC):
                 held.append((vars(linear).get, "weight"))
             held += [(linear.get, a) for a in ARRAYS if a in linear]
         held += [(parent.get, name) for name in names]
-        self.holds = Snapshot(held).holds
+        self.snapshot = Snapshot(held)
+        self.holds = self.snapshot.holds
 
     @abstractmethod
     def split(self, x: mx.array, on: Backend) -> Sequence[mx.array] | None:

@@ -16,8 +16,9 @@ from ..generate.run import Settings
 from ..generate.sampling import Sampling, suppressed
 from ..generate.structured import Constraint, Grammars
 from .answers import Form
-from .engine import Job
+from .jobs import Job
 from .requests import MAX_CHOICES, ChatRequest, CompletionRequest, RequestError
+from .text import Echo
 
 # What a request may not tell the template: it is how the template is rendered.
 _RESERVED = {
@@ -32,7 +33,7 @@ _UNLIMITED = 1 << 20  # tokens, for a model that does not say how many it was ma
 class Plan:
     """What a request comes to.
 
-    prompts  of which each has ``n`` answers; ``texts`` are they as the request gave them.
+    prompts  of which each has ``n`` answers.
     make     makes the job of one answer, by its number.
     form     how its text is to be read.
     """
@@ -41,7 +42,6 @@ class Plan:
     make: Callable[[int, Callable[..., None]], Job]
     n: int = 1
     form: Form = field(default_factory=Form)
-    texts: list[str] = field(default_factory=list)
 
     @property
     def count(self) -> int:
@@ -91,19 +91,38 @@ class Planner:
         """
         if len(request.prompt) * request.n > MAX_CHOICES:
             raise RequestError(f"expected at most {MAX_CHOICES} answers in all", param="n")
-        prompts = []
+        prompts, echoes = [], []
         for prompt in request.prompt:
             ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
             if not ids:
                 raise RequestError("the prompt is empty: it has no tokens", param="prompt")
             if not all(0 <= token < self.vocabulary for token in ids):
                 raise self._outside("prompt")
-            self._fits(ids)
+            self._fits(ids, room=request.limit != 0)
             prompts.append(ids)
-        texts = [p if isinstance(p, str) else self._tokenizer.decode(p) for p in request.prompt]
+            echoes.append(self._echo(prompt, ids, request.top is not None))
         constraint = self._constraint(request, None, False, False)
         make = self._maker(request, prompts, request.top, constraint, {})
-        return Plan(prompts, make, request.n, texts=texts)
+        if not request.echo:
+            return Plan(prompts, make, request.n)
+
+        def echoing(index: int, deliver: Callable[..., None]) -> Job:
+            return replace(make(index, deliver), echo=echoes[index // request.n])
+
+        return Plan(prompts, echoing, request.n)
+
+    def _echo(self, prompt: str | list[int], ids: list[int], places: bool) -> Echo:
+        text = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)
+        if not places:
+            return Echo(text)
+        # What the tokenizer put in front of a text is not in it.
+        plain = self._tokenizer.encode(text, add_special_tokens=False)
+        added = len(ids) - len(plain) if isinstance(prompt, str) else 0
+        detokenizer, offsets = self._tokenizer.detokenizer, [0] * added
+        for token in ids[added:]:
+            offsets.append(min(len(detokenizer.text), len(text)))
+            detokenizer.add_token(token)
+        return Echo(text, tuple(offsets))
 
     # --- the prompt ---------------------------------------------------------------------------
 
@@ -184,8 +203,8 @@ class Planner:
                 found[common] = kind
         return found
 
-    def _fits(self, ids: list[int]) -> None:
-        if len(ids) >= self.context:
+    def _fits(self, ids: list[int], room: bool = True) -> None:
+        if len(ids) + room > self.context:
             raise RequestError(
                 f"the prompt has {len(ids):,} tokens; the model's context of {self.context:,} "
                 "has no room for it and an answer",
@@ -260,7 +279,7 @@ class Planner:
         if not all(0 <= token < self.vocabulary for token in sampling.logit_bias):
             raise self._outside("logit_bias")
         limit = sampling.max_tokens
-        if limit == 0:
+        if limit == 0 and isinstance(request, ChatRequest):
             raise RequestError("max_tokens: expected 1 or more", param="max_tokens")
 
         def make(index: int, deliver: Callable[..., None]) -> Job:

@@ -72,8 +72,6 @@ class Reply:
             if self._chat:
                 delta = {"role": "assistant", "content": ""}
                 yield self._chunk(index, {"delta": delta, "logprobs": None})
-            elif echo := self._echo(index):
-                yield self._chunk(index, {"text": echo, "logprobs": None})
 
     def parts(self, index: int, parts: Sequence[Part]) -> Iterator[bytes]:
         """The chunks for what an answer gained; its last has ``finish_reason``."""
@@ -142,7 +140,7 @@ class Reply:
                 message["tool_calls"] = [_call(call) for call in answer.calls]
             made["message"] = message | {"refusal": None}
         else:
-            made["text"] = self._echo(index) + answer.content
+            made["text"] = answer.content
         return made | {"logprobs": told, "finish_reason": answer.finish}
 
     # --- both -----------------------------------------------------------------------------------
@@ -150,11 +148,6 @@ class Reply:
     def _head(self, chunk: str) -> dict[str, Any]:
         kind = f"chat.completion{chunk}" if self._chat else "text_completion"
         return {"id": self._id, "object": kind, "created": self._created, "model": self._name}
-
-    def _echo(self, index: int) -> str:
-        request = self._request
-        echo = isinstance(request, CompletionRequest) and request.echo
-        return self._plan.texts[index // self._plan.n] if echo else ""
 
     def _usage(self) -> dict[str, Any]:
         prompt = sum(map(len, self._plan.prompts))
@@ -177,19 +170,20 @@ class Reply:
                 for t in tokens
             ]
             return {"content": content, "refusal": None}
-        offset = len(self._echo(index))
         return {
             "tokens": [self._text(t.id) for t in tokens],
             "token_logprobs": [t.logprob for t in tokens],
             "top_logprobs": [self._alternatives(t) for t in tokens],
-            "text_offset": [offset + t.at for t in tokens],
+            "text_offset": [t.at for t in tokens],
         }
 
-    def _alternatives(self, token: Token) -> dict[str, float]:
+    def _alternatives(self, token: Token) -> dict[str, float] | None:
         """OpenAI's older form: the most likely tokens, and the one that was taken."""
+        if token.logprob is None:
+            return None
         return {self._text(i): logprob for i, logprob in (*token.top, (token.id, token.logprob))}
 
-    def _token(self, token: int, logprob: float) -> dict[str, Any]:
+    def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
         pieces = getattr(self._tokenizer, "pieces", None)
         if pieces is None:
             raw = self._tokenizer.decode([token]).encode()

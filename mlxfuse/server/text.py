@@ -14,14 +14,25 @@ class Token:
     """A generated token, and what it might have been.
 
     at       characters of the answer before it.
-    logprob  natural logarithm of its probability before temperature.
+    logprob  natural logarithm of its probability before temperature; None: nothing came before it.
     top      (id, logprob) of the most likely tokens, the first one first.
     """
 
     id: int
     at: int = 0
-    logprob: float = 0.0
+    logprob: float | None = 0.0
     top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """A prompt whose text the answer begins with.
+
+    offsets  characters of the text before each token of the prompt.
+    """
+
+    text: str
+    offsets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +58,12 @@ class StreamedText:
     Args:
         detokenizer: a fresh one of MLX-LM's.
         stops: strings before which the text ends.
+        begun: characters of the answer that came before.
     """
 
-    def __init__(self, detokenizer: Any, stops: Sequence[str]) -> None:
+    def __init__(self, detokenizer: Any, stops: Sequence[str], begun: int = 0) -> None:
         self._detokenizer, self._stops = detokenizer, StopTexts(tuple(stops))
-        self._length = self._given = 0  # characters
+        self._length = self._given = begun  # characters
         self._tokens: list[Token] = []
 
     def add(self, token: Token, ends: str | None) -> tuple[str, tuple[Token, ...], str | None]:

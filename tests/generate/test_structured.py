@@ -136,6 +136,41 @@ def test_tokens_that_were_drafted_in_vain_are_forgotten():
     assert allowed(a) == {b, c}
     assert allowed(a, c) == {*tok.eos_token_ids}
     assert allowed() == {a}
+    assert allowed(a, b, *tok.eos_token_ids, c) == {*tok.eos_token_ids}
+    assert allowed(a) == {b, c}
+
+
+def test_drafts_in_vain_are_taken_back_and_the_answer_is_not_read_again():
+    tok = tokenizer(controls=("<think>", "</think>"), template=HERMES)
+    ends, one, quote = (tok.convert_tokens_to_ids(t) for t in ("</think>", "1", '"'))
+    made = Grammars(tok).json_schema({"type": "array", "items": {"enum": [1]}}, reasoning=True)
+    kept, read = made._matcher, []
+
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(kept, name)
+
+        def consume_token(self, token):
+            read.append(token)
+            return kept.consume_token(token)
+
+    made._matcher = Counting()
+    opening, comma, space = (tok.convert_tokens_to_ids(t) for t in ("[", ",", "Ġ"))
+
+    def allowed(*tokens):
+        masked = np.array(made(mx.array([5, *tokens]), mx.zeros((1, len(tok)))))[0]
+        return set(np.flatnonzero(np.isfinite(masked)).tolist())
+
+    said = [quote, quote, ends, opening]
+    assert opening in allowed()
+    for _ in range(50):
+        assert allowed(*said, one, comma, space, one) == {comma, tok.convert_tokens_to_ids("]")}
+        assert one in allowed(*said)
+        said += [one, comma, space]
+    assert len(read) == 1 + 49 * 3 + 50 * 4
+    # And as far as into its reasoning, which is free.
+    assert comma in allowed(quote)
+    assert comma not in allowed(*said)
 
 
 def test_of_a_file_whose_tokens_are_sentencepieces(tmp_path):

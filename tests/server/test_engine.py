@@ -14,9 +14,10 @@ from mlxfuse.errors import MLXFuseError
 from mlxfuse.generate.run import Settings, generate
 from mlxfuse.generate.sampling import Sampling
 from mlxfuse.loader import load
-from mlxfuse.server import Server, sampling
-from mlxfuse.server.engine import Engine, EngineError, Job, Limits
-from mlxfuse.server.text import Piece, StreamedText, Token
+from mlxfuse.server import Server, sampling, scoring
+from mlxfuse.server.engine import Engine
+from mlxfuse.server.jobs import EngineError, Job, Limits
+from mlxfuse.server.text import Echo, Piece, StreamedText, Token
 
 from ..models import tiny
 from .conftest import openai_client, serving
@@ -293,6 +294,58 @@ def test_answers_are_those_of_generate(random_model, draft):
             got = run(engine, *(Collected(tok.encode(t), 24) for t in texts))
             assert [c.text for c in got] == want
         engine.close()
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_a_prompts_tokens_cost_what_the_model_says(random_model, draft, monkeypatch):
+    """Beside other answers; in steps of 7 tokens, and then the answer goes on as ever."""
+    model, tok = random_model
+    prompt = tok.encode("The quick brown fox jumps")
+    logits = model(mx.array([prompt]))[0]
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    want = [logprobs[i, token].item() for i, token in enumerate(prompt[1:])]
+    best = mx.argsort(-logprobs, axis=-1)[:, :3].tolist()
+    monkeypatch.setattr(scoring, "_LOGITS", 7 * logits.shape[-1])
+    engine = engine_of(model, tok, draft=model if draft else None)
+    echo = Echo("?", tuple(range(len(prompt))))
+    scored, plain = run(engine, Collected(prompt, 8, top=3, echo=echo), Collected(prompt, 8))
+    assert scored.text == "?" + plain.text
+    tokens = [t for e in scored.events for t in e.tokens][: len(prompt)]
+    assert [t.id for t in tokens] == prompt
+    assert [t.at for t in tokens] == list(range(len(prompt)))
+    assert tokens[0].logprob is None
+    assert [t.logprob for t in tokens[1:]] == pytest.approx(want, abs=1e-4)
+    assert [[i for i, _ in t.top] for t in tokens[1:]] == best[:-1]
+    assert scored.events[-1].cached == 0
+    engine.close()
+
+
+def test_a_prompt_whose_scoring_is_cancelled_or_fails_is_forgotten(tok):
+    bad = []
+
+    def fails(inputs):
+        time.sleep(0.01)
+        if bad and inputs.shape[1] > 1:
+            raise RuntimeError("out of memory")
+
+    engine = engine_of(Speaker(tok, ["x"], fails=fails), tok)
+    echo, prompt = Echo("?", (0,) * 200), [72] * 200
+    gone = Collected(prompt, top=1, echo=echo)
+    gone.job.cancelled = True
+    engine.submit(gone.job)
+    dropped = Collected(prompt, top=1, echo=echo)
+    engine.submit(dropped.job)
+    until(lambda: engine._scoring)
+    dropped.job.cancelled = True
+    until(lambda: engine.running == 0)
+    assert not engine._scoring
+    bad.append(1)
+    (failed,) = run(engine, Collected(prompt, top=1, echo=echo))
+    assert isinstance(failed.events[-1], EngineError)
+    assert not engine._scoring
+    bad.clear()
+    assert run(engine, Collected(prompt, top=1, echo=echo))[0].text == "?x"
+    engine.close()
 
 
 def load_other(tok):

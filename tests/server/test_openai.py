@@ -150,13 +150,42 @@ def test_logprobs_of_a_text_that_a_stop_string_cuts(client):
     assert found.message.content == "xab"
 
 
-def test_the_older_form_of_logprobs(client):
-    made = client.completions.create(model="", prompt="Hi", logprobs=1, echo=True)
-    (choice,) = made.choices
-    assert choice.text == "Hixabcdyz"
-    assert choice.logprobs.tokens == ["x", "ab", "cd", "y", "z"]
-    assert choice.logprobs.text_offset == [2, 3, 5, 7, 8]
-    assert list(choice.logprobs.top_logprobs[1]) == ["ab"]
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_older_form_of_logprobs(client, stream):
+    """With those of the prompt, whose first token follows nothing."""
+    got = client.completions.create(
+        model="", prompt="abd", logprobs=1, echo=True, max_tokens=3, stream=stream
+    )
+    parts = [choice for each in (got if stream else [got]) for choice in each.choices]
+    assert "".join(part.text for part in parts) == "abdxabcd"
+
+    def all_of(name):
+        return [x for p in parts if p.logprobs for x in getattr(p.logprobs, name)]
+
+    assert all_of("tokens") == ["ab", "d", "x", "ab", "cd"]
+    assert all_of("text_offset") == [0, 2, 3, 4, 6]
+    first, unlikely, *likely = all_of("token_logprobs")
+    # One logit of 10 among zeros: "cd" follows "ab".
+    assert first is None
+    assert unlikely == pytest.approx(likely[0] - 10, abs=1e-4)
+    assert all(-0.02 < each < -0.01 for each in likely)
+    assert [sorted(t or ()) for t in all_of("top_logprobs")] == [
+        [], ["cd", "d"], ["x"], ["ab"], ["cd"]
+    ]  # fmt: skip
+
+
+def test_a_prompt_is_scored_and_nothing_generated(client):
+    """As lm-eval asks: lists of token ids, each as long as the context."""
+    prompts = [[72, 105] * 128, [65]]
+    got = client.completions.create(model="", prompt=prompts, echo=True, max_tokens=0, logprobs=0)
+    long, short = got.choices
+    assert len(long.logprobs.token_logprobs) == 256
+    assert all(each < -10 for each in long.logprobs.token_logprobs[1:])
+    assert short.logprobs.token_logprobs == [None]
+    assert (short.text, short.finish_reason) == ("A", "length")
+    assert (got.usage.prompt_tokens, got.usage.completion_tokens) == (257, 0)
+    silent = client.completions.create(model="", prompt="Hi", max_tokens=0).choices[0]
+    assert (silent.text, silent.finish_reason) == ("", "length")
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -243,6 +272,13 @@ def test_a_tool_call_behind_a_reasoning(stream):
             assert choice.finish_reason == "tool_calls"
     assert len(identity) == 9
     assert call == ["f", '{"x": 1}']
+
+
+def test_reasoning_between_marks_that_mlx_lm_has_no_table_for():
+    marks = ("[THINK]", "[/THINK]")
+    with caller("[THINK]", "q", "[/THINK]", "a", controls=marks) as server:
+        message = ask(openai_client(server)).choices[0].message.to_dict()
+    assert (message["content"], message["reasoning_content"]) == ("a", "q")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ where llama.cpp has one for each layer.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ...errors import GGUFError, UnsupportedError
 from ..keys import Keys
@@ -45,78 +46,29 @@ _LAYER = {
 
 def _gemma4(key: Keys, config: Config) -> Config:
     """The configuration, of which ``config`` has what all architectures have alike."""
-    layers, embd, heads = config.layers, config.sizes["embd"], config.sizes["heads"]
+    layers = config.layers
     slides = key.each("attention.sliding_window_pattern", layers, listed=True)
     kinds = layer_types(map(bool, slides))
     own = _own_layers(key, kinds)
-    head = {FULL: config.sizes["head"], SLIDING: key.count("attention.key_length_swa")}
-    value = key.count("attention.value_length_swa")
-    if value != head[SLIDING]:
-        raise UnsupportedError(
-            f"heads of keys ({head[SLIDING]}) and values ({value}) differ in size"
-        )
     if FULL in kinds and not config.rope.factors:
         raise GGUFError(key.file.path, "rope_freqs.weight is missing")
     k_is_v = _k_is_v(key, kinds[:own])
-    kv_heads = _kv_heads(key, kinds, heads, k_is_v)
-    ff = _widths(key, layers, own)
-    inputs = key("embedding_length_per_layer_input", int)
-    window = key.count("attention.sliding_window")
-    experts = config.sizes.get("experts", 0)
-    args = {
-        "head_dim": head[SLIDING],
-        "global_head_dim": head[FULL],
-        "num_key_value_heads": kv_heads[SLIDING],
-        "num_global_key_value_heads": kv_heads[FULL],
-        "num_kv_shared_layers": layers - own,
-        "attention_k_eq_v": k_is_v,
-        "intermediate_size": ff[0],
-        "use_double_wide_mlp": ff[-1] != ff[0],
-        "hidden_size_per_layer_input": inputs,
-        "vocab_size_per_layer_input": config.sizes["vocab"],
-        "enable_moe_block": bool(experts),
-        "top_k_experts": config.args.get("num_experts_per_tok"),
-        "layer_types": kinds,
-        "sliding_window": window,
-        "final_logit_softcapping": key("final_logit_softcapping", float, 30.0) or None,
-    }
-    sizes = {
-        "one": 1,
-        "input": inputs,
-        "inputs": inputs * layers,
-        "input_embd": embd if inputs else 0,
-        "experts": experts,
-        "expert_ff": config.sizes.get("expert_ff", 0),
-        "expert_embd": embd if experts else 0,
-    }
-    by_layer = []
-    for i, kind in enumerate(kinds):
-        kv = kv_heads[kind] * head[kind] if i < own else 0
-        by_layer.append(
-            {
-                "head": head[kind],
-                "q": heads * head[kind],
-                "o": heads * head[kind],
-                "kv": kv,
-                "cache": 2 * kv,
-                "window": window if kind == SLIDING else 0,
-                "v": 0 if k_is_v and kind == FULL else kv,
-                "k_head": head[kind] if kv else 0,
-                "ff": ff[i],
-            }
-        )
-    base = key.positive("rope.freq_base_swa", 10000.0)
-    dims = key.count("rope.dimension_count_swa", config.rope.dims)
-    if dims % 2 or dims > head[SLIDING]:
-        raise GGUFError(
-            key.file.path, f"{dims} rotary dimensions of a head of {head[SLIDING]} with a window"
-        )
+    shape = _Shape(
+        kinds,
+        own,
+        head=_head_sizes(key, config.sizes["head"]),
+        kv_heads=_kv_heads(key, kinds, config.sizes["heads"], k_is_v),
+        k_is_v=k_is_v,
+        ff=_widths(key, layers, own),
+        inputs=key("embedding_length_per_layer_input", int),
+        window=key.count("attention.sliding_window"),
+    )
     return replace(
         config,
-        args=config.args | args,
-        sizes=config.sizes | sizes,
-        ropes=tuple(config.rope if kind == FULL else Rope(dims, base) for kind in kinds),
-        by_layer=tuple(by_layer),
+        args=config.args | _args(key, config, shape),
+        sizes=config.sizes | _outer_sizes(config, shape),
+        ropes=_ropes(key, config, shape),
+        by_layer=tuple(_layer_sizes(config, shape, i) for i in range(layers)),
         # Released files have what the layers' own keys and values would be made of.
         unread=frozenset(
             f"blk.{i}.{name}.weight"
@@ -124,6 +76,100 @@ def _gemma4(key: Keys, config: Config) -> Config:
             for name in ("attn_k", "attn_v", "attn_k_norm")
         ),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """What Gemma 4's files say beside what all architectures have alike.
+
+    kinds     of each layer: with a window or without.
+    own       how many layers have keys and values of their own: the first ones.
+    head      kind -> components of a head.
+    kv_heads  kind -> heads of keys and values.
+    k_is_v    layers without a window use the keys' projection as their values.
+    ff        of each layer: the MLP's width.
+    inputs    width of each layer's own input; 0 without.
+    window    tokens that a layer with a window sees.
+    """
+
+    kinds: list[str]
+    own: int
+    head: dict[str, int]
+    kv_heads: dict[str, int]
+    k_is_v: bool
+    ff: list[int]
+    inputs: int
+    window: int
+
+
+def _args(key: Keys, config: Config, shape: _Shape) -> dict[str, Any]:
+    return {
+        "head_dim": shape.head[SLIDING],
+        "global_head_dim": shape.head[FULL],
+        "num_key_value_heads": shape.kv_heads[SLIDING],
+        "num_global_key_value_heads": shape.kv_heads[FULL],
+        "num_kv_shared_layers": config.layers - shape.own,
+        "attention_k_eq_v": shape.k_is_v,
+        "intermediate_size": shape.ff[0],
+        "use_double_wide_mlp": shape.ff[-1] != shape.ff[0],
+        "hidden_size_per_layer_input": shape.inputs,
+        "vocab_size_per_layer_input": config.sizes["vocab"],
+        "enable_moe_block": bool(config.sizes.get("experts", 0)),
+        "top_k_experts": config.args.get("num_experts_per_tok"),
+        "layer_types": shape.kinds,
+        "sliding_window": shape.window,
+        "final_logit_softcapping": key("final_logit_softcapping", float, 30.0) or None,
+    }
+
+
+def _outer_sizes(config: Config, shape: _Shape) -> dict[str, int]:
+    """The sizes that all layers have alike."""
+    embd, experts = config.sizes["embd"], config.sizes.get("experts", 0)
+    return {
+        "one": 1,
+        "input": shape.inputs,
+        "inputs": shape.inputs * config.layers,
+        "input_embd": embd if shape.inputs else 0,
+        "experts": experts,
+        "expert_ff": config.sizes.get("expert_ff", 0),
+        "expert_embd": embd if experts else 0,
+    }
+
+
+def _layer_sizes(config: Config, shape: _Shape, layer: int) -> dict[str, int]:
+    kind = shape.kinds[layer]
+    head, width = shape.head[kind], config.sizes["heads"] * shape.head[kind]
+    kv = shape.kv_heads[kind] * head if layer < shape.own else 0
+    return {
+        "head": head,
+        "kv_heads": shape.kv_heads[kind],
+        "q": width,
+        "o": width,
+        "kv": kv,
+        "cache": 2 * kv,
+        "window": shape.window if kind == SLIDING else 0,
+        "v": 0 if shape.k_is_v and kind == FULL else kv,
+        "k_head": head if kv else 0,
+        "ff": shape.ff[layer],
+    }
+
+
+def _ropes(key: Keys, config: Config, shape: _Shape) -> tuple[Rope, ...]:
+    base = key.positive("rope.freq_base_swa", 10000.0)
+    dims, head = key.count("rope.dimension_count_swa", config.rope.dims), shape.head[SLIDING]
+    if dims % 2 or dims > head:
+        raise GGUFError(
+            key.file.path, f"{dims} rotary dimensions of a head of {head} with a window"
+        )
+    return tuple(config.rope if kind == FULL else Rope(dims, base) for kind in shape.kinds)
+
+
+def _head_sizes(key: Keys, full: int) -> dict[str, int]:
+    """Components of a head by the kind of layer; keys and values have equally many."""
+    keys, values = (key.count(f"attention.{name}_length_swa") for name in ("key", "value"))
+    if values != keys:
+        raise UnsupportedError(f"heads of keys ({keys}) and values ({values}) differ in size")
+    return {FULL: full, SLIDING: keys}
 
 
 def _own_layers(key: Keys, kinds: list[str]) -> int:

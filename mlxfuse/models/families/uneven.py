@@ -128,11 +128,7 @@ def _mimo2(key: Keys, config: Config) -> Config:
         "swa_v_head_dim": value,
         "attention_value_scale": key("attention.value_scale", float, 0.0) or None,
     }
-    by_layer = tuple(
-        {**own, "sinks": own["heads"] if sinks[slide] else 0}
-        for own, slide in zip(config.by_layer, slides, strict=True)
-    )
-    config = replace(config, args=config.args | args, by_layer=by_layer)
+    config = replace(config, args=config.args | args)
     return with_windows(config, slides, window, replace(rope, base=base), rope)
 
 
@@ -257,7 +253,7 @@ ROWS = (
             **NORMS,
             **attention(),
             "attn_sinks": Weight(
-                "self_attn.attention_sink_bias", ("sinks",), bare=True, optional=True
+                "self_attn.attention_sink_bias", ("heads",), bare=True, optional=True
             ),
             **mlp(),
             **_MIMO_EXPERTS,
