@@ -156,8 +156,8 @@ def test_gemma4(tmp_path: Path) -> None:
     assert found.ropes[0] == Rope(dims=16, base=30.0)
     sizes = {"head": 16, "q": 64, "o": 64, "kv": 32, "v": 32, "k_head": 16, "ff": 96}
     full = {"head": 32, "q": 128, "o": 128, "kv": 32, "v": 0, "k_head": 32, "ff": 96}
-    sizes |= {"cache": 64, "window": 6}
-    full |= {"cache": 64, "window": 0}
+    sizes |= {"cache": 64, "window": 6, "kv_heads": 2}
+    full |= {"cache": 64, "window": 0, "kv_heads": 1}
     assert found.by_layer == (sizes, sizes, full, sizes)
     assert not found.unread
     defaults = dict.fromkeys(
