@@ -23,6 +23,7 @@ from .hub.resolve import resolve
 from .inspect.needs import PLAIN, KVBits
 from .inspect.room import Asked, machine, room_for
 from .kernels import unavailable
+from .kernels.runtime import self_test
 from .kernels.weight import type_name
 from .models import Architecture
 from .models.adapters import apply_adapter
@@ -35,7 +36,7 @@ from .models.sampling import recommended
 from .models.shard import shares, stages
 from .models.streams import Account
 from .nn.kv.options import KVOptions
-from .ranks import expect_same
+from .ranks import expect_same, same_run
 from .tokenizer.load import load_tokenizer
 
 if TYPE_CHECKING:
@@ -137,7 +138,9 @@ def load(
         progress: called with the share of a GGUF file's weights that is in memory, 0 to 1.
         group: the machines that share the model, as ``mx.distributed.init`` gives them; each of
             them calls ``load`` with the same arguments, reads and keeps its own part, and gets
-            the same logits. None, or a group of one: this machine alone.
+            the same logits. None, or a group of one: this process alone, which under
+            ``mlx.launch`` too loads all of the model and runs it by itself. Tokens are to be
+            chosen by one for all: `mlxfuse.ranks.agreed`.
         pipeline: each machine of the group has some layers, one after the other, and not a part
             of each layer: for slow links, and models whose heads cannot be shared. One chat is
             then no faster than on one machine.
@@ -158,6 +161,7 @@ def load(
         GGUFError: the file is malformed, or its tensors contradict its metadata.
         UnsupportedError: the architecture, a tensor type or a feature is not supported.
         ValueError: ``kv_bits``, ``kv_group_size`` or ``kv_layers`` is not one of these.
+        RanksError: on all of ``group``, if versions, arguments or the model's files differ there.
     """
     if trust_remote_code:
         raise UnsupportedError("trust_remote_code: mlxfuse never runs code that comes with a model")
@@ -174,6 +178,10 @@ def load(
         group = None
     if group is not None and adapter_path is not None:
         raise UnsupportedError("adapter_path: machines that share a model cannot have an adapter")
+    if group is not None:
+        fuse = fuse if isinstance(fuse, str) else ",".join(sorted(fuse))
+        told = (dtype, context_length, fuse, act_quant, kv, changes)
+        expect_same(same_run(path, str(told)), group)
     if is_checkpoint(path):
         if context_length is not None:
             raise UnsupportedError(f"{path}: context_length is for GGUF files; leave it out")
@@ -187,6 +195,8 @@ def load(
     if adapter_path is not None:
         apply_adapter(opened.model, Path(adapter_path))
     patch = patch_model(opened.model, fuse=fuse, act_quant=act_quant, **kv)
+    if group is not None:
+        patch.disabled |= {program.op: why for program, why in self_test.agree(group).items()}
     if group is not None and not pipeline:
         _expect_same_sums(patch, group)
     opened.model.load_report = _report(account, opened, patch)

@@ -50,7 +50,7 @@ class FusedMLP(FusedModule):
 
     def holds(self, on: Backend, *, counted: bool = True) -> bool:
         """`fusible`, with what is fused of it."""
-        return self.fusible(on, self._fused.up, self._fused.down, counted=counted)
+        return self.fusible(on, self._fused.snapshot(), counted=counted)
 
     def children_read(self) -> list[tuple[nn.Module, str]]:
         """The linears that are not fused, for `part`."""

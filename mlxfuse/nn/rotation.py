@@ -38,7 +38,8 @@ class Rotation:
         held: list[tuple[Callable[[str], object], str]] = [(parent.get, name) for name in parts]
         for part in parts.values():
             held += [(part.get, n) for n, a in part.items() if isinstance(a, mx.array)]
-        self.holds = Snapshot(held).holds
+        self.snapshot = Snapshot(held)
+        self.holds = self.snapshot.holds
         self._options = {"heads": heads, "kv_heads": kv_heads, **options}
         self._prepared: dict[tuple[object, ...], Prepared] = {}
 
