@@ -155,7 +155,6 @@ def load(
         DoesNotFitError: the model, with a cache for ``context_length`` tokens (by default those it
             was made for, at most 4096), takes more memory than there is for it.
         ModelRefError: nothing has that name.
-        RanksError: the machines of the group would not compute the same.
         DownloadError: it cannot be downloaded.
         ExportError, CheckpointError: the folder, or the adapter, is not as it was written.
         GGUFError: the file is malformed, or its tensors contradict its metadata.
@@ -180,7 +179,7 @@ def load(
         raise UnsupportedError("adapter_path: machines that share a model cannot have an adapter")
     if group is not None:
         fuse = fuse if isinstance(fuse, str) else ",".join(sorted(fuse))
-        told = (dtype, context_length, fuse, act_quant, kv, changes)
+        told = (dtype, context_length, fuse, act_quant, kv, changes, pipeline)
         expect_same(same_run(path, str(told)), group)
     if is_checkpoint(path):
         if context_length is not None:
