@@ -154,7 +154,8 @@ def make_module(
             found = np.log(-found.astype(np.float64)).astype(np.float32)
         values = mx.array(found)
         if isinstance(stock, mx.array):
-            return (values if weight.of.float32 else values.astype(dtype)).reshape(stock.shape)
+            shape = stock.shape if values.size == stock.size else values.shape  # or a rank's part
+            return (values if weight.of.float32 else values.astype(dtype)).reshape(shape)
         stock.weight = (values - weight.of.offset).astype(dtype)
         if weight.bias:
             stock.bias = _bias(file, weight, dtype)
@@ -168,7 +169,7 @@ def make_module(
             return Embedding(_dense(rows, shape, dtype))
         return StreamedEmbedding(rows, shape, dtype)
     if isinstance(stock, nn.Conv1d):  # of each channel alone
-        stock.weight = _dense(rows, shape, dtype)[..., None]
+        stock.weight, stock.groups = _dense(rows, shape, dtype)[..., None], shape[0]
         if weight.bias:
             stock.bias = _bias(file, weight, dtype)
         return stock

@@ -20,8 +20,8 @@ WAYS = ({"fuse": "off"}, ALL, {"fuse": "all", "kv_bits": "k8v4"})
 # experts, a shared expert, norms over all heads, attention and MLP side by side, sizes of each
 # layer's own, delta nets, mixers, convolutions, a latent vector.
 FAMILIES = (
-    *("phi3", "qwen2", "gemma3", "gpt-oss", "qwen2moe", "olmo2", "cohere2", "gemma4", "qwen35"),
-    *("nemotron_h_moe", "granitehybrid-experts", "lfm2moe", "deepseek2"),
+    *("phi3", "qwen2", "gemma3", "gpt-oss", "qwen2moe", "olmo2", "cohere2", "gemma4", "net"),
+    *("qwen3next", "nemotron_h_moe", "granitehybrid-experts", "lfm2moe", "deepseek2"),
 )
 CHECKPOINTS = ("even", "even-experts")
 # Pipelines: of any layers, compressed, with windows, and with convolutions.
