@@ -42,6 +42,7 @@ class Share:
     counts       path of each attention, delta net, mixer and convolution that is split -> what it
                  counts here; see `axes.counts`.
     kv_heads     its key-value heads, and the model's; of the layer that has most of them.
+    fewest       its key-value heads of the layer that has fewest.
     nbytes       bytes of the file that it holds.
     replicated   of them, bytes of what every rank holds whole.
     whole        bytes of the file that one machine alone would hold.
@@ -59,6 +60,7 @@ class Share:
     vocabulary: tuple[int, ...]
     counts: Mapping[str, Mapping[str, int]]
     kv_heads: tuple[int, int]
+    fewest: int
     nbytes: int
     replicated: int
     whole: int
@@ -68,10 +70,11 @@ class Share:
 
     def __str__(self) -> str:
         """A line of a report."""
-        own, every = self.kv_heads
+        most, every = self.kv_heads
+        own = f"{most}" if self.fewest == most else f"{self.fewest} to {most}"
         latent = self.plan.config.architecture.latent
         kind = "attention" if latent else "key/value"
-        part = f"{own} of {every} {kind} heads and " if own < every else ""
+        part = f"{own} of {every} {kind} heads and " if self.fewest < every else ""
         if self.stages:
             part = f"layers {self.layers[0]} to {self.layers[-1]} and "
         return (
@@ -137,28 +140,38 @@ def _ends(sizes: list[int], ranks: int) -> list[int]:
 
 
 class _Split:
-    """How each axis is split: where the units of each rank begin, and the end of the last."""
+    """How each axis is split.
+
+    Where it does not come out even the ranks take turns, layer by layer, to have more: of the whole
+    model all have about as much.
+
+    steps  of each axis that is split, how many units stay together.
+    turns  whether layers may be split differently: not if some read what others keep.
+    """
 
     def __init__(self, weights: Plan, ranks: int, *, outer: bool = False) -> None:
         self.weights, self.ranks = weights, ranks
-        self.bounds: dict[_Axis, list[int]] = {}
+        self.steps: dict[_Axis, int] = {}
         self.notes: list[str] = []
-        for axis, step in self._steps().items():
+        config = weights.config
+        self.turns = all(config.sizes_of(i)["kv"] for i in range(config.layers))
+        for axis, step in self._all_steps().items():
             name, units = axis
             pieces = -(-units // step)
             if pieces >= ranks or name in ("expert_ff", "shared_ff"):
-                self.bounds[axis] = _bounds(units, step, ranks, first=name == "kv_heads")
+                self.steps[axis] = step
             else:
                 self.notes.append(
                     f"{WHOLE[name]} is whole on every machine: {units} in units of {step} cannot "
                     f"be shared by {ranks}"
                 )
-        if not outer and all(name == "vocab" for name, _ in self.bounds):
+        if not outer and all(name == "vocab" for name, _ in self.steps):
             raise UnsupportedError(
-                f"the model cannot be shared by {ranks} machines: " + "; ".join(self.notes)
+                f"the model cannot be shared by {ranks} machines: "
+                + "; ".join(dict.fromkeys(self.notes))
             )
 
-    def _steps(self) -> dict[_Axis, int]:
+    def _all_steps(self) -> dict[_Axis, int]:
         """Of each axis, how many units stay together, so that every rank has whole blocks."""
         steps: dict[_Axis, int] = {}
         for _, sizes, weight in _weights(self.weights):
@@ -180,14 +193,24 @@ class _Split:
                     steps[axis] = math.lcm(steps.get(axis, 1), step)
         return steps
 
+    def bounds(self, axis: _Axis, sizes: Sizes) -> list[int]:
+        """Where the units of each rank begin in a layer, and the end of the last."""
+        name, units = axis
+        step, ranks = self.steps[axis], self.ranks
+        base, extra = divmod(-(-units // step), ranks)
+        # Attention and what follows it have more on different ranks.
+        first = (sizes["layer"] if self.turns else 0) + (name != "kv_heads")
+        counts = [base + ((rank - first) % ranks < extra) for rank in range(ranks)]
+        return [min(end * step, units) for end in accumulate(counts, initial=0)]
+
     def ranges(self, name: str, sizes: Sizes, rank: int) -> Ranges | None:
         """Which of a size's rows or columns a rank has; None for all of them."""
         found, at = [], 0
         for size in TOGETHER.get(name, (name,)):
             axis = _axis(size, sizes)
-            if axis is None or axis not in self.bounds:
+            if axis is None or axis not in self.steps:
                 return None
-            first, end = self.bounds[axis][rank : rank + 2]
+            first, end = self.bounds(axis, sizes)[rank : rank + 2]
             run = sizes[size] // tiles(size, sizes)
             each = run // axis[1]
             found += [
@@ -223,8 +246,9 @@ class _Split:
             (outer if place is None else layers[place]).append(mine)
             nbytes += _bytes(mine)
             replicated += _bytes(mine) if mine is weight else 0
-        vocabulary = self.bounds.get(("vocab", config.sizes["vocab"]), [])
-        every = [config.sizes_of(i) for i in range(config.layers)]
+        tokens = "vocab", config.sizes["vocab"]
+        vocabulary = self.bounds(tokens, {"layer": 0}) if tokens in self.steps else []
+        every = [_sizes(config, i) for i in range(config.layers)]
         most = max((sizes["kv_heads"] for sizes in every), default=0)
         kv = [self._units("kv_heads", sizes, rank) for sizes in every if sizes["cache"]]
         return Share(
@@ -237,6 +261,7 @@ class _Split:
             vocabulary=tuple(b - a for a, b in pairwise(vocabulary)),
             counts=numbers,
             kv_heads=(max(kv, default=most), most),
+            fewest=min(kv, default=most),
             nbytes=nbytes,
             replicated=replicated,
             whole=whole,
@@ -246,8 +271,10 @@ class _Split:
 
     def _units(self, axis: str, sizes: Sizes, rank: int) -> int:
         """How many of an axis's units a rank has."""
-        bounds = self.bounds.get((axis, sizes[axis]))
-        return sizes[axis] if bounds is None else bounds[rank + 1] - bounds[rank]
+        if (axis, sizes[axis]) not in self.steps:
+            return sizes[axis]
+        first, end = self.bounds((axis, sizes[axis]), sizes)[rank : rank + 2]
+        return end - first
 
     def _part(self, weight: WeightPlan, sizes: Sizes, rank: int) -> WeightPlan | None:
         """A rank's part of a weight; the weight itself if that is all, None if it is nothing."""
@@ -280,7 +307,7 @@ class _Split:
         config = self.weights.config
         by_layer = []
         for i in range(config.layers):
-            sizes = config.sizes_of(i)
+            sizes = _sizes(config, i)
             own = {} if not config.by_layer else dict(config.by_layer[i])
             kept = {"cache": "kv_heads"} if not config.architecture.latent else {}
             kept["state"] = next((a for a in _RECURRENT if a in sizes), "")
@@ -295,11 +322,16 @@ class _Split:
 def _weights(weights: Plan) -> Iterator[tuple[int | None, Sizes, WeightPlan]]:
     """Each weight with its layer and the sizes there."""
     for weight in weights.outer:
-        yield None, weights.config.sizes, weight
+        yield None, {**weights.config.sizes, "layer": 0}, weight
     for i, layer in enumerate(weights.layers):
-        sizes = weights.config.sizes_of(i)
+        sizes = _sizes(weights.config, i)
         for weight in layer:
             yield i, sizes, weight
+
+
+def _sizes(config: Config, layer: int) -> Sizes:
+    """Those of a layer, with its number."""
+    return {**config.sizes_of(layer), "layer": layer}
 
 
 def _axis(size: str, sizes: Sizes) -> _Axis | None:
@@ -310,19 +342,6 @@ def _axis(size: str, sizes: Sizes) -> _Axis | None:
 
 def _is_column(weight: WeightPlan, name: str) -> bool:
     return len(weight.of.shape) > 1 and name == weight.of.shape[-1]
-
-
-def _bounds(units: int, step: int, ranks: int, *, first: bool) -> list[int]:
-    """Where the ranks' units begin, and the end.
-
-    Args:
-        first: the first ranks have more than the others, if it does not come out even; else the
-            last ones.
-    """
-    base, extra = divmod(-(-units // step), ranks)
-    counts = [base + (i < extra) for i in range(ranks)]
-    ends = accumulate(counts if first else reversed(counts))
-    return [0, *(min(end * step, units) for end in ends)]
 
 
 def _block(weights: Plan, layer: int | None, container: str) -> str:
