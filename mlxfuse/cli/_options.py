@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import MLXFuseError
 from ..terminal import one_line
 from ._models import before_imports, complete_model, expect_gguf, resolve_model
 from ._ranks import team
@@ -158,6 +159,14 @@ class Loading(Fusing):
     ignore_memory: Annotated[
         bool, of_model("Load a model that does not fit in memory.", "--ignore-memory", rare=True)
     ] = False
+    pipeline: Annotated[
+        bool,
+        of_model(
+            "Under mlx.launch: each machine has some layers, for slow links.",
+            "--pipeline",
+            rare=True,
+        ),
+    ] = False
 
     def load(self, path: Path, say: Callable[[str], None]) -> tuple[Any, Any]:
         """`mlxfuse.load` as the options say.
@@ -168,6 +177,8 @@ class Loading(Fusing):
         from ..loader import load
 
         ranks = team()
+        if self.pipeline and ranks is None:
+            raise MLXFuseError("--pipeline is for several machines: start it with mlx.launch")
         say(f"loading {path.name}")
         return load(
             path,
@@ -178,6 +189,7 @@ class Loading(Fusing):
             act_quant=self.act_quant.value,
             ignore_memory=self.ignore_memory,
             group=None if ranks is None else ranks.group,
+            pipeline=self.pipeline,
         )
 
 
