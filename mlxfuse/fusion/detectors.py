@@ -42,6 +42,7 @@ from .forms import (
     fused_norm,
     has,
     mlp_form,
+    moe_form,
     post_norm_form,
     rotation,
     row_count,
@@ -218,14 +219,31 @@ def _experts_sum(tree: Tree, path: str, module: nn.Module, match: Match) -> Cand
     tree.check_alone(module, [name], arrays=False)
     make, formats = _joined_experts(tree, module[name], (form.output,))
     whole = match.form.get("whole", False)
-    sums = MoEForm(type(module), name, match.form.get("cast", False))
+    sums = moe_form(module, match)
     pieces = [
         Piece(module[name], FusedExperts, form, "down", make),
         Piece(module, FusedWeightedExperts if whole else FusedMoE, sums, "sums", _same(True)),
     ]
     output = f"{name}.{form.output}"
     explain = f"the sum over experts of {path} in {output}"
+    if sums.choosing is not None:
+        pieces += _chosen(tree, module, sums)
+        explain += ", and their choice in one dispatch"
     return candidate("experts_sum", 55, path, [output], pieces, explain, formats)
+
+
+def _chosen(tree: Tree, module: nn.Module, form: MoEForm) -> Iterator[Piece]:
+    """What chooses a token's experts, and their router, so that its bias is added where it is
+    multiplied.
+    """
+    assert form.choosing is not None
+    tree.check_alone(module)
+    yield Piece(module, FusedMoE, form, "chooses", _same(True))
+    try:
+        router = _single(tree, module, form.choosing.router)
+    except NotFusible:
+        return  # it is called as it is
+    yield Piece(module, FusedMoE, form, "router", _same(router))
 
 
 @_places("activation", "mlp", mlp_form)

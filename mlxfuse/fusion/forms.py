@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -14,7 +15,7 @@ from ..nn.attention import AttentionForm
 from ..nn.block import BlockForm
 from ..nn.join_linears import describe
 from ..nn.mlp import MLPForm
-from ..nn.moe import ExpertsForm
+from ..nn.moe import Choosing, ExpertsForm, MoEForm
 from ..nn.norm import FusedNorm
 from ..nn.post_norm import PostNormForm
 from ..nn.rope import FrequencyRoPE
@@ -117,6 +118,23 @@ def experts_form(module: nn.Module, match: Match) -> ExpertsForm:
     _check_modules(module, *names)
     gate, up, down = names
     return ExpertsForm(type(module), (gate, up), down, activation(module, match).form["activation"])
+
+
+def moe_form(module: nn.Module, match: Match) -> MoEForm:
+    """The variant of a block of experts of which it is known how their results are added up."""
+    form = MoEForm(type(module), match.names["EXPERTS"], match.form.get("cast", False))
+    try:
+        whole = certify(type(module), "moe")
+    except NotFusible:
+        return form
+    names = whole.names
+    shared = tuple(names[n] for n in ("SHARED", "SHARED_GATE") if n in names)
+    if not has(module, names["GATE"], *shared):
+        return form
+    choice = Choosing(
+        names["GATE"], names["COUNT"], whole.form.get("whole", False), names.get("NORM", ""), shared
+    )
+    return replace(form, choosing=choice)
 
 
 def activation(module: nn.Module, match: Match) -> Match:

@@ -12,10 +12,11 @@ from mlx_lm.models.switch_layers import _gather_sort, _scatter_unsort
 
 from ..kernels import Backend, backend
 from ..kernels.activations import Int8Activations
+from ..kernels.route import route
 from .activations import GATED
-from .fused import Form, FusedModule, Run, readable, replacing
+from .fused import Form, FusedModule, Run, plus, readable, replacing
 from .norm import Normed, floats
-from .projection import MAX_IDS, KernelProjection
+from .projection import MAX_IDS, KernelProjection, Projection
 
 
 @dataclass
@@ -47,6 +48,7 @@ class FusedExperts(FusedModule):
         x: mx.array | Normed,
         indices: mx.array,
         scores: mx.array | None = None,
+        residual: mx.array | None = None,
         *,
         cast: bool = False,
     ) -> mx.array:
@@ -55,6 +57,7 @@ class FusedExperts(FusedModule):
         With ``scores`` [..., k] their sum by these, [..., hidden_size], for `FusedMoE`.
 
         Args:
+            residual: is added to the sum.
             cast: the sum is of the experts' type, if the scores are of a wider one.
         """
         form = self._fused
@@ -63,9 +66,9 @@ class FusedExperts(FusedModule):
         if not (alike and self.fusible(run.on, form.snapshot())):
             y: mx.array = form.original.__call__(self, floats(x), indices)
             total = _weighted(y, scores)
-            return total.astype(y.dtype) if cast else total
-        arrays = (x, indices) if scores is None else (x, indices, scores)
-        return self.part(run, self.whole, self.children_read, *arrays)
+            return plus(total.astype(y.dtype) if cast else total, residual)
+        more = [array for array in (scores, residual) if array is not None]
+        return self.part(run, self.whole, self.children_read, x, indices, *more)
 
     def children_read(self) -> list[tuple[nn.Module, str]]:
         """The linears that are not fused, for `part`."""
@@ -79,6 +82,7 @@ class FusedExperts(FusedModule):
         given: mx.array | Normed,
         indices: mx.array,
         scores: mx.array | None = None,
+        residual: mx.array | None = None,
     ) -> mx.array:
         """All of it."""
         form, up, x = self._fused, self._fused.up, floats(given)
@@ -97,11 +101,14 @@ class FusedExperts(FusedModule):
             y = self._sorted(run.on, x, indices)
         else:
             if scores is not None and form.down is not None:
-                total = form.down.gathered(hidden, indices, run.on, scores=scores)
+                alike = residual is None or residual.dtype == hidden.dtype
+                total = form.down.gathered(
+                    hidden, indices, run.on, scores=scores, residual=residual if alike else None
+                )
                 if total is not None:
-                    return total
+                    return total if alike else plus(total, residual)
             y = self[form.output](mx.expand_dims(hidden, -2), indices).squeeze(-2)
-        return _weighted(y, scores).astype(y.dtype)
+        return plus(_weighted(y, scores).astype(y.dtype), residual)
 
     def _sorted(self, on: Backend, x: mx.array, indices: mx.array) -> mx.array:
         """All of it as mlx-lm has it, which sorts many ids; gate and up together if that can be."""
@@ -151,21 +158,45 @@ class Summands:
         return self._weighted(self._scores)
 
 
+@dataclass(frozen=True)
+class Choosing:
+    """How a block of mlx-lm chooses experts, where its whole method is known.
+
+    router  name of the linear that gives each expert's logit.
+    count   name of the number of experts that a token gets.
+    whole   their weights are a softmax over all experts, else over the chosen ones.
+    norm    name of what tells whether such weights are divided by their sum, or empty.
+    shared  names of the expert that all tokens get and of its gate, or empty.
+    """
+
+    router: str
+    count: str
+    whole: bool
+    norm: str = ""
+    shared: tuple[str, ...] = ()
+
+
 @dataclass
 class MoEForm(Form):
     """A block of mlx-lm that sums its experts' results by their scores.
 
-    experts  name of the experts.
-    cast     the sum gets the type of the experts' results, if the scores are of a wider one.
-    sums     whether the experts give the sum.
-    readers  names of those that take int8 activations of its input.
+    experts   name of the experts.
+    cast      the sum gets the type of the experts' results, if the scores are of a wider one.
+    choosing  how it chooses experts, if that is known.
+    sums      whether the experts give the sum.
+    chooses   whether experts are chosen in one dispatch.
+    router    the router, where its bias can be added in its dispatch.
+    readers   names of those that take int8 activations of its input.
     """
 
     experts: str
     cast: bool = False
+    choosing: Choosing | None = None
     sums: bool = False
+    chooses: bool = False
+    router: Projection | None = None
     readers: tuple[str, ...] = ()
-    pieces = ("sums", "readers")
+    pieces = ("sums", "chooses", "router", "readers")
 
     def summing(self, module: FusedModule) -> FusedExperts | None:
         """The experts, if they give the sum now."""
@@ -178,17 +209,67 @@ class FusedMoE(FusedModule):
 
     _fused: MoEForm
 
-    def __call__(self, x: mx.array | Normed, *args: Any, **kwargs: Any) -> mx.array:
-        """x [..., hidden_size] -> the same shape."""
+    def __call__(
+        self, x: mx.array | Normed, *args: Any, residual: mx.array | None = None, **kwargs: Any
+    ) -> mx.array:
+        """x [..., hidden_size] -> the same shape, with ``residual`` added."""
         form = self._fused
+        experts = form.summing(self)
+        run = Run.of(x)
+        if experts is not None and form.choosing and not (args or kwargs) and self._chooses(run):
+            return self._chosen(run, form.choosing, experts, x, residual)
         children: dict[str, Callable[..., Any]] = {}
         if isinstance(x, Normed):
             children = {name: _reading(self[name], x) for name in form.readers}
-        if (experts := form.summing(self)) is not None:
+        if experts is not None:
             children[form.experts] = _summing(children.get(form.experts, experts), form.cast)
         own = replacing(self, children) if children else self
         y: mx.array = form.original.__call__(own, floats(x), *args, **kwargs)
-        return y
+        return plus(y, residual)
+
+    def _chooses(self, run: Run) -> bool:
+        """Whether experts are chosen by the kernel now."""
+        form = self._fused
+        alone = getattr(self, "sharding_group", None) is None
+        return (
+            form.chooses and alone and self.fusible(run.on, form.router) and run.on.reason is None
+        )
+
+    def _chosen(
+        self,
+        run: Run,
+        how: Choosing,
+        experts: FusedExperts,
+        given: mx.array | Normed,
+        residual: mx.array | None,
+    ) -> mx.array:
+        """All of it, in the order of its own code."""
+        form, x = self._fused, floats(given)
+        ids, scores = self.part(run, self.choose, self.children_read, x)
+
+        def read(name: str) -> mx.array | Normed:
+            return given if name in form.readers else x
+
+        if not how.shared:
+            return experts(read(form.experts), ids, scores, residual, cast=form.cast)
+        y = experts(read(form.experts), ids, scores, cast=form.cast)
+        shared, gate = how.shared
+        y = y + mx.sigmoid(self[gate](x)) * self[shared](read(shared))
+        return plus(y, residual)
+
+    def children_read(self) -> list[tuple[nn.Module, str]]:
+        """The router, for `part`."""
+        how = self._fused.choosing
+        return [] if how is None else [(self, how.router)]
+
+    def choose(self, run: Run, x: mx.array) -> tuple[mx.array, mx.array]:
+        """x [..., hidden_size] -> ids of experts and their weights, [..., k]."""
+        router, how = self._fused.router, self._fused.choosing
+        assert how is not None
+        parts = None if router is None else router.split(x, run.on)
+        logits = self[how.router](x) if parts is None else parts[0]
+        whole = how.whole and not (how.norm and getattr(self, how.norm))
+        return route(logits, getattr(self, how.count), whole=whole)
 
 
 class FusedWeightedExperts(FusedModule):

@@ -85,6 +85,17 @@ def test_gemmas_norms_and_additions_take_three(name: str, tmp_path: Path) -> Non
         assert found.total() == 11
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "mixtral"])
+def test_a_layer_of_experts_takes_twelve(name: str) -> None:
+    """Five of them where experts are: the router, their choice, two products, and the norm."""
+    model = zoo.build(name, "affine4")
+    report = patch_model(model, fuse="all")
+    before, after = report.dispatches or (0, 0)
+    outside = 6  # 4 to look a row up, the last norm and the head
+    assert after - outside == 12 * len(model.layers)
+    assert before - outside > 26 * len(model.layers)
+
+
 def test_a_report_counts_a_token_that_is_as_all_that_follow() -> None:
     """gpt-oss has sliding caches, which grow with the first token after a prompt."""
     model = zoo.build("gpt_oss", "affine4")
