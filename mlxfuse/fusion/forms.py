@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import NotFusible
+from ..kernels.norm.norm_rope import RopeOptions
 from ..nn.attention import AttentionForm
 from ..nn.block import BlockForm
 from ..nn.join_linears import describe
@@ -130,9 +131,10 @@ def moe_form(module: nn.Module, match: Match) -> MoEForm:
     shared = tuple(names[n] for n in ("SHARED", "SHARED_GATE") if n in names)
     if not has(module, names["GATE"], *shared):
         return form
-    choice = Choosing(
-        names["GATE"], names["COUNT"], whole.form.get("whole", False), names.get("NORM", ""), shared
-    )
+    settings = tuple((names[n], getattr(module, names[n])) for n in ("COUNT", "NORM") if n in names)
+    count, *normed = (value for _, value in settings)
+    softmax = whole.form.get("whole", False) and not any(normed)
+    choice = Choosing(names["GATE"], count, softmax, settings, shared)
     return replace(form, choosing=choice)
 
 
@@ -208,11 +210,12 @@ def rotation(module: nn.Module, form: AttentionForm) -> Rotation:
     if options["dims"] > size or any(n != size * form.kv_heads for n in form.rows[1:2]):
         raise NotFusible("its heads of q and k have different sizes")
     parts = {name: module[name] for name in (*form.norms, form.rope)}
-    return Rotation(module, parts, form.heads, form.kv_heads, options)
+    how = RopeOptions(heads=form.heads, kv_heads=form.kv_heads, **options)
+    return Rotation(module, parts, how)
 
 
 def _rope_options(rope: nn.Module) -> dict[str, Any]:
-    """The arguments of `norm_rope` that do what a rotary embedding does."""
+    """The fields of `RopeOptions` that do what a rotary embedding does."""
     if type(rope) is FrequencyRoPE:
         options = {"dims": rope.dims, "freqs": rope._freqs, "mscale": rope.scale}
         return options | {"traditional": rope.traditional}

@@ -23,7 +23,7 @@ from mlxfuse.fusion import patch_model, unpatch_model
 from mlxfuse.kernels import Backend, disabled, fallbacks, launches
 from mlxfuse.kernels.matmul import quantized_matmul as matmul
 from mlxfuse.kernels.matmul.product import Call
-from mlxfuse.kernels.norm.norm_rope import norm_rope
+from mlxfuse.kernels.norm.norm_rope import RopeOptions, norm_rope
 from mlxfuse.kernels.runtime import backend as _backend
 from mlxfuse.nn import fused as form
 from mlxfuse.nn import projection, rotation
@@ -74,14 +74,14 @@ def prepare_matmul(
 
 
 def prepare_rotation(
-    queries: mx.array, keys: mx.array | None, *, offset: mx.array, **options: Any
+    queries: mx.array, keys: mx.array | None, offset: mx.array, options: RopeOptions
 ) -> StandIn:
     batched = offset.ndim > 0
 
     def turn(q: mx.array, *free: mx.array) -> list[mx.array]:
         *k, place = free
         place = place if batched else place[0]
-        return list(norm_rope(q, k[0] if k else None, offset=place, **options))
+        return list(norm_rope(q, k[0] if k else None, place, options))
 
     return StandIn("norm_rope", turn)
 
