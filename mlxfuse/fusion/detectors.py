@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -26,6 +27,7 @@ from ..nn.join_linears import (
     format_of,
     join,
     join_experts,
+    one_expert,
     single,
 )
 from ..nn.mlp import FusedMLP, MLPForm
@@ -239,11 +241,18 @@ def _chosen(tree: Tree, module: nn.Module, form: MoEForm) -> Iterator[Piece]:
     assert form.choosing is not None
     tree.check_alone(module)
     yield Piece(module, FusedMoE, form, "chooses", _same(True))
-    try:
-        router = _single(tree, module, form.choosing.router)
-    except NotFusible:
-        return  # it is called as it is
-    yield Piece(module, FusedMoE, form, "router", _same(router))
+    router, shared = form.choosing.router, form.choosing.shared
+    with suppress(NotFusible):  # what cannot be fused is called as it is
+        if shared:
+            make = _joined(tree, module, (router, *shared[1:]))[0]
+        else:
+            make = _same(_single(tree, module, router))
+        yield Piece(module, FusedMoE, form, "router", make)
+    if shared:
+        with suppress(NotFusible):
+            expert = module[shared[0]]
+            output = mlp_form(expert, certify(type(expert), "mlp")).output
+            yield Piece(module, FusedMoE, form, "shared", _same(one_expert(expert, output)))
 
 
 @_places("activation", "mlp", mlp_form)

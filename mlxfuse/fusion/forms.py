@@ -131,9 +131,10 @@ def moe_form(module: nn.Module, match: Match) -> MoEForm:
     shared = tuple(names[n] for n in ("SHARED", "SHARED_GATE") if n in names)
     if not has(module, names["GATE"], *shared):
         return form
-    choice = Choosing(
-        names["GATE"], names["COUNT"], whole.form.get("whole", False), names.get("NORM", ""), shared
-    )
+    settings = tuple((names[n], getattr(module, names[n])) for n in ("COUNT", "NORM") if n in names)
+    count, *normed = (value for _, value in settings)
+    softmax = whole.form.get("whole", False) and not any(normed)
+    choice = Choosing(names["GATE"], count, softmax, settings, shared)
     return replace(form, choosing=choice)
 
 
