@@ -70,7 +70,12 @@ def with_template(tokenizer: TokenizerWrapper, template: str) -> TokenizerWrappe
     inner = tokenizer._tokenizer
     inner.chat_template = template
     if not isinstance(inner, GGUFTokenizer):
-        return TokenizerWrapper(inner, type(tokenizer.detokenizer), tokenizer.eos_token_ids)
+        return TokenizerWrapper(
+            inner,
+            lambda _: tokenizer.detokenizer,
+            tokenizer.eos_token_ids,
+            **answer_format(inner),
+        )
     return wrapped(inner, tokenizer.eos_token_ids)
 
 
