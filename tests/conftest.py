@@ -48,6 +48,17 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         yield request.param
 
 
+@pytest.fixture
+def fresh_buffers() -> Iterator[None]:
+    """Every array gets a buffer of its size: MLX gives used ones again that are up to twice it.
+
+    What a test measures of memory would else depend on the tests before it.
+    """
+    limit = mx.set_cache_limit(0)
+    yield
+    mx.set_cache_limit(limit)
+
+
 @pytest.fixture(scope="session")
 def demo() -> Path:
     """The demo model, which must have been fetched: tests never download."""

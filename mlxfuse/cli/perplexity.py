@@ -17,13 +17,16 @@ from ..errors import MLXFuseError
 from . import _options as opt
 from . import _text_options as text_opt
 from ._common import command, show_report
+from ._ranks import NO_END, alone, of_first
 from .progress import status_line
 
 if TYPE_CHECKING:
     from ..generate.perplexity import Way
 
 
-@command("Look", "mlxfuse perplexity model-Q4_K_M.gguf -f text.txt --kv-bits k8v4 --kld")
+@command(
+    "Look", "mlxfuse perplexity model-Q4_K_M.gguf -f text.txt --kv-bits k8v4 --kld", ranks=True
+)
 def perplexity_command(
     file: Annotated[
         str, opt.of_text("A text; - reads it from stdin.", "--file", "-f", metavar="FILE")
@@ -69,7 +72,7 @@ def perplexity_command(
     if rounded and load.fuse == "auto":
         # Where no kernel runs "auto" fuses nothing, and nothing would be rounded.
         load = replace(load, fuse="all")
-    text = text_opt.clean(sys.stdin.read()) if file == "-" else text_opt.read_text(Path(file))
+    text = of_first(lambda: _text(file))
     load.check()
     kv = cache.scheme()
     path = model.fetch()
@@ -110,6 +113,13 @@ def perplexity_command(
     else:
         print(render(report, ways or "model", "base"))
     show_report(loaded.load_report)
+
+
+def _text(file: str) -> str:
+    if file != "-":
+        return text_opt.read_text(Path(file))
+    alone(NO_END, **{"file -": True})
+    return text_opt.clean(sys.stdin.read())
 
 
 def _other(

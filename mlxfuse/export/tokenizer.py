@@ -26,6 +26,8 @@ def check_tokenizer(vocab: Vocab, path: Path) -> None:
         reason = "its tokens are merged by scores that are equal, or from characters that are none"
     elif not vocab.is_spm and beyond_tokens(vocab):
         reason = "merges in its list make or need texts that are no tokens"
+    elif vocab.suppressed:
+        reason = f"mlx-lm has no setting for the {len(vocab.suppressed)} tokens it never lets out"
     else:
         parsed = frozenset(vocab.parsed)
         for name, i in vocab.special.items():
@@ -34,22 +36,16 @@ def check_tokenizer(vocab: Vocab, path: Path) -> None:
                 reason = f"its {name} token, which the chat template uses, is an ordinary token"
     if reason:
         raise UnsupportedError(
-            f"{path}: tokenizer.json cannot say this vocabulary: {reason}; `mlxfuse export` "
+            f"{path}: a checkpoint cannot say this vocabulary: {reason}; `mlxfuse export` "
             "without --mlx keeps it"
         )
 
 
 def save_tokenizer(vocab: Vocab, folder: Path) -> None:
-    """Write ``tokenizer.json``, ``tokenizer_config.json`` and the chat templates.
-
-    A token that swallows the white space after it does so for all of Unicode's there, for ASCII's
-    in llama.cpp.
-    """
+    """Write ``tokenizer.json``, ``tokenizer_config.json`` and the chat templates."""
     parsed = frozenset(vocab.parsed)
     names = {
-        f"{name}_token": AddedToken(
-            vocab.tokens[i], normalized=False, special=True, rstrip=i in vocab.rstrip
-        )
+        f"{name}_token": AddedToken(vocab.tokens[i], normalized=i in vocab.rstrip, special=True)
         for name, i in vocab.special.items()
         if i in parsed and f"{name}_token" in _NAMES
     }

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import NotFusible
+from ..nn.adapted import base
 from ..nn.attention import AttentionForm
 from ..nn.block import BlockForm
 from ..nn.join_linears import describe
@@ -93,8 +94,8 @@ def _positive(value: object) -> bool:
 
 
 def row_count(linear: nn.Module) -> int:
-    """The rows of a linear's matrix; 0 where it does not tell, as an adapter does not."""
-    weight = getattr(linear, "weight", None)
+    """The rows of a linear's matrix; 0 where it does not tell."""
+    weight = getattr(base(linear), "weight", None)
     return int(weight.shape[0] if isinstance(weight, mx.array) else getattr(weight, "rows", 0))
 
 

@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx_lm.utils import load as load_with_mlx_lm
 
 from ..errors import CheckpointError, UnsupportedError
+from ..tokenizer.answer_format import complete
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -63,4 +64,4 @@ def load_checkpoint(
         raise kind(f"{path}: mlx-lm cannot load this checkpoint: {error}") from error
     if dtype is not None:
         model.set_dtype(dtype)
-    return model, tokenizer, config
+    return model, complete(tokenizer), config

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import UnsupportedError
-from ..nn.summed import Nothing, SharedEmbedding, SharedHead, Summed
+from ..nn.summed import Nothing, SharedEmbedding, SharedHead, Summed, SummedNorm
 from .shard import Share
 
 # What mlx-lm's attentions call their counts of heads.
@@ -47,16 +47,19 @@ class Part:
 
     def join(self, model: nn.Module) -> None:
         """Add results up over the ranks, and gather those of the vocabulary."""
-        share, width = self.share, self.share.plan.config.sizes["embd"]
-        for path in share.absent:
+        share = self.share
+        for path, outputs in share.absent.items():
             parent, name = parent_of(model, path)
-            parent[name] = Nothing(width)
+            parent[name] = Nothing(outputs)
             if not any(path.startswith(f"{block}.") for block in share.sums):
                 parent[name] = Summed(parent[name], self.group)
         for path in share.sums:
             if path.rpartition(".")[0] not in share.absent:
                 parent, name = parent_of(model, path)
                 parent[name] = Summed(parent[name], self.group)
+        for path, width in share.norms.items():
+            parent, name = parent_of(model, path)
+            parent[name] = SummedNorm(parent[name], width, self.group)
         for weight in share.plan.outer if share.vocabulary else ():
             if weight.of.shape[0] == "vocab":
                 parent, name = parent_of(model, weight.module)

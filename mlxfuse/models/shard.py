@@ -50,7 +50,8 @@ class Share:
     rank, ranks  its number, and how many there are.
     plan         its rows and columns of each weight; a weight of which it has none is left out.
     sums         paths of the modules whose results are added up over the ranks.
-    absent       paths of modules of which it has nothing.
+    absent       path of each module of which it has nothing -> how many outputs a row has there.
+    norms        path of each norm over what the ranks have parts of -> the width of the whole.
     vocabulary   how many rows of the vocabulary each rank has; empty if each has all.
     heads        path of each attention that is split -> (query heads, key-value heads) here.
     kv_heads     its key-value heads, and the model's; of the layer that has most of them.
@@ -64,7 +65,8 @@ class Share:
     ranks: int
     plan: Plan
     sums: frozenset[str]
-    absent: frozenset[str]
+    absent: Mapping[str, int]
+    norms: Mapping[str, int]
     vocabulary: tuple[int, ...]
     heads: Mapping[str, tuple[int, int]]
     kv_heads: tuple[int, int]
@@ -150,7 +152,8 @@ class _Split:
         config = self.weights.config
         outer: list[WeightPlan] = []
         layers: list[list[WeightPlan]] = [[] for _ in range(config.layers)]
-        sums, absent, heads = set[str](), set[str](), dict[str, tuple[int, int]]()
+        sums, heads = set[str](), dict[str, tuple[int, int]]()
+        absent, norms = dict[str, int](), dict[str, int]()
         nbytes = replicated = whole = 0
         for place, sizes, weight in _weights(self.weights):
             container = weight.module.rpartition(".")[0]
@@ -162,8 +165,10 @@ class _Split:
                 if _UNITS[weight.of.shape[-1]] == "kv_heads":
                     heads[container] = self._heads(sizes, rank)
             if mine is None:
-                absent.add(container)
+                absent[container] = weight.shape[-2]  # in the end that of the last matrix
                 continue
+            if mine is not weight and len(weight.shape) == 1 and not weight.of.bare:
+                norms[weight.module] = weight.shape[0]
             (outer if place is None else layers[place]).append(mine)
             nbytes += _bytes(mine)
             replicated += _bytes(mine) if mine is weight else 0
@@ -174,7 +179,8 @@ class _Split:
             ranks=self.ranks,
             plan=Plan(self._config(rank), tuple(outer), tuple(map(tuple, layers))),
             sums=frozenset(sums),
-            absent=frozenset(absent),
+            absent=absent,
+            norms=norms,
             vocabulary=tuple(b - a for a, b in pairwise(vocabulary)),
             heads=heads,
             kv_heads=(max((kv for _, kv in heads.values()), default=most), most),

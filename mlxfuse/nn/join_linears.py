@@ -9,9 +9,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import switch_layers
+from mlx_lm.tuner.lora import LoRALinear
 
 from ..errors import NotFusible
 from ..kernels.weight import AffineSegment, Part, QuantizedWeight, type_name
+from .adapted import AdaptedProjection, base, bases
 from .cpu import Linear, matmul
 from .experts import QuantizedSwitchLinear
 from .projection import (
@@ -24,7 +26,7 @@ from .projection import (
 from .quantized import QuantizedLinear
 from .summed import Summed, SummedProjection
 
-# Layers that do nothing but multiply and add their bias: no LoRA, no subclass.
+# Layers that do nothing but multiply and add their bias: no subclass. Below an adapter, too.
 LINEARS = (QuantizedLinear, nn.QuantizedLinear, Linear, nn.Linear)
 
 
@@ -37,6 +39,8 @@ def single(parent: nn.Module, name: str) -> Projection:
     linear = parent[name]
     if type(linear) is Summed:
         return SummedProjection(parent, name, single(linear, "inner"))
+    if type(linear) is LoRALinear:
+        return AdaptedProjection(parent, [name], single(bases(parent, [name]), name))
     if type(linear) is QuantizedLinear:
         return KernelProjection(parent, [name], linear.weight, linear.get("bias"), stock=False)
     if type(linear) is nn.QuantizedLinear:
@@ -55,6 +59,9 @@ def cut(parent: nn.Module, name: str, rows: Sequence[int]) -> Projection:
         NotFusible: it cannot be told apart so.
     """
     linear = parent[name]
+    if type(linear) is LoRALinear:
+        inner = cut(bases(parent, [name]), name, rows)
+        return AdaptedProjection(parent, [name], inner, rows)
     if type(linear) not in LINEARS:
         raise NotFusible(f"its linear is {describe(linear)}")
     whole = linear.weight.rows if isinstance(linear, QuantizedLinear) else linear.weight.shape[0]
@@ -75,6 +82,7 @@ def check_joinable(linears: Sequence[nn.Module]) -> None:
     Raises:
         NotFusible: it cannot.
     """
+    linears = [base(x) for x in linears]
     if any(type(x) not in LINEARS for x in linears) or len({_family(x) for x in linears}) > 1:
         kinds = sorted({describe(x) for x in linears})
         raise NotFusible("its linears are " + " and ".join(kinds))
@@ -139,6 +147,7 @@ def join_experts(parent: nn.Module, names: Sequence[str]) -> KernelProjection:
 
 def copies(linears: Sequence[nn.Module]) -> bool:
     """Whether `join` puts their rows in new arrays."""
+    linears = [base(x) for x in linears]
     if isinstance(linears[0], nn.QuantizedLinear):
         return not all(map(_has_kernel, linears))
     return isinstance(linears[0], nn.Linear)
@@ -150,6 +159,8 @@ def join(parent: nn.Module, names: Sequence[str]) -> Projection:
     Where there is no kernel, the rows are put one after the other in new arrays, of which the
     linears' arrays become views: nothing is held twice.
     """
+    if any(type(parent[name]) is LoRALinear for name in names):
+        return AdaptedProjection(parent, names, join(bases(parent, names), names))
     linears = [parent[name] for name in names]
     rows = [_rows(x) for x in linears]
     bias = _join_biases(linears, rows)
@@ -166,6 +177,7 @@ def join(parent: nn.Module, names: Sequence[str]) -> Projection:
 
 def describe(linear: nn.Module) -> str:
     """What a linear is, for a reason."""
+    linear = base(linear)
     if type(linear) not in LINEARS:
         return type(linear).__name__
     return "dense" if isinstance(linear, nn.Linear) else "quantised"
@@ -190,6 +202,7 @@ def _columns(linear: nn.Module) -> int:
 
 def format_of(linear: nn.Module) -> str:
     """The format or type of a linear's weight, as reports name it."""
+    linear = base(linear)
     if isinstance(linear, QuantizedLinear | QuantizedSwitchLinear):
         return " and ".join(part.segment.name for part in linear.weight.parts)
     if isinstance(linear, nn.QuantizedLinear | switch_layers.QuantizedSwitchLinear):

@@ -55,6 +55,27 @@ class SummedProjection(Projection):
         return mx.distributed.all_sum(y, group=group)
 
 
+class SummedNorm(nn.Module):
+    """An RMS norm over a width of which each rank has a part.
+
+    Args:
+        own: the norm of this rank's part, which has its weight.
+        width: of all parts.
+    """
+
+    def __init__(self, own: nn.RMSNorm, width: int, group: mx.distributed.Group) -> None:
+        super().__init__()
+        self.weight, self.eps = own.weight, own.eps
+        self.width = width
+        self.group = group
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x ``[..., K]`` -> the same shape; squares are added up in float32."""
+        wide = x.astype(mx.float32)
+        squares = mx.distributed.all_sum(wide.square().sum(-1, keepdims=True), group=self.group)
+        return (wide * mx.rsqrt(squares / self.width + self.eps) * self.weight).astype(x.dtype)
+
+
 class Nothing(nn.Module):
     """In the place of experts of which this rank has no part.
 

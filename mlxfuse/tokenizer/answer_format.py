@@ -1,7 +1,8 @@
 """How a model marks tool calls and reasoning in its answers, by what its template says.
 
 MLX-LM has a parser for each family and finds it by the template; what it lacks is here: the
-channels of gpt-oss ("harmony"), https://cookbook.openai.com/articles/openai-harmony.
+channels of gpt-oss ("harmony"), https://cookbook.openai.com/articles/openai-harmony, and marks of
+reasoning other than ``<think>``, each a token of the models that write it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,35 @@ _HARMONY = {
         "tool": _NEXT,
     },
 }
+
+# Of Magistral, Seed-OSS, MiniMax M3, Command A and Apertus.
+_REASONING = (
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("<mm:think>", "</mm:think>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|inner_prefix|>", "<|inner_suffix|>"),
+)
+# Marks around an answer that are no part of it: Command A's.
+_ANSWER = ("<|START_RESPONSE|>", "<|END_RESPONSE|>")
+
+
+def complete(wrapper: Any) -> Any:
+    """MLX-LM's ``TokenizerWrapper``, told in place what its own tables lack.
+
+    These are the marks of reasoning above, where its tables find none, and gpt-oss's channels.
+    """
+    if not wrapper.response_transitions:
+        told = answer_format(wrapper._tokenizer)
+        for name, value in told.items() if "response_format" in told else ():
+            setattr(wrapper, f"_{name}", value)
+    vocab = wrapper.get_vocab()
+    known = next((pair for pair in _REASONING if all(mark in vocab for mark in pair)), None)
+    if known is not None and not wrapper.has_thinking:
+        wrapper._think_start, wrapper._think_end = known
+        wrapper._think_start_tokens, wrapper._think_end_tokens = ((vocab[m],) for m in known)
+        wrapper._structural_markers += tuple(mark for mark in _ANSWER if mark in vocab)
+    return wrapper
 
 
 def answer_format(tokenizer: Any) -> dict[str, Any]:

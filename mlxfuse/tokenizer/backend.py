@@ -31,7 +31,7 @@ def build_backend(vocab: Vocab, rstrip: Collection[int] = ()) -> Tokenizer:
     """The ``tokenizers`` pipeline of ``vocab``: special tokens, normaliser, split, merges, BOS.
 
     Args:
-        rstrip: ids of special tokens that swallow all white space after them.
+        rstrip: ids of special tokens that swallow the ASCII white space after them.
     """
     if vocab.pre is None:
         backend = _spm(vocab)
@@ -39,13 +39,14 @@ def build_backend(vocab: Vocab, rstrip: Collection[int] = ()) -> Tokenizer:
         backend = _byte_level(vocab)
     else:
         backend = _escaped(vocab)
+    if rstrip:
+        backend.normalizer = _swallowing(vocab, rstrip)
     backend.add_tokens(
         [
             AddedToken(
                 vocab.tokens[i],
-                normalized=False,
+                normalized=i in rstrip,
                 special=bool(vocab.types[i] != USER_DEFINED),
-                rstrip=i in rstrip,
             )
             for i in vocab.parsed
         ]
@@ -62,6 +63,21 @@ def build_backend(vocab: Vocab, rstrip: Collection[int] = ()) -> Tokenizer:
         ],
     )
     return backend
+
+
+def _swallowing(vocab: Vocab, rstrip: Collection[int]) -> normalizers.Normalizer:
+    """The normaliser of ``vocab``, over a text that still has the tokens ``rstrip`` in it.
+
+    ``AddedToken``'s own ``rstrip`` takes all of Unicode's white space; llama.cpp takes C's.
+    """
+    token = "|".join(re.escape(vocab.tokens[i]) for i in sorted(rstrip))
+    steps = [normalizers.Replace(Regex(f"(?<={token})[ \\t-\\r]+"), "")]
+    if vocab.is_spm and vocab.add_space_prefix:
+        text = f"(?!{token}|\\z)"  # begins here
+        steps.append(normalizers.Replace(Regex(f"\\A{text}|(?<={token}){text}"), _SPACE))
+    if vocab.pre is None or not vocab.pre.byte_level:
+        steps.append(normalizers.Replace(" ", _SPACE))
+    return normalizers.Sequence(steps)
 
 
 def _byte_level(vocab: Vocab) -> Tokenizer:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import get_json_schema
 
 from . import chat_template as chat
-from .answer_format import answer_format
+from .answer_format import answer_format, complete
 from .backend import build_backend, pieces_of
 from .vocab import CONTROL, UNKNOWN, Vocab, read_vocab
 
@@ -62,7 +62,7 @@ def wrapped(tokenizer: GGUFTokenizer, eos_token_ids: Iterable[int]) -> Tokenizer
     )
     # mlx-lm takes an apply_chat_template of one's own for a template.
     wrapper.has_chat_template = tokenizer.chat_template is not None
-    return wrapper
+    return complete(wrapper)
 
 
 def with_template(tokenizer: TokenizerWrapper, template: str) -> TokenizerWrapper:
@@ -70,12 +70,13 @@ def with_template(tokenizer: TokenizerWrapper, template: str) -> TokenizerWrappe
     inner = tokenizer._tokenizer
     inner.chat_template = template
     if not isinstance(inner, GGUFTokenizer):
-        return TokenizerWrapper(
+        wrapper = TokenizerWrapper(
             inner,
             lambda _: tokenizer.detokenizer,
             tokenizer.eos_token_ids,
             **answer_format(inner),
         )
+        return complete(wrapper)
     return wrapped(inner, tokenizer.eos_token_ids)
 
 

@@ -20,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlxfuse.errors import UnsupportedError
 from mlxfuse.loader import load
 from mlxfuse.nn.summed import SummedProjection
 from tests.models import tiny
@@ -44,6 +45,11 @@ class Job:
     kv_bits: str | None = None
     wrong: str = ""
     greedy: int = 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether one process is to be asked too."""
+        return not (self.wrong or self.greedy)
 
 
 def logits(model: Any, prompt: list[int]) -> np.ndarray:
@@ -106,7 +112,10 @@ def made_wrong(what: str) -> Iterator[None]:
 
 def run(job: Job, group: mx.distributed.Group) -> tuple[np.ndarray, dict[str, Any]]:
     """A rank's logits, and what it knows."""
-    model, _ = load(job.path, fuse=job.fuse, kv_bits=job.kv_bits, group=group)
+    try:
+        model, _ = load(job.path, fuse=job.fuse, kv_bits=job.kv_bits, group=group)
+    except UnsupportedError as error:  # as on every rank
+        return np.zeros(1), {"refused": str(error)}
     report = model.load_report
     prompt = list(job.prompt)
     if job.wrong == "token" and group.rank() == 1:

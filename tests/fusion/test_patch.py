@@ -134,6 +134,7 @@ def test_the_other_activation_types(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not fallbacks
 
 
+@pytest.mark.usefixtures("fresh_buffers")
 @pytest.mark.parametrize("name", ["llama-q4", "llama-fused-qkv", "llama-biases", "phi3-long"])
 def test_unpatching_gives_the_same_modules_and_bytes(name: str, tmp_path: Path) -> None:
     path = write(tmp_path, name)

@@ -34,13 +34,9 @@ BOUND = 1e-5
 
 
 @pytest.fixture(autouse=True)
-def counters() -> Iterator[None]:
+def counters(fresh_buffers: None) -> None:
     launches.clear()
     fallbacks.clear()
-    # A buffer that is used again may be larger than the array in it.
-    limit = mx.set_cache_limit(0)
-    yield
-    mx.set_cache_limit(limit)
 
 
 def held() -> int:

@@ -29,13 +29,10 @@ NEW = "run `python -m tests.fusion.zoo --golden` and read the difference"
 
 
 @pytest.fixture(autouse=True)
-def reference(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def reference(monkeypatch: pytest.MonkeyPatch, fresh_buffers: None) -> Iterator[None]:
     monkeypatch.setenv("MLXFUSE_KERNELS", "reference")
-    # A buffer that is used again may be larger than what it holds.
-    limit = mx.set_cache_limit(0)
     with zoo.uncompiled():
         yield
-    mx.set_cache_limit(limit)
 
 
 def modules(model: nn.Module) -> dict[str, tuple[int, type]]:

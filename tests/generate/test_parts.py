@@ -3,15 +3,18 @@
 from types import SimpleNamespace
 
 import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlxfuse.generate import run as engine
 from mlxfuse.generate.chat import Chat
 from mlxfuse.generate.parts import CONTENT, REASONING, Parts
 from mlxfuse.generate.run import Settings
+from mlxfuse.tokenizer.answer_format import complete
 from mlxfuse.tokenizer.load import build_tokenizer
 
 from ..cli.test_cli import TEMPLATE, invoke
 from ..models import tiny
+from ..server import speaker
 from ..tokenizer import vocabularies
 
 HARMONY = ("<|return|>", "<|call|>", "<|end|>", "<|channel|>", "<|message|>", "<|start|>")
@@ -29,6 +32,66 @@ def tokenizer_of(template, control=()):
 
 THINKING = tokenizer_of("{{ messages[0].content }}<|im_start|>")
 HARMONIC = tokenizer_of(CHANNELS, HARMONY)
+
+
+# Marks of reasoning that mlx-lm has no table for, and what stands around an answer.
+MARKS = {
+    "magistral": ("[THINK]", "[/THINK]"),
+    "seed-oss": ("<seed:think>", "</seed:think>"),
+    "minimax-m3": ("<mm:think>", "</mm:think>"),
+    "command-a": (
+        "<|START_THINKING|>", "<|END_THINKING|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>",
+    ),
+    "apertus": ("<|inner_prefix|>", "<|inner_suffix|>"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("step", [1, 1000])
+@pytest.mark.parametrize("model", MARKS)
+def test_marks_of_reasoning(model, step):
+    start, end, *around = MARKS[model]
+    marked = speaker.tokenizer(controls=MARKS[model])
+    assert marked.think_start_tokens == (marked.convert_tokens_to_ids(start),)
+    assert marked.think_end_tokens == (marked.convert_tokens_to_ids(end),)
+    # Of a vocabulary that has the first mark only, the marks are text.
+    plain = speaker.tokenizer(controls=MARKS[model][:1])
+    assert not plain.has_thinking
+    answer = "yes".join(around) or "yes"
+    for tokenizer, opening, text, want in [
+        (marked, "", f"{start}\nhm\n{end}\n\n{answer}", ("hm\n", "yes")),
+        (marked, f"x{start}\n", f"hm{end}{answer}", ("hm", "yes")),
+        (plain, "", f"{start}hm{end}yes", ("", f"{start}hm{end}yes")),
+    ]:
+        assert split(Parts(tokenizer, opening), text, step) == want
+
+
+def test_what_mlx_lm_knows_is_left_as_it_is():
+    both = speaker.tokenizer(controls=("[THINK]", "[/THINK]", "<think>", "</think>"))
+    assert (both.think_start, both.think_end) == ("<think>", "</think>")
+
+
+def test_a_checkpoint_knows_the_same_marks():
+    """Its tokenizer is wrapped by mlx-lm."""
+    for made, (start, transitions) in [
+        (speaker.tokenizer(controls=MARKS["magistral"]), ("[THINK]", {})),
+        (HARMONIC, ("<think>", HARMONIC.response_transitions)),
+    ]:
+        loaded = TokenizerWrapper(made._tokenizer)
+        assert loaded.think_start != "[THINK]"
+        assert loaded.response_transitions == {}
+        complete(loaded)
+        assert (loaded.think_start, loaded.response_transitions) == (start, transitions)
+        assert loaded.tool_parser is made.tool_parser
+        assert loaded.tool_call_end == made.tool_call_end
+
+
+def split(parts, text, step):
+    """(reasoning, content) of a text that comes ``step`` characters at a time."""
+    found = []
+    for i in range(0, len(text), step):
+        found += parts.feed(text[i : i + step])
+    found += parts.rest()
+    return tuple("".join(t for kind, t in found if kind == k) for k in (REASONING, CONTENT))
 
 
 @pytest.mark.parametrize("step", [1, 3, 1000])
@@ -54,13 +117,7 @@ HARMONIC = tokenizer_of(CHANNELS, HARMONY)
     ],
 )
 def test_parts(tokenizer, opening, text, reasoning, content, step):
-    parts = Parts(tokenizer, opening)
-    found = []
-    for i in range(0, len(text), step):
-        found += parts.feed(text[i : i + step])
-    found += parts.rest()
-    assert "".join(t for kind, t in found if kind == REASONING) == reasoning
-    assert "".join(t for kind, t in found if kind == CONTENT) == content
+    assert split(Parts(tokenizer, opening), text, step) == (reasoning, content)
 
 
 def test_an_answer_that_the_user_began_is_no_header():

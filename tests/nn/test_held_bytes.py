@@ -23,13 +23,7 @@ from mlxfuse.nn.rotation import Rotation
 from tests.fusion import zoo
 from tests.models import tiny
 
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    """Every array gets a buffer of its size: MLX gives used ones again that are up to twice it."""
-    limit = mx.set_cache_limit(0)
-    yield
-    mx.set_cache_limit(limit)
+pytestmark = pytest.mark.usefixtures("fresh_buffers")
 
 
 def arrays(value: Any) -> Iterator[mx.array]:
@@ -130,7 +124,6 @@ def test_nothing_of_a_prompt_is_alive(
     monkeypatch.setattr(_backend, "_no_device", lambda: None)
     monkeypatch.setattr(quantized_matmul, "LARGE", large)
     monkeypatch.setenv("MLXFUSE_KERNELS", "metal")
-    limit = mx.set_cache_limit(0)
 
     def ran(*lengths: int) -> tuple[int, int]:
         for length in lengths:
@@ -144,12 +137,9 @@ def test_nothing_of_a_prompt_is_alive(
         ]
         return mx.get_active_memory(), max(entries)
 
-    try:
-        ran(9, 40)
-        before, entries = ran(20, 90)
-        after = ran(32, 33, 50, 60, 300)
-    finally:
-        mx.set_cache_limit(limit)
+    ran(9, 40)
+    before, entries = ran(20, 90)
+    after = ran(32, 33, 50, 60, 300)
     # Small arrays of sizes, one for each shape, stay.
     assert after[0] - before < 4096
     assert after[1] == entries + 1

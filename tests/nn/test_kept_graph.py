@@ -351,9 +351,9 @@ def test_fallbacks_are_counted_at_every_call(monkeypatch: pytest.MonkeyPatch) ->
         assert fallbacks["quantized_matmul", "no reason"] == times * zoo.DECODED * 2 * 4
 
 
+@pytest.mark.usefixtures("fresh_buffers")
 def test_nothing_stays_behind() -> None:
     gc.collect()
-    limit = mx.set_cache_limit(0)
     before = mx.get_active_memory()
     model = patched("llama")
     held = mx.get_active_memory()
@@ -365,4 +365,3 @@ def test_nothing_stays_behind() -> None:
     del model
     gc.collect()
     assert mx.get_active_memory() <= before + 4096  # small constants of MLX's and ours
-    mx.set_cache_limit(limit)

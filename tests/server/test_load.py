@@ -132,6 +132,33 @@ def test_the_demo_model_follows_fifty_random_schemas(demo):
     print(f"50 schemas, 50 valid answers, {time.monotonic() - start:.0f} s")
 
 
+# --- states that cannot be cut ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["qwen35", "falcon-h1"])
+def test_a_hybrid_model_reads_on_from_the_messages_it_knows(tmp_path, name):
+    """And says what it says to the whole conversation, read at once."""
+    model, tok = loaded(tmp_path, name)
+    first = [{"role": "system", "content": "s" * 60}, {"role": "user", "content": "u" * 40}]
+    # The answer is sent back otherwise than it was generated.
+    grown = [*first, {"role": "assistant", "content": "hm"}, {"role": "user", "content": "so?"}]
+    other = [first[0], {"role": "user", "content": "v" * 30}]
+    with serving(model, tok) as server:
+        cached = []
+        for messages in (first, grown, other):
+            got = openai_client(server).chat.completions.create(
+                model="", messages=messages, max_tokens=4
+            )
+            text = tok.apply_chat_template(messages, tokenize=False)
+            alone = Settings(prompt=text, max_tokens=4, ignore_chat_template=True)
+            assert got.choices[0].message.content == generate(model, tok, alone).text
+            cached.append(got.usage.prompt_tokens_details.cached_tokens)
+    system, both = (len(tok.apply_chat_template(first[:n])) for n in (1, 2))
+    assert cached[0] == 0
+    assert both - 2 <= cached[1] <= both
+    assert system - 2 <= cached[2] <= system + len("[user]")
+
+
 # --- compressed caches -----------------------------------------------------------------------
 
 

@@ -274,6 +274,13 @@ def test_a_tool_call_behind_a_reasoning(stream):
     assert call == ["f", '{"x": 1}']
 
 
+def test_reasoning_between_marks_that_mlx_lm_has_no_table_for():
+    marks = ("[THINK]", "[/THINK]")
+    with caller("[THINK]", "q", "[/THINK]", "a", controls=marks) as server:
+        message = ask(openai_client(server)).choices[0].message.to_dict()
+    assert (message["content"], message["reasoning_content"]) == ("a", "q")
+
+
 @pytest.mark.parametrize(
     ("more", "count"), [({}, 2), ({"parallel_tool_calls": False}, 1)], ids=["both", "one"]
 )

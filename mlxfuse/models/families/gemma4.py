@@ -142,6 +142,7 @@ def _layer_sizes(config: Config, shape: _Shape, layer: int) -> dict[str, int]:
     kv = shape.kv_heads[kind] * head if layer < shape.own else 0
     return {
         "head": head,
+        "kv_heads": shape.kv_heads[kind],
         "q": width,
         "o": width,
         "kv": kv,

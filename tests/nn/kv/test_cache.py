@@ -343,6 +343,7 @@ def test_memory_of_a_prompt_is_below_the_plain_caches():
     assert peak < 0.8 * most
 
 
+@pytest.mark.usefixtures("fresh_buffers")
 def test_layers_take_memory_one_after_the_other():
     """Why the benchmark's one computing layer has the peak of all 24.
 
@@ -350,13 +351,9 @@ def test_layers_take_memory_one_after_the_other():
     would take several times it.
     """
     of = bench_kv_memory.model()
-    limit = mx.set_cache_limit(0)  # buffers of other tests, used again, would be counted or not
-    try:
-        one, all_of_them = (
-            bench_kv_memory.prompt(of, CompressedKVCache, 2048, 64, n)[1] for n in (1, 24)
-        )
-    finally:
-        mx.set_cache_limit(limit)
+    one, all_of_them = (
+        bench_kv_memory.prompt(of, CompressedKVCache, 2048, 64, n)[1] for n in (1, 24)
+    )
     assert one == pytest.approx(all_of_them, rel=0.3)
 
 
