@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from .hub.resolve import resolve
 from .inspect.needs import PLAIN, KVBits
 from .inspect.room import Asked, machine, room_for
 from .kernels import unavailable
+from .kernels.runtime import self_test
 from .kernels.weight import type_name
 from .models import Architecture
 from .models.adapters import apply_adapter
@@ -34,6 +36,7 @@ from .models.sampling import recommended
 from .models.shard import shares
 from .models.streams import Account
 from .nn.kv.options import KVOptions
+from .ranks import expect_same, same_run
 from .tokenizer.load import load_tokenizer
 
 if TYPE_CHECKING:
@@ -134,7 +137,9 @@ def load(
         progress: called with the share of a GGUF file's weights that is in memory, 0 to 1.
         group: the machines that share the model, as ``mx.distributed.init`` gives them; each of
             them calls ``load`` with the same arguments, reads and keeps its own part, and gets
-            the same logits. None, or a group of one: this machine alone.
+            the same logits. None, or a group of one: this process alone, which under
+            ``mlx.launch`` too loads all of the model and runs it by itself. Tokens are to be
+            chosen by one for all: `mlxfuse.ranks.agreed`.
 
     Returns:
         (model, tokenizer), with ``return_config`` (model, tokenizer, configuration);
@@ -146,11 +151,13 @@ def load(
         DoesNotFitError: the model, with a cache for ``context_length`` tokens (by default those it
             was made for, at most 4096), takes more memory than there is for it.
         ModelRefError: nothing has that name.
+        RanksError: the machines of the group would not compute the same.
         DownloadError: it cannot be downloaded.
         ExportError, CheckpointError: the folder, or the adapter, is not as it was written.
         GGUFError: the file is malformed, or its tensors contradict its metadata.
         UnsupportedError: the architecture, a tensor type or a feature is not supported.
         ValueError: ``kv_bits``, ``kv_group_size`` or ``kv_layers`` is not one of these.
+        RanksError: on all of ``group``, if versions, arguments or the model's files differ there.
     """
     if trust_remote_code:
         raise UnsupportedError("trust_remote_code: mlxfuse never runs code that comes with a model")
@@ -163,26 +170,37 @@ def load(
     account = Account(progress=progress)
     path = _on_this_machine(path_or_hf_repo, revision)
     changes = Changes(dict(tokenizer_config or {}), dict(model_config or {}))
-    shared = group is not None and group.size() > 1
-    if shared and adapter_path is not None:
+    if group is not None and group.size() < 2:
+        group = None
+    if group is not None and adapter_path is not None:
         raise UnsupportedError("adapter_path: machines that share a model cannot have an adapter")
+    if group is not None:
+        fuse = fuse if isinstance(fuse, str) else ",".join(sorted(fuse))
+        told = (dtype, context_length, fuse, act_quant, kv, changes)
+        expect_same(same_run(path, str(told)), group)
     if is_checkpoint(path):
-        if shared:
-            raise UnsupportedError(f"{path}: machines can share a GGUF file or an export of one")
         if context_length is not None:
             raise UnsupportedError(f"{path}: context_length is for GGUF files; leave it out")
-        opened = _open_checkpoint(path, dtype, changes, lazy, account)
+        opened = _open_checkpoint(path, dtype, changes, lazy, account, group)
     else:
         quantized = unavailable() is None or bool(chosen(fuse))
-        opened = _open_gguf(
-            path, dtype, changes, asked, quantized, account, group if shared else None
-        )
+        opened = _open_gguf(path, dtype, changes, asked, quantized, account, group)
     if adapter_path is not None:
         apply_adapter(opened.model, Path(adapter_path))
     patch = patch_model(opened.model, fuse=fuse, act_quant=act_quant, **kv)
+    if group is not None:
+        patch.disabled |= {program.op: why for program, why in self_test.agree(group).items()}
+        _expect_same_sums(patch, group)
     opened.model.load_report = _report(account, opened, patch)
     pair = (opened.model, opened.tokenizer)
     return (*pair, opened.config) if return_config else pair
+
+
+def _expect_same_sums(patch: PatchReport, group: mx.distributed.Group) -> None:
+    """Compare where rank 0 adds the residual before a sum: the others must know of it."""
+    places = sorted(place.path for place in patch.fused if place.name == "residual")
+    digest = zlib.crc32(" ".join(places).encode())
+    expect_same({"the fusion `residual`": f"{len(places)} places ({digest:08x})"}, group)
 
 
 def _cache_bits(kv_bits: int | str | None, kv_group_size: int, kv_layers: str) -> KVBits:
@@ -228,7 +246,12 @@ class Opened:
 
 
 def _open_checkpoint(
-    path: Path, dtype: mx.Dtype | str | None, changes: Changes, lazy: bool, account: Account
+    path: Path,
+    dtype: mx.Dtype | str | None,
+    changes: Changes,
+    lazy: bool,
+    account: Account,
+    group: mx.distributed.Group | None,
 ) -> Opened:
     wanted = None if dtype is None else named_dtype(dtype)
     with account.time("read"):
@@ -238,8 +261,10 @@ def _open_checkpoint(
             tokenizer_config=changes.tokenizer,
             model_config=changes.model,
             lazy=lazy,
+            group=group,
         )
-    return Opened(model, tokenizer, config)
+    notes = [] if group is None else [f"{group.size()} machines share the model, as mlx-lm does"]
+    return Opened(model, tokenizer, config, notes=notes)
 
 
 def _open_gguf(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -82,47 +82,22 @@ def bench(
     """
     from mlx_lm.generate import wired_limit
 
-    say(f"loading {path.name}")
-    model, vocabulary = load_model(path, dtype)
-    left = device()["budget"] - mx.get_active_memory()
-    other, weights = stock_of(model, requantize=stock == "affine", budget=left)
-    if kv is not None:
-        for form in (model, other):
-            compress_caches(form, kv, force=kv_force)
-    before = _SEALED if kv else 0
-    # Requantised weights are other numbers: kernels are held to the file's, decoded.
-    exact = stock == "exact"
-    reference = Reference(logits(other, before), before) if exact else decoded(model, before)
-    match = _match(reference, other, weights)
-    arms = [Arm(STOCK, f"mlx-lm's classes, MLX's operations, {weights}", other)]
-    matches = [match]
-    for i, choice in enumerate(fuse):
-        if i:
-            say(f"loading {path.name} for --fuse {choice}")
-            model, _ = load_model(path, dtype)
-            if kv is not None:
-                compress_caches(model, kv, force=kv_force)
-        words = [OURS, kv.name if kv else "", choice if len(fuse) > 1 else ""]
-        name = " ".join(filter(None, [*words, "int8" if act_quant == "on" else ""]))
-        patch = patch_model(model, fuse=choice, act_quant=act_quant)
-        what = _describe(model, patch) + (f"; its {kv}" if kv else "")
-        arms.append(Arm(name, what, model, kv_start if kv else 0))
-        say("comparing outputs")
-        matches.append(_agreement(reference, model, rounded=act_quant == "on"))
+    compress = Compress(kv, kv_start, kv_force)
+    arms, matches, vocabulary = _compared(path, dtype, fuse, act_quant, stock, compress, say)
     if env.get("MLXFUSE_KERNELS") == "emulated":
         raise KernelError(
             f"outputs agree to {matches[-1]['error']:.2g}, but emulated kernels are not timed: "
             "that would measure the emulation"
         )
     if kv is not None:
-        del other.make_cache
+        del arms[0].model.make_cache
         for arm in arms[1:]:
             compress_caches(arm.model, kv, kv_start, force=kv_force)
     say("measuring the machine's bandwidth")
     found: dict[str, Any] = {
         "bench": "model",
         "environment": environment(),
-        "model": about(path, other),
+        "model": about(path, arms[0].model),
         "repetitions": repetitions,
         "pause": pause,
         "arms": [
@@ -135,11 +110,62 @@ def bench(
         "dispatches": _dispatches(arms),
         "rows": [],
     }
-    with wired_limit(model):
+    with wired_limit(arms[-1].model):
         for test in tests:
             say(f"timing {test.name}")
             found["rows"] += _rows(test, arms, extras, vocabulary, found, repetitions, pause)
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class Compress:
+    """How mlxfuse's arms compress their caches: see the arguments of `bench`."""
+
+    kv: KVOptions | None
+    start: int
+    force: bool
+
+    def __call__(self, *models: nn.Module) -> None:
+        """Let the models make compressed caches, if any are to be, from the first token on."""
+        if self.kv is not None:
+            for model in models:
+                compress_caches(model, self.kv, force=self.force)
+
+
+def _compared(
+    path: Path,
+    dtype: str | None,
+    fuse: Sequence[str],
+    act_quant: str,
+    stock: str,
+    compress: Compress,
+    say: Say,
+) -> tuple[list[Arm], list[dict[str, Any]], int]:
+    """The arms, stock first, how each matches, and the size of the vocabulary."""
+    say(f"loading {path.name}")
+    model, vocabulary = load_model(path, dtype)
+    left = device()["budget"] - mx.get_active_memory()
+    other, weights = stock_of(model, requantize=stock == "affine", budget=left)
+    compress(model, other)
+    kv, before = compress.kv, _SEALED if compress.kv else 0
+    # Requantised weights are other numbers: kernels are held to the file's, decoded.
+    exact = stock == "exact"
+    reference = Reference(logits(other, before), before) if exact else decoded(model, before)
+    arms = [Arm(STOCK, f"mlx-lm's classes, MLX's operations, {weights}", other)]
+    matches = [_match(reference, other, weights)]
+    for i, choice in enumerate(fuse):
+        if i:
+            say(f"loading {path.name} for --fuse {choice}")
+            model, _ = load_model(path, dtype)
+            compress(model)
+        words = [OURS, kv.name if kv else "", choice if len(fuse) > 1 else ""]
+        name = " ".join(filter(None, [*words, "int8" if act_quant == "on" else ""]))
+        patch = patch_model(model, fuse=choice, act_quant=act_quant)
+        what = _describe(model, patch) + (f"; its {kv}" if kv else "")
+        arms.append(Arm(name, what, model, compress.start if kv else 0))
+        say("comparing outputs")
+        matches.append(_agreement(reference, model, rounded=act_quant == "on"))
+    return arms, matches, vocabulary
 
 
 def load_model(path: Path, dtype: str | None) -> tuple[nn.Module, int]:

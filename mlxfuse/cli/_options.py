@@ -166,10 +166,8 @@ class Loading(Fusing):
             say: is told how far it has come.
         """
         from ..loader import load
-        from ..ranks import expect_same, same_run
 
-        if (found := team()) is not None:
-            expect_same(same_run(path), found.group)
+        ranks = team()
         say(f"loading {path.name}")
         return load(
             path,
@@ -179,6 +177,7 @@ class Loading(Fusing):
             fuse=self.fuse,
             act_quant=self.act_quant.value,
             ignore_memory=self.ignore_memory,
+            group=None if ranks is None else ranks.group,
         )
 
 

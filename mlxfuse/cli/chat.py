@@ -25,8 +25,8 @@ from .generate import Drafting
 from .progress import status_line
 
 if TYPE_CHECKING:
+    from ..generate.answer import Result
     from ..generate.chat import Chat
-    from ..generate.run import Result
     from ..loader import LoadReport
 
 FENCE = '"""'

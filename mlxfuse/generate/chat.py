@@ -13,16 +13,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..errors import MLXFuseError, RanksError
 from ..nn.kv.options import check_model
 from ..ranks import Ranks
-from .run import (
-    Result,
-    Settings,
-    add_eos_tokens,
-    expect_trimmable,
-    level,
-    new_cache,
-    run,
-    seed,
-)
+from .answer import Result
+from .run import Settings, add_eos_tokens, expect_trimmable, level, new_cache, run, seed
 
 # Of the context, what is left for an answer when old messages have to go, at most.
 ROOM = 0.25

@@ -14,7 +14,7 @@ from .shard import Share
 
 # What mlx-lm's attentions call their counts of heads.
 _HEADS = ("n_heads", "num_heads", "num_attention_heads")
-_KV_HEADS = ("n_kv_heads", "num_kv_heads", "num_key_value_heads")
+KV_HEADS = ("n_kv_heads", "num_kv_heads", "num_key_value_heads")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Part:
             parent, name = parent_of(model, path)
             attention = parent[name]
             found = 0
-            for names, count in zip((_HEADS, _KV_HEADS), counts, strict=True):
+            for names, count in zip((_HEADS, KV_HEADS), counts, strict=True):
                 for attribute in names:
                     if hasattr(attention, attribute):
                         setattr(attention, attribute, count)

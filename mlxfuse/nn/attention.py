@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx_lm.models.base import scaled_dot_product_attention
 
 from ..kernels import Backend
+from ..kernels.kv.sdpa_call import Scores
 from .fused import Form, FusedModule, Run, plus, project, rounded, split
 from .norm import Given, floats
 from .projection import Projection
@@ -185,10 +186,7 @@ class FusedAttention(FusedModule):
                 queries,
                 keys,
                 values,
-                scale=form.scale,
-                mask=mask,
-                sinks=sinks,
-                softcap=form.softcap or None,
+                Scores.of(mask, form.scale, form.softcap or None, sinks),
             )
             return output
         if cache is not None:

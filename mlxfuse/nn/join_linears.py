@@ -26,8 +26,13 @@ from .projection import (
 from .quantized import QuantizedLinear
 from .summed import Summed, SummedProjection
 
-# Layers that do nothing but multiply and add their bias: no subclass. Below an adapter, too.
-LINEARS = (QuantizedLinear, nn.QuantizedLinear, Linear, nn.Linear)
+# Layers that do nothing but multiply and add their bias: no subclass. They may have an
+# adapter. Of those that mlx-lm has sharded, a rank has some rows, or some columns whose results
+# are added up.
+_STOCK = (nn.QuantizedLinear, nn.QuantizedAllToShardedLinear)
+_DENSE = (Linear, nn.Linear, nn.AllToShardedLinear)
+LINEARS = (QuantizedLinear, *_STOCK, *_DENSE)
+_SUMMED = (nn.QuantizedShardedToAllLinear, nn.ShardedToAllLinear)
 
 
 def single(parent: nn.Module, name: str) -> Projection:
@@ -38,9 +43,19 @@ def single(parent: nn.Module, name: str) -> Projection:
     """
     linear = parent[name]
     if type(linear) is Summed:
-        return SummedProjection(parent, name, single(linear, "inner"))
+        return SummedProjection(parent, name, single(linear, "inner"), linear.inner)
     if type(linear) is LoRALinear:
         return AdaptedProjection(parent, [name], single(bases(parent, [name]), name))
+    if type(linear) in _SUMMED:
+        arrays = {n: linear[n] for n in ARRAYS[:3] if n in linear}
+        multiply = _multiplication(linear, arrays)
+        inner: Projection = JoinedProjection(
+            parent, [name], [format_of(linear)], [_rows(linear)], multiply
+        )
+        if "scales" in linear and _has_kernel(linear):
+            weight = QuantizedWeight.whole(_segment(linear))
+            inner = KernelProjection(parent, [name], weight, None, stock=True)
+        return SummedProjection(parent, name, inner, multiply, linear.get("bias"))
     if type(linear) is QuantizedLinear:
         return KernelProjection(parent, [name], linear.weight, linear.get("bias"), stock=False)
     if type(linear) is nn.QuantizedLinear:
@@ -68,7 +83,7 @@ def cut(parent: nn.Module, name: str, rows: Sequence[int]) -> Projection:
     if sum(rows) != whole:
         raise NotFusible("its matrix has other rows than its parts")
     stock = not isinstance(linear, QuantizedLinear)
-    if not stock or (isinstance(linear, nn.QuantizedLinear) and _has_kernel(linear)):
+    if not stock or (isinstance(linear, _STOCK) and _has_kernel(linear)):
         held = [_part(linear)] if stock else linear.weight.parts
         weight = QuantizedWeight(_cut_parts(held, rows))
         return KernelProjection(parent, [name], weight, linear.get("bias"), stock=stock)
@@ -90,7 +105,7 @@ def check_joinable(linears: Sequence[nn.Module]) -> None:
         raise NotFusible("its linears have different inputs")
     if _family(linears[0]) is nn.Linear and len({x.weight.dtype for x in linears}) > 1:
         raise NotFusible("its linears have different types")
-    if _family(linears[0]) is not nn.QuantizedLinear:
+    if not isinstance(linears[0], _STOCK):
         return
     if len({_stock_kind(x) for x in linears}) > 1:
         for linear in linears:
@@ -148,9 +163,9 @@ def join_experts(parent: nn.Module, names: Sequence[str]) -> KernelProjection:
 def copies(linears: Sequence[nn.Module]) -> bool:
     """Whether `join` puts their rows in new arrays."""
     linears = [base(x) for x in linears]
-    if isinstance(linears[0], nn.QuantizedLinear):
+    if isinstance(linears[0], _STOCK):
         return not all(map(_has_kernel, linears))
-    return isinstance(linears[0], nn.Linear)
+    return isinstance(linears[0], _DENSE)
 
 
 def join(parent: nn.Module, names: Sequence[str]) -> Projection:
@@ -180,11 +195,11 @@ def describe(linear: nn.Module) -> str:
     linear = base(linear)
     if type(linear) not in LINEARS:
         return type(linear).__name__
-    return "dense" if isinstance(linear, nn.Linear) else "quantised"
+    return "dense" if isinstance(linear, _DENSE) else "quantised"
 
 
 def _family(linear: nn.Module) -> type[nn.Module]:
-    return nn.Linear if isinstance(linear, nn.Linear) else type(linear)
+    return nn.Linear if isinstance(linear, _DENSE) else type(linear)
 
 
 def _rows(linear: nn.Module) -> int:
@@ -196,7 +211,7 @@ def _rows(linear: nn.Module) -> int:
 def _columns(linear: nn.Module) -> int:
     if isinstance(linear, QuantizedLinear):
         return linear.weight.columns
-    bits = 32 if isinstance(linear, nn.Linear) else linear.bits
+    bits = 32 if isinstance(linear, _DENSE) else linear.bits
     return int(linear.weight.shape[-1]) * 32 // bits
 
 
@@ -205,7 +220,7 @@ def format_of(linear: nn.Module) -> str:
     linear = base(linear)
     if isinstance(linear, QuantizedLinear | QuantizedSwitchLinear):
         return " and ".join(part.segment.name for part in linear.weight.parts)
-    if isinstance(linear, nn.QuantizedLinear | switch_layers.QuantizedSwitchLinear):
+    if "scales" in linear:
         affine = linear.mode == "affine"
         return f"affine{linear.bits}g{linear.group_size}" if affine else str(linear.mode)
     return type_name(linear.weight.dtype)
@@ -284,7 +299,7 @@ def _join_biases(linears: Sequence[nn.Module], rows: Sequence[int]) -> mx.array 
 def _multiplication(linear: nn.Module, arrays: Any) -> Callable[[mx.array], mx.array]:
     """What ``linear`` does, with other arrays."""
     weight, bias = arrays["weight"], arrays.get("bias")
-    if isinstance(linear, nn.QuantizedLinear):
+    if "scales" in arrays:
         scales, biases = arrays["scales"], arrays.get("biases")
         how = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
 
@@ -295,7 +310,7 @@ def _multiplication(linear: nn.Module, arrays: Any) -> Callable[[mx.array], mx.a
         return quantized
 
     def dense(x: mx.array) -> mx.array:
-        if bias is not None and type(linear) is nn.Linear:
+        if bias is not None and type(linear) in (nn.Linear, nn.AllToShardedLinear):
             return mx.addmm(bias, x, weight.T)
         y = matmul(x, weight) if isinstance(linear, Linear) else x @ weight.T
         return y if bias is None else y + bias

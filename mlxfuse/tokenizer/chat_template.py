@@ -14,7 +14,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextvars import ContextVar
+from types import CodeType
 from typing import Any, NoReturn
 
 import jinja2
@@ -68,50 +68,6 @@ class _Meter:
         self.check(self._made)
 
 
-_METER: ContextVar[_Meter] = ContextVar("chat template meter")
-
-
-def _turns(values: Iterable[Any]) -> Iterator[Any]:
-    """What a loop goes over, with the clock looked at."""
-    for value in values:
-        _METER.get().tick()
-        yield value
-
-
-def _glued(values: list[Any]) -> str:
-    """``a ~ b``."""
-    parts = [str(value) for value in values]
-    _METER.get().check(sum(map(len, parts)))
-    return "".join(parts)
-
-
-def _range(*bounds: int) -> range:
-    numbers = range(*bounds)
-    _METER.get().add(8 * len(numbers))
-    return numbers
-
-
-@jinja2.pass_context  # a context keeps jinja from running it while compiling
-def _output(_: Context, value: Any) -> Any:
-    _METER.get().add(len(str(value)))
-    return value
-
-
-def _widths_checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter whose first argument is a value, and whose others may be widths or counts."""
-
-    @functools.wraps(function)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        _check_widths(*args[1:], *kwargs.values())
-        return function(*args, **kwargs)
-
-    return checked
-
-
-def _check_widths(*values: Any) -> None:
-    _METER.get().check(max((abs(v) for v in values if isinstance(v, int)), default=0))
-
-
 class _Namespace(Namespace):
     """jinja's, which cannot be given the attributes of Python's own machinery."""
 
@@ -148,20 +104,21 @@ def _raise_exception(message: Any) -> NoReturn:
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """transformers' environment, which meets the `_Meter` of the rendering in progress."""
+    """transformers' environment with the `_Meter` of one rendering, which has it to itself."""
 
     intercepted_binops = frozenset(["+", "*", "%", "**"])
 
-    def __init__(self) -> None:
+    def __init__(self, meter: _Meter) -> None:
+        self._meter = meter
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
             optimized=False,  # nothing runs while compiling
-            finalize=_output,
+            finalize=self._output,
             extensions=[_Generation, "jinja2.ext.loopcontrols"],
         )
         self.globals |= {
-            "range": _range,
+            "range": self._range,
             "namespace": _Namespace,
             "raise_exception": _raise_exception,
             "strftime_now": lambda form: datetime.datetime.now().strftime(form),
@@ -169,9 +126,44 @@ class _Environment(ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]  # makes as much as it is asked for
         self.filters["tojson"] = _tojson
         for name in ("batch", "center", "indent", "round", "slice", "tojson"):
-            self.filters[name] = _widths_checked(self.filters[name])
+            self.filters[name] = self._widths_checked(self.filters[name])
         # Names that a template cannot spell.
-        self.filters |= {"mlxfuse turns": _turns, "mlxfuse glued": _glued}
+        self.filters |= {"mlxfuse turns": self._turns, "mlxfuse glued": self._glued}
+
+    @jinja2.pass_context  # a context keeps jinja from running it while compiling
+    def _output(self, _: Context, value: Any) -> Any:
+        self._meter.add(len(str(value)))
+        return value
+
+    def _range(self, *bounds: int) -> range:
+        numbers = range(*bounds)
+        self._meter.add(8 * len(numbers))
+        return numbers
+
+    def _turns(self, values: Iterable[Any]) -> Iterator[Any]:
+        """What a loop goes over, with the clock looked at."""
+        for value in values:
+            self._meter.tick()
+            yield value
+
+    def _glued(self, values: list[Any]) -> str:
+        """``a ~ b``."""
+        parts = [str(value) for value in values]
+        self._meter.check(sum(map(len, parts)))
+        return "".join(parts)
+
+    def _widths_checked(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter whose first argument is a value, and whose others may be widths or counts."""
+
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            self._check_widths(*args[1:], *kwargs.values())
+            return function(*args, **kwargs)
+
+        return checked
+
+    def _check_widths(self, *values: Any) -> None:
+        self._meter.check(max((abs(v) for v in values if isinstance(v, int)), default=0))
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
@@ -190,13 +182,13 @@ class _Environment(ImmutableSandboxedEnvironment):
         return tree
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        _METER.get().tick()
+        __self._meter.tick()
         if isinstance(getattr(__obj, "__self__", None), str):
-            _check_widths(*args, *kwargs.values())
+            __self._check_widths(*args, *kwargs.values())
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        meter = _METER.get()
+        meter = self._meter
         meter.tick()
         if operator == "*" and not isinstance(left, int):
             left, right = right, left
@@ -215,10 +207,10 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(source: str) -> jinja2.Template:
+def _compiled(source: str) -> CodeType:
     """Raises UnsupportedError if ``source`` is malformed."""
     try:
-        return _Environment().from_string(source)
+        return _Environment(_Meter({})).compile(source)
     except _FAILURES as error:
         raise UnsupportedError(f"the chat template is malformed: {_describe(error)}") from error
 
@@ -264,17 +256,15 @@ def render(
     return _cut_end(text) if continue_final_message else text
 
 
-def _rendered(code: jinja2.Template, values: Mapping[str, Any]) -> str:
+def _rendered(code: CodeType, values: Mapping[str, Any]) -> str:
     meter = _Meter(values)
-    token = _METER.set(meter)
-    try:
-        pieces = []
-        for piece in code.generate(values):
-            meter.add(len(piece))
-            pieces.append(piece)
-        return "".join(pieces)
-    finally:
-        _METER.reset(token)
+    environment = _Environment(meter)
+    template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
+    pieces = []
+    for piece in template.generate(values):
+        meter.add(len(piece))
+        pieces.append(piece)
+    return "".join(pieces)
 
 
 def _describe(error: BaseException) -> str:

@@ -34,6 +34,7 @@ from mlxfuse.bench.cases import SMALL, cases
 from mlxfuse.formats import BY_NAME, Format
 from mlxfuse.kernels.kv.compressed_sdpa import compressed_sdpa
 from mlxfuse.kernels.kv.scheme import KVScheme, KVSide
+from mlxfuse.kernels.kv.sdpa_call import Scores
 from mlxfuse.kernels.matmul.quantized_matmul import quantized_matmul
 from mlxfuse.kernels.runtime import kernel as _kernel
 from mlxfuse.kernels.runtime.kernel import Launch
@@ -105,7 +106,7 @@ def attention(
             sink=plain[:, :, :4],
             sink_length=4,
             fresh=(new, new),
-            scale=1.0,
+            scores=Scores(1.0),
         )
     )
     launch: Launch = kernel.launch(*arguments)

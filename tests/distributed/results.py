@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlxfuse.errors import UnsupportedError
-from mlxfuse.loader import load
 from tests.distributed.launch import finish, start
-from tests.distributed.worker import Job, logits, write_jobs
+from tests.distributed.worker import Job, loaded, logits, write_jobs
 from tests.models import tiny
-from tests.models.case import K_MIX, Case
+from tests.models.case import EXPERT_Q4, K_MIX, Q4_MIX, Case
 
 LIMIT = 1e-5
 """Of the largest logit."""
 
 # Two ranks have two and one of its key-value heads.
 UNEVEN = Case("llama", 2, hidden=256, heads=12, kv_heads=3, head_dim=64, ffn=768, formats=K_MIX)
-OWN = {"uneven": UNEVEN}
+# mlx-lm shares what comes out even.
+EVEN = Case("llama", 2, hidden=128, heads=8, head_dim=16, ffn=128, formats=Q4_MIX)
+EXPERTS = replace(
+    tiny.CASES["qwen3moe"], layers=2, hidden=128, heads=8, expert_ffn=64, formats=EXPERT_Q4
+)
+OWN = {"uneven": UNEVEN, "even": EVEN, "even-experts": EXPERTS}
 
 
 def written(folder: Path, name: str) -> tuple[str, list[int]]:
@@ -53,7 +58,7 @@ class Results:
             for one in made:
                 if one.alone:
                     with suppress(UnsupportedError):  # as by the ranks
-                        model, _ = load(one.path, fuse=one.fuse, kv_bits=one.kv_bits)
+                        model = loaded(one)
                         self.one[one.name] = logits(model, one.prompt), model.load_report
         finally:
             finish(processes, timeout)

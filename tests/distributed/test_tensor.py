@@ -1,9 +1,13 @@
 """Ranks that share a file give the logits of one process: see `worker`."""
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from mlxfuse.export.mlx_checkpoint import export_mlx
+from mlxfuse.export.streams import export
 from mlxfuse.hub.demo import demo_path
 from tests.distributed.results import LIMIT, Results, job
 from tests.distributed.worker import Job
@@ -18,10 +22,25 @@ FAMILIES = (
     *("phi3", "qwen2", "gemma3", "gpt-oss", "qwen2moe", "olmo2", "cohere2", "gemma4", "qwen35"),
     *("nemotron_h_moe", "granitehybrid-experts", "lfm2moe", "deepseek2"),
 )
+CHECKPOINTS = ("even", "even-experts")
 WRONG = ("sum", "residual", "token")
 # What the demo model says after this, greedily.
 DEMO_PROMPT = [504, 3575, 282, 4649, 314]
 DEMO_TOKENS = [7042, 30, 198, 198, 504, 2988, 314, 42, 216, 34, 32, 33, 40, 29, 32, 33]
+
+
+def checkpoint(folder: Path, case: str) -> Job:
+    """Of a tiny file as an MLX-LM checkpoint."""
+    made = job(folder, case, name=f"{case} checkpoint", **ALL, dtype="float32")
+    export_mlx(Path(made.path), folder / made.name)
+    return replace(made, path=str(folder / made.name))
+
+
+def exported(folder: Path, case: str) -> Job:
+    """Of a tiny file as a folder of streams."""
+    made = job(folder, case, name=f"{case} exported", **ALL)
+    export(Path(made.path), folder / made.name)
+    return replace(made, path=str(folder / made.name))
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +48,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("two")
     made = [job(folder, case, **way) for case in ("llama-q4", "uneven") for way in WAYS]
     made += [job(folder, case, **ALL) for case in FAMILIES]
+    made += [checkpoint(folder, case) for case in CHECKPOINTS]
+    made.append(exported(folder, "llama-q4"))
     made += [job(folder, "llama-q4", name=wrong, **ALL, wrong=wrong) for wrong in WRONG]
     if demo_path().is_file():
         made.append(Job("demo", str(demo_path()), DEMO_PROMPT, greedy=16))
@@ -56,6 +77,20 @@ def test_two_ranks_give_the_logits_of_one(two: Results, case: str, way: dict[str
 @pytest.mark.parametrize("case", FAMILIES)
 def test_every_family_is_shared(two: Results, case: str) -> None:
     two.check(f"{case} all")
+
+
+@pytest.mark.parametrize("case", CHECKPOINTS)
+def test_what_mlx_lm_has_sharded_is_fused(two: Results, case: str) -> None:
+    name = f"{case} checkpoint"
+    two.check(name)
+    want = Counter(c.name for c in two.one[name][1].patch.fused)
+    assert want["qkv"]
+    assert want["residual"]
+    assert all(facts[name]["fused"] == want for facts in two.facts)
+
+
+def test_an_exported_folder_is_shared(two: Results) -> None:
+    two.check("llama-q4 exported")
 
 
 @pytest.mark.parametrize("case", ["uneven", "gpt-oss"])

@@ -34,6 +34,7 @@ class Job:
     """A model to be loaded and asked.
 
     name    of the results.
+    dtype   of an MLX-LM checkpoint's activations.
     wrong   what is done wrong on purpose: ``sum``, ``residual``, ``token`` or nothing.
     greedy  so many tokens are generated after the prompt.
     """
@@ -43,6 +44,7 @@ class Job:
     prompt: list[int]
     fuse: str = "off"
     kv_bits: str | None = None
+    dtype: str | None = None
     wrong: str = ""
     greedy: int = 0
 
@@ -50,6 +52,12 @@ class Job:
     def alone(self) -> bool:
         """Whether one process is to be asked too."""
         return not (self.wrong or self.greedy)
+
+
+def loaded(job: Job, group: mx.distributed.Group | None = None) -> Any:
+    """The model of a job."""
+    how = {"fuse": job.fuse, "kv_bits": job.kv_bits, "dtype": job.dtype}
+    return load(job.path, **how, group=group)[0]
 
 
 def logits(model: Any, prompt: list[int]) -> np.ndarray:
@@ -100,9 +108,9 @@ def made_wrong(what: str) -> Iterator[None]:
         added = SummedProjection.added
 
         def twice(self: Any, x: mx.array, residual: mx.array, on: Any) -> mx.array:
-            first = self._summed.group.rank() == 0
+            first = self._linear.group.rank() == 0
             y = added(self, x, residual, on)
-            return y if first and self._summed.group.size() < 2 else y + residual
+            return y if first and self._linear.group.size() < 2 else y + residual
 
         with patch.object(SummedProjection, "added", twice):
             yield
@@ -113,7 +121,7 @@ def made_wrong(what: str) -> Iterator[None]:
 def run(job: Job, group: mx.distributed.Group) -> tuple[np.ndarray, dict[str, Any]]:
     """A rank's logits, and what it knows."""
     try:
-        model, _ = load(job.path, fuse=job.fuse, kv_bits=job.kv_bits, group=group)
+        model = loaded(job, group)
     except UnsupportedError as error:  # as on every rank
         return np.zeros(1), {"refused": str(error)}
     report = model.load_report

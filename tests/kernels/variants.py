@@ -15,8 +15,10 @@ from mlxfuse.kernels.activations import Int8Activations
 from mlxfuse.kernels.kv import dequantize_kv, quantize_kv
 from mlxfuse.kernels.kv.compressed_sdpa import compressed_sdpa
 from mlxfuse.kernels.kv.scheme import KVScheme, KVSide, pack
+from mlxfuse.kernels.kv.sdpa_call import Scores
 from mlxfuse.kernels.matmul import dequantize, int8_matmul, quantized_matmul
-from mlxfuse.kernels.matmul.product import _GATED, ACTIVATIONS, Call
+from mlxfuse.kernels.matmul.product import Call
+from mlxfuse.kernels.matmul.tile_program import ACTIVATIONS, GATED
 from mlxfuse.kernels.norm import norm_rope, quantize_int8, rms_norm
 from mlxfuse.kernels.runtime import kernel as _kernel
 from mlxfuse.kernels.runtime.self_test import calls
@@ -177,7 +179,7 @@ def variants() -> Iterator[Variant]:
     same, mixed = [("Q4_K", ROWS), ("Q4_K", ROWS)], [("Q4_K", ROWS), ("Q8_0", ROWS)]
     qkv = [("Q5_0", 16), ("Q5_0", 8), ("Q8_0", 8)]
     for activation in ACTIVATIONS:
-        parts = same if activation in _GATED else same[:1]
+        parts = same if activation in GATED else same[:1]
         yield _matmul(f"{activation} M = 1", parts, 1, half, activation=activation)
     bias = mx.array(rng.standard_normal(32), mx.float32).astype(half)
     for rows in (1, 8, 40):
@@ -312,11 +314,13 @@ def compressed() -> Iterator[Variant]:
             "length": 37,
             "tail": plain[:, :, :16] if "tail" in sources else None,
             "tail_length": 11,
-            "scale": dk**-0.5,
+            "scores": Scores(
+                dk**-0.5,
+                None if mask is None else mx.ones((queries, 80), mask),
+                sinks=normal(mx.float32, 2 * heads) if "sink" in sources else None,
+            ),
             "sink": plain[:, :, 20:24] if "sink" in sources else None,
             "sink_length": 3,
-            "mask": None if mask is None else mx.ones((queries, 80), mask),
-            "sinks": normal(mx.float32, 2 * heads) if "sink" in sources else None,
         }
         if "fresh" in sources:
             options["fresh"] = k[:, :, 30 : 30 + queries], v[:, :, 30 : 30 + queries]

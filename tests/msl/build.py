@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -279,6 +279,17 @@ class Library:
     translation: Translation
 
 
+_UNROLLING = re.compile(r'_Pragma\("clang loop unroll\(full\)"\)|#pragma (?:clang loop )?unroll.*')
+
+
+def _rolled(translation: Translation) -> Translation:
+    """Without the wishes to unroll loops.
+
+    They change no result, and without them a large kernel compiles in a fifth of the time.
+    """
+    return replace(translation, body=_UNROLLING.sub("", translation.body))
+
+
 @functools.lru_cache(maxsize=4096)
 def compile_kernel(
     source: str, name: str, build: Build = "fast", version: int = DEFAULT_VERSION
@@ -295,6 +306,8 @@ def compile_kernel(
         MslCompileError: with clang's messages; lines are those of ``source``.
     """
     translation = translate(source, name)
+    if build != "counted":
+        translation = _rolled(translation)
     stem = f"kernel-{digest(identity(build, version), translation.text, str(runtime()))}"
     path = cache_dir() / f"{stem}.so"
     if not path.exists():

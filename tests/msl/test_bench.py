@@ -301,6 +301,16 @@ def test_generated_text_compiles_in_every_language_version():
 
 
 @emulated_only
+def test_only_what_is_counted_has_unrolled_loops():
+    found = capture_gemv()
+    source = found.source.replace("for (", '_Pragma("clang loop unroll(full)") for (')
+    assert source != found.source
+    builds = (*msl.BUILDS, "counted")
+    texts = {b: msl.compile_kernel(source, found.name, b).translation.text for b in builds}
+    assert [b for b, text in texts.items() if "unroll" in text] == ["counted"]
+
+
+@emulated_only
 @pytest.mark.parametrize("build", msl.BUILDS)
 def test_line_tables_change_no_code(build, tmp_path):
     """A fault is told with the lines of a second library: its addresses must be the first's."""

@@ -15,7 +15,8 @@ from ..runtime.kernel import Kernel, Launch
 from ..weight import FACTORS, AnySegment, QuantizedWeight
 from . import small
 from .decode import integers
-from .product import MAX_VECTOR_ROWS, Call, Tile, batches, finish, launch, refuse, simd_groups
+from .product import MAX_VECTOR_ROWS, Call, batches, finish, launch, refuse, simd_groups
+from .tile_program import Tile
 
 _CHUNK = 1 << 24
 """Sums of groups that the reference holds at once."""

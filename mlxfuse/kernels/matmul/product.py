@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Generic, TypeVar
 
 import mlx.core as mx
 
 from ..activations import Int8Activations
-from ..runtime.kernel import Launch, Program
+from ..runtime.kernel import Launch
 from ..weight import FLOATS, Part, QuantizedWeight, type_name
-from .dequantize import Bound, bind, section
+from .dequantize import bind
+from .tile_program import ACTIVATIONS, GATED, Tile, tile_program
 
 X = TypeVar("X", mx.array, Int8Activations)
 
@@ -30,15 +30,6 @@ MAX_ROWS_PER_EXPERT = 4
 """Rows of x, for each expert that there is, up to which an expert's matrix is read again for
 every row that uses it. Above, rows are sorted by expert and a tile of up to 32 reads it once, but
 takes the time to multiply 32. Not measured on a Mac."""
-
-_GATED = {
-    "swiglu": "Gated<Silu>",
-    "geglu": "Gated<Gelu>",
-    "geglu_tanh": "Gated<GeluTanh>",
-    "swiglu_clipped": "ClippedSwiglu",
-}
-_PLAIN = {"silu": "Silu", "gelu": "Gelu", "gelu_tanh": "GeluTanh", "relu2": "Relu2"}
-ACTIVATIONS = (*_PLAIN, *_GATED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +85,7 @@ class Call(Generic[X]):
 
     @property
     def gated(self) -> bool:
-        return self.activation in _GATED
+        return self.activation in GATED
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -150,37 +141,6 @@ def refuse(call: Call[X]) -> str | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """What a threadgroup computes, and the Metal function that does it.
-
-    op        stem of the function's source.
-    sections  what it needs of ``metal/``.
-    function  its name.
-    numbers   its template arguments after the formats of the weight.
-    x         the expression for x.
-    rows      rows of a part.
-    many      rows of x.
-    threads   threads of the threadgroup.
-    scratch   declares the threadgroup memory ``scratch``, if there is any.
-    sorted    whether rows of x are sorted by expert, of which each has tiles of its own.
-    staged    words of the largest codebook that is copied to threadgroup memory first; a larger one
-              is read where it is.
-    """
-
-    op: str
-    sections: tuple[str, ...]
-    function: str
-    numbers: str
-    x: str
-    rows: int
-    many: int
-    threads: int
-    scratch: str
-    staged: int = 2048
-    sorted: bool = False
-
-
 def simd_groups(weight: QuantizedWeight) -> int:
     """SIMD-groups of a threadgroup: more where they share a codebook in threadgroup memory."""
     return 4 if any(s.grid for s in weight.segments) else 2
@@ -212,7 +172,7 @@ def launch(call: Call[X], tile: Tile, x: dict[str, mx.array]) -> Launch:
     down = -(-call.rows // tile.many)
     if tile.sorted:  # at most one tile of each expert is not full
         down = call.rows // tile.many + min(weight.experts or 1, call.rows)
-    program = _program(
+    program = tile_program(
         tile,
         tuple(bounds),
         tuple(places[id(p.segment)] for p in weight.parts),
@@ -258,100 +218,6 @@ def _numbers(values: tuple[int, ...]) -> mx.array:
     array = mx.array(values, mx.uint32)
     mx.eval(array)
     return array
-
-
-@cache
-def _program(
-    tile: Tile,
-    bounds: tuple[Bound, ...],
-    of_part: tuple[int, ...],
-    activation: str | None,
-    inputs: tuple[str, ...],
-    outputs: int,
-) -> Program:
-    gated = activation in _GATED
-    act = {**_PLAIN, **_GATED}.get(activation or "", "None")
-    bias = "bias" if "bias" in inputs else "x"
-    residual = "residual" if "residual" in inputs else "x"
-    flags = f"{str(bias == 'bias').lower()}, {str(residual == 'residual').lower()}"
-    epilogue = f"output<{act}, {flags}>"
-    lines = [
-        "const uint3 tile = threadgroup_position_in_grid;",
-        "const device Part* parts = (const device Part*)(size + 3);",
-    ]
-    place = "tile, simdgroup_index_in_threadgroup, thread_index_in_simdgroup"
-    if tile.scratch:
-        lines += [tile.scratch]
-        place = "tile, simdgroup_index_in_threadgroup, thread_index_in_threadgroup, scratch"
-    # The segments of a call: one of them for the parts that it holds, or gate's and up's.
-    calls = [of_part] if gated else [(s, s) for s in range(len(bounds))]
-    if words := max(sum(_grids(bounds, call, tile).values()) for call in calls):
-        lines += [f"threadgroup uint grid[{words}];"]
-    if not gated:
-        later = (f" + uint(tile.x >= parts[{j}].tile)" for j in range(1, len(of_part)))
-        lines += [f"const uint j = 0{''.join(later)};"]
-    out = "out0"
-    for j in range(1, outputs):
-        out = f"j == {j} ? out{j} : {out}" if j == 1 else f"j == {j} ? out{j} : ({out})"
-    for f, g in calls:
-        x = tile.x
-        if "experts" in inputs or tile.sorted:
-            # All parts of one segment lie in each expert's matrix.
-            steps = [f"uint({n}_shape[1])" for n in (f"codes{f}", f"codes{g}")]
-            steps += ["uint(bias_shape[1])" if bias == "bias" else "0"]
-            scores = "scores" if "scores" in inputs else "x"
-            of = f"chosen({x}, experts, {scores}"
-            if tile.sorted:
-                of = f"sorted({x}, row_ends, tile_ends, uint(codes{f}_shape[0])"
-            x = f"{of}, {', '.join(steps)})"
-        staged, p, q = _staged(bounds, (f, g), tile)
-        block = [
-            *staged,
-            f"Part a = parts[{'0' if gated else 'j'}], b = {'parts[1]' if gated else 'a'};",
-            f"{tile.function}<{bounds[f].trait}, {bounds[g].trait}{tile.numbers}>("
-            f"{p}, {q}, {x}, (const device Size*)size, "
-            f"{epilogue}(a, b, factors({bounds[f].factors}), factors({bounds[g].factors}), "
-            f"{bias}, {residual}, {out}), {place});",
-        ]
-        if len(calls) > 1:
-            here = " || ".join(f"j == {j}" for j, of in enumerate(of_part) if of == f)
-            block = [f"if ({here}) {{", *block, "}"]
-        lines += block
-    sections = [] if act == "None" else re.findall(r"\w+", act)
-    return Program(
-        op=tile.op,
-        inputs=inputs,
-        outputs=tuple(f"out{i}" for i in range(outputs)),
-        body="\n".join(lines) + "\n",
-        parts=(
-            *dict.fromkeys(section(b.trait) for b in bounds),
-            *tile.sections,
-            *(f"quantized_matmul.metal:{s}" for s in sections),
-        ),
-    )
-
-
-def _grids(bounds: Sequence[Bound], call: Sequence[int], tile: Tile) -> dict[str, int]:
-    """The codebooks of a call's segments that are staged, and the words of each."""
-    grids = {bounds[i].grid: bounds[i].words for i in call}
-    return {grid: words for grid, words in grids.items() if 0 < words <= tile.staged}
-
-
-def _staged(
-    bounds: Sequence[Bound], call: tuple[int, int], tile: Tile
-) -> tuple[list[str], str, str]:
-    """Statements that copy the codebooks of a call, and the expressions of its two segments."""
-    at: dict[str, str] = {}
-    lines: list[str] = []
-    words = 0
-    grids = _grids(bounds, call, tile)
-    for bound in {i: bounds[i] for i in call}.values():
-        if bound.grid in grids and bound.grid not in at:
-            at[bound.grid] = f"grid + {words}"
-            lines.append(bound.stage(at[bound.grid], tile.threads))
-            words += bound.words
-    p, q = (bounds[i].at(at.get(bounds[i].grid, bounds[i].grid)) for i in call)
-    return lines, p, q
 
 
 def _sigmoid_gelu_tanh(v: mx.array) -> mx.array:

@@ -13,7 +13,8 @@ from ..weight import AffineSegment, AnySegment, QuantizedWeight
 from . import small
 from .decode import decode
 from .dequantize import dequantize
-from .product import Call, Tile, batches, finish, launch, refuse, simd_groups
+from .product import Call, batches, finish, launch, refuse, simd_groups
+from .tile_program import Tile
 
 LARGE = "dequantize"
 """What runs above `MAX_VECTOR_ROWS` unless `mlxfuse tune` has chosen: ``dequantize``, or ``tiles``,

@@ -12,6 +12,7 @@ import os
 import platform
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 
 from ... import env
 from ...files import write_text
+from ...ranks import all_values
 from ..matmul.product import MAX_BATCH, MAX_VECTOR_ROWS
 from . import kernel as _kernel
 from .backend import Recorder, disabled, using
@@ -92,6 +94,23 @@ def check(recorded: Iterable[Recorded], *, emulated: bool = False) -> dict[Progr
     if len(passed) != before:
         _write(path, passed)
     return failed
+
+
+def agree(of: mx.distributed.Group) -> dict[Program, str]:
+    """Disable what the self-test of another rank disabled. All ranks must call it.
+
+    Returns:
+        The programs that are disabled by this, with the reason.
+    """
+    own = [(asdict(program), reason) for program, reason in disabled.items()]
+    found: dict[Program, str] = {}
+    for rank, told in enumerate(all_values(own, of)):
+        for fields, reason in told:
+            names = ("inputs", "outputs", "parts")
+            program = Program(**{**fields, **{name: tuple(fields[name]) for name in names}})
+            if program not in disabled:
+                disabled[program] = found[program] = f"on rank {rank}: {reason}"
+    return found
 
 
 def _key(launch: Launch) -> str:

@@ -14,7 +14,8 @@ from mlxfuse.formats import BY_NAME
 from mlxfuse.kernels.activations import GROUP, Int8Activations
 from mlxfuse.kernels.matmul import int8_matmul as module
 from mlxfuse.kernels.matmul.int8_matmul import int8_matmul, unsupported
-from mlxfuse.kernels.matmul.product import ACTIVATIONS, Call
+from mlxfuse.kernels.matmul.product import Call
+from mlxfuse.kernels.matmul.tile_program import ACTIVATIONS
 from mlxfuse.kernels.runtime import kernel as _kernel
 from mlxfuse.kernels.runtime import self_test
 from mlxfuse.kernels.weight import AffineSegment, AnySegment, Part, QuantizedWeight

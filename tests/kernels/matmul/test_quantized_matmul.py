@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 from unittest import mock
 
 import mlx.core as mx
@@ -13,14 +12,15 @@ import pytest
 from mlxfuse import KernelError
 from mlxfuse.formats import BY_NAME, Format
 from mlxfuse.kernels.matmul import quantized_matmul as module
-from mlxfuse.kernels.matmul.product import ACTIVATIONS
 from mlxfuse.kernels.matmul.quantized_matmul import quantized_matmul
+from mlxfuse.kernels.matmul.tile_program import ACTIVATIONS
 from mlxfuse.kernels.runtime import backend as _backend
 from mlxfuse.kernels.runtime import kernel as _kernel
 from mlxfuse.kernels.weight import AffineSegment, Part, QuantizedWeight
 from mlxfuse.nn.quantized import QuantizedLinear
 from tests import msl
 
+from ..builds import in_turn
 from ..matmul_cases import (
     AFFINE,
     EPS,
@@ -66,21 +66,7 @@ def scaled(x: mx.array, parts: list[np.ndarray], ids: mx.array | None) -> mx.arr
     return x * 2.0 ** round(np.log2(1.5 / size))
 
 
-def _builds() -> list[Any]:
-    """Each case in one build of the bench in turn; in the others it is slow. On Metal, all run."""
-    builds = ["metal"] if mx.metal.is_available() else msl.BUILDS
-    return [
-        pytest.param(
-            *(case, build),
-            id=f"{build}-{name_of(case)}",
-            marks=() if at % len(builds) == builds.index(build) else pytest.mark.slow,
-        )
-        for at, case in enumerate(CASES)
-        for build in builds
-    ]
-
-
-@pytest.mark.parametrize(("case", "kernels"), _builds(), indirect=["kernels"])
+@pytest.mark.parametrize(("case", "kernels"), in_turn(CASES, name_of), indirect=["kernels"])
 def test_every_pair(case: Case, kernels: str) -> None:
     """Every two values of `FACTORS` that may meet; in the checked build 300 rows at most."""
     if kernels == "checked":
