@@ -33,7 +33,7 @@ from .models.config import read_config
 from .models.part import Part
 from .models.plan import Plan, plan, stored_rows
 from .models.sampling import recommended
-from .models.shard import shares
+from .models.shard import shares, stages
 from .models.streams import Account
 from .nn.kv.options import KVOptions
 from .ranks import expect_same, same_run
@@ -104,6 +104,7 @@ def load(
     kv_layers: str = "all",
     progress: Callable[[float], None] | None = None,
     group: mx.distributed.Group | None = None,
+    pipeline: bool = False,
 ) -> tuple[Any, ...]:
     """Load a model: the same arguments and the same pair as ``mlx_lm.load``, and a few more.
 
@@ -140,6 +141,9 @@ def load(
             the same logits. None, or a group of one: this process alone, which under
             ``mlx.launch`` too loads all of the model and runs it by itself. Tokens are to be
             chosen by one for all: `mlxfuse.ranks.agreed`.
+        pipeline: each machine of the group has some layers, one after the other, and not a part
+            of each layer: for slow links, and models whose heads cannot be shared. One chat is
+            then no faster than on one machine.
 
     Returns:
         (model, tokenizer), with ``return_config`` (model, tokenizer, configuration);
@@ -151,7 +155,6 @@ def load(
         DoesNotFitError: the model, with a cache for ``context_length`` tokens (by default those it
             was made for, at most 4096), takes more memory than there is for it.
         ModelRefError: nothing has that name.
-        RanksError: the machines of the group would not compute the same.
         DownloadError: it cannot be downloaded.
         ExportError, CheckpointError: the folder, or the adapter, is not as it was written.
         GGUFError: the file is malformed, or its tensors contradict its metadata.
@@ -176,20 +179,24 @@ def load(
         raise UnsupportedError("adapter_path: machines that share a model cannot have an adapter")
     if group is not None:
         fuse = fuse if isinstance(fuse, str) else ",".join(sorted(fuse))
-        told = (dtype, context_length, fuse, act_quant, kv, changes)
+        told = (dtype, context_length, fuse, act_quant, kv, changes, pipeline)
         expect_same(same_run(path, str(told)), group)
     if is_checkpoint(path):
         if context_length is not None:
             raise UnsupportedError(f"{path}: context_length is for GGUF files; leave it out")
+        if pipeline and group is not None:
+            raise UnsupportedError(f"{path}: a pipeline is for GGUF files and exports of them")
         opened = _open_checkpoint(path, dtype, changes, lazy, account, group)
     else:
         quantized = unavailable() is None or bool(chosen(fuse))
-        opened = _open_gguf(path, dtype, changes, asked, quantized, account, group)
+        shared = None if group is None else Sharing(group, pipeline)
+        opened = _open_gguf(path, dtype, changes, asked, quantized, account, shared)
     if adapter_path is not None:
         apply_adapter(opened.model, Path(adapter_path))
     patch = patch_model(opened.model, fuse=fuse, act_quant=act_quant, **kv)
     if group is not None:
         patch.disabled |= {program.op: why for program, why in self_test.agree(group).items()}
+    if group is not None and not pipeline:
         _expect_same_sums(patch, group)
     opened.model.load_report = _report(account, opened, patch)
     pair = (opened.model, opened.tokenizer)
@@ -235,6 +242,22 @@ class Changes:
 
 
 @dataclass(frozen=True, slots=True)
+class Sharing:
+    """How machines share a model: a part of each layer, or in a pipeline some layers."""
+
+    group: mx.distributed.Group
+    pipeline: bool
+
+    def part(self, path: Path, weights: Plan) -> Part:
+        """This machine's part of a file's model."""
+        split = stages if self.pipeline else shares
+        try:
+            return Part(split(weights, self.group.size())[self.group.rank()], self.group)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{path}: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
 class Opened:
     """A model that is not fused yet; see `LoadReport` for the last two."""
 
@@ -274,7 +297,7 @@ def _open_gguf(
     asked: Asked,
     quantized: bool,
     account: Account,
-    group: mx.distributed.Group | None,
+    shared: Sharing | None,
 ) -> Opened:
     with ExitStack() as stack:
         with account.time("header"):
@@ -286,7 +309,7 @@ def _open_gguf(
             except UnsupportedError as error:
                 named = str(path) in str(error)
                 raise (error if named else UnsupportedError(f"{path}: {error}")) from None
-            part = None if group is None else _part(path, weights, group)
+            part = None if shared is None else shared.part(path, weights)
             own = weights if part is None else part.share.plan
             room = room_for(file, own, machine(quantized), asked)
             if isinstance(file, ExportedFile):
@@ -302,13 +325,6 @@ def _open_gguf(
     if part is not None:
         notes = [str(part.share), *part.share.notes, *notes]
     return Opened(model, tokenizer, dict(config.args), sampling, notes)
-
-
-def _part(path: Path, weights: Plan, group: mx.distributed.Group) -> Part:
-    try:
-        return Part(shares(weights, group.size())[group.rank()], group)
-    except UnsupportedError as error:
-        raise UnsupportedError(f"{path}: {error}") from None
 
 
 # What a tokenizer_config may change of a GGUF file's tokenizer.

@@ -22,7 +22,7 @@ from ..kernels.matmul.dequantize import dequantize
 from ..kernels.matmul.int8_matmul import int8_matmul, unsupported
 from ..kernels.matmul.product import MAX_ROWS_PER_EXPERT
 from ..kernels.matmul.quantized_matmul import quantized_matmul
-from ..kernels.norm.norm_rope import norm_rope
+from ..kernels.norm.norm_rope import RopeOptions, norm_rope
 from ..kernels.norm.quantize_int8 import quantize_int8
 from ..kernels.norm.rms_norm import rms_norm
 from ..kernels.weight import QuantizedWeight, Segment
@@ -263,8 +263,11 @@ def _activations(sizes: Sizes) -> Iterator[Case]:
         )
         q, k = _normal(1, rows, heads * dim), _normal(1, rows, kv_heads * dim)
         rope = partial(
-            norm_rope, q, k, heads=heads, kv_heads=kv_heads, offset=7, dims=dim,
-            q_weight=head_weight, k_weight=head_weight, base=1e4,
+            norm_rope, q, k, 7,
+            RopeOptions(
+                heads=heads, kv_heads=kv_heads, dims=dim,
+                q_weight=head_weight, k_weight=head_weight, base=1e4,
+            ),
         )  # fmt: skip
         yield Case(
             f"{heads}+{kv_heads} heads of {dim}, {_plural(rows, 'token')}",

@@ -56,6 +56,7 @@ def bench(
     kv_force: bool = False,
     extras: Sequence[Extra] = (),
     say: Say = lambda text: None,
+    group: mx.distributed.Group | None = None,
 ) -> dict[str, Any]:
     """Compare, then time, both forms of a model; everything as plain data, ready for JSON.
 
@@ -75,6 +76,8 @@ def bench(
             plain. Outputs are compared with those of mlx-lm's attention on the same compressed
             cache, decompressed.
         kv_force: compress keys of models that are known to suffer from it.
+        group: the ranks that share the model, stock MLX-LM's form of it too. Each must call this;
+            bytes are those of this rank.
 
     Raises:
         KernelError: kernels are emulated, whose time means nothing.
@@ -83,7 +86,8 @@ def bench(
     from mlx_lm.generate import wired_limit
 
     compress = Compress(kv, kv_start, kv_force)
-    arms, matches, vocabulary = _compared(path, dtype, fuse, act_quant, stock, compress, say)
+    how = (dtype, group)
+    arms, matches, vocabulary = _compared(path, how, fuse, act_quant, stock, compress, say)
     if env.get("MLXFUSE_KERNELS") == "emulated":
         raise KernelError(
             f"outputs agree to {matches[-1]['error']:.2g}, but emulated kernels are not timed: "
@@ -134,43 +138,50 @@ class Compress:
 
 def _compared(
     path: Path,
-    dtype: str | None,
+    how: tuple[str | None, mx.distributed.Group | None],
     fuse: Sequence[str],
     act_quant: str,
     stock: str,
     compress: Compress,
     say: Say,
 ) -> tuple[list[Arm], list[dict[str, Any]], int]:
-    """The arms, stock first, how each matches, and the size of the vocabulary."""
+    """The arms, stock first, how each matches, and the size of the vocabulary.
+
+    Args:
+        how: the type of activations, and the ranks that share the model.
+    """
     say(f"loading {path.name}")
-    model, vocabulary = load_model(path, dtype)
+    model, vocabulary = load_model(path, *how)
     left = device()["budget"] - mx.get_active_memory()
     other, weights = stock_of(model, requantize=stock == "affine", budget=left)
     compress(model, other)
     kv, before = compress.kv, _SEALED if compress.kv else 0
     # Requantised weights are other numbers: kernels are held to the file's, decoded.
     exact = stock == "exact"
+    where = f"; shared by {how[1].size()} ranks" if how[1] is not None else ""
     reference = Reference(logits(other, before), before) if exact else decoded(model, before)
-    arms = [Arm(STOCK, f"mlx-lm's classes, MLX's operations, {weights}", other)]
+    arms = [Arm(STOCK, f"mlx-lm's classes, MLX's operations, {weights}{where}", other)]
     matches = [_match(reference, other, weights)]
     for i, choice in enumerate(fuse):
         if i:
             say(f"loading {path.name} for --fuse {choice}")
-            model, _ = load_model(path, dtype)
+            model, _ = load_model(path, *how)
             compress(model)
         words = [OURS, kv.name if kv else "", choice if len(fuse) > 1 else ""]
         name = " ".join(filter(None, [*words, "int8" if act_quant == "on" else ""]))
         patch = patch_model(model, fuse=choice, act_quant=act_quant)
-        what = _describe(model, patch) + (f"; its {kv}" if kv else "")
+        what = _describe(model, patch) + (f"; its {kv}" if kv else "") + where
         arms.append(Arm(name, what, model, compress.start if kv else 0))
         say("comparing outputs")
         matches.append(_agreement(reference, model, rounded=act_quant == "on"))
     return arms, matches, vocabulary
 
 
-def load_model(path: Path, dtype: str | None) -> tuple[nn.Module, int]:
+def load_model(
+    path: Path, dtype: str | None, group: mx.distributed.Group | None = None
+) -> tuple[nn.Module, int]:
     """The model, not fused, and the size of its vocabulary."""
-    model, tokenizer = load(path, dtype=dtype, fuse="off")
+    model, tokenizer = load(path, dtype=dtype, fuse="off", group=group)
     return model, tokenizer.vocab_size
 
 

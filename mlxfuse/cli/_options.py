@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from ..terminal import one_line
-from ._models import before_imports, complete_model, resolve_model
+from ._models import before_imports, complete_model, expect_gguf, resolve_model
 from ._ranks import team
 
 
@@ -245,6 +245,25 @@ class Judged:
         str | None,
         of_cache("With a compressed key-value cache: 8, 4 or for example k8v4.", metavar="BITS"),
     ] = None
+
+    ranks: Annotated[
+        int | None,
+        of_model(
+            "Also tell what each of so many machines would hold, under mlx.launch.",
+            min=2,
+            max=1024,
+            metavar="INTEGER",
+        ),
+    ] = None
+
+    def by_rank(self, path: Path, here: Any) -> list[dict[str, Any]]:
+        """What each of ``--ranks`` would hold; empty without the option."""
+        if self.ranks is None:
+            return []
+        from ..inspect.ranks import by_rank
+
+        expect_gguf(path, "--ranks")
+        return by_rank(path, self.ranks, here, self.context, self.bits())
 
     def bits(self) -> Any:
         """A `KVBits`; a usage error where the option means nothing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -27,6 +28,7 @@ from ..nn.join_linears import (
     format_of,
     join,
     join_experts,
+    one_expert,
     single,
 )
 from ..nn.mlp import FusedMLP, MLPForm
@@ -43,6 +45,7 @@ from .forms import (
     fused_norm,
     has,
     mlp_form,
+    moe_form,
     post_norm_form,
     rotation,
     row_count,
@@ -232,14 +235,38 @@ def _experts_sum(tree: Tree, path: str, module: nn.Module, match: Match) -> Cand
     tree.check_alone(module, [name], arrays=False)
     make, formats = _joined_experts(tree, module[name], (form.output,))
     whole = match.form.get("whole", False)
-    sums = MoEForm(type(module), name, match.form.get("cast", False))
+    sums = moe_form(module, match)
     pieces = [
         Piece(module[name], FusedExperts, form, "down", make),
         Piece(module, FusedWeightedExperts if whole else FusedMoE, sums, "sums", _same(True)),
     ]
     output = f"{name}.{form.output}"
     explain = f"the sum over experts of {path} in {output}"
+    if sums.choosing is not None:
+        pieces += _chosen(tree, module, sums)
+        explain += ", and their choice in one dispatch"
     return candidate("experts_sum", 55, path, [output], pieces, explain, formats)
+
+
+def _chosen(tree: Tree, module: nn.Module, form: MoEForm) -> Iterator[Piece]:
+    """What chooses a token's experts, and their router, so that its bias is added where it is
+    multiplied.
+    """
+    assert form.choosing is not None
+    tree.check_alone(module)
+    yield Piece(module, FusedMoE, form, "chooses", _same(True))
+    router, shared = form.choosing.router, form.choosing.shared
+    with suppress(NotFusible):  # what cannot be fused is called as it is
+        if shared:
+            make = _joined(tree, module, (router, *shared[1:]))[0]
+        else:
+            make = _same(_single(tree, module, router))
+        yield Piece(module, FusedMoE, form, "router", make)
+    if shared:
+        with suppress(NotFusible):
+            expert = module[shared[0]]
+            output = mlp_form(expert, certify(type(expert), "mlp")).output
+            yield Piece(module, FusedMoE, form, "shared", _same(one_expert(expert, output)))
 
 
 @_places("activation", "mlp", mlp_form)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import NotFusible
+from ..kernels.norm.norm_rope import RopeOptions
 from ..nn.adapted import base
 from ..nn.attention import AttentionForm
 from ..nn.block import BlockForm
 from ..nn.join_linears import describe
 from ..nn.mlp import MLPForm
-from ..nn.moe import ExpertsForm
+from ..nn.moe import Choosing, ExpertsForm, MoEForm
 from ..nn.norm import FusedNorm
 from ..nn.post_norm import PostNormForm
 from ..nn.rope import FrequencyRoPE
@@ -119,6 +121,24 @@ def experts_form(module: nn.Module, match: Match) -> ExpertsForm:
     return ExpertsForm(type(module), (gate, up), down, activation(module, match).form["activation"])
 
 
+def moe_form(module: nn.Module, match: Match) -> MoEForm:
+    """The variant of a block of experts of which it is known how their results are added up."""
+    form = MoEForm(type(module), match.names["EXPERTS"], match.form.get("cast", False))
+    try:
+        whole = certify(type(module), "moe")
+    except NotFusible:
+        return form
+    names = whole.names
+    shared = tuple(names[n] for n in ("SHARED", "SHARED_GATE") if n in names)
+    if not has(module, names["GATE"], *shared):
+        return form
+    settings = tuple((names[n], getattr(module, names[n])) for n in ("COUNT", "NORM") if n in names)
+    count, *normed = (value for _, value in settings)
+    softmax = whole.form.get("whole", False) and not any(normed)
+    choice = Choosing(names["GATE"], count, softmax, settings, shared)
+    return replace(form, choosing=choice)
+
+
 def activation(module: nn.Module, match: Match) -> Match:
     """The known activation that is a child of a module."""
     child = getattr(module, match.names["ACTIVATION"])
@@ -191,11 +211,12 @@ def rotation(module: nn.Module, form: AttentionForm) -> Rotation:
     if options["dims"] > size or any(n != size * form.kv_heads for n in form.rows[1:2]):
         raise NotFusible("its heads of q and k have different sizes")
     parts = {name: module[name] for name in (*form.norms, form.rope)}
-    return Rotation(module, parts, form.heads, form.kv_heads, options)
+    how = RopeOptions(heads=form.heads, kv_heads=form.kv_heads, **options)
+    return Rotation(module, parts, how)
 
 
 def _rope_options(rope: nn.Module) -> dict[str, Any]:
-    """The arguments of `norm_rope` that do what a rotary embedding does."""
+    """The fields of `RopeOptions` that do what a rotary embedding does."""
     if type(rope) is FrequencyRoPE:
         options = {"dims": rope.dims, "freqs": rope._freqs, "mscale": rope.scale}
         return options | {"traditional": rope.traditional}

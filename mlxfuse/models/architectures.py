@@ -14,6 +14,7 @@ from .families import (
     layer_norm,
     lfm2,
     llama,
+    llama4,
     mamba,
     mla,
     moe,
@@ -22,6 +23,8 @@ from .families import (
     phi3,
     qwen35,
     qwen_moe,
+    selective,
+    uneven,
 )
 from .table import Architecture
 
@@ -33,6 +36,7 @@ _FAMILIES = (
     layer_norm,
     lfm2,
     llama,
+    llama4,
     mamba,
     mla,
     moe,
@@ -41,6 +45,8 @@ _FAMILIES = (
     phi3,
     qwen35,
     qwen_moe,
+    selective,
+    uneven,
 )
 
 ARCHITECTURES: dict[str, Architecture] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from ..nn.experts import QuantizedSwitchLinear
 from ..nn.quantized import Place, QuantizedEmbedding, QuantizedLinear
 from ..nn.rope import FrequencyRoPE, NoRoPE
 from .part import Part, parent_of
-from .plan import Group, Plan, WeightPlan, groups
+from .plan import Group, Plan, WeightPlan, groups, lean
 from .rope import Rope
 from .rows import RowSource
 from .streams import POOL, Account, StreamLoader, part_of
@@ -144,9 +145,7 @@ def make_module(
         whole = _dense(rows, (math.prod(weight.shape[:-1]), weight.shape[-1]), dtype)
         stock.weight = whole.reshape(weight.shape)
         return stock
-    if weight.of.bare and len(weight.shape) == 2:
-        return _dense(rows, (weight.shape[0], weight.shape[1]), dtype)
-    if len(weight.shape) == 1:
+    if len(weight.shape) == 1 or weight.of.log:
         found = rows(0, weight.shape[0])
         if weight.of.log:
             # Rounding the logarithm moves exp of it by 4e-7 of it, for 1e-3 to 1e3.
@@ -155,11 +154,13 @@ def make_module(
             found = np.log(-found.astype(np.float64)).astype(np.float32)
         values = mx.array(found)
         if isinstance(stock, mx.array):
-            return values if weight.of.float32 else values.astype(dtype)
+            return (values if weight.of.float32 else values.astype(dtype)).reshape(stock.shape)
         stock.weight = (values - weight.of.offset).astype(dtype)
         if weight.bias:
             stock.bias = _bias(file, weight, dtype)
         return stock
+    if weight.of.bare:
+        return _dense(rows, (weight.shape[0], weight.shape[1]), dtype)
     # Experts' matrices one below the other.
     shape = (math.prod(weight.shape[:-1]), weight.shape[-1])
     if isinstance(stock, nn.Embedding):
@@ -235,6 +236,10 @@ def _set_ropes(file: GGUFFile, model: nn.Module, config: Config) -> None:
                     f"layer {i} has no rotary embedding there, and has one in the file"
                 )
             attention.rope = made[rope]
+            indexer = attention.get("indexer", {})
+            if "rope" in indexer:
+                pairs = bool(config.args["indexer_rope_interleave"])
+                indexer.rope = _rope(file, replace(rope, pairs=pairs))
         elif attention is not None and hasattr(attention.get("rope"), "dims"):
             attention.rope = NoRoPE()
 
@@ -245,7 +250,7 @@ def _rope(file: GGUFFile, rope: Rope) -> nn.Module:
     factors = None
     if rope.factors:
         tensor = file.tensors[rope.factors]
-        factors = dequantize(file.read(tensor), tensor.format, tensor.shape)
+        factors = dequantize(file.read(tensor), tensor.format, tensor.shape)[: rope.dims // 2]
         if not np.all(factors > 0):
             raise GGUFError(file.path, f"{rope.factors} has values that are not positive")
     return FrequencyRoPE(mx.array(rope.periods(factors)), rope.scale, pairs=rope.pairs)
@@ -254,12 +259,10 @@ def _rope(file: GGUFFile, rope: Rope) -> nn.Module:
 def _check_parameters(model: nn.Module, weights: Plan) -> None:
     """mlx-lm's model has exactly the weights that the file will fill, in the same shapes."""
     arch = weights.config.architecture
-    filled = {w.parameter: w.shape for p in (weights.outer, *weights.layers) for w in p}
+    filled = {w.parameter: lean(w.shape) for p in (weights.outer, *weights.layers) for w in p}
     parameters: Any = tree_flatten(model.parameters())
     expected = {
-        name: value.shape[
-            : 2 if ".conv1d." in name or ".conv.conv." in name else None
-        ]  # of each channel alone
+        name: lean(value.shape)  # a convolution of each channel alone has an axis of 1
         for name, value in parameters
         # A linear has the biases that the file has.
         if not name.endswith(".bias") and name not in weights.config.values

@@ -54,7 +54,8 @@ def read_config(file: GGUFFile, context_length: int | None = None) -> Config:
     if experts:
         expert_args, expert_sizes, by_layer = _experts(key, arch, layers)
         sizes |= expert_sizes
-    sizes["ff"] = key.count("feed_forward_length", sizes.get("expert_ff"))
+    width = sizes.get("expert_ff")
+    sizes["ff"] = 0 if arch.attention_free else key.count("feed_forward_length", width)
     sizes["gate_up"] = 2 * sizes["ff"]
     context = key.count("context_length")
     rope = read_rope(key, arch, sizes["head"], context, context_length or context)
@@ -133,16 +134,18 @@ def _own_args(key: Keys, arch: Architecture, sizes: Mapping[str, int]) -> dict[s
 
 def _sizes(key: Keys, arch: Architecture) -> dict[str, int]:
     """The sizes that every architecture has."""
-    embd, heads = key.count("embedding_length"), key.count("attention.head_count")
-    kv_heads = key.count("attention.head_count_kv", heads)
-    check_kv_heads(key, heads, kv_heads)
+    embd, heads, kv_heads = key.count("embedding_length"), 1, 1
+    if not arch.attention_free:
+        heads = key.count("attention.head_count")
+        kv_heads = key.count("attention.head_count_kv", heads)
+        check_kv_heads(key, heads, kv_heads)
     if arch.latent:
         kv_heads = heads
         head, value_head = _latent_heads(key)
     else:
         head = key.count("attention.key_length", embd // heads)
         value_head = key.count("attention.value_length", embd // heads)
-    if value_head != head and not arch.latent:
+    if value_head != head and not (arch.latent or arch.value_heads):
         raise UnsupportedError(f"heads of keys ({head}) and values ({value_head}) differ in size")
     if head * heads != embd and arch.fixed_head:
         raise UnsupportedError(
@@ -159,8 +162,9 @@ def _sizes(key: Keys, arch: Architecture) -> dict[str, int]:
         "value": value_head,
         "o": heads * value_head,
         "kv": kv_heads * head,
+        "v": kv_heads * value_head,
         "qkv": (heads + 2 * kv_heads) * head,
-        "cache": 2 * kv_heads * head,
+        "cache": kv_heads * (head + value_head),
         "window": 0,
         "state": 0,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import UnsupportedError
+from ..nn.stages import Passing, Stage
 from ..nn.summed import Nothing, SharedEmbedding, SharedHead, Summed, SummedNorm
 from .shard import Share
 
@@ -25,10 +27,11 @@ class Part:
     group: mx.distributed.Group
 
     def narrow(self, model: nn.Module) -> None:
-        """Let the attentions count the rank's own heads.
+        """Let the attentions count the rank's own heads, and leave out others' layers.
 
         Raises:
-            UnsupportedError: one does not say how many it has.
+            UnsupportedError: an attention does not say how many heads it has, or layers hand on
+                more than their results.
         """
         for path, counts in self.share.heads.items():
             parent, name = parent_of(model, path)
@@ -45,9 +48,26 @@ class Part:
                     "heads it has, so that machines cannot share them"
                 )
 
+        layers_at = self.share.plan.config.architecture.layers_at
+        for i in range(len(model.layers)) if self.share.stages else ():
+            parent, name = parent_of(model, layers_at)
+            layer = parent[name][i]
+            given = list(inspect.signature(type(layer).__call__).parameters)[2:]
+            if given != ["mask", "cache"]:
+                raise UnsupportedError(
+                    f"layers of {type(model).__module__} hand on more than their results, so that "
+                    "machines cannot have some layers each; they can share each layer (without "
+                    "pipeline)"
+                )
+            if i not in self.share.layers:
+                parent[name][i] = Passing(layer)
+
     def join(self, model: nn.Module) -> None:
         """Add results up over the ranks, and gather those of the vocabulary."""
         share = self.share
+        for i in share.stages:
+            parent, name = parent_of(model, share.plan.config.architecture.layers_at)
+            parent[name][i] = Stage(parent[name][i], self.group)
         for path, outputs in share.absent.items():
             parent, name = parent_of(model, path)
             parent[name] = Nothing(outputs)

@@ -59,6 +59,8 @@ class Share:
     replicated   of them, bytes of what every rank holds whole.
     whole        bytes of the file that one machine alone would hold.
     notes        what is not split, and why.
+    layers       the layers of which it has something: all of them, or the stage of a pipeline.
+    stages       the layers with which the ranks' stages end, if it is a pipeline.
     """
 
     rank: int
@@ -74,13 +76,17 @@ class Share:
     replicated: int
     whole: int
     notes: tuple[str, ...]
+    layers: range
+    stages: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         """A line of a report."""
         own, every = self.kv_heads
-        heads = f"{own} of {every} key/value heads and " if self.heads else ""
+        part = f"{own} of {every} key/value heads and " if self.heads else ""
+        if self.stages:
+            part = f"layers {self.layers[0]} to {self.layers[-1]} and "
         return (
-            f"{self.ranks} machines: this one, rank {self.rank}, has {heads}"
+            f"{self.ranks} machines: this one, rank {self.rank}, has {part}"
             f"{100 * self.nbytes / self.whole:.0f} % of the bytes"
         )
 
@@ -95,10 +101,56 @@ def shares(weights: Plan, ranks: int) -> tuple[Share, ...]:
     return tuple(split.share(rank) for rank in range(ranks))
 
 
+def stages(weights: Plan, ranks: int) -> tuple[Share, ...]:
+    """What each of so many ranks holds of a pipeline: consecutive layers, about as many bytes each,
+    and some rows of the vocabulary.
+
+    Raises:
+        UnsupportedError: there are fewer layers than ranks.
+    """
+    config = weights.config
+    if config.layers < ranks:
+        raise UnsupportedError(f"{config.layers} layers cannot be shared by {ranks} machines")
+    ends = _ends([sum(map(_bytes, layer)) for layer in weights.layers], ranks)
+    outer = _Split(replace(weights, layers=()), ranks, outer=True)
+    whole = sum(_bytes(weight) for _, _, weight in _weights(weights))
+    found = []
+    for rank, end in enumerate(ends):
+        layers = range(ends[rank - 1] if rank else 0, end)
+        share = outer.share(rank)
+        held = tuple(part if i in layers else () for i, part in enumerate(weights.layers))
+        none = {"cache": 0, "state": 0}
+        sizes = config.by_layer or ({},) * config.layers
+        by_layer = tuple(own if i in layers else {**own, **none} for i, own in enumerate(sizes))
+        plan = Plan(replace(config, by_layer=by_layer), share.plan.outer, held)
+        found.append(
+            replace(
+                share,
+                plan=plan,
+                layers=layers,
+                stages=tuple(end - 1 for end in ends),
+                nbytes=share.nbytes + sum(_bytes(weight) for part in held for weight in part),
+                whole=whole,
+            )
+        )
+    return tuple(found)
+
+
+def _ends(sizes: list[int], ranks: int) -> list[int]:
+    """Behind which layer each rank's layers end."""
+    sums = list(accumulate(sizes))
+    ends: list[int] = []
+    for rank in range(1, ranks):
+        first = (ends[-1] if ends else 0) + 1
+        choices = range(first, len(sizes) - (ranks - rank) + 1)
+        ends.append(min(choices, key=lambda end: abs(sums[end - 1] - sums[-1] * rank / ranks)))
+    return [*ends, len(sizes)]
+
+
 class _Split:
     """How each axis is split: where the units of each rank begin, and the end of the last."""
 
-    def __init__(self, weights: Plan, ranks: int) -> None:
+    def __init__(self, weights: Plan, ranks: int, *, outer: bool = False) -> None:
         self.weights, self.ranks = weights, ranks
         self.bounds: dict[_Axis, list[int]] = {}
         self.notes: list[str] = []
@@ -112,7 +164,7 @@ class _Split:
                     f"{_NAMES[name]} is whole on every machine: {units} in units of {step} cannot "
                     f"be shared by {ranks}"
                 )
-        if all(name == "vocab" for name, _ in self.bounds):
+        if not outer and all(name == "vocab" for name, _ in self.bounds):
             raise UnsupportedError(
                 f"the model cannot be shared by {ranks} machines: " + "; ".join(self.notes)
             )
@@ -151,7 +203,7 @@ class _Split:
         """What a rank holds."""
         config = self.weights.config
         outer: list[WeightPlan] = []
-        layers: list[list[WeightPlan]] = [[] for _ in range(config.layers)]
+        layers: list[list[WeightPlan]] = [[] for _ in self.weights.layers]
         sums, heads = set[str](), dict[str, tuple[int, int]]()
         absent, norms = dict[str, int](), dict[str, int]()
         nbytes = replicated = whole = 0
@@ -188,6 +240,7 @@ class _Split:
             replicated=replicated,
             whole=whole,
             notes=tuple(self.notes),
+            layers=range(config.layers),
         )
 
     def _heads(self, sizes: Sizes, rank: int) -> tuple[int, int]:
@@ -291,4 +344,5 @@ def _length(ranges: Ranges) -> int:
 
 
 def _bytes(weight: WeightPlan) -> int:
-    return sum(source.nbytes for source in (*weight.weight, *weight.bias))
+    bias = () if weight.silent else weight.bias
+    return sum(source.nbytes for source in (*weight.weight, *bias))

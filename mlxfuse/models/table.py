@@ -96,6 +96,8 @@ class Architecture:
     groups_too   experts may be chosen by groups.
     dense_too    files without experts are of it too, although its table has them.
     uneven       keys whose values may differ between layers.
+    attention_free no layer has attention or an MLP of its own, and no positions are rotated.
+    value_heads  heads of values may have another size than those of keys.
     latent       keys and values are made of a latent vector (MLA): a head's sizes have keys of
                  their own, and there is one key-value head in the cache.
     fixed_head   mlx-lm's class takes the head size from the width, and knows no other.
@@ -129,6 +131,8 @@ class Architecture:
     dense_too: bool = False
     uneven: tuple[str, ...] = ()
     fixed_head: bool = False
+    attention_free: bool = False
+    value_heads: bool = False
     latent: bool = False
     may_tie: bool = True
     configure: Callable[[Keys, Config], Config] | None = None

@@ -91,8 +91,7 @@ class FusedAttention(FusedModule):
 
     def holds(self, on: Backend, *, counted: bool = True) -> bool:
         """`fusible`, with what is fused of it."""
-        form = self._fused
-        return self.fusible(on, form.qkv, form.o, form.rotation, counted=counted)
+        return self.fusible(on, self._fused.snapshot(), counted=counted)
 
     def children_read(self) -> list[tuple[nn.Module, str]]:
         """The norms of q and k and the linears that are not fused, for `part`."""

@@ -143,7 +143,7 @@ class FusedBlock(FusedModule):
 
     def _add_mlp(self, h: mx.array, normed: mx.array | Normed) -> mx.array:
         form, mlp = self._fused, self[self._fused.mlp]
-        if form.mlp_adds and isinstance(mlp, FusedMLP):
+        if isinstance(mlp, FusedMoE) or (form.mlp_adds and isinstance(mlp, FusedMLP)):
             return mlp(normed, residual=h)
         y: mx.array = mlp(normed if isinstance(mlp, READERS) else floats(normed))
         return h + y

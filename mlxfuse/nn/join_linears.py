@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -65,6 +66,28 @@ def single(parent: nn.Module, name: str) -> Projection:
         return DenseProjection(parent, name, linear)
     biased = " with a bias" if "bias" in linear else ""
     raise NotFusible(f"{name} is {describe(linear)}{biased}, which cannot add it")
+
+
+def one_expert(parent: nn.Module, name: str) -> KernelProjection:
+    """One linear as the only one of its experts, whose results are added up by their scores;
+    nothing is copied.
+
+    Raises:
+        NotFusible: there is no kernel for it.
+    """
+    linear = parent[name]
+    stock = type(linear) is nn.QuantizedLinear
+    if not stock and type(linear) is not QuantizedLinear:
+        raise NotFusible(f"{name} is {describe(linear)}")
+    part, *others = [_part(linear)] if stock else linear.weight.parts
+    if others:
+        raise NotFusible(f"{name} has rows of several formats")
+    arrays = {n: a[None] for n, a in part.segment.arrays.items()}
+    weight = QuantizedWeight((replace(part, segment=replace(part.segment, arrays=arrays)),))
+    bias = linear.get("bias")
+    bias = None if bias is None else bias[None]
+    mx.eval(arrays, bias)
+    return KernelProjection(parent, [name], weight, bias, stock=stock)
 
 
 def cut(parent: nn.Module, name: str, rows: Sequence[int]) -> Projection:

@@ -48,7 +48,8 @@ class Projection(ABC):
                 held.append((vars(linear).get, "weight"))
             held += [(linear.get, a) for a in ARRAYS if a in linear]
         held += [(parent.get, name) for name in names]
-        self.holds = Snapshot(held).holds
+        self.snapshot = Snapshot(held)
+        self.holds = self.snapshot.holds
 
     @abstractmethod
     def split(self, x: mx.array, on: Backend) -> Sequence[mx.array] | None:
@@ -168,6 +169,7 @@ class KernelProjection(Projection):
         *,
         activation: str | None = None,
         scores: mx.array | None = None,
+        residual: mx.array | None = None,
         sorted_experts: bool = False,
     ) -> mx.array | None:
         """`activated` for some experts of each row: [..., K] and [..., k] -> [..., k, N].
@@ -175,13 +177,16 @@ class KernelProjection(Projection):
         With ``scores`` [..., k] their weighted sums: [..., k, K] -> [..., N].
 
         Args:
+            residual: is added to these sums.
             sorted_experts: the ids are in ascending order, which many have to be.
         """
         # The file's own experts know how to multiply without kernels.
         unsorted = self.large(x, experts) and not sorted_experts
         if not self._stock and (unsorted or not self.takes_many(on)):
             return None
-        found = self._run(x, on, None, activation, experts, scores, sorted_experts=sorted_experts)
+        found = self._run(
+            x, on, residual, activation, experts, scores, sorted_experts=sorted_experts
+        )
         return None if found is None else found[0]
 
     def takes_many(self, on: Backend) -> bool:

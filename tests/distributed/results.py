@@ -12,7 +12,7 @@ import numpy as np
 
 from mlxfuse.errors import UnsupportedError
 from tests.distributed.launch import finish, start
-from tests.distributed.worker import Job, loaded, logits, write_jobs
+from tests.distributed.worker import Job, greedy, loaded, logits, write_jobs
 from tests.models import tiny
 from tests.models.case import EXPERT_Q4, K_MIX, Q4_MIX, Case
 
@@ -47,7 +47,7 @@ class Results:
 
     ranks  name of a job -> logits, of each rank.
     facts  name of a job -> what else it knows, of each rank.
-    one    name of a job -> logits and the report, of one process.
+    one    name of a job -> logits, the report and generated tokens, of one process.
     """
 
     def __init__(self, folder: Path, ranks: int, made: list[Job], timeout: float = 240) -> None:
@@ -59,7 +59,8 @@ class Results:
                 if one.alone:
                     with suppress(UnsupportedError):  # as by the ranks
                         model = loaded(one)
-                        self.one[one.name] = logits(model, one.prompt), model.load_report
+                        said = greedy(model, one.prompt, one.greedy) if one.greedy else []
+                        self.one[one.name] = logits(model, one.prompt), model.load_report, said
         finally:
             finish(processes, timeout)
         self.ranks = [dict(np.load(folder / f"{rank}.npz")) for rank in range(ranks)]

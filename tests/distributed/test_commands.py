@@ -96,6 +96,33 @@ def test_perplexity_is_that_of_one_process(model, tmp_path):
     assert found["value"] == pytest.approx(want["value"], rel=1e-5)
 
 
+def test_bench_times_what_the_ranks_share(model):
+    how = ("-p", "0", "-n", "2", "-r", "2", "--fuse", "all", "--json")
+    (code, out, _), other = ended("bench", model, *how)
+    assert (code, other) == (0, (0, "", ""))
+    arms = json.loads(out)["arms"]
+    assert [arm["match"] for arm in arms] == ["reference", "yes"]
+    assert all(arm["what"].endswith("shared by 2 ranks") for arm in arms)
+
+
+def test_what_each_rank_would_hold_is_told(model):
+    first, second = json.loads(alone("inspect", model, "--ranks", "2", "--json"))["ranks"]
+    for rank in (first, second):
+        assert rank["kv_heads"] == [1, 2]
+        assert rank["replicated"] < rank["weights"] / 10
+        # Of each of three layers the sums after attention and MLP, and that of the embedding.
+        assert (rank["sums"], rank["summed"]) == (7, 64 * 2)
+        assert rank["gathered"] == tiny.VOCABULARY * 2
+    whole = first["weights"] + second["weights"] - first["replicated"]
+    assert whole == json.loads(alone("inspect", model, "--json"))["memory"]["weights"]
+    told = alone("doctor", model, "--ranks", "2").splitlines()
+    assert "on 2 machines like this one, for each token: 7 sums of 0.1 kB" in told[-5]
+    assert re.match("rank 1: .* of the model, 1 of 2 key/value heads", told[-2])
+    many = CliRunner().invoke(app, ["inspect", model, "--ranks", "1000"])
+    assert (many.exit_code, many.stdout) == (3, "")
+    assert "cannot be shared by 1000 machines" in many.stderr
+
+
 @pytest.mark.skipif(not LAUNCH.exists(), reason="mlx.launch is not installed beside Python")
 def test_chat_under_mlx_launch(model):
     said = "Hello\nWho are you?\n/reset\nHello\n/bye\n"

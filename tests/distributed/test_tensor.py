@@ -1,5 +1,6 @@
 """Ranks that share a file give the logits of one process: see `worker`."""
 
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,11 @@ FAMILIES = (
     *("nemotron_h_moe", "granitehybrid-experts", "lfm2moe", "deepseek2"),
 )
 CHECKPOINTS = ("even", "even-experts")
+# Pipelines: of any layers, compressed, with windows, and with convolutions.
+PIPELINES = (
+    ("llama-q4", {"fuse": "all", "kv_bits": "k8v4"}),
+    *((case, ALL) for case in ("gemma3", "lfm2moe", "deepseek2")),
+)
 WRONG = ("sum", "residual", "token")
 # What the demo model says after this, greedily.
 DEMO_PROMPT = [504, 3575, 282, 4649, 314]
@@ -43,6 +49,10 @@ def exported(folder: Path, case: str) -> Job:
     return replace(made, path=str(folder / made.name))
 
 
+def pipelined(folder: Path, case: str, way: dict[str, str]) -> Job:
+    return job(folder, case, name=f"{case} pipeline", **way, pipeline=True, greedy=3)
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("two")
@@ -50,9 +60,12 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
     made += [job(folder, case, **ALL) for case in FAMILIES]
     made += [checkpoint(folder, case) for case in CHECKPOINTS]
     made.append(exported(folder, "llama-q4"))
-    made += [job(folder, "llama-q4", name=wrong, **ALL, wrong=wrong) for wrong in WRONG]
+    made += [pipelined(folder, case, way) for case, way in PIPELINES]
+    made += [
+        job(folder, "llama-q4", name=wrong, **ALL, wrong=wrong, alone=False) for wrong in WRONG
+    ]
     if demo_path().is_file():
-        made.append(Job("demo", str(demo_path()), DEMO_PROMPT, greedy=16))
+        made.append(Job("demo", str(demo_path()), DEMO_PROMPT, greedy=16, alone=False))
     return Results(folder, 2, made)
 
 
@@ -60,8 +73,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
 def three(tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("three")
     made = [job(folder, "uneven", **ALL), job(folder, "gpt-oss", **ALL)]
+    made.append(pipelined(folder, "gemma3", ALL))
     if demo_path().is_file():
-        made.append(Job("demo", str(demo_path()), DEMO_PROMPT, greedy=16))
+        made.append(Job("demo", str(demo_path()), DEMO_PROMPT, greedy=16, alone=False))
     return Results(folder, 3, made)
 
 
@@ -91,6 +105,27 @@ def test_what_mlx_lm_has_sharded_is_fused(two: Results, case: str) -> None:
 
 def test_an_exported_folder_is_shared(two: Results) -> None:
     two.check("llama-q4 exported")
+
+
+@pytest.mark.parametrize("case", [case for case, _ in PIPELINES])
+def test_each_rank_may_have_some_layers(two: Results, case: str) -> None:
+    check_pipeline(two, f"{case} pipeline")
+
+
+def test_three_ranks_may_have_some_layers_each(three: Results) -> None:
+    check_pipeline(three, "gemma3 pipeline")
+
+
+def check_pipeline(found: Results, name: str) -> None:
+    """One sum for each rank's layers, and one for the embedding; a prompt may be read in parts."""
+    found.check(name)
+    ranks = len(found.ranks)
+    for facts in found.facts:
+        assert facts[name]["greedy"] == found.one[name][2]
+        assert facts[name]["counts"]["all_sum"] == ranks + 1
+        assert re.match(
+            rf"{ranks} machines: .*, has layers \d+ to \d+ and ", facts[name]["notes"][0]
+        )
 
 
 @pytest.mark.parametrize("case", ["uneven", "gpt-oss"])

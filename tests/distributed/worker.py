@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlxfuse.errors import UnsupportedError
@@ -37,6 +38,7 @@ class Job:
     dtype   of an MLX-LM checkpoint's activations.
     wrong   what is done wrong on purpose: ``sum``, ``residual``, ``token`` or nothing.
     greedy  so many tokens are generated after the prompt.
+    alone   whether one process is to be asked too.
     """
 
     name: str
@@ -45,19 +47,16 @@ class Job:
     fuse: str = "off"
     kv_bits: str | None = None
     dtype: str | None = None
+    pipeline: bool = False
     wrong: str = ""
     greedy: int = 0
-
-    @property
-    def alone(self) -> bool:
-        """Whether one process is to be asked too."""
-        return not (self.wrong or self.greedy)
+    alone: bool = True
 
 
 def loaded(job: Job, group: mx.distributed.Group | None = None) -> Any:
     """The model of a job."""
     how = {"fuse": job.fuse, "kv_bits": job.kv_bits, "dtype": job.dtype}
-    return load(job.path, **how, group=group)[0]
+    return load(job.path, **how, group=group, pipeline=job.pipeline)[0]
 
 
 def logits(model: Any, prompt: list[int]) -> np.ndarray:
@@ -73,13 +72,9 @@ def logits(model: Any, prompt: list[int]) -> np.ndarray:
 
 
 def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
-    """The likeliest tokens after a prompt."""
-    cache, found = make_prompt_cache(model), []
-    y = model(mx.array([prompt]), cache=cache)
-    for _ in range(count):
-        found.append(int(mx.argmax(y[0, -1]).item()))
-        y = model(mx.array([found[-1:]]), cache=cache)
-    return found
+    """The likeliest tokens after a prompt, of which mlx-lm reads some tokens at a time."""
+    steps = generate_step(mx.array(prompt), model, max_tokens=count, prefill_step_size=8)
+    return [int(token) for token, _ in steps]
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from mlxfuse.fusion.certify import certify
 from mlxfuse.fusion.checks import Reference
 from mlxfuse.fusion.forms import _rope_options, attention_form, norm_options, rotation
 from mlxfuse.fusion.report import Check
-from mlxfuse.kernels.norm.norm_rope import norm_rope
+from mlxfuse.kernels.norm.norm_rope import RopeOptions, norm_rope
 from mlxfuse.loader import load
 from mlxfuse.nn.join_linears import check_experts, check_joinable, cut, join, single
 from tests.fusion.stock import make
@@ -61,7 +61,7 @@ ROPES = {
 def test_every_number_of_a_rotation_reaches_the_kernel(name: str) -> None:
     rope = ROPES[name]()
     q, k = (mx.random.normal((1, 5, n * 16), key=mx.random.key(n)) for n in (4, 2))
-    got = norm_rope(q, k, heads=4, kv_heads=2, offset=7, **_rope_options(rope))
+    got = norm_rope(q, k, 7, RopeOptions(heads=4, kv_heads=2, **_rope_options(rope)))
     for given, rotated in ((q, got[0]), (k, got[1])):
         heads = given.reshape(1, 5, -1, 16).transpose(0, 2, 1, 3)
         assert mx.allclose(rotated, rope(heads, offset=7), atol=1e-5)

@@ -192,11 +192,11 @@ def launches_to_prepare() -> list[tuple[Launch, Prepared, list[str]]]:
     call = matmul_call(2, residual=residual)
     prepared = quantized_matmul.prepare(call.x, call.weight, residual=residual)
     q, k, offset = mx.ones((1, 3, 64)), mx.ones((1, 3, 32)), mx.array(7)
-    rope = {"heads": 2, "kv_heads": 1, "dims": 32, "base": 1e4}
-    turned = norm_rope.prepare(q, k, offset=offset, **rope)
+    rope = norm_rope.RopeOptions(heads=2, kv_heads=1, dims=32, base=1e4)
+    turned = norm_rope.prepare(q, k, offset, rope)
     assert prepared is not None
     assert turned is not None
-    found = norm_rope._Call(q, k, 2, 1, offset, 32, base=1e4)
+    found = norm_rope._Call(q, k, offset, rope)
     return [
         (quantized_matmul._launch(call), prepared, ["x", "residual"]),
         (norm_rope._launch(found), turned, ["q", "k", "offset"]),
