@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from ..errors import NotFusible
 from ..nn.activations import PLAIN
-from ..nn.adapted import base
+from ..nn.adapted import check_unadapted
 from ..nn.attention import AttentionForm, FusedAttention, FusedSharedAttention
 from ..nn.block import BlockForm, FusedBlock
 from ..nn.delta_net import DeltaNetForm, FusedDeltaNet
@@ -125,18 +125,6 @@ def _joined(tree: Tree, module: nn.Module, names: tuple[str, ...], rows: Any = N
     return partial(join, module, names), tuple(map(format_of, linears))
 
 
-def _check_activation(module: nn.Module, names: tuple[str, ...]) -> None:
-    """Nothing where an activation can be computed with the product that it is of.
-
-    Raises:
-        NotFusible: what an adapter adds comes between them.
-    """
-    adapted = [name for name in names if base(module[name]) is not module[name]]
-    if adapted:
-        verb = "have adapters" if len(adapted) > 1 else "has an adapter"
-        raise NotFusible(f"{' and '.join(adapted)} {verb}, added before the activation")
-
-
 def _joined_experts(tree: Tree, module: nn.Module, names: tuple[str, ...]) -> _Made:
     """`_joined` for switch linears."""
     linears = [module[name] for name in names]
@@ -199,7 +187,7 @@ def _gate_up(tree: Tree, path: str, module: nn.Module, form: MLPForm) -> Candida
     """``act(gate) * up`` in one dispatch."""
     if form.activation in PLAIN:
         return None
-    _check_activation(module, form.linears)
+    check_unadapted(module, form.linears)
     rows = [row_count(module[name]) for name in form.linears]
     if len(rows) == 1:
         rows = [rows[0] // 2] * 2
@@ -275,7 +263,7 @@ def _activation(tree: Tree, path: str, module: nn.Module, form: MLPForm) -> Cand
     if form.activation not in PLAIN:
         return None
     (name,) = form.linears
-    _check_activation(module, form.linears)
+    check_unadapted(module, form.linears)
     made = _single(tree, module, name)
     piece = Piece(module, FusedMLP, form, "up", _same(made))
     explain = f"{form.activation} of {name} of {path} in one dispatch"

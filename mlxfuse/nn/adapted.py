@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tuner.lora import LoRALinear
 
+from ..errors import NotFusible
 from ..kernels import Backend
 from .activations import GATED, PLAIN
 from .projection import Projection
@@ -27,6 +28,18 @@ def bases(parent: nn.Module, names: Sequence[str]) -> nn.Module:
     for name in names:
         made[name] = base(parent[name])
     return made
+
+
+def check_unadapted(parent: nn.Module, names: Sequence[str]) -> None:
+    """Nothing where an activation can be computed with the product that it is of.
+
+    Raises:
+        NotFusible: what an adapter adds comes between them.
+    """
+    adapted = [name for name in names if type(parent[name]) is LoRALinear]
+    if adapted:
+        verb = "have adapters" if len(adapted) > 1 else "has an adapter"
+        raise NotFusible(f"{' and '.join(adapted)} {verb}, added before the activation")
 
 
 class AdaptedProjection(Projection):
