@@ -28,6 +28,7 @@ from ..models.config import read_config
 from ..models.plan import plan, stored_rows
 from ..tokenizer.vocab import read_vocab
 from .folder import new_folder
+from .stock import check_stock
 from .streams import Progress, Unit, write_shards
 from .tokenizer import check_tokenizer, save_tokenizer
 
@@ -77,6 +78,7 @@ def export_mlx(
             file.arrange(stored_rows(weights))
         every = [w for part in (weights.outer, *weights.layers) for w in part]
         described = _describe(file, config, vocab)
+        check_stock(file.path, config, described, _shapes(every), _factors(file, config))
         exact, rounded = Counter[str](), Counter[str]()
         units = []
         for weight in every:
@@ -106,6 +108,23 @@ def export_mlx(
     return {"exact": dict(exact), "float16": dict(rounded)}
 
 
+def _shapes(weights: Sequence[WeightPlan]) -> dict[str, tuple[int, ...]]:
+    """Of the parameters that are written, before any is quantised."""
+    found = {weight.parameter: weight.shape for weight in weights}
+    for weight in weights:
+        if weight.bias:
+            rows = weight.shape[:-1] or weight.shape
+            found[f"{weight.module}.bias"] = rows
+    return found
+
+
+def _factors(file: GGUFFile, config: Config) -> NDArray[np.float32] | None:
+    if not config.rope.factors:
+        return None
+    tensor = file.tensors[config.rope.factors]
+    return dequantize(file.read(tensor), tensor.format, tensor.shape)
+
+
 def _describe(file: GGUFFile, config: Config, vocab: Vocab) -> dict[str, Any]:
     """``config.json`` as mlx-lm's model reads it."""
     args = dict(config.args)
@@ -113,7 +132,7 @@ def _describe(file: GGUFFile, config: Config, vocab: Vocab) -> dict[str, Any]:
     # Of our own classes only these compute what mlx-lm's do.
     stock = {"gemma2_model": "gemma2", "gemma3_model": "gemma3_text"}
     args["model_type"] = stock.get(name, name)
-    odd = config.kinds or config.values or None in config.ropes or config.architecture.latent
+    odd = config.kinds or config.values
     if find_spec(f"mlx_lm.models.{args['model_type']}") is None or odd:
         raise UnsupportedError(
             f"{file.path}: MLX-LM has no class that runs {config.architecture.name} as this file "
@@ -144,9 +163,8 @@ def _rope_scaling(file: GGUFFile, config: Config, model_type: str) -> dict[str, 
     allowed = _SCALINGS.get(model_type, ())
     scaling: dict[str, Any] = {}
     factors = np.full(rope.dims // 2, float(rope.factor))
-    if rope.factors:
-        tensor = file.tensors[rope.factors]
-        factors *= dequantize(file.read(tensor), tensor.format, tensor.shape)
+    own = _factors(file, config)
+    factors *= 1.0 if own is None else own
     if model_type == "gemma4_text":
         scaling = _proportional(config, factors)
     elif not rope.factors and rope.scale == 1.0 and not rope.yarn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -12,6 +13,7 @@ import mlx.nn as nn
 
 from ..errors import NotFusible
 from ..nn.activations import PLAIN
+from ..nn.adapted import check_unadapted
 from ..nn.attention import AttentionForm, FusedAttention, FusedSharedAttention
 from ..nn.block import BlockForm, FusedBlock
 from ..nn.delta_net import DeltaNetForm, FusedDeltaNet
@@ -26,6 +28,7 @@ from ..nn.join_linears import (
     format_of,
     join,
     join_experts,
+    one_expert,
     single,
 )
 from ..nn.mlp import FusedMLP, MLPForm
@@ -184,6 +187,7 @@ def _gate_up(tree: Tree, path: str, module: nn.Module, form: MLPForm) -> Candida
     """``act(gate) * up`` in one dispatch."""
     if form.activation in PLAIN:
         return None
+    check_unadapted(module, form.linears)
     rows = [row_count(module[name]) for name in form.linears]
     if len(rows) == 1:
         rows = [rows[0] // 2] * 2
@@ -239,11 +243,18 @@ def _chosen(tree: Tree, module: nn.Module, form: MoEForm) -> Iterator[Piece]:
     assert form.choosing is not None
     tree.check_alone(module)
     yield Piece(module, FusedMoE, form, "chooses", _same(True))
-    try:
-        router = _single(tree, module, form.choosing.router)
-    except NotFusible:
-        return  # it is called as it is
-    yield Piece(module, FusedMoE, form, "router", _same(router))
+    router, shared = form.choosing.router, form.choosing.shared
+    with suppress(NotFusible):  # what cannot be fused is called as it is
+        if shared:
+            make = _joined(tree, module, (router, *shared[1:]))[0]
+        else:
+            make = _same(_single(tree, module, router))
+        yield Piece(module, FusedMoE, form, "router", make)
+    if shared:
+        with suppress(NotFusible):
+            expert = module[shared[0]]
+            output = mlp_form(expert, certify(type(expert), "mlp")).output
+            yield Piece(module, FusedMoE, form, "shared", _same(one_expert(expert, output)))
 
 
 @_places("activation", "mlp", mlp_form)
@@ -252,6 +263,7 @@ def _activation(tree: Tree, path: str, module: nn.Module, form: MLPForm) -> Cand
     if form.activation not in PLAIN:
         return None
     (name,) = form.linears
+    check_unadapted(module, form.linears)
     made = _single(tree, module, name)
     piece = Piece(module, FusedMLP, form, "up", _same(made))
     explain = f"{form.activation} of {name} of {path} in one dispatch"
