@@ -296,8 +296,8 @@ class FusedMoE(FusedModule):
         if down is not None and isinstance(expert, FusedMLP) and expert.holds(run.on):
             hidden = expert.activated(run.on, readable(expert._fused.up, given))
             if residual is None or residual.dtype == hidden.dtype:
-                of, rows = first_expert(gate.shape), mx.expand_dims(hidden, -2)
-                total = down.gathered(rows, of, run.on, scores=gate, residual=residual)
+                of, rows = Experts(first_expert(gate.shape), gate), mx.expand_dims(hidden, -2)
+                total = down.gathered(rows, of, run.on, residual=residual)
                 if total is not None:
                     return total
         return plus(gate * expert(given), residual)
