@@ -293,7 +293,9 @@ class FusedMoE(FusedModule):
         down, how = self._fused.shared, self._fused.choosing
         assert how is not None
         expert = self[how.shared[0]]
-        if down is not None and isinstance(expert, FusedMLP) and expert.holds(run.on):
+        fused = isinstance(expert, FusedMLP) and expert.holds(run.on)
+        # Int8 activations are for its own down.
+        if fused and down is not None and not (run.rounds and expert._fused.rounds):
             hidden = expert.activated(run.on, readable(expert._fused.up, given))
             if residual is None or residual.dtype == hidden.dtype:
                 of, rows = Experts(first_expert(gate.shape), gate), mx.expand_dims(hidden, -2)
