@@ -1,6 +1,7 @@
 // The best experts of a row of logits and their weights: a SIMD-group for each row, of which lane
 // i holds experts i + 32 p. `size` holds the experts and how many are chosen, at most 32 of them.
 
+//@ choice:
 // Of two experts the one that goes first: the larger logit, or of equal ones the lower number.
 // Experts from `end` on are none.
 METAL_FUNC bool before(float a, uint at, float b, uint other, uint end) {
@@ -72,5 +73,14 @@ METAL_FUNC void route(
     const ulong to = ulong(row) * chosen + lane;
     ids[to] = own;
     scores[to] = static_cast<T>(weight / total);
+  }
+}
+
+//@ gate:
+// The weight of an expert that all rows get, from its own logit.
+template <typename T, typename P>
+METAL_FUNC void gate_row(P gate, uint row, uint lane, device T* shared) {
+  if (lane == 0) {
+    shared[row] = static_cast<T>(1.0f / (1.0f + metal::fast::exp(-float(gate[row]))));
   }
 }

@@ -16,7 +16,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import MLXFuseError
 from ..terminal import one_line
 from ._models import before_imports, complete_model, expect_gguf, resolve_model
 from ._ranks import team
@@ -125,6 +124,17 @@ ActQuantOption = Annotated[
 ]
 
 
+Pipeline = Annotated[
+    bool,
+    of_model(
+        "Under mlx.launch: each machine has some of the layers, and not a part of each; for slow "
+        "links.",
+        "--pipeline",
+        rare=True,
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fusing:
     """In which type a model computes, and what of it is fused."""
@@ -159,14 +169,7 @@ class Loading(Fusing):
     ignore_memory: Annotated[
         bool, of_model("Load a model that does not fit in memory.", "--ignore-memory", rare=True)
     ] = False
-    pipeline: Annotated[
-        bool,
-        of_model(
-            "Under mlx.launch: each machine has some layers, for slow links.",
-            "--pipeline",
-            rare=True,
-        ),
-    ] = False
+    pipeline: Pipeline = False
 
     def load(self, path: Path, say: Callable[[str], None]) -> tuple[Any, Any]:
         """`mlxfuse.load` as the options say.
@@ -177,8 +180,6 @@ class Loading(Fusing):
         from ..loader import load
 
         ranks = team()
-        if self.pipeline and ranks is None:
-            raise MLXFuseError("--pipeline is for several machines: start it with mlx.launch")
         say(f"loading {path.name}")
         return load(
             path,
@@ -268,6 +269,8 @@ class Judged:
         ),
     ] = None
 
+    pipeline: Pipeline = False
+
     def by_rank(self, path: Path, here: Any) -> list[dict[str, Any]]:
         """What each of ``--ranks`` would hold; empty without the option."""
         if self.ranks is None:
@@ -275,7 +278,8 @@ class Judged:
         from ..inspect.ranks import by_rank
 
         expect_gguf(path, "--ranks")
-        return by_rank(path, self.ranks, here, self.context, self.bits())
+        how: dict[str, Any] = {"context": self.context, "bits": self.bits()}
+        return by_rank(path, self.ranks, here, pipeline=self.pipeline, **how)
 
     def bits(self) -> Any:
         """A `KVBits`; a usage error where the option means nothing."""

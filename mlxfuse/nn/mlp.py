@@ -61,11 +61,11 @@ class FusedMLP(FusedModule):
     def whole(self, run: Run, x: Given, residual: mx.array | None = None) -> mx.array:
         """All of it."""
         form = self._fused
-        hidden = self._activated(run.on, readable(form.up, x))
+        hidden = self.activated(run.on, readable(form.up, x))
         last = rounded(form.down, hidden) if run.rounds and form.rounds else hidden
         return project(self, form.output, form.down, last, residual, run.on)
 
-    def _activated(self, on: Backend, x: mx.array | Int8Activations) -> mx.array:
+    def activated(self, on: Backend, x: mx.array | Int8Activations) -> mx.array:
         """What the last linear gets."""
         form = self._fused
         if isinstance(x, Int8Activations):

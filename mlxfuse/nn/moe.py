@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -12,9 +13,11 @@ from mlx_lm.models.switch_layers import _gather_sort, _scatter_unsort
 
 from ..kernels import Backend, backend
 from ..kernels.activations import Int8Activations
+from ..kernels.matmul.product import Experts
 from ..kernels.route import route
 from .activations import GATED
 from .fused import Form, FusedModule, Run, plus, readable, replacing
+from .mlp import FusedMLP
 from .norm import Normed, floats
 from .projection import MAX_IDS, KernelProjection, Projection
 
@@ -92,7 +95,8 @@ class FusedExperts(FusedModule):
             if isinstance(read, Int8Activations):
                 (hidden,) = up.integers(read, None, form.activation, indices)
             else:
-                hidden = up.gathered(x, indices, run.on, activation=form.activation)
+                of = Experts(indices)
+                hidden = up.gathered(x, of, run.on, activation=form.activation)
         elif scores is not None and indices.size < MAX_IDS:
             wide = mx.expand_dims(x, (-2, -3))
             both = (self[name](wide, indices) for name in form.linears)
@@ -102,8 +106,9 @@ class FusedExperts(FusedModule):
         else:
             if scores is not None and form.down is not None:
                 alike = residual is None or residual.dtype == hidden.dtype
+                summed = Experts(indices, scores)
                 total = form.down.gathered(
-                    hidden, indices, run.on, scores=scores, residual=residual if alike else None
+                    hidden, summed, run.on, residual=residual if alike else None
                 )
                 if total is not None:
                     return total if alike else plus(total, residual)
@@ -118,7 +123,8 @@ class FusedExperts(FusedModule):
             y = form.original.__call__(self, x, indices)
             return y
         rows, ids, order = _gather_sort(mx.expand_dims(x, (-2, -3)), indices)
-        hidden = up.gathered(rows, ids, on, activation=form.activation, sorted_experts=True)
+        of = Experts(ids, sorted=True)
+        hidden = up.gathered(rows, of, on, activation=form.activation)
         assert hidden is not None
         y = self[form.output](mx.expand_dims(hidden, -2), ids, sorted_indices=True)
         y = _scatter_unsort(y, order, indices.shape).squeeze(-2)
@@ -162,18 +168,22 @@ class Summands:
 class Choosing:
     """How a block of mlx-lm chooses experts, where its whole method is known.
 
-    router  name of the linear that gives each expert's logit.
-    count   name of the number of experts that a token gets.
-    whole   their weights are a softmax over all experts, else over the chosen ones.
-    norm    name of what tells whether such weights are divided by their sum, or empty.
-    shared  names of the expert that all tokens get and of its gate, or empty.
+    router    name of the linear that gives each expert's logit.
+    count     the experts that a token gets.
+    whole     their weights are a softmax over all experts, else over the chosen ones.
+    settings  names of the block's attributes that say so, and what they were.
+    shared    names of the expert that all tokens get and of its gate, or empty.
     """
 
     router: str
-    count: str
+    count: int
     whole: bool
-    norm: str = ""
+    settings: tuple[tuple[str, object], ...]
     shared: tuple[str, ...] = ()
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether the block still chooses so."""
+        return all(getattr(module, name) == value for name, value in self.settings)
 
 
 @dataclass
@@ -185,7 +195,9 @@ class MoEForm(Form):
     choosing  how it chooses experts, if that is known.
     sums      whether the experts give the sum.
     chooses   whether experts are chosen in one dispatch.
-    router    the router, where its bias can be added in its dispatch.
+    router    the router, where its bias can be added in its dispatch; or with the gate of the
+              shared expert.
+    shared    down of the shared expert, to add its result by its gate.
     readers   names of those that take int8 activations of its input.
     """
 
@@ -195,8 +207,9 @@ class MoEForm(Form):
     sums: bool = False
     chooses: bool = False
     router: Projection | None = None
+    shared: KernelProjection | None = None
     readers: tuple[str, ...] = ()
-    pieces = ("sums", "chooses", "router", "readers")
+    pieces = ("sums", "chooses", "router", "shared", "readers")
 
     def summing(self, module: FusedModule) -> FusedExperts | None:
         """The experts, if they give the sum now."""
@@ -230,10 +243,10 @@ class FusedMoE(FusedModule):
     def _chooses(self, run: Run) -> bool:
         """Whether experts are chosen by the kernel now."""
         form = self._fused
-        alone = getattr(self, "sharding_group", None) is None
-        return (
-            form.chooses and alone and self.fusible(run.on, form.router) and run.on.reason is None
-        )
+        if not form.chooses or run.on.reason or getattr(self, "sharding_group", None) is not None:
+            return False
+        assert form.choosing is not None
+        return form.choosing.holds(self) and self.fusible(run.on, form.router, form.shared)
 
     def _chosen(
         self,
@@ -243,33 +256,61 @@ class FusedMoE(FusedModule):
         given: mx.array | Normed,
         residual: mx.array | None,
     ) -> mx.array:
-        """All of it, in the order of its own code."""
+        """All of it; what is added up is in another order than in its own code."""
         form, x = self._fused, floats(given)
-        ids, scores = self.part(run, self.choose, self.children_read, x)
+        ids, scores, *gate = self.part(run, self.choose, self.children_read, x)
 
         def read(name: str) -> mx.array | Normed:
             return given if name in form.readers else x
 
-        if not how.shared:
-            return experts(read(form.experts), ids, scores, residual, cast=form.cast)
-        y = experts(read(form.experts), ids, scores, cast=form.cast)
-        shared, gate = how.shared
-        y = y + mx.sigmoid(self[gate](x)) * self[shared](read(shared))
-        return plus(y, residual)
+        if gate:
+            more = [] if residual is None else [residual]
+            arrays = (read(how.shared[0]), *gate, *more)
+            residual = self.part(run, self.share, self.children_read, *arrays)
+        return experts(read(form.experts), ids, scores, residual, cast=form.cast)
 
     def children_read(self) -> list[tuple[nn.Module, str]]:
-        """The router, for `part`."""
+        """The router, the shared expert and its gate, for `part`."""
         how = self._fused.choosing
-        return [] if how is None else [(self, how.router)]
+        return [] if how is None else [(self, name) for name in (how.router, *how.shared)]
 
-    def choose(self, run: Run, x: mx.array) -> tuple[mx.array, mx.array]:
-        """x [..., hidden_size] -> ids of experts and their weights, [..., k]."""
+    def choose(self, run: Run, x: mx.array) -> tuple[mx.array, ...]:
+        """x [..., hidden_size] -> ids of experts and their weights, [..., k], and the weight of
+        the shared expert, [..., 1], if there is one.
+        """
         router, how = self._fused.router, self._fused.choosing
         assert how is not None
-        parts = None if router is None else router.split(x, run.on)
-        logits = self[how.router](x) if parts is None else parts[0]
-        whole = how.whole and not (how.norm and getattr(self, how.norm))
-        return route(logits, getattr(self, how.count), whole=whole)
+        names = (how.router, *how.shared[1:])
+        found = [] if router is None else list(router.split(x, run.on) or ())
+        found += [self[name](x) for name in names[len(found) :]]
+        logits, *gate = found
+        return route(logits, how.count, whole=how.whole, gate=gate[0] if gate else None)
+
+    def share(
+        self, run: Run, given: mx.array | Normed, gate: mx.array, residual: mx.array | None = None
+    ) -> mx.array:
+        """What the shared expert gives, times its gate [..., 1], with ``residual`` added."""
+        down, how = self._fused.shared, self._fused.choosing
+        assert how is not None
+        expert = self[how.shared[0]]
+        fused = isinstance(expert, FusedMLP) and expert.holds(run.on)
+        # Int8 activations are for its own down.
+        if fused and down is not None and not (run.rounds and expert._fused.rounds):
+            hidden = expert.activated(run.on, readable(expert._fused.up, given))
+            if residual is None or residual.dtype == hidden.dtype:
+                of, rows = Experts(first_expert(gate.shape), gate), mx.expand_dims(hidden, -2)
+                total = down.gathered(rows, of, run.on, residual=residual)
+                if total is not None:
+                    return total
+        return plus(gate * expert(given), residual)
+
+
+@lru_cache(maxsize=64)
+def first_expert(shape: tuple[int, ...]) -> mx.array:
+    """Ids of the first of some experts."""
+    ids = mx.zeros(shape, mx.uint32)
+    mx.eval(ids)
+    return ids
 
 
 class FusedWeightedExperts(FusedModule):

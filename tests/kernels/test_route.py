@@ -45,12 +45,28 @@ def test_the_largest_are_chosen(
     np.testing.assert_array_equal(np.array(ids), want)
     bound = (EPS[dtype] + 2e-6) * weights
     assert np.all(np.abs(to_float64(scores) - weights) <= bound)
-    same, rounded = KERNEL.reference(logits, count, whole)
+    same, rounded = KERNEL.reference(logits, count, whole, None)
     assert mx.array_equal(same, ids)
     assert np.all(np.abs(to_float64(rounded) - weights) <= bound)
     if count > 1 or whole:  # control: the other softmax
         other = exact(logits, count, not whole)[1]
         assert (count == shape[-1]) == bool(np.all(np.abs(other - weights) <= bound))
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.float32])
+def test_the_gate_of_a_shared_expert(dtype: mx.Dtype, kernels: str) -> None:
+    rng = np.random.default_rng(0)
+    logits = mx.array(rng.standard_normal((2, 5, 60))).astype(dtype)
+    gate = mx.array(rng.normal(0, 8, (2, 5, 1))).astype(dtype)
+    ids, scores, shared = route(logits, 4, whole=True, gate=gate)
+    alone = route(logits, 4, whole=True)
+    assert mx.array_equal(ids, alone[0])
+    assert mx.array_equal(scores, alone[1])
+    assert (shared.shape, shared.dtype) == (gate.shape, dtype)
+    want = 1 / (1 + np.exp(-to_float64(gate)))
+    for got in (shared, KERNEL.reference(logits, 4, True, gate)[2]):
+        # Float16's smallest numbers are flushed to zero.
+        assert np.all(np.abs(to_float64(got) - want) <= (EPS[dtype] + 2e-6) * want + 6.2e-5)
 
 
 def test_what_is_no_number_chooses_experts_that_exist(kernels: str) -> None:
@@ -67,9 +83,13 @@ def test_what_is_no_number_chooses_experts_that_exist(kernels: str) -> None:
 def test_what_no_kernel_does_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="at least 5 experts"):
         route(mx.zeros((2, 4)), 5, whole=True)
-    assert KERNEL.refuse(mx.zeros((1, 1025)), 2, True)
-    assert KERNEL.refuse(mx.zeros((1, 64)), 33, True)
-    assert KERNEL.refuse(mx.zeros((0, 64)), 3, True) == "there are no rows"
+    with pytest.raises(ValueError, match=r"gate: expected \(2, 1\), found \(2,\)"):
+        route(mx.zeros((2, 4)), 3, whole=True, gate=mx.zeros(2))
+    halves = mx.zeros((2, 1), mx.float16)
+    assert "float16" in (KERNEL.refuse(mx.zeros((2, 4)), 3, True, halves) or "")
+    assert KERNEL.refuse(mx.zeros((1, 1025)), 2, True, None)
+    assert KERNEL.refuse(mx.zeros((1, 64)), 33, True, None)
+    assert KERNEL.refuse(mx.zeros((0, 64)), 3, True, None) == "there are no rows"
     monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
     with msl.installed(build="fast"):
         ids, _ = route(mx.arange(1025.0), 2, whole=True)  # by the reference
