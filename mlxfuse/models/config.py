@@ -12,7 +12,7 @@ from ..errors import GGUFError, UnsupportedError
 from .architectures import ARCHITECTURES
 from .keys import Keys
 from .layers import check_kv_heads
-from .nearest import nearest
+from .nearest import missing, nearest
 from .rope import read_rope
 from .table import Architecture, Config
 
@@ -24,7 +24,7 @@ def architecture(file: GGUFFile) -> Architecture:
     """The file's row of ``ARCHITECTURES``, or UnsupportedError naming it and those there are."""
     name = file.architecture
     if name not in ARCHITECTURES:
-        near = nearest(file)
+        near = missing(name) or nearest(file)
         raise UnsupportedError(
             f"{file.path}: architecture {name!r} is not supported; "
             f"supported are {', '.join(ARCHITECTURES)}" + (near and f"; {near}")

@@ -29,7 +29,8 @@ class Weight:
     heads    name of the size that counts the heads whose rotary rows may be stored in pairs.
     tiled    name of the size that counts the rows of a value head, if its last rows are those of
              value heads, which the file has tiled over the key heads and mlx-lm next to each other.
-    dense    always dequantised: mlx-lm's class multiplies by the matrices and by their transposes.
+    dense    always dequantised.
+    headed   a matrix for each head, by which mlx-lm's class multiplies, and by its transpose.
     suffix   what follows the tensor's name.
     float32  a bare array that stays in float32.
     log      the file has ``-exp(x)`` of what the model wants.
@@ -42,6 +43,7 @@ class Weight:
     heads: str = ""
     bare: bool = False
     dense: bool = False
+    headed: bool = False
     tiled: str = ""
     suffix: str = ".weight"
     float32: bool = False
