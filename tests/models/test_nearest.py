@@ -81,7 +81,7 @@ ODD: list[tuple[str, dict[str, object], str, str]] = [
         "step35",
         {"rope.dimension_count_swa": 15},
         "",
-        "16 rotary dimensions, of which layers without",
+        "of which layers without a window",
     ),
     ("laguna", {"expert_weights_norm": False}, "", "weights do not add up to 1"),
     ("laguna", {"attention.head_count": 4}, "blk.0.attn_gate.weight", "gates of 7 rows for 4"),
