@@ -38,7 +38,9 @@ app = typer.Typer(
     name="mlxfuse",
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="Run GGUF files in MLX at the file's own precision, with fused Metal kernels.",
+    help="Run GGUF files in MLX at the file's own precision, with fused Metal kernels.\n\n"
+    "generate, chat, server, bench and perplexity also run on several machines that share a "
+    "model: `mlx.launch --hostfile hosts.json -- mlxfuse generate MODEL`.",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 

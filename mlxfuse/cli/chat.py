@@ -20,7 +20,8 @@ from ..terminal import neutralize
 from . import _options as opt
 from . import _text_options as text_opt
 from ._common import AnswerWriter, command, show_report
-from ._ranks import of_first, team
+from ._ranks import ONE_MODEL, alone, of_first, team
+from .generate import Drafting
 from .progress import status_line
 
 if TYPE_CHECKING:
@@ -55,21 +56,22 @@ class Answers(text_opt.Sampling):
 def chat_command(
     model: opt.Model,
     load: opt.Loading,
+    drafting: Drafting,
     prompt: text_opt.Prompt,
     cache: opt.BoundedCache,
     sampling: Answers,
     out: opt.Output,
-    prompt_lookup: text_opt.PromptLookup = False,
-    num_draft_tokens: text_opt.NumDraftTokens = None,
 ) -> None:
     """Talk with a model. Where stdin is no terminal, each line of it is a message.
 
     --json prints one object for each answer.
     """
     load.check()
-    drafting = text_opt.lookup_settings(prompt_lookup, num_draft_tokens)
-    given = {**of_first(prompt.settings), **cache.settings(), **sampling.given(), **drafting}
-    ranks, path = team(), model.fetch()
+    drafting.check(cache.max_kv_size)
+    alone(ONE_MODEL, draft_model=drafting.draft_model)
+    drafts = drafting.settings()
+    given = {**of_first(prompt.settings), **cache.settings(), **sampling.given(), **drafts}
+    ranks, path, draft_path = team(), model.fetch(), drafting.fetch()
     stdout, interactive = sys.stdout, sys.stdin.isatty() and sys.stdout.isatty()
     with redirect_stdout(sys.stderr), status_line(True) as say:
         from ..generate.chat import Chat
@@ -77,7 +79,9 @@ def chat_command(
 
         loaded, tokenizer = load.load(path, say)
         report = loaded.load_report
-        chat = Chat(loaded, tokenizer, Settings(**{**report.sampling, **given}), ranks)
+        settings = Settings(**{**report.sampling, **given})
+        draft = drafting.load(draft_path, tokenizer)
+        chat = Chat(loaded, tokenizer, settings, ranks, draft_model=draft)
     if ranks is not None and not ranks.first:
         chat.follow()
         return

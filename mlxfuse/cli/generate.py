@@ -40,6 +40,16 @@ class Drafting:
             raise typer.BadParameter("give --draft-model or --prompt-lookup, not both")
         return text_opt.lookup_settings(self.prompt_lookup, self.num_draft_tokens)
 
+    def check(self, max_kv_size: int | None) -> None:
+        if max_kv_size and self.draft_model:
+            raise typer.BadParameter("--max-kv-size cannot be combined with --draft-model")
+
+    def fetch(self, shown: bool = True) -> Path | None:
+        """The draft model's file or folder, fetched first where it is not here."""
+        if not self.draft_model:
+            return None
+        return resolve_model(self.draft_model, None, shown)
+
     def load(self, path: Path | None, tokenizer: Any) -> Any:
         """The draft model, if there is one; it must have the same vocabulary."""
         if path is None:
@@ -148,17 +158,16 @@ def generate_command(
 ) -> None:
     """Answer one prompt: the text on stdout, progress and speeds on stderr."""
     ref = model.ref
-    if cache.max_kv_size and (drafting.draft_model or prompt_cache_file):
-        raise typer.BadParameter(
-            "--max-kv-size cannot be combined with --draft-model or --prompt-cache-file"
-        )
+    drafting.check(cache.max_kv_size)
+    if cache.max_kv_size and prompt_cache_file:
+        raise typer.BadParameter("--max-kv-size cannot be combined with --prompt-cache-file")
     alone(ONE_MODEL, draft_model=drafting.draft_model)
     alone("each rank would need a file of its own", prompt_cache_file=prompt_cache_file)
     load.check()
     told = of_first(message.settings)
     given = {**told, **cache.settings(), **sampling.given(), **drafting.settings()}
     path = model.fetch(talk.shown)
-    draft_path = drafting.draft_model and resolve_model(drafting.draft_model, None, talk.shown)
+    draft_path = drafting.fetch(talk.shown)
 
     stdout = sys.stdout
     # mlx-lm prints warnings on stdout.
@@ -173,7 +182,7 @@ def generate_command(
         kernels.fallbacks.clear()
         start = time.perf_counter()
         loaded, tokenizer = load.load(path, say)
-        draft = drafting.load(draft_path or None, tokenizer)
+        draft = drafting.load(draft_path, tokenizer)
         load_seconds = time.perf_counter() - start
         say("reading the prompt")
         models = [loaded] if draft is None else [loaded, draft]

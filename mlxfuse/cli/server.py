@@ -19,7 +19,6 @@ from ..terminal import one_line
 from . import _options as opt
 from . import _text_options as text_opt
 from ._common import command, show_report
-from ._models import resolve_model
 from ._ranks import ONE_MODEL, alone, team
 from .generate import Drafting
 from .progress import status_line
@@ -166,7 +165,7 @@ def server_command(
     listener = None if follows else bind(listening.host, listening.port)
     listening.warn()
     path = model.fetch()
-    draft_path = drafting.draft_model and resolve_model(drafting.draft_model, None, True)
+    draft_path = drafting.fetch()
     logging.basicConfig(level=level, format="%(asctime)s - %(levelname)s - %(message)s")
     with status_line(True) as say:
         from ..generate.run import Settings
@@ -174,7 +173,7 @@ def server_command(
         from ..tokenizer.load import with_template
 
         loaded, tokenizer = load.load(path, say)
-        draft = drafting.load(draft_path or None, tokenizer)
+        draft = drafting.load(draft_path, tokenizer)
         given["num_draft_tokens"] = drafting.settings()["num_draft_tokens"]
         given = {**loaded.load_report.sampling, **given}
         settings = Settings(chat_template_config=config, **given)

@@ -13,6 +13,7 @@ import mlx.nn as nn
 
 from ..errors import NotFusible
 from ..nn.activations import PLAIN
+from ..nn.adapted import check_unadapted
 from ..nn.attention import AttentionForm, FusedAttention, FusedSharedAttention
 from ..nn.block import BlockForm, FusedBlock
 from ..nn.delta_net import DeltaNetForm, FusedDeltaNet
@@ -186,6 +187,7 @@ def _gate_up(tree: Tree, path: str, module: nn.Module, form: MLPForm) -> Candida
     """``act(gate) * up`` in one dispatch."""
     if form.activation in PLAIN:
         return None
+    check_unadapted(module, form.linears)
     rows = [row_count(module[name]) for name in form.linears]
     if len(rows) == 1:
         rows = [rows[0] // 2] * 2
@@ -261,6 +263,7 @@ def _activation(tree: Tree, path: str, module: nn.Module, form: MLPForm) -> Cand
     if form.activation not in PLAIN:
         return None
     (name,) = form.linears
+    check_unadapted(module, form.linears)
     made = _single(tree, module, name)
     piece = Piece(module, FusedMLP, form, "up", _same(made))
     explain = f"{form.activation} of {name} of {path} in one dispatch"

@@ -11,6 +11,7 @@ import mlx.nn as nn
 
 from ..errors import NotFusible
 from ..kernels.norm.norm_rope import RopeOptions
+from ..nn.adapted import base
 from ..nn.attention import AttentionForm
 from ..nn.block import BlockForm
 from ..nn.join_linears import describe
@@ -95,8 +96,8 @@ def _positive(value: object) -> bool:
 
 
 def row_count(linear: nn.Module) -> int:
-    """The rows of a linear's matrix; 0 where it does not tell, as an adapter does not."""
-    weight = getattr(linear, "weight", None)
+    """The rows of a linear's matrix; 0 where it does not tell."""
+    weight = getattr(base(linear), "weight", None)
     return int(weight.shape[0] if isinstance(weight, mx.array) else getattr(weight, "rows", 0))
 
 

@@ -14,7 +14,7 @@ from ..errors import MLXFuseError, RanksError
 from ..nn.kv.options import check_model
 from ..ranks import Ranks
 from .answer import Result
-from .run import Settings, add_eos_tokens, new_cache, run, seed
+from .run import Settings, add_eos_tokens, expect_trimmable, level, new_cache, run, seed
 
 # Of the context, what is left for an answer when old messages have to go, at most.
 ROOM = 0.25
@@ -35,6 +35,11 @@ class Chat:
         settings: as for ``generate``; ``prompt`` is not used.
         team: the ranks that hold the model together. Rank 0 has the conversation; the others
             `follow`.
+        draft_model: a smaller model with the same vocabulary, for speculative decoding; not with
+            a team.
+
+    Raises:
+        UnsupportedError: a model's cache cannot do what was asked.
     """
 
     def __init__(
@@ -43,10 +48,20 @@ class Chat:
         tokenizer: TokenizerWrapper,
         settings: Settings,
         team: Ranks | None = None,
+        *,
+        draft_model: Any = None,
     ) -> None:
         self._team = team
-        if settings.kv is not None:
-            check_model(model, settings.kv, force=settings.kv_force)
+        self._models = [model] if draft_model is None else [model, draft_model]
+        for each in self._models:
+            if settings.kv is not None:
+                check_model(each, settings.kv, force=settings.kv_force)
+            if draft_model is not None:
+                expect_trimmable(each, None, "--draft-model")
+        self._drafting: dict[str, Any] = {}
+        if draft_model is not None:
+            count = settings.num_draft_tokens
+            self._drafting = {"draft_model": draft_model, "num_draft_tokens": count}
         self._model, self._tokenizer, self._settings = model, tokenizer, settings
         add_eos_tokens(tokenizer, settings.extra_eos_token)
         seed(settings)
@@ -90,7 +105,7 @@ class Chat:
         return None if self.context is None else len(self._ids) / self.context
 
     def _begin(self) -> None:
-        self._cache: list[Any] = new_cache(self._model, self._settings)
+        self._cache: list[Any] = [c for m in self._models for c in new_cache(m, self._settings)]
         self._ids: list[int] = []
 
     @property
@@ -192,6 +207,7 @@ class Chat:
             team=self._team,
             prompt_cache=self._cache,
             prompt_progress_callback=progress,
+            **self._drafting,
             **more,
         )
         end = [] if result.end_token is None else [result.end_token]
@@ -243,6 +259,8 @@ class Chat:
 
     def _reuse(self, ids: list[int]) -> list[int]:
         """Bring the cache to a beginning of ``ids``, and give the rest, of one token at least."""
+        if self._drafting:
+            level(self._cache)
         held = self.cached_tokens
         pairs = zip(self._ids[:held], ids[:-1], strict=False)
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

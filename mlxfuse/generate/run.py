@@ -13,6 +13,7 @@ from mlx_lm.models.cache import (
     RotatingKVCache,
     can_trim_prompt_cache,
     make_prompt_cache,
+    trim_prompt_cache,
 )
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -167,7 +168,7 @@ def generate(
         caches = _compressed(prompt_cache, settings)
     options: dict[str, Any] = {"prompt_cache": caches}
     if draft_model is not None:
-        _expect_trimmable(model, prompt_cache, "--draft-model")
+        expect_trimmable(model, prompt_cache, "--draft-model")
         options |= {"draft_model": draft_model, "num_draft_tokens": settings.num_draft_tokens}
     else:
         options["prompt_progress_callback"] = on_prompt
@@ -238,7 +239,7 @@ def _streamed(
         }
     if not settings.prompt_lookup:
         return stream_generate, options
-    _expect_trimmable(model, options.get("prompt_cache"), "--prompt-lookup")
+    expect_trimmable(model, options.get("prompt_cache"), "--prompt-lookup")
     return lookup.stream, options | {"num_draft_tokens": settings.num_draft_tokens}
 
 
@@ -285,7 +286,23 @@ def _bounded(cache: Any, size: int) -> Any:
     return cache
 
 
-def _expect_trimmable(model: Any, prompt_cache: list[Any] | None, option: str) -> None:
+def level(caches: list[Any]) -> int:
+    """Bring the caches of a model and its draft, which drafts leave at different tokens, to the
+    same one, and return how many tokens they hold.
+    """
+    offsets = [n for c in caches if (n := getattr(c, "offset", None)) is not None]
+    held = min(offsets, default=0)
+    for cache in caches:
+        trim_prompt_cache([cache], cache.offset - held)
+    return int(held)
+
+
+def expect_trimmable(model: Any, prompt_cache: list[Any] | None, option: str) -> None:
+    """Nothing where the caches can take tokens back, the model's empty ones if there are none.
+
+    Raises:
+        UnsupportedError: they cannot; ``option`` is what needs it.
+    """
     if not can_trim_prompt_cache(prompt_cache or make_prompt_cache(model)):
         raise UnsupportedError(
             f"this model cannot be used with {option}: its cache cannot take tokens back"

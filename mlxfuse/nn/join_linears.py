@@ -10,9 +10,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import switch_layers
+from mlx_lm.tuner.lora import LoRALinear
 
 from ..errors import NotFusible
 from ..kernels.weight import AffineSegment, Part, QuantizedWeight, type_name
+from .adapted import AdaptedProjection, base, bases
 from .cpu import Linear, matmul
 from .experts import QuantizedSwitchLinear
 from .projection import (
@@ -25,8 +27,9 @@ from .projection import (
 from .quantized import QuantizedLinear
 from .summed import Summed, SummedProjection
 
-# Layers that do nothing but multiply and add their bias: no LoRA, no subclass. Of those that
-# mlx-lm has sharded, a rank has some rows, or some columns whose results are added up.
+# Layers that do nothing but multiply and add their bias: no subclass. They may have an
+# adapter. Of those that mlx-lm has sharded, a rank has some rows, or some columns whose results
+# are added up.
 _STOCK = (nn.QuantizedLinear, nn.QuantizedAllToShardedLinear)
 _DENSE = (Linear, nn.Linear, nn.AllToShardedLinear)
 LINEARS = (QuantizedLinear, *_STOCK, *_DENSE)
@@ -42,6 +45,8 @@ def single(parent: nn.Module, name: str) -> Projection:
     linear = parent[name]
     if type(linear) is Summed:
         return SummedProjection(parent, name, single(linear, "inner"), linear.inner)
+    if type(linear) is LoRALinear:
+        return AdaptedProjection(parent, [name], single(bases(parent, [name]), name))
     if type(linear) in _SUMMED:
         arrays = {n: linear[n] for n in ARRAYS[:3] if n in linear}
         multiply = _multiplication(linear, arrays)
@@ -92,6 +97,9 @@ def cut(parent: nn.Module, name: str, rows: Sequence[int]) -> Projection:
         NotFusible: it cannot be told apart so.
     """
     linear = parent[name]
+    if type(linear) is LoRALinear:
+        inner = cut(bases(parent, [name]), name, rows)
+        return AdaptedProjection(parent, [name], inner, rows)
     if type(linear) not in LINEARS:
         raise NotFusible(f"its linear is {describe(linear)}")
     whole = linear.weight.rows if isinstance(linear, QuantizedLinear) else linear.weight.shape[0]
@@ -112,6 +120,7 @@ def check_joinable(linears: Sequence[nn.Module]) -> None:
     Raises:
         NotFusible: it cannot.
     """
+    linears = [base(x) for x in linears]
     if any(type(x) not in LINEARS for x in linears) or len({_family(x) for x in linears}) > 1:
         kinds = sorted({describe(x) for x in linears})
         raise NotFusible("its linears are " + " and ".join(kinds))
@@ -176,6 +185,7 @@ def join_experts(parent: nn.Module, names: Sequence[str]) -> KernelProjection:
 
 def copies(linears: Sequence[nn.Module]) -> bool:
     """Whether `join` puts their rows in new arrays."""
+    linears = [base(x) for x in linears]
     if isinstance(linears[0], _STOCK):
         return not all(map(_has_kernel, linears))
     return isinstance(linears[0], _DENSE)
@@ -187,6 +197,8 @@ def join(parent: nn.Module, names: Sequence[str]) -> Projection:
     Where there is no kernel, the rows are put one after the other in new arrays, of which the
     linears' arrays become views: nothing is held twice.
     """
+    if any(type(parent[name]) is LoRALinear for name in names):
+        return AdaptedProjection(parent, names, join(bases(parent, names), names))
     linears = [parent[name] for name in names]
     rows = [_rows(x) for x in linears]
     bias = _join_biases(linears, rows)
@@ -203,6 +215,7 @@ def join(parent: nn.Module, names: Sequence[str]) -> Projection:
 
 def describe(linear: nn.Module) -> str:
     """What a linear is, for a reason."""
+    linear = base(linear)
     if type(linear) not in LINEARS:
         return type(linear).__name__
     return "dense" if isinstance(linear, _DENSE) else "quantised"
@@ -227,6 +240,7 @@ def _columns(linear: nn.Module) -> int:
 
 def format_of(linear: nn.Module) -> str:
     """The format or type of a linear's weight, as reports name it."""
+    linear = base(linear)
     if isinstance(linear, QuantizedLinear | QuantizedSwitchLinear):
         return " and ".join(part.segment.name for part in linear.weight.parts)
     if "scales" in linear:

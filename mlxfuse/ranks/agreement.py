@@ -29,12 +29,18 @@ def group() -> mx.distributed.Group | None:
     """MLX's group of the processes that ``mlx.launch`` started; None if this is the only one.
 
     The first call connects the ranks, and waits until all of them have called it.
+
+    Raises:
+        RanksError: MLX cannot connect them.
     """
-    if env.launched_rank() is None:
+    if env.launched_rank() is None or env.launched_alone():
         return None
     import mlx.core as mx
 
-    found = mx.distributed.init()
+    try:
+        found = mx.distributed.init()
+    except (RuntimeError, ValueError) as error:
+        raise RanksError(f"MLX cannot connect the ranks: {error}") from None
     return found if found.size() > 1 else None
 
 

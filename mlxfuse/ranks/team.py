@@ -116,13 +116,19 @@ class Ranks:
 
     Raises:
         UnsupportedError: MLX's back end is one of which rank 0's address is not known.
-        OSError: the ranks cannot be connected.
+        RanksError: the ranks cannot be connected.
     """
 
     def __init__(self, of: mx.distributed.Group) -> None:
         self.group, self.rank, self.size = of, of.rank(), of.size()
         self._left = False
-        self._peers = dict(self._accepted() if self.rank == 0 else self._connected())
+        try:
+            self._peers = dict(self._accepted() if self.rank == 0 else self._connected())
+        except OSError as error:
+            raise RanksError(
+                f"the ranks cannot be connected at rank 0's address, {_address()}: {error}; beside "
+                "MLX's ports they need a free one there, which a firewall may refuse"
+            ) from None
 
     @property
     def first(self) -> bool:

@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mlxfuse.cli import app
+from mlxfuse.ranks import group, join
 from tests.distributed.launch import ROOT, free_ports, start
 from tests.models import tiny
 
@@ -224,3 +225,15 @@ def test_what_cannot_be_used_with_several_ranks_is_refused(args, monkeypatch):
     result = CliRunner().invoke(app, args)
     assert result.exit_code == 2
     assert "cannot be used under mlx.launch" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(("hosts", "code"), [("\n", 0), ("[", 1)])
+def test_one_process_needs_no_ring(hosts, code, model, tmp_path, monkeypatch):
+    (tmp_path / "hosts.json").write_text(hosts)  # blank after mlx.launch -n 1
+    monkeypatch.setenv("MLX_RANK", "0")
+    monkeypatch.setenv("MLX_HOSTFILE", str(tmp_path / "hosts.json"))
+    for cached in (group, join):
+        cached.cache_clear()
+    result = CliRunner().invoke(app, ["generate", model, "-p", "Hi", "-m", "2"])
+    assert result.exit_code == code, result.output
+    assert ("mlxfuse: rank 0: MLX cannot connect the ranks: " in result.stderr) is bool(code)

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx_lm.models import gemma3_text, rope_utils
-from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.tuner.dora import DoRALinear
 
 from mlxfuse.errors import NotFusible
 from mlxfuse.fusion import unpatch_model
@@ -81,9 +81,9 @@ def test_heads_of_different_sizes_are_not_rotated_together() -> None:
     rotation(module, form)
     form.rows = form.rows[0], form.rows[1] * 2, form.rows[2]
     assert refusal(lambda: rotation(module, form)) == "its heads of q and k have different sizes"
-    module.q_proj = LoRALinear.from_base(module.q_proj)
+    module.q_proj = DoRALinear.from_base(module.q_proj)
     form = attention_form(module, certify(type(module), "attention"))
-    assert refusal(lambda: rotation(module, form)) == "its linears are LoRALinear and dense"
+    assert refusal(lambda: rotation(module, form)) == "its linears are DoRALinear and dense"
 
 
 def test_one_array_that_is_shared_is_enough() -> None:
@@ -120,7 +120,7 @@ def doubled() -> nn.Module:
 
 
 def adapted() -> nn.Module:
-    return LoRALinear.from_base(quantized())
+    return DoRALinear.from_base(quantized())
 
 
 def half(linear: nn.Linear) -> nn.Linear:
