@@ -89,9 +89,7 @@ def build(
         for weight in group.weights:
             parent, name = parent_of(model, weight.module)
             nbytes = math.prod(weight.shape) * dtype.size
-            of = weight.of
-            always = len(weight.shape) == 1 or of.bare or of.dense or of.headed
-            dense = always or nbytes <= left
+            dense = weight.dense or nbytes <= left
             left -= nbytes if dense else 0
             with account.time("dequantize"):
                 made = make_module(file, weight, dtype, getattr(parent, name), dense=dense)

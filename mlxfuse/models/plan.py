@@ -64,6 +64,12 @@ class WeightPlan:
         return self.module if self.of.bare else f"{self.module}.weight"
 
     @property
+    def dense(self) -> bool:
+        """Whether it is never dequantised anew at every call, whatever memory there is."""
+        of = self.of
+        return len(self.shape) == 1 or of.bare or of.dense or of.headed
+
+    @property
     def shape(self) -> tuple[int, ...]:
         first = self.weight[0].shape
         return (*first[:-2], sum(s.count for s in self.weight), *first[1:][-1:])
