@@ -6,6 +6,7 @@ import mlx.core as mx
 
 from ..kernels import unavailable
 from ..kernels.matmul.dequantize import dequantize
+from ..kernels.matmul.product import Experts
 from ..kernels.matmul.quantized_matmul import quantized_matmul
 from ..kernels.weight import QuantizedWeight
 from .quantized import _Holder
@@ -38,7 +39,7 @@ class QuantizedMultiLinear(_Holder):
         rows = transpose and x.shape[1:3] == (heads, 1)
         if rows and unavailable() is None and not self.training:
             indices = mx.broadcast_to(mx.arange(heads), x.shape[:2])
-            (y,) = quantized_matmul(x, self.weight, experts=indices)
+            (y,) = quantized_matmul(x, self.weight, experts=Experts(indices))
             return y[..., None, :]
         whole = dequantize(self._segment, dtype=x.dtype)
         return x @ (whole.swapaxes(-1, -2) if transpose else whole)
