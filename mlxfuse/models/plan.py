@@ -324,7 +324,7 @@ def _same(tensor: Tensor, shape: tuple[int, ...]) -> bool:
 
 
 def lean(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Without axes of 1."""
+    """The shape without axes of length 1."""
     return tuple(size for size in shape if size != 1)
 
 

@@ -22,7 +22,7 @@ class Weight:
     module   path of the mlx-lm module, below ``model.layers.N.`` for a layer's tensor.
     shape    names of the sizes: one for a norm, two for a matrix, three for experts' matrices.
              Where a size is 0, in a layer or in the whole file, there is no such tensor.
-    bias     ``no``, ``optional`` or ``required``: whether NAME.bias may, must or must not be there.
+    bias     ``no``, ``optional`` or ``required``: NAME.bias must not, may or must be there.
     optional a file may lack the tensor; mlx-lm's class is told so, or has no such module then.
     zero     where a file lacks the tensor the array keeps mlx-lm's zeros; it is ``optional``.
     bare     ``module`` is no layer that has a weight but an array of its own.

@@ -140,7 +140,7 @@ def _indexed(key: Keys, config: Config) -> Config:
 
 
 def _glm_dsa(key: Keys, config: Config) -> Config:
-    """From GLM-5.2 on, which llama.cpp tells by the context, layers use an earlier one's choice."""
+    """From GLM-5.2 on, layers use the choice of an earlier one; llama.cpp tells by the context."""
     config, layers = _indexed(key, config), config.layers
     default = [1] * layers
     if config.args["max_position_embeddings"] >= 1 << 20:
