@@ -172,7 +172,7 @@ class _Split:
             )
 
     def _all_steps(self) -> dict[_Axis, int]:
-        """Of each axis, how many units stay together, so that every rank has whole blocks."""
+        """How many units of each axis stay together, so that every rank has whole blocks."""
         steps: dict[_Axis, int] = {}
         for _, sizes, weight in _weights(self.weights):
             for name in weight.of.shape:
@@ -355,7 +355,7 @@ def _block(weights: Plan, layer: int | None, container: str) -> str:
 
 
 def _rows(sources: tuple[RowSource, ...] | list[RowSource], kept: Ranges | None) -> list[RowSource]:
-    """Of rows one after the other those that are kept."""
+    """The rows that are kept, one after the other."""
     if kept is None:
         return list(sources)
     found, at = [], 0
