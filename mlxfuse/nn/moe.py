@@ -13,6 +13,7 @@ from mlx_lm.models.switch_layers import _gather_sort, _scatter_unsort
 
 from ..kernels import Backend, backend
 from ..kernels.activations import Int8Activations
+from ..kernels.matmul.product import Experts
 from ..kernels.route import route
 from .activations import GATED
 from .fused import Form, FusedModule, Run, plus, readable, replacing
@@ -94,7 +95,8 @@ class FusedExperts(FusedModule):
             if isinstance(read, Int8Activations):
                 (hidden,) = up.integers(read, None, form.activation, indices)
             else:
-                hidden = up.gathered(x, indices, run.on, activation=form.activation)
+                of = Experts(indices)
+                hidden = up.gathered(x, of, run.on, activation=form.activation)
         elif scores is not None and indices.size < MAX_IDS:
             wide = mx.expand_dims(x, (-2, -3))
             both = (self[name](wide, indices) for name in form.linears)
@@ -104,8 +106,9 @@ class FusedExperts(FusedModule):
         else:
             if scores is not None and form.down is not None:
                 alike = residual is None or residual.dtype == hidden.dtype
+                summed = Experts(indices, scores)
                 total = form.down.gathered(
-                    hidden, indices, run.on, scores=scores, residual=residual if alike else None
+                    hidden, summed, run.on, residual=residual if alike else None
                 )
                 if total is not None:
                     return total if alike else plus(total, residual)
@@ -120,7 +123,8 @@ class FusedExperts(FusedModule):
             y = form.original.__call__(self, x, indices)
             return y
         rows, ids, order = _gather_sort(mx.expand_dims(x, (-2, -3)), indices)
-        hidden = up.gathered(rows, ids, on, activation=form.activation, sorted_experts=True)
+        of = Experts(ids, sorted=True)
+        hidden = up.gathered(rows, of, on, activation=form.activation)
         assert hidden is not None
         y = self[form.output](mx.expand_dims(hidden, -2), ids, sorted_indices=True)
         y = _scatter_unsort(y, order, indices.shape).squeeze(-2)
@@ -294,8 +298,8 @@ class FusedMoE(FusedModule):
         if fused and down is not None and not (run.rounds and expert._fused.rounds):
             hidden = expert.activated(run.on, readable(expert._fused.up, given))
             if residual is None or residual.dtype == hidden.dtype:
-                of, rows = first_expert(gate.shape), mx.expand_dims(hidden, -2)
-                total = down.gathered(rows, of, run.on, scores=gate, residual=residual)
+                of, rows = Experts(first_expert(gate.shape), gate), mx.expand_dims(hidden, -2)
+                total = down.gathered(rows, of, run.on, residual=residual)
                 if total is not None:
                     return total
         return plus(gate * expert(given), residual)
