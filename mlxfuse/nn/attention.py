@@ -95,7 +95,7 @@ class FusedAttention(FusedModule):
         residual: mx.array | None = None,
         scale: mx.array | None = None,
     ) -> mx.array:
-        """All of it; ``scale`` multiplies the queries."""
+        """The whole attention; ``scale`` multiplies the queries."""
         heads = self.part(
             self.entering(run), self.enter, self.children_read, x, self.place(run, cache)
         )

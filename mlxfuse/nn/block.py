@@ -78,7 +78,7 @@ class FusedBlock(FusedModule):
         cache: Any,
         scale: mx.array | None = None,
     ) -> mx.array:
-        """All of it, where the mixer is an attention that adds.
+        """The whole layer, where the mixer is an attention that adds the residual.
 
         Args:
             scale: multiplies the queries.

@@ -87,7 +87,7 @@ class FusedExperts(FusedModule):
         scores: mx.array | None = None,
         residual: mx.array | None = None,
     ) -> mx.array:
-        """All of it."""
+        """All experts of each row, from their input to their sum."""
         form, up, x = self._fused, self._fused.up, floats(given)
         hidden = None
         if up is not None:
@@ -116,7 +116,8 @@ class FusedExperts(FusedModule):
         return plus(_weighted(y, scores).astype(y.dtype), residual)
 
     def _sorted(self, on: Backend, x: mx.array, indices: mx.array) -> mx.array:
-        """All of it as mlx-lm has it, which sorts many ids; gate and up together if that can be."""
+        """The experts as mlx-lm computes them, which sorts many ids; gate and up are together if
+        possible."""
         form, up = self._fused, self._fused.up
         y: mx.array
         if up is None or indices.size < MAX_IDS or not up.takes_many(on):
@@ -256,7 +257,7 @@ class FusedMoE(FusedModule):
         given: mx.array | Normed,
         residual: mx.array | None,
     ) -> mx.array:
-        """All of it; what is added up is in another order than in its own code."""
+        """The whole block; the sum is computed in another order than in mlx-lm's code."""
         form, x = self._fused, floats(given)
         ids, scores, *gate = self.part(run, self.choose, self.children_read, x)
 
