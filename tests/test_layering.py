@@ -268,3 +268,24 @@ def test_what_a_reader_stumbles_over_is_noticed(rule, source):
     assert list(rare([("nn.a", source)])) == [(rule, "nn.a" + ".f" * source.startswith("def"))]
     shorter = "def f() -> str | None:\n" + "    x = 1\n" * (LONG - 1)
     assert list(rare([("nn.a", shorter)])) == []
+
+
+def names_of_models(sources, known):
+    """(module, name) of each text outside of `models` that is the name of an architecture or a
+    class of mlx-lm; those of tokenizers are their own.
+    """
+    for name, source in sources:
+        if name.split(".")[0] not in ("models", "tokenizer"):
+            for node in ast.walk(ast.parse(source)):
+                if isinstance(node, ast.Constant) and node.value in known:
+                    yield name, node.value
+
+
+def test_architectures_are_named_in_models_only():
+    from mlxfuse.models import ARCHITECTURES
+
+    known = {*ARCHITECTURES, *(a.module.rpartition(".")[2] for a in ARCHITECTURES.values())}
+    assert {"llama", "gemma4", "gemma4_text", "qwen3_moe"} <= known
+    sources = [(name, path.read_text(encoding="utf-8")) for name, path in modules()]
+    assert list(names_of_models(sources, known)) == []
+    assert list(names_of_models([("export.a", "if kind == 'llama': ...")], known))  # control

@@ -20,7 +20,7 @@ from ..kernels.kv.scheme import KVScheme, KVSide
 from ..kernels.kv.sdpa_call import Scores
 from ..kernels.matmul.dequantize import dequantize
 from ..kernels.matmul.int8_matmul import int8_matmul, unsupported
-from ..kernels.matmul.product import MAX_ROWS_PER_EXPERT
+from ..kernels.matmul.product import MAX_ROWS_PER_EXPERT, Experts
 from ..kernels.matmul.quantized_matmul import quantized_matmul
 from ..kernels.norm.norm_rope import RopeOptions, norm_rope
 from ..kernels.norm.quantize_int8 import quantize_int8
@@ -203,19 +203,19 @@ def _chosen_experts(format: Format, sizes: Sizes) -> Iterator[Case]:
     yield Case(
         name,
         against,
-        [partial(ours, token[:1], experts=ids) for ids in groups],
+        [partial(ours, token[:1], experts=Experts(ids)) for ids in groups],
         [partial(gather, token[:1], *given, rhs_indices=ids) for ids in groups],
     )
     yield Case(
         f"{name}, summed",
         f"{against}, multiply, sum",
-        [partial(ours, token, experts=ids, scores=scores) for ids in groups],
+        [partial(ours, token, experts=Experts(ids, scores)) for ids in groups],
         [partial(summed, ids) for ids in groups],
     )
     yield Case(
         f"{format.name} {number} experts {n}x{k}, {_plural(prompt, 'row')}",
         against,
-        [partial(ours, tokens, experts=ids, sorted_experts=True)],
+        [partial(ours, tokens, experts=Experts(ids, sorted=True))],
         [partial(gather, tokens[:, None], *given, rhs_indices=ids, sorted_indices=True)],
     )
 

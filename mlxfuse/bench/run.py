@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -57,6 +57,7 @@ def bench(
     extras: Sequence[Extra] = (),
     say: Say = lambda text: None,
     group: mx.distributed.Group | None = None,
+    pipeline: bool = False,
 ) -> dict[str, Any]:
     """Compare, then time, both forms of a model; everything as plain data, ready for JSON.
 
@@ -78,6 +79,7 @@ def bench(
         kv_force: compress keys of models that are known to suffer from it.
         group: the ranks that share the model, stock MLX-LM's form of it too. Each must call this;
             bytes are those of this rank.
+        pipeline: each rank has some layers, as of `load`.
 
     Raises:
         KernelError: kernels are emulated, whose time means nothing.
@@ -86,7 +88,7 @@ def bench(
     from mlx_lm.generate import wired_limit
 
     compress = Compress(kv, kv_start, kv_force)
-    how = (dtype, group)
+    how: dict[str, Any] = {"dtype": dtype, "group": group, "pipeline": pipeline}
     arms, matches, vocabulary = _compared(path, how, fuse, act_quant, stock, compress, say)
     if env.get("MLXFUSE_KERNELS") == "emulated":
         raise KernelError(
@@ -138,7 +140,7 @@ class Compress:
 
 def _compared(
     path: Path,
-    how: tuple[str | None, mx.distributed.Group | None],
+    how: Mapping[str, Any],
     fuse: Sequence[str],
     act_quant: str,
     stock: str,
@@ -148,24 +150,25 @@ def _compared(
     """The arms, stock first, how each matches, and the size of the vocabulary.
 
     Args:
-        how: the type of activations, and the ranks that share the model.
+        how: arguments of `load_model`.
     """
     say(f"loading {path.name}")
-    model, vocabulary = load_model(path, *how)
+    model, vocabulary = load_model(path, **how)
     left = device()["budget"] - mx.get_active_memory()
     other, weights = stock_of(model, requantize=stock == "affine", budget=left)
     compress(model, other)
     kv, before = compress.kv, _SEALED if compress.kv else 0
     # Requantised weights are other numbers: kernels are held to the file's, decoded.
     exact = stock == "exact"
-    where = f"; shared by {how[1].size()} ranks" if how[1] is not None else ""
+    where = f"; shared by {how['group'].size()} ranks" if how["group"] is not None else ""
+    where += ", in a pipeline" if where and how["pipeline"] else ""
     reference = Reference(logits(other, before), before) if exact else decoded(model, before)
     arms = [Arm(STOCK, f"mlx-lm's classes, MLX's operations, {weights}{where}", other)]
     matches = [_match(reference, other, weights)]
     for i, choice in enumerate(fuse):
         if i:
             say(f"loading {path.name} for --fuse {choice}")
-            model, _ = load_model(path, *how)
+            model, _ = load_model(path, **how)
             compress(model)
         words = [OURS, kv.name if kv else "", choice if len(fuse) > 1 else ""]
         name = " ".join(filter(None, [*words, "int8" if act_quant == "on" else ""]))
@@ -177,11 +180,13 @@ def _compared(
     return arms, matches, vocabulary
 
 
-def load_model(
-    path: Path, dtype: str | None, group: mx.distributed.Group | None = None
-) -> tuple[nn.Module, int]:
-    """The model, not fused, and the size of its vocabulary."""
-    model, tokenizer = load(path, dtype=dtype, fuse="off", group=group)
+def load_model(path: Path, dtype: str | None, **how: Any) -> tuple[nn.Module, int]:
+    """The model, not fused, and the size of its vocabulary.
+
+    Args:
+        how: more arguments of `load`.
+    """
+    model, tokenizer = load(path, dtype=dtype, fuse="off", **how)
     return model, tokenizer.vocab_size
 
 

@@ -124,6 +124,17 @@ ActQuantOption = Annotated[
 ]
 
 
+Pipeline = Annotated[
+    bool,
+    of_model(
+        "Under mlx.launch: each machine has some of the layers, and not a part of each; for slow "
+        "links.",
+        "--pipeline",
+        rare=True,
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fusing:
     """In which type a model computes, and what of it is fused."""
@@ -158,6 +169,7 @@ class Loading(Fusing):
     ignore_memory: Annotated[
         bool, of_model("Load a model that does not fit in memory.", "--ignore-memory", rare=True)
     ] = False
+    pipeline: Pipeline = False
 
     def load(self, path: Path, say: Callable[[str], None]) -> tuple[Any, Any]:
         """`mlxfuse.load` as the options say.
@@ -178,6 +190,7 @@ class Loading(Fusing):
             act_quant=self.act_quant.value,
             ignore_memory=self.ignore_memory,
             group=None if ranks is None else ranks.group,
+            pipeline=self.pipeline,
         )
 
 
@@ -256,6 +269,8 @@ class Judged:
         ),
     ] = None
 
+    pipeline: Pipeline = False
+
     def by_rank(self, path: Path, here: Any) -> list[dict[str, Any]]:
         """What each of ``--ranks`` would hold; empty without the option."""
         if self.ranks is None:
@@ -263,7 +278,8 @@ class Judged:
         from ..inspect.ranks import by_rank
 
         expect_gguf(path, "--ranks")
-        return by_rank(path, self.ranks, here, self.context, self.bits())
+        how: dict[str, Any] = {"context": self.context, "bits": self.bits()}
+        return by_rank(path, self.ranks, here, pipeline=self.pipeline, **how)
 
     def bits(self) -> Any:
         """A `KVBits`; a usage error where the option means nothing."""

@@ -71,6 +71,7 @@ class Arms:
         opt.of_model("What to fuse: auto, all, off, or names; more of it, more arms."),
     ] = field(default_factory=lambda: ["auto"])
     act_quant: opt.ActQuantOption = opt.ActQuant.auto
+    pipeline: opt.Pipeline = False
 
     def check(self) -> None:
         """Refuse fusions without a meaning, before a model is downloaded for them."""
@@ -319,6 +320,7 @@ def _of_model(
         extras=extras,
         say=say,
         group=None if ranks is None else ranks.group,
+        pipeline=load.pipeline,
     )
     llama.add(found, others)
     return found

@@ -14,7 +14,7 @@ import mlx.nn as nn
 from ..errors import NotFusible
 from ..nn.activations import PLAIN
 from ..nn.adapted import check_unadapted
-from ..nn.attention import AttentionForm, FusedAttention, FusedSharedAttention
+from ..nn.attention import AttentionForm
 from ..nn.block import BlockForm, FusedBlock
 from ..nn.delta_net import DeltaNetForm, FusedDeltaNet
 from ..nn.embedding import EmbeddingForm, FusedEmbedding
@@ -39,7 +39,9 @@ from .candidates import Candidate, Skip, Tree, register_detector
 from .certify import Match, certify, inputs, is_known
 from .emit import Piece, candidate
 from .forms import (
+    attention_class,
     attention_form,
+    block_class,
     block_form,
     experts_form,
     fused_norm,
@@ -108,10 +110,6 @@ def _same(value: Any) -> Callable[[], Any]:
     return lambda: value
 
 
-def _attention_class(form: AttentionForm) -> type[FusedAttention]:
-    return FusedSharedAttention if form.shares else FusedAttention
-
-
 def _joined(tree: Tree, module: nn.Module, names: tuple[str, ...], rows: Any = None) -> _Made:
     """One projection of the linears, or of so many rows each of the only one."""
     tree.check_alone(module, names, arrays=False)
@@ -172,7 +170,7 @@ def _qkv(tree: Tree, path: str, module: nn.Module, form: AttentionForm) -> Candi
     if len(form.rows) == 1:
         return None
     make, formats = _joined(tree, module, form.linears, form.rows)
-    piece = Piece(module, _attention_class(form), form, "qkv", make)
+    piece = Piece(module, attention_class(form), form, "qkv", make)
     explain = f"{', '.join(form.linears)} of {path} in one dispatch"
     return candidate("qkv", 80, path, form.linears, [piece], explain, formats)
 
@@ -277,7 +275,7 @@ def _adder(tree: Tree, module: nn.Module, name: str) -> tuple[str, Piece]:
         if is_known(type(child), "attention"):
             form = attention_form(child, certify(type(child), "attention"))
             made = _single(tree, child, form.output)
-            return form.output, Piece(child, _attention_class(form), form, "o", _same(made))
+            return form.output, Piece(child, attention_class(form), form, "o", _same(made))
         mlp = mlp_form(child, certify(type(child), "mlp"))
         made = _single(tree, child, mlp.output)
     except NotFusible as reason:
@@ -302,7 +300,7 @@ def _residual(tree: Tree, path: str, module: nn.Module, form: BlockForm) -> Cand
             reasons.append(str(reason))
             continue
         absorbed.append(f"{child}.{output}")
-        pieces += [piece, Piece(module, FusedBlock, form, flag, _same(True))]
+        pieces += [piece, Piece(module, block_class(form), form, flag, _same(True))]
     if not pieces:
         raise NotFusible("; ".join(reasons))
     explain = f"residual of {path} added in {' and '.join(absorbed)}"
@@ -316,7 +314,7 @@ def _norm_rope(tree: Tree, path: str, module: nn.Module, form: AttentionForm) ->
         return None
     tree.check_alone(module)
     made = rotation(module, form)
-    piece = Piece(module, _attention_class(form), form, "rotation", _same(made))
+    piece = Piece(module, attention_class(form), form, "rotation", _same(made))
     names = [*(form.norms if form.norm else ()), form.rope]
     explain = f"{', '.join(names)} of {path} in one dispatch"
     return candidate("norm_rope", 65, path, names, [piece], explain)
@@ -348,7 +346,7 @@ def _can_add(tree: Tree, module: nn.Module, name: str) -> bool:
 @_places("add_rms_norm", "block", block_form)
 def _add_rms_norm(tree: Tree, path: str, module: nn.Module, form: BlockForm) -> Candidate | None:
     """The first addition of a decoder layer with the norm behind it, where attention cannot add."""
-    if _can_add(tree, module, form.mixer):
+    if form.scaled or _can_add(tree, module, form.mixer):
         return None
     name = form.norms[1]
     tree.check_alone(module, [name])

@@ -12,8 +12,13 @@ import mlx.nn as nn
 from ..errors import NotFusible
 from ..kernels.norm.norm_rope import RopeOptions
 from ..nn.adapted import base
-from ..nn.attention import AttentionForm
-from ..nn.block import BlockForm
+from ..nn.attention import (
+    AttentionForm,
+    FusedAttention,
+    FusedScaledAttention,
+    FusedSharedAttention,
+)
+from ..nn.block import BlockForm, FusedBlock, FusedScaledBlock
 from ..nn.join_linears import describe
 from ..nn.mlp import MLPForm
 from ..nn.moe import Choosing, ExpertsForm, MoEForm
@@ -76,7 +81,14 @@ def attention_form(module: nn.Module, match: Match) -> AttentionForm:
         values_norm,
         shares,
         shares and own and _read(module),
+        match.form.get("scaled", False),
     )
+
+
+def attention_class(form: AttentionForm) -> type[FusedAttention]:
+    if form.shares:
+        return FusedSharedAttention
+    return FusedScaledAttention if form.scaled else FusedAttention
 
 
 def _read(module: nn.Module) -> bool:
@@ -162,8 +174,12 @@ def block_form(module: nn.Module, match: Match) -> BlockForm:
         mixer = names["OTHER"] if bool(flag) == other else mixer
     norms = (names["NORM1"], names["NORM2"])
     _check_modules(module, mixer, names["MLP"], *norms)
-    keywords = match.form.get("keywords", False)
-    return BlockForm(type(module), norms, mixer, names["MLP"], keywords)
+    keywords, scaled = (match.form.get(name, False) for name in ("keywords", "scaled"))
+    return BlockForm(type(module), norms, mixer, names["MLP"], keywords, scaled)
+
+
+def block_class(form: BlockForm) -> type[FusedBlock]:
+    return FusedScaledBlock if form.scaled else FusedBlock
 
 
 def post_norm_form(module: nn.Module, match: Match) -> PostNormForm:

@@ -24,6 +24,7 @@ from ..nn.cpu import (
     SwitchLinear,
 )
 from ..nn.experts import QuantizedSwitchLinear
+from ..nn.heads import QuantizedMultiLinear
 from ..nn.quantized import Place, QuantizedEmbedding, QuantizedLinear
 from ..nn.rope import FrequencyRoPE, NoRoPE
 from .part import Part, parent_of
@@ -88,7 +89,7 @@ def build(
         for weight in group.weights:
             parent, name = parent_of(model, weight.module)
             nbytes = math.prod(weight.shape) * dtype.size
-            dense = len(weight.shape) == 1 or weight.of.bare or weight.of.dense or nbytes <= left
+            dense = weight.dense or nbytes <= left
             left -= nbytes if dense else 0
             with account.time("dequantize"):
                 made = make_module(file, weight, dtype, getattr(parent, name), dense=dense)
@@ -112,6 +113,9 @@ def _place_quantized(loader: StreamLoader, model: nn.Module, group: Group, dtype
             continue
         rows = whole if len(group.weights) == 1 else part_of(whole, i)
         bias = _bias(loader.file, weight, dtype) if weight.bias else None
+        if weight.of.headed:
+            setattr(parent, name, QuantizedMultiLinear(rows))
+            continue
         cls = QuantizedLinear if whole.experts is None else QuantizedSwitchLinear
         setattr(parent, name, cls(rows, bias, Place(whole, i)))
 
@@ -141,7 +145,7 @@ def make_module(
         dense: whether a matrix is dequantised now, or its rows at every call.
     """
     rows = FileRows(file, weight.weight, mapped=not dense)
-    if weight.of.dense and isinstance(stock, nn.Module):
+    if (weight.of.dense or weight.of.headed) and isinstance(stock, nn.Module):
         whole = _dense(rows, (math.prod(weight.shape[:-1]), weight.shape[-1]), dtype)
         stock.weight = whole.reshape(weight.shape)
         return stock
@@ -154,7 +158,7 @@ def make_module(
             found = np.log(-found.astype(np.float64)).astype(np.float32)
         values = mx.array(found)
         if isinstance(stock, mx.array):
-            return (values if weight.of.float32 else values.astype(dtype)).reshape(stock.shape)
+            return values if weight.of.float32 else values.astype(dtype)
         stock.weight = (values - weight.of.offset).astype(dtype)
         if weight.bias:
             stock.bias = _bias(file, weight, dtype)

@@ -12,7 +12,7 @@ from ..errors import GGUFError, UnsupportedError
 from .architectures import ARCHITECTURES
 from .keys import Keys
 from .layers import check_kv_heads
-from .nearest import nearest
+from .nearest import missing, nearest
 from .rope import read_rope
 from .table import Architecture, Config
 
@@ -24,7 +24,7 @@ def architecture(file: GGUFFile) -> Architecture:
     """The file's row of ``ARCHITECTURES``, or UnsupportedError naming it and those there are."""
     name = file.architecture
     if name not in ARCHITECTURES:
-        near = nearest(file)
+        near = missing(name) or nearest(file)
         raise UnsupportedError(
             f"{file.path}: architecture {name!r} is not supported; "
             f"supported are {', '.join(ARCHITECTURES)}" + (near and f"; {near}")
@@ -250,7 +250,7 @@ def _expert_groups(key: Keys, arch: Architecture, experts: int) -> dict[str, int
 
 
 def _expert_width(key: Keys, share: int) -> int:
-    """Without their own length the experts of a token share the feed-forward length."""
+    """An expert's width; if the file has none, the experts of a token share the MLP's."""
     # llama.cpp takes 0 for a key that is missing.
     if key("expert_feed_forward_length", int, 0):
         return key.count("expert_feed_forward_length")
@@ -261,7 +261,7 @@ def _expert_width(key: Keys, share: int) -> int:
 
 
 def _shared_width(key: Keys, width: int) -> int:
-    """Of the shared expert, or of all together: its own length, or theirs times the experts'."""
+    """The width of all shared experts together."""
     if key("expert_shared_feed_forward_length", int, 0):
         return key.count("expert_shared_feed_forward_length")
     if key("expert_shared_count", int, 0):

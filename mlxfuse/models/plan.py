@@ -64,6 +64,12 @@ class WeightPlan:
         return self.module if self.of.bare else f"{self.module}.weight"
 
     @property
+    def dense(self) -> bool:
+        """Whether it is never dequantised anew at every call, whatever memory there is."""
+        of = self.of
+        return len(self.shape) == 1 or of.bare or of.dense or of.headed
+
+    @property
     def shape(self) -> tuple[int, ...]:
         first = self.weight[0].shape
         return (*first[:-2], sum(s.count for s in self.weight), *first[1:][-1:])
@@ -318,7 +324,7 @@ def _same(tensor: Tensor, shape: tuple[int, ...]) -> bool:
 
 
 def lean(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Without axes of 1."""
+    """The shape without axes of length 1."""
     return tuple(size for size in shape if size != 1)
 
 

@@ -170,7 +170,7 @@ class _Split:
             )
 
     def _steps(self) -> dict[_Axis, int]:
-        """Of each axis, how many units stay together, so that every rank has whole blocks."""
+        """How many units of each axis stay together, so that every rank has whole blocks."""
         steps: dict[_Axis, int] = {}
         for _, sizes, weight in _weights(self.weights):
             for name in weight.of.shape:
@@ -324,7 +324,7 @@ def _block(weights: Plan, layer: int | None, container: str) -> str:
 
 
 def _rows(sources: tuple[RowSource, ...] | list[RowSource], kept: Ranges | None) -> list[RowSource]:
-    """Of rows one after the other those that are kept."""
+    """The rows that are kept, one after the other."""
     if kept is None:
         return list(sources)
     found, at = [], 0

@@ -31,7 +31,7 @@ def bases(parent: nn.Module, names: Sequence[str]) -> nn.Module:
 
 
 def check_unadapted(parent: nn.Module, names: Sequence[str]) -> None:
-    """Nothing where an activation can be computed with the product that it is of.
+    """Raise unless an activation can be computed together with the product before it.
 
     Raises:
         NotFusible: what an adapter adds comes between them.

@@ -80,7 +80,7 @@ class Run(NamedTuple):
 
     @classmethod
     def of(cls, x: mx.array | Normed) -> Run:
-        """Of x ``[..., K]``, and rounding if it has been normed for that."""
+        """How x ``[..., K]`` is run; activations are rounded if x was normed for that."""
         on, rounds = backend(), isinstance(x, Normed)
         x = floats(x)
         return cls(on, on.keeps and x.size <= MAX_BATCH * x.shape[-1], rounds)

@@ -115,7 +115,7 @@ def cut(parent: nn.Module, name: str, rows: Sequence[int]) -> Projection:
 
 
 def check_joinable(linears: Sequence[nn.Module]) -> None:
-    """Nothing where `join` can join the linears.
+    """Raise unless `join` can join the linears.
 
     Raises:
         NotFusible: it cannot.
@@ -149,7 +149,7 @@ def embedding_rows(embedding: nn.QuantizedEmbedding) -> KernelProjection:
 
 
 def check_experts(linears: Sequence[nn.Module]) -> None:
-    """Nothing where `join_experts` can join the switch linears.
+    """Raise unless `join_experts` can join the switch linears.
 
     Raises:
         NotFusible: it cannot.

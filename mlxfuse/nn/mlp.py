@@ -59,7 +59,7 @@ class FusedMLP(FusedModule):
         return [(self, name) for name in linears]
 
     def whole(self, run: Run, x: Given, residual: mx.array | None = None) -> mx.array:
-        """All of it."""
+        """The whole MLP."""
         form = self._fused
         hidden = self.activated(run.on, readable(form.up, x))
         last = rounded(form.down, hidden) if run.rounds and form.rounds else hidden

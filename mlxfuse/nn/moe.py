@@ -13,6 +13,7 @@ from mlx_lm.models.switch_layers import _gather_sort, _scatter_unsort
 
 from ..kernels import Backend, backend
 from ..kernels.activations import Int8Activations
+from ..kernels.matmul.product import Experts
 from ..kernels.route import route
 from .activations import GATED
 from .fused import Form, FusedModule, Run, plus, readable, replacing
@@ -86,7 +87,7 @@ class FusedExperts(FusedModule):
         scores: mx.array | None = None,
         residual: mx.array | None = None,
     ) -> mx.array:
-        """All of it."""
+        """All experts of each row, from their input to their sum."""
         form, up, x = self._fused, self._fused.up, floats(given)
         hidden = None
         if up is not None:
@@ -94,7 +95,8 @@ class FusedExperts(FusedModule):
             if isinstance(read, Int8Activations):
                 (hidden,) = up.integers(read, None, form.activation, indices)
             else:
-                hidden = up.gathered(x, indices, run.on, activation=form.activation)
+                of = Experts(indices)
+                hidden = up.gathered(x, of, run.on, activation=form.activation)
         elif scores is not None and indices.size < MAX_IDS:
             wide = mx.expand_dims(x, (-2, -3))
             both = (self[name](wide, indices) for name in form.linears)
@@ -104,8 +106,9 @@ class FusedExperts(FusedModule):
         else:
             if scores is not None and form.down is not None:
                 alike = residual is None or residual.dtype == hidden.dtype
+                summed = Experts(indices, scores)
                 total = form.down.gathered(
-                    hidden, indices, run.on, scores=scores, residual=residual if alike else None
+                    hidden, summed, run.on, residual=residual if alike else None
                 )
                 if total is not None:
                     return total if alike else plus(total, residual)
@@ -113,14 +116,16 @@ class FusedExperts(FusedModule):
         return plus(_weighted(y, scores).astype(y.dtype), residual)
 
     def _sorted(self, on: Backend, x: mx.array, indices: mx.array) -> mx.array:
-        """All of it as mlx-lm has it, which sorts many ids; gate and up together if that can be."""
+        """The experts as mlx-lm computes them, which sorts many ids; gate and up are together if
+        possible."""
         form, up = self._fused, self._fused.up
         y: mx.array
         if up is None or indices.size < MAX_IDS or not up.takes_many(on):
             y = form.original.__call__(self, x, indices)
             return y
         rows, ids, order = _gather_sort(mx.expand_dims(x, (-2, -3)), indices)
-        hidden = up.gathered(rows, ids, on, activation=form.activation, sorted_experts=True)
+        of = Experts(ids, sorted=True)
+        hidden = up.gathered(rows, of, on, activation=form.activation)
         assert hidden is not None
         y = self[form.output](mx.expand_dims(hidden, -2), ids, sorted_indices=True)
         y = _scatter_unsort(y, order, indices.shape).squeeze(-2)
@@ -252,7 +257,7 @@ class FusedMoE(FusedModule):
         given: mx.array | Normed,
         residual: mx.array | None,
     ) -> mx.array:
-        """All of it; what is added up is in another order than in its own code."""
+        """The whole block; the sum is computed in another order than in mlx-lm's code."""
         form, x = self._fused, floats(given)
         ids, scores, *gate = self.part(run, self.choose, self.children_read, x)
 
@@ -289,11 +294,13 @@ class FusedMoE(FusedModule):
         down, how = self._fused.shared, self._fused.choosing
         assert how is not None
         expert = self[how.shared[0]]
-        if down is not None and isinstance(expert, FusedMLP) and expert.holds(run.on):
+        fused = isinstance(expert, FusedMLP) and expert.holds(run.on)
+        # Int8 activations are for its own down.
+        if fused and down is not None and not (run.rounds and expert._fused.rounds):
             hidden = expert.activated(run.on, readable(expert._fused.up, given))
             if residual is None or residual.dtype == hidden.dtype:
-                of, rows = first_expert(gate.shape), mx.expand_dims(hidden, -2)
-                total = down.gathered(rows, of, run.on, scores=gate, residual=residual)
+                of, rows = Experts(first_expert(gate.shape), gate), mx.expand_dims(hidden, -2)
+                total = down.gathered(rows, of, run.on, residual=residual)
                 if total is not None:
                     return total
         return plus(gate * expert(given), residual)

@@ -14,7 +14,7 @@ def _attributes(layer: nn.Module) -> dict[str, Any]:
 
 
 class Passing(nn.Module):
-    """In the place of a layer that another rank has: its input goes on as it is.
+    """Stands for a layer that another rank holds: the input is passed on as it is.
 
     Its cache counts the tokens, from which masks are made, and holds a number or so of each: what
     evaluates the caches of a prompt lets the ranks hand on what they computed by that.

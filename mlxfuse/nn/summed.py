@@ -54,7 +54,7 @@ class SummedProjection(Projection):
         return (self._linear(x),)
 
     def activated(self, x: mx.array, activation: str, on: Backend) -> None:
-        """None: a sum comes before what follows."""
+        """Always None: a sum comes before the activation."""
 
     def added(self, x: mx.array, residual: mx.array, on: Backend) -> mx.array:
         group = self._linear.group
@@ -90,7 +90,7 @@ class SummedNorm(nn.Module):
 
 
 class Nothing(nn.Module):
-    """In the place of experts of which this rank has no part.
+    """Stands for experts of which this rank holds no part.
 
     Args:
         outputs: of each row.

@@ -35,6 +35,7 @@ from mlxfuse.formats import BY_NAME, Format
 from mlxfuse.kernels.kv.compressed_sdpa import compressed_sdpa
 from mlxfuse.kernels.kv.scheme import KVScheme, KVSide
 from mlxfuse.kernels.kv.sdpa_call import Scores
+from mlxfuse.kernels.matmul.product import Epilogue
 from mlxfuse.kernels.matmul.quantized_matmul import quantized_matmul
 from mlxfuse.kernels.runtime import kernel as _kernel
 from mlxfuse.kernels.runtime.kernel import Launch
@@ -120,7 +121,7 @@ def product(name: str, rows: int, *, gated: bool = False) -> Launch:
         lambda: quantized_matmul(
             mx.zeros((rows, 512), HALF),
             QuantizedWeight(tuple(parts)),
-            activation="swiglu" if gated else None,
+            Epilogue(activation="swiglu" if gated else None),
         )
     )
     launch: Launch = kernel.launch(*arguments)

@@ -87,12 +87,13 @@ def test_what_one_rank_lacks_ends_the_others(model, tmp_path):
     assert re.fullmatch(r"mlxfuse: rank 1: .*none\.gguf: no such file.*\n", second[2])
 
 
-def test_perplexity_is_that_of_one_process(model, tmp_path):
+def test_perplexity_of_a_pipeline_is_that_of_one_process(model, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Some text that is long enough. " * 12)
     how = ("-f", str(text), "-c", "64", "--chunks", "2", "--json")
-    (code, out, _), other = ended("perplexity", model, *how)
+    (code, out, _), other = ended("perplexity", model, "--pipeline", *how)
     assert (code, other) == (0, (0, "", ""))
+    assert "layers 0 to" in json.loads(out)["load"]["notes"][0]
     (found, want) = (json.loads(o)["perplexity"] for o in (out, alone("perplexity", model, *how)))
     assert found["value"] == pytest.approx(want["value"], rel=1e-5)
 
@@ -119,6 +120,10 @@ def test_what_each_rank_would_hold_is_told(model):
     told = alone("doctor", model, "--ranks", "2").splitlines()
     assert "on 2 machines like this one, for each token: 7 sums of 0.1 kB" in told[-5]
     assert re.match("rank 1: .* of the model, 1 of 2 key/value heads", told[-2])
+    how = ("--ranks", "3", "--pipeline", "--json")
+    staged = json.loads(alone("inspect", model, *how))["ranks"]
+    assert [rank["layers"] for rank in staged] == [[0, 0], [1, 1], [2, 2]]
+    assert staged[0]["sums"] == 4  # one a stage, and the embedding's
     many = CliRunner().invoke(app, ["inspect", model, "--ranks", "1000"])
     assert (many.exit_code, many.stdout) == (3, "")
     assert "cannot be shared by 1000 machines" in many.stderr

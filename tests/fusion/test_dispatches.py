@@ -100,6 +100,14 @@ def test_a_layer_of_experts(name: str, count: int) -> None:
     assert before - outside > 26 * len(model.layers)
 
 
+def test_a_layer_of_ministral() -> None:
+    """What multiplies the queries is one of eleven; a token's numbers for that take ten."""
+    model = zoo.build("ministral3", "affine4")
+    before, after = patch_model(model, fuse="all").dispatches or (0, 0)
+    assert after - 6 - 10 == 11 * len(model.layers)
+    assert before - 6 - 10 == 18 * len(model.layers)
+
+
 def test_experts_are_chosen_as_the_block_says_now() -> None:
     model = zoo.build("qwen3_moe", "affine4")
     patch_model(model, fuse="all")

@@ -17,7 +17,7 @@ from mlxfuse.kernels.kv.compressed_sdpa import compressed_sdpa
 from mlxfuse.kernels.kv.scheme import KVScheme, KVSide, pack
 from mlxfuse.kernels.kv.sdpa_call import Scores
 from mlxfuse.kernels.matmul import dequantize, int8_matmul, quantized_matmul
-from mlxfuse.kernels.matmul.product import Call
+from mlxfuse.kernels.matmul.product import Experts
 from mlxfuse.kernels.matmul.tile_program import ACTIVATIONS, GATED
 from mlxfuse.kernels.norm import norm_rope, quantize_int8, rms_norm
 from mlxfuse.kernels.runtime import kernel as _kernel
@@ -25,6 +25,8 @@ from mlxfuse.kernels.runtime.self_test import calls
 from mlxfuse.kernels.runtime.source import header
 from mlxfuse.kernels.weight import AffineSegment, AnySegment, Part, QuantizedWeight
 from tests import msl
+
+from . import flat
 
 # But for those that are stored as others are.
 FORMATS = tuple(f.name for f in BY_NAME.values() if f.kernel and not f.traits.stored)
@@ -125,8 +127,7 @@ def _product(
 ) -> Variant:
     rng = np.random.default_rng(rows)
     x = mx.array(rng.normal(0, 0.01, (rows, weight.columns)), mx.float32).astype(dtype)
-    options = {"bias": None, "residual": None, "activation": None, "split": False, "experts": None}
-    call = Call(x, weight, **{**options, **more}, large="tiles")
+    call = flat.call_of(x, weight, **more, large="tiles")
     call.check()
     return Variant(f"quantized_matmul {name}", quantized_matmul.KERNEL, (call,))
 
@@ -199,8 +200,8 @@ def variants() -> Iterator[Variant]:
     yield _product("experts in tiles", both, 21, half, experts=many, activation="swiglu_clipped")
     down = _product("experts summed", both.split()[0], 2, half, experts=ids[0])
     (call,) = down.arguments
-    added = {"experts": ids, "scores": mx.full((1, 2), 0.5, half), "x": call.x[None]}
-    yield replace(down, arguments=(replace(call, **added),))
+    summed = Experts(ids, mx.full((1, 2), 0.5, half))
+    yield replace(down, arguments=(replace(call, x=call.x[None], experts=summed),))
     yield from _int8_variants()
     yield from compressed()
     yield from norms()

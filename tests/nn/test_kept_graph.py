@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -22,7 +23,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlxfuse.fusion import patch_model, unpatch_model
 from mlxfuse.kernels import Backend, disabled, fallbacks, launches
 from mlxfuse.kernels.matmul import quantized_matmul as matmul
-from mlxfuse.kernels.matmul.product import Call
+from mlxfuse.kernels.matmul.product import Call, Epilogue, Experts
 from mlxfuse.kernels.norm.norm_rope import RopeOptions, norm_rope
 from mlxfuse.kernels.runtime import backend as _backend
 from mlxfuse.nn import fused as form
@@ -55,18 +56,19 @@ class StandIn:
 def prepare_matmul(
     x: mx.array,
     weight: Any,
+    epilogue: Epilogue,
+    experts: Experts | None,
     *,
-    residual: Any = None,
-    experts: Any = None,
-    scores: Any = None,
-    **options: Any,
+    split: bool,
 ):
-    optional = {"residual": residual, "experts": experts, "scores": scores}
+    scores = None if experts is None else experts.scores
+    optional = {"residual": epilogue.residual, "experts": experts, "scores": scores}
     given = [name for name, array in optional.items() if array is not None]
 
     def product(x: mx.array, *arrays: mx.array) -> list[mx.array]:
         free = dict.fromkeys(optional) | dict(zip(given, arrays, strict=True))
-        call = Call(x, weight, **{"bias": None, **options}, **free)
+        of = None if experts is None else Experts(free["experts"], free["scores"])
+        call = Call(x, weight, replace(epilogue, residual=free["residual"]), of, split)
         found = matmul._dense(call, dequantized=experts is None)
         return [y.reshape(*call.lead, y.shape[-1]) for y in found]
 

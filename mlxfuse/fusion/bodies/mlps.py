@@ -59,6 +59,14 @@ def __call__(self, x, mask=None, cache=None):
     r = self.MLP(self.NORM2(h))
     return h + r
 """
+# ministral3
+_SCALED = """
+def __call__(self, x, attn_scale=None, mask=None, cache=None):
+    r = self.ATTENTION(self.NORM1(x), attn_scale, mask, cache)
+    h = x + r
+    r = self.MLP(self.NORM2(h))
+    return h + r
+"""
 _ADDED_AT_ONCE = """
 def __call__(self, x, mask=None, cache=None):
     h = x + self.ATTENTION(self.NORM1(x), mask, cache)
@@ -159,6 +167,7 @@ def __call__(self, x):
 """,
     ),
     Body("block", _NORM_FIRST),
+    Body("block", _SCALED, form={"scaled": True}),
     Body("block", _ADDED_AT_ONCE),
     Body("block", _REASSIGNED),
     Body("block", _OVERWRITTEN),

@@ -18,8 +18,6 @@ def _llama4(key: Keys, config: Config) -> Config:
     """Every fourth layer sees everything and rotates nothing."""
     if not key("attention.sliding_window", int, CHUNK):
         raise UnsupportedError("llama4 without chunks (attention.sliding_window is 0)")
-    if not config.sizes.get("experts"):
-        raise UnsupportedError("llama4 without experts (expert_count is 0)")
     used = config.args["num_experts_per_tok"]
     if used != 1:
         raise UnsupportedError(f"llama4 with {used} experts for each token; expected 1")

@@ -21,7 +21,7 @@ __all__ = ["Model", "ModelArgs"]
 
 
 def positions(length: int, cache: Any) -> mx.array:
-    """Those of the next tokens, int [length], or of each sequence of a batch, [B, length]."""
+    """Positions of the next tokens, int [length], or [B, length] for a batch of sequences."""
     offset = cache.offset if cache is not None else 0
     if isinstance(offset, mx.array) and offset.ndim:
         offset = offset[:, None]

@@ -19,8 +19,8 @@ LATENT = {
     "attn_q_b": Weight("self_attn.q_b_proj", ("q", "q_lora")),
     "attn_kv_a_mqa": Weight("self_attn.kv_a_proj_with_mqa", ("kv_a", "embd")),
     "attn_kv_a_norm": Weight("self_attn.kv_a_layernorm", ("kv_lora",)),
-    "attn_k_b": Weight("self_attn.embed_q", ("heads", "kv_lora", "nope"), dense=True),
-    "attn_v_b": Weight("self_attn.unembed_out", ("heads", "value", "kv_lora"), dense=True),
+    "attn_k_b": Weight("self_attn.embed_q", ("heads", "kv_lora", "nope"), headed=True),
+    "attn_v_b": Weight("self_attn.unembed_out", ("heads", "value", "kv_lora"), headed=True),
     "attn_output": Weight("self_attn.o_proj", ("embd", "o")),
 }
 _EXPERTS = biased_experts(BARE_ROUTER, "mlp.gate.e_score_correction_bias", "mlp.switch_mlp")
@@ -140,7 +140,7 @@ def _indexed(key: Keys, config: Config) -> Config:
 
 
 def _glm_dsa(key: Keys, config: Config) -> Config:
-    """From GLM-5.2 on, which llama.cpp tells by the context, layers use an earlier one's choice."""
+    """From GLM-5.2 on, layers use the choice of an earlier one; llama.cpp tells by the context."""
     config, layers = _indexed(key, config), config.layers
     default = [1] * layers
     if config.args["max_position_embeddings"] >= 1 << 20:

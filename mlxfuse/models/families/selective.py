@@ -84,7 +84,7 @@ def _mamba2(key: Keys, config: Config) -> Config:
 
 
 def _jamba(key: Keys, config: Config) -> Config:
-    """Which layers attend is told by the key-value heads, which have experts by their routers."""
+    """Layers with key-value heads have attention, and those with a router have experts."""
     sizes, layers = _sizes(key, config), config.layers
     counts = key.each("attention.head_count_kv", layers)
     kinds = ["" if count else "mamba" for count in counts]

@@ -35,7 +35,7 @@ class BatchCompressedKVCache(mlx_lm_cache._BaseCache):
 
     @property
     def caches(self) -> list[CompressedKVCache]:
-        """Those of the sequences, each with all that is its own."""
+        """The caches of the sequences, each with all of its own tokens."""
         if self._plain is not None:
             for i, cache in enumerate(self._caches):
                 cache.sink, cache.tail = (
