@@ -52,7 +52,7 @@ class Results:
     one    name of a job -> logits, the report and generated tokens, of one process.
     """
 
-    def __init__(self, folder: Path, ranks: int, made: list[Job], timeout: float = 240) -> None:
+    def __init__(self, folder: Path, ranks: int, made: list[Job], timeout: float = 600) -> None:
         write_jobs(folder, made)
         processes = start(ranks, "tests.distributed.worker", str(folder))
         self.one = {}

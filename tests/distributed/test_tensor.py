@@ -53,67 +53,23 @@ def pipelined(folder: Path, case: str, way: dict[str, str]) -> Job:
     return job(folder, case, name=f"{case} pipeline", **way, pipeline=True, greedy=3)
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    folder = tmp_path_factory.mktemp("two")
-    made = [job(folder, case, **way) for case in ("llama-q4", "uneven") for way in WAYS]
-    made += [job(folder, case, **ALL) for case in FAMILIES]
-    made += [checkpoint(folder, case) for case in CHECKPOINTS]
-    made.append(exported(folder, "llama-q4"))
-    made += [pipelined(folder, case, way) for case, way in PIPELINES]
-    made += [
-        job(folder, "llama-q4", name=wrong, **ALL, wrong=wrong, alone=False) for wrong in WRONG
-    ]
-    if demo_path().is_file():
-        made.append(Job("demo", str(demo_path()), DEMO_PROMPT, greedy=16, alone=False))
-    return Results(folder, 2, made)
+def check_ways(found: Results, cases: tuple[str, ...]) -> None:
+    """Logits of one process, whatever is fused, and the same places are fused."""
+    for case in cases:
+        for way in WAYS:
+            name = " ".join((case, *way.values()))
+            found.check(name)
+            fused = {c.name for c in found.one[name][1].patch.fused}
+            assert all(set(facts[name]["fused"]) == fused for facts in found.facts), name
 
 
-@pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    folder = tmp_path_factory.mktemp("three")
-    made = [job(folder, "uneven", **ALL), job(folder, "gpt-oss", **ALL)]
-    made.append(pipelined(folder, "gemma3", ALL))
-    if demo_path().is_file():
-        made.append(Job("demo", str(demo_path()), DEMO_PROMPT, greedy=16, alone=False))
-    return Results(folder, 3, made)
-
-
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(way.values()))
-@pytest.mark.parametrize("case", ["llama-q4", "uneven"])
-def test_two_ranks_give_the_logits_of_one(two: Results, case: str, way: dict[str, str]) -> None:
-    name = " ".join((case, *way.values()))
-    two.check(name)
-    fused = {c.name for c in two.one[name][1].patch.fused}
-    assert all(set(facts[name]["fused"]) == fused for facts in two.facts)
-
-
-@pytest.mark.parametrize("case", FAMILIES)
-def test_every_family_is_shared(two: Results, case: str) -> None:
-    two.check(f"{case} all")
-
-
-@pytest.mark.parametrize("case", CHECKPOINTS)
-def test_what_mlx_lm_has_sharded_is_fused(two: Results, case: str) -> None:
-    name = f"{case} checkpoint"
-    two.check(name)
-    want = Counter(c.name for c in two.one[name][1].patch.fused)
-    assert want["qkv"]
-    assert want["residual"]
-    assert all(facts[name]["fused"] == want for facts in two.facts)
-
-
-def test_an_exported_folder_is_shared(two: Results) -> None:
-    two.check("llama-q4 exported")
-
-
-@pytest.mark.parametrize("case", [case for case, _ in PIPELINES])
-def test_each_rank_may_have_some_layers(two: Results, case: str) -> None:
-    check_pipeline(two, f"{case} pipeline")
-
-
-def test_three_ranks_may_have_some_layers_each(three: Results) -> None:
-    check_pipeline(three, "gemma3 pipeline")
+def check_checkpoint(found: Results, name: str) -> None:
+    """What mlx-lm has sharded is fused as what it has not."""
+    found.check(name)
+    want = Counter(c.name for c in found.one[name][1].patch.fused)
+    assert want["qkv"], name
+    assert want["residual"], name
+    assert all(facts[name]["fused"] == want for facts in found.facts), name
 
 
 def check_pipeline(found: Results, name: str) -> None:
@@ -121,42 +77,67 @@ def check_pipeline(found: Results, name: str) -> None:
     found.check(name)
     ranks = len(found.ranks)
     for facts in found.facts:
-        assert facts[name]["greedy"] == found.one[name][2]
-        assert facts[name]["counts"]["all_sum"] == ranks + 1
+        assert facts[name]["greedy"] == found.one[name][2], name
+        assert facts[name]["counts"]["all_sum"] == ranks + 1, name
         assert re.match(
             rf"{ranks} machines: .*, has layers \d+ to \d+ and ", facts[name]["notes"][0]
         )
 
 
-@pytest.mark.parametrize("case", ["uneven", "gpt-oss"])
-def test_three_ranks_give_the_logits_of_one(three: Results, case: str) -> None:
-    three.check(f"{case} all")
+def check_sums(found: Results, name: str) -> None:
+    """Two a layer and token, one for the embedding, and the rows of the head are gathered."""
+    facts = found.facts[0][name]
+    assert facts["counts"]["all_sum"] == 2 * facts["layers"] + 1, name
+    assert facts["counts"]["all_gather"] == 1, name
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-def test_what_is_wrong_is_seen(two: Results, wrong: str) -> None:
-    assert two.error(wrong, "llama-q4 all") > 100 * LIMIT
-
-
-@pytest.mark.parametrize("case", ["llama-q4 all", "qwen2moe all", "gpt-oss all"])
-def test_a_token_takes_two_sums_a_layer(two: Results, case: str) -> None:
-    facts = two.facts[0][case]
-    # One more for the embedding, and the rows of the head are gathered.
-    assert facts["counts"]["all_sum"] == 2 * facts["layers"] + 1
-    assert facts["counts"]["all_gather"] == 1
-
-
-def test_heads_that_do_not_come_out_even(two: Results) -> None:
-    first, second = (facts["uneven all"]["notes"][0] for facts in two.facts)
-    assert first.startswith("2 machines: this one, rank 0, has 1 to 2 of 3 key/value heads and ")
-    assert second.startswith("2 machines: this one, rank 1, has 1 to 2 of 3 key/value heads and ")
-
-
-def test_the_demo_model_says_the_same(two: Results, three: Results) -> None:
+def demo_jobs() -> list[Job]:
     if not demo_path().is_file():
-        pytest.skip("the demo model is not in the cache")
-    for found in (*two.facts, *three.facts):
-        assert found["demo"]["greedy"] == DEMO_TOKENS
+        return []
+    return [Job("demo", str(demo_path()), DEMO_PROMPT, greedy=16, alone=False)]
+
+
+def check_demo(found: Results) -> None:
+    for facts in found.facts if demo_path().is_file() else ():
+        assert facts["demo"]["greedy"] == DEMO_TOKENS
+
+
+def test_two_ranks(tmp_path: Path) -> None:
+    """One test, so that no worker of pytest-xdist starts the ranks anew."""
+    made = [job(tmp_path, case, **way) for case in ("llama-q4", "uneven") for way in WAYS]
+    made += [job(tmp_path, case, **ALL) for case in FAMILIES]
+    made += [checkpoint(tmp_path, case) for case in CHECKPOINTS]
+    made.append(exported(tmp_path, "llama-q4"))
+    made += [pipelined(tmp_path, case, way) for case, way in PIPELINES]
+    how = {**ALL, "alone": False}
+    made += [job(tmp_path, "llama-q4", name=wrong, **how, wrong=wrong) for wrong in WRONG]
+    found = Results(tmp_path, 2, made + demo_jobs())
+    check_ways(found, ("llama-q4", "uneven"))
+    for case in FAMILIES:
+        found.check(f"{case} all")
+    for case in CHECKPOINTS:
+        check_checkpoint(found, f"{case} checkpoint")
+    found.check("llama-q4 exported")
+    for case, _ in PIPELINES:
+        check_pipeline(found, f"{case} pipeline")
+    for case in ("llama-q4", "qwen2moe", "gpt-oss"):
+        check_sums(found, f"{case} all")
+    for rank, facts in enumerate(found.facts):
+        start = f"2 machines: this one, rank {rank}, has 1 to 2 of 3 key/value heads and "
+        assert facts["uneven all"]["notes"][0].startswith(start)
+    check_demo(found)
+    for wrong in WRONG:  # what is wrong is seen
+        assert found.error(wrong, "llama-q4 all") > 100 * LIMIT, wrong
+
+
+def test_three_ranks(tmp_path: Path) -> None:
+    made = [job(tmp_path, "uneven", **ALL), job(tmp_path, "gpt-oss", **ALL)]
+    made.append(pipelined(tmp_path, "gemma3", ALL))
+    found = Results(tmp_path, 3, made + demo_jobs())
+    found.check("uneven all")
+    found.check("gpt-oss all")
+    check_pipeline(found, "gemma3 pipeline")
+    check_demo(found)
 
 
 @pytest.mark.slow
