@@ -25,6 +25,7 @@ from ..kernels.matmul.quantized_matmul import quantized_matmul
 from ..kernels.norm.norm_rope import RopeOptions, norm_rope
 from ..kernels.norm.quantize_int8 import quantize_int8
 from ..kernels.norm.rms_norm import rms_norm
+from ..kernels.route import route
 from ..kernels.weight import QuantizedWeight, Segment
 
 Calls = Sequence[Callable[[], object]]
@@ -86,6 +87,7 @@ def cases(sizes: Sizes, formats: Sequence[Format] | None = None) -> Iterator[Cas
             yield from _products(format, sizes)
             yield from _chosen_experts(format, sizes)
     yield from _activations(sizes)
+    yield from _router(sizes)
     yield from _attention(sizes)
 
 
@@ -274,6 +276,27 @@ def _activations(sizes: Sizes) -> Iterator[Case]:
             "rms_norm, rope of q and of k",
             [rope] * repeat,
             [partial(turned, q, k)] * repeat,
+        )
+
+
+def _router(sizes: Sizes) -> Iterator[Case]:
+    """The choice of experts from a router's logits, and the gate of a shared one."""
+    number, chosen, _, _ = sizes.experts
+
+    def theirs(logits: mx.array, gate: mx.array) -> list[mx.array]:
+        weights = mx.softmax(logits, axis=-1, precise=True)
+        ids = mx.argpartition(weights, kth=-chosen, axis=-1)[..., -chosen:]
+        scores = mx.take_along_axis(weights, ids, axis=-1)
+        return [ids, scores / scores.sum(axis=-1, keepdims=True), mx.sigmoid(gate)]
+
+    for rows in sizes.rows:
+        given = _normal(rows, number), _normal(rows, 1)
+        repeat = 16
+        yield Case(
+            f"router of {number}, {_plural(rows, 'row')}",
+            "softmax, argpartition, take_along_axis, sum, divide, sigmoid",
+            [partial(route, given[0], chosen, whole=False, gate=given[1])] * repeat,
+            [partial(theirs, *given)] * repeat,
         )
 
 

@@ -153,7 +153,7 @@ class Fusing:
             chosen(self.fuse)
         except ValueError as error:
             raise typer.BadParameter(
-                f"--{error}" if "fuse is" in str(error) else str(error)
+                f"--{error}" if str(error).startswith("fuse ") else str(error)
             ) from None
 
 

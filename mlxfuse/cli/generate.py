@@ -38,7 +38,10 @@ class Drafting:
         """The fields of `mlxfuse.generate.run.Settings`."""
         if self.draft_model is not None and self.prompt_lookup:
             raise typer.BadParameter("give --draft-model or --prompt-lookup, not both")
-        return text_opt.lookup_settings(self.prompt_lookup, self.num_draft_tokens)
+        if self.num_draft_tokens and not (self.draft_model or self.prompt_lookup):
+            raise typer.BadParameter("--num-draft-tokens needs --draft-model or --prompt-lookup")
+        count = self.num_draft_tokens or (7 if self.prompt_lookup else 3)
+        return {"prompt_lookup": self.prompt_lookup, "num_draft_tokens": count}
 
     def check(self, max_kv_size: int | None) -> None:
         if max_kv_size and self.draft_model:

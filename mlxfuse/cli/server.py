@@ -151,7 +151,9 @@ def server_command(
     config = text_opt.json_object(chat_template_config)
     level = logging.getLevelNamesMapping().get(log_level.upper())
     if level is None:
-        raise typer.BadParameter(f"--log-level: no level {one_line(log_level)!r}")
+        raise typer.BadParameter(
+            f"--log-level: expected DEBUG, INFO, WARNING or ERROR; found {one_line(log_level)!r}"
+        )
     if drafting.prompt_lookup:
         raise typer.BadParameter("--prompt-lookup is for generate and chat")
     alone(ONE_MODEL, draft_model=drafting.draft_model)

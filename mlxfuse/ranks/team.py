@@ -32,6 +32,7 @@ T = TypeVar("T")
 BEAT = 1.0  # seconds between two signs of life
 SILENCE = 20.0  # seconds after which a rank that gives none is lost
 GRACE = 0.5  # seconds in which a rank tells its own error before that of another ends it
+_NOISE = 0.1  # seconds in which MLX's ring writes that a socket was closed
 _CONNECT = 60.0
 _LONGEST = 1 << 30  # bytes of a line
 
@@ -198,6 +199,7 @@ class Ranks:
         if code == 0 or self._left:
             return
         if code is None:
+            time.sleep(_NOISE)
             self._end(1, f"rank {rank} is lost ({why}), which ends all ranks")
         time.sleep(GRACE)
         told = self.first and code != INTERRUPTED

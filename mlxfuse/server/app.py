@@ -39,6 +39,10 @@ log = logging.getLogger(__name__)
 
 # Answers that are generated or wait; more are refused.
 MAX_ANSWERS = 1024
+_PATHS = (
+    "there are POST /v1/chat/completions, /v1/completions, /v1/messages and "
+    "/v1/messages/count_tokens, and GET /v1/models and /health"
+)
 # Seconds without anything to send after which a stream says that it lives.
 _SILENCE = 10.0
 
@@ -244,8 +248,8 @@ async def _disconnected(request: Request) -> None:
 
 def _error_response(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
-        error = RequestError(f"{request.method} {request.url.path}: {error.detail}",
-                             status=error.status_code)  # fmt: skip
+        asked = f"{request.method} {request.url.path}: {error.detail}"
+        error = RequestError(f"{asked}; {_PATHS}", status=error.status_code)
     if not isinstance(error, RequestError):
         log.error("a request failed", exc_info=error)
         error = RequestError(f"the server failed: {type(error).__name__}", status=500)

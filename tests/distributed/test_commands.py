@@ -153,9 +153,9 @@ def test_chat_under_mlx_launch(model):
 
 
 @contextmanager
-def served(model):
+def served(model, *how):
     """Two ranks of a server, and a client's address."""
-    with ranks("server", model, "--port", "0") as made:
+    with ranks("server", model, "--port", "0", *how) as made:
         line = made[0].stderr.readline()
         yield made, re.search(r"http://\S+/v1", line)[0]
 
@@ -173,7 +173,8 @@ def test_a_server_on_two_ranks_answers_together_and_ends_together(model):
         for text in texts
     ]  # fmt: skip
     got = {}
-    with served(model) as (made, url):
+    # Some prompt caches are kept, others not: on both ranks the same.
+    with served(model, "--prompt-cache-bytes", "60K") as (made, url):
 
         def client(n, text):
             # Half of them choose at random, with samplers of their own: they disturb nobody.
@@ -201,7 +202,8 @@ def test_a_server_on_two_ranks_answers_together_and_ends_together(model):
         _, err = made[0].communicate(timeout=LIMIT)
         assert time.monotonic() - began < 10
         assert made[0].returncode == 1
-        own = [line for line in err.splitlines() if line.startswith("mlxfuse: ")]
+        # MLX's ring writes lines of its own, in pieces.
+        own = re.findall("mlxfuse: .*", err)
         assert own == ["mlxfuse: rank 0: rank 1 is lost (it has gone), which ends all ranks"]
 
 

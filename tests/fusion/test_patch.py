@@ -196,7 +196,7 @@ def test_the_choice_of_fusions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ),
     ):
         assert str(load(path, fuse=fuse)[0].load_report.patch) == text
-    with pytest.raises(ValueError, match=r"auto, all, off or of qkv, gate_up, .*; found qvk"):
+    with pytest.raises(ValueError, match=r"auto, all, off or names: qkv, gate_up, .*; found qvk"):
         load(path, fuse="qvk,gate_up")
     monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
     assert list(load(path)[0].load_report.patch.tallies) == [

@@ -11,6 +11,7 @@ import numpy as np
 
 from mlxfuse.bench.cases import sample
 from mlxfuse.formats import BY_NAME
+from mlxfuse.kernels import route
 from mlxfuse.kernels.activations import Int8Activations
 from mlxfuse.kernels.kv import dequantize_kv, quantize_kv
 from mlxfuse.kernels.kv.compressed_sdpa import compressed_sdpa
@@ -270,6 +271,10 @@ def norms() -> Iterator[Variant]:
     yield rope(128, 128, half)
     yield rope(256, 64, bfloat, normed=False, traditional=True)
     yield rope(80, 20, single)
+    logits, gate = _normal(half, (2, 128), (2, 1))
+    yield Variant("route 128", route.KERNEL, (logits, 8, False, gate))
+    (logits,) = _normal(single, (2, 300))
+    yield Variant("route 300 whole", route.KERNEL, (logits, 5, True, None))
 
 
 def _normal(dtype: mx.Dtype, *shapes: tuple[int, ...]) -> list[mx.array]:

@@ -38,7 +38,8 @@ _BOUNDS: dict[object, float] = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16:
 # What one int8 code that is rounded the other way is of the largest, and of a sum of 32; and what
 # Metal's fast sine, which mx.fast.rope takes, may be off.
 _CODE, _SUM, _SINE = 1e-2, 2e-3, 1e-3
-# Packed words in which a code may be rounded the other way: a reciprocal may be off by a bit.
+# Words, of packed codes or of ids, that may differ: a code may be rounded the other way where a
+# reciprocal is off by a bit.
 _WORDS = 0.02
 _ERRORS = 3  # lines of a compiler that are kept
 
@@ -158,7 +159,7 @@ def compare(kernel: Kernel[Any], arguments: tuple[Any, ...], *, emulated: bool) 
         if a.dtype == mx.uint32:
             differ = float(mx.mean(a != b))
             if differ > _WORDS:
-                return f"{differ:.1%} of the packed words differ"
+                return f"{differ:.1%} of the words differ"
             continue
         x, y = (np.array(v.astype(mx.float32)) for v in (a, b))
         worst = float(np.abs(x - y.reshape(x.shape)).max())
