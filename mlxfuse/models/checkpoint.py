@@ -14,7 +14,7 @@ from mlx_lm.utils import load as load_with_mlx_lm
 
 from ..errors import CheckpointError, UnsupportedError
 from ..tokenizer.answer_format import complete
-from .part import KV_HEADS
+from .axes import KV_HEADS
 
 _STEP = 1 << 26  # bytes after which it is told how far loading has come
 
