@@ -15,6 +15,7 @@ from mlx_lm import stream_generate  # noqa: F401 (loaded before threads are)
 from mlx_lm.models.activations import SwigluOAI
 from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
 from mlx_lm.models.minimax_m3_vl import DenseMLP
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from mlx_lm.tuner.lora import LoRALinear
 
 import mlxfuse
@@ -275,6 +276,17 @@ def test_experts_that_are_left_alone(name: str, form: str, reason: str) -> None:
     report = patch_model(moe(name, form), fuse="all")
     found = [s for s in report.skipped if s.name == "experts"]
     assert [s.reason for s in found] == [reason] * 2
+
+
+def test_experts_with_a_scale_each_are_left_alone() -> None:
+    """nvfp4 with ``global_scale``, which MLX's CPU does not have; here 1 in another mode."""
+    model = moe("qwen3_moe", "mxfp4")
+    for module in model.modules():
+        if isinstance(module, QuantizedSwitchLinear):
+            module.global_scale = mx.ones((module.num_experts,))
+    skips = [s for s in patch_model(model, fuse="all").skipped if s.name == "experts"]
+    reason = "its experts have a scale each beside those of their groups"
+    assert [s.reason for s in skips] == [reason] * 2
 
 
 def in_groups_of_16(model: nn.Module) -> nn.Module:
