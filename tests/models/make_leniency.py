@@ -3,7 +3,7 @@
     pip install xllamacpp && python -m tests.models.make_leniency [CASE ...]
 
 A verdict is a list of logits, or null where llama.cpp does not load the file, ends, or computes
-what is no number.
+what is no number, or nothing for `SECONDS`.
 """
 
 import json
@@ -11,12 +11,14 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
 
 from tests.models import leniency
 
+SECONDS = 30
 GOLDEN = Path(__file__).with_name("golden_leniency.json")
 
 
@@ -52,9 +54,14 @@ class Judge:
                 env={**os.environ, "GGML_NO_BACKTRACE": "1"},
             )
         print(path, file=self._process.stdin, flush=True)
-        for line in self._process.stdout:
-            if line.startswith("verdict "):
-                return json.loads(line.removeprefix("verdict "))
+        timer = threading.Timer(SECONDS, self._process.kill)
+        timer.start()
+        try:
+            for line in self._process.stdout:
+                if line.startswith("verdict "):
+                    return json.loads(line.removeprefix("verdict "))
+        finally:
+            timer.cancel()
         self._process = None
         return None
 
