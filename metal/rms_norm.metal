@@ -99,33 +99,16 @@ METAL_FUNC void scale_row(float inverse, thread vec<T, 4>* v) {
 }
 
 //@ weighted:
-// C is one of the casts below.
-template <typename C, typename T, int pieces, bool whole, typename P>
+// As mx.fast.rms_norm: the normalised values and the weights are of type T before the product.
+template <typename T, int pieces, bool whole, typename P>
 METAL_FUNC void weight_row(P w, float offset, Row row, float inverse, thread vec<T, 4>* v) {
   UNROLL
   for (int p = 0; p < pieces; p++) {
-    const vec<T, 4> weights = load_quad<T, whole>(w, 0, quad_of(row, p), row.columns);
-    v[p] = C::template apply<T>(float4(v[p]) * inverse, offset + float4(weights));
+    const vec<T, 4> given = load_quad<T, whole>(w, 0, quad_of(row, p), row.columns);
+    const vec<T, 4> weights = vec<T, 4>(offset + float4(given));
+    v[p] = vec<T, 4>(float4(vec<T, 4>(float4(v[p]) * inverse)) * float4(weights));
   }
 }
-
-//@ Llama:
-// As mx.fast.rms_norm: the normalised values and the weights are of type T before the product.
-struct Llama {
-  template <typename T>
-  static vec<T, 4> apply(float4 x, float4 w) {
-    return vec<T, 4>(float4(vec<T, 4>(x)) * float4(vec<T, 4>(w)));
-  }
-};
-
-//@ Gemma:
-// One rounding, at the end.
-struct Gemma {
-  template <typename T>
-  static vec<T, 4> apply(float4 x, float4 w) {
-    return vec<T, 4>(x * w);
-  }
-};
 
 //@ codes:
 template <typename T, int pieces>
@@ -136,19 +119,5 @@ METAL_FUNC void quantize_row(
   for (int p = 0; p < pieces; p++) {
     const uint at = quad_of(row, p);
     quantize_quad<T>(v[p], row.first + at, at < row.columns, codes, scales, sums);
-  }
-}
-
-//@ sums:
-template <typename T, int pieces>
-METAL_FUNC void sum_row(const thread vec<T, 4>* v, Row row, device float* sums) {
-  UNROLL
-  for (int p = 0; p < pieces; p++) {
-    const uint at = quad_of(row, p);
-    const float4 x = float4(v[p]);
-    const float sum = group_sum(x[0] + x[1] + (x[2] + x[3]));
-    if (at < row.columns && at % 32 == 0) {
-      sums[(row.first + at) / 32] = sum;
-    }
   }
 }

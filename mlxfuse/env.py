@@ -64,6 +64,14 @@ def launched_rank() -> int | None:
     return None
 
 
+def launched_alone() -> bool:
+    """Whether ``mlx.launch`` started one process only: its file of hosts is then blank, on which
+    MLX's ring fails.
+    """
+    hosts = os.environ.get("MLX_HOSTFILE", "")
+    return os.path.isfile(hosts) and not Path(hosts).read_text("utf-8").strip()
+
+
 def first_rank_address() -> str | None:
     """The host name or address at which MLX's ring or JACCL reaches rank 0; None if neither runs.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from .hub.resolve import resolve
 from .inspect.needs import PLAIN, KVBits
 from .inspect.room import Asked, machine, room_for
 from .kernels import unavailable
+from .kernels.runtime import self_test
 from .kernels.weight import type_name
 from .models import Architecture
 from .models.adapters import apply_adapter
@@ -31,9 +33,10 @@ from .models.config import read_config
 from .models.part import Part
 from .models.plan import Plan, plan, stored_rows
 from .models.sampling import recommended
-from .models.shard import shares
+from .models.shard import shares, stages
 from .models.streams import Account
 from .nn.kv.options import KVOptions
+from .ranks import expect_same, same_run
 from .tokenizer.load import load_tokenizer
 
 if TYPE_CHECKING:
@@ -101,6 +104,7 @@ def load(
     kv_layers: str = "all",
     progress: Callable[[float], None] | None = None,
     group: mx.distributed.Group | None = None,
+    pipeline: bool = False,
 ) -> tuple[Any, ...]:
     """Load a model: the same arguments and the same pair as ``mlx_lm.load``, and a few more.
 
@@ -134,7 +138,12 @@ def load(
         progress: called with the share of a GGUF file's weights that is in memory, 0 to 1.
         group: the machines that share the model, as ``mx.distributed.init`` gives them; each of
             them calls ``load`` with the same arguments, reads and keeps its own part, and gets
-            the same logits. None, or a group of one: this machine alone.
+            the same logits. None, or a group of one: this process alone, which under
+            ``mlx.launch`` too loads all of the model and runs it by itself. Tokens are to be
+            chosen by one for all: `mlxfuse.ranks.agreed`.
+        pipeline: each machine of the group has some layers, one after the other, and not a part
+            of each layer: for slow links, and models whose heads cannot be shared. One chat is
+            then no faster than on one machine.
 
     Returns:
         (model, tokenizer), with ``return_config`` (model, tokenizer, configuration);
@@ -151,6 +160,7 @@ def load(
         GGUFError: the file is malformed, or its tensors contradict its metadata.
         UnsupportedError: the architecture, a tensor type or a feature is not supported.
         ValueError: ``kv_bits``, ``kv_group_size`` or ``kv_layers`` is not one of these.
+        RanksError: on all of ``group``, if versions, arguments or the model's files differ there.
     """
     if trust_remote_code:
         raise UnsupportedError("trust_remote_code: mlxfuse never runs code that comes with a model")
@@ -163,26 +173,41 @@ def load(
     account = Account(progress=progress)
     path = _on_this_machine(path_or_hf_repo, revision)
     changes = Changes(dict(tokenizer_config or {}), dict(model_config or {}))
-    shared = group is not None and group.size() > 1
-    if shared and adapter_path is not None:
+    if group is not None and group.size() < 2:
+        group = None
+    if group is not None and adapter_path is not None:
         raise UnsupportedError("adapter_path: machines that share a model cannot have an adapter")
+    if group is not None:
+        fuse = fuse if isinstance(fuse, str) else ",".join(sorted(fuse))
+        told = (dtype, context_length, fuse, act_quant, kv, changes, pipeline)
+        expect_same(same_run(path, str(told)), group)
     if is_checkpoint(path):
-        if shared:
-            raise UnsupportedError(f"{path}: machines can share a GGUF file or an export of one")
         if context_length is not None:
             raise UnsupportedError(f"{path}: context_length is for GGUF files; leave it out")
-        opened = _open_checkpoint(path, dtype, changes, lazy, account)
+        if pipeline and group is not None:
+            raise UnsupportedError(f"{path}: a pipeline is for GGUF files and exports of them")
+        opened = _open_checkpoint(path, dtype, changes, lazy, account, group)
     else:
         quantized = unavailable() is None or bool(chosen(fuse))
-        opened = _open_gguf(
-            path, dtype, changes, asked, quantized, account, group if shared else None
-        )
+        shared = None if group is None else Sharing(group, pipeline)
+        opened = _open_gguf(path, dtype, changes, asked, quantized, account, shared)
     if adapter_path is not None:
         apply_adapter(opened.model, Path(adapter_path))
     patch = patch_model(opened.model, fuse=fuse, act_quant=act_quant, **kv)
+    if group is not None:
+        patch.disabled |= {program.op: why for program, why in self_test.agree(group).items()}
+    if group is not None and not pipeline:
+        _expect_same_sums(patch, group)
     opened.model.load_report = _report(account, opened, patch)
     pair = (opened.model, opened.tokenizer)
     return (*pair, opened.config) if return_config else pair
+
+
+def _expect_same_sums(patch: PatchReport, group: mx.distributed.Group) -> None:
+    """Compare where rank 0 adds the residual before a sum: the others must know of it."""
+    places = sorted(place.path for place in patch.fused if place.name == "residual")
+    digest = zlib.crc32(" ".join(places).encode())
+    expect_same({"the fusion `residual`": f"{len(places)} places ({digest:08x})"}, group)
 
 
 def _cache_bits(kv_bits: int | str | None, kv_group_size: int, kv_layers: str) -> KVBits:
@@ -217,6 +242,22 @@ class Changes:
 
 
 @dataclass(frozen=True, slots=True)
+class Sharing:
+    """How machines share a model: a part of each layer, or in a pipeline some layers."""
+
+    group: mx.distributed.Group
+    pipeline: bool
+
+    def part(self, path: Path, weights: Plan) -> Part:
+        """This machine's part of a file's model."""
+        split = stages if self.pipeline else shares
+        try:
+            return Part(split(weights, self.group.size())[self.group.rank()], self.group)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{path}: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
 class Opened:
     """A model that is not fused yet; see `LoadReport` for the last two."""
 
@@ -228,7 +269,12 @@ class Opened:
 
 
 def _open_checkpoint(
-    path: Path, dtype: mx.Dtype | str | None, changes: Changes, lazy: bool, account: Account
+    path: Path,
+    dtype: mx.Dtype | str | None,
+    changes: Changes,
+    lazy: bool,
+    account: Account,
+    group: mx.distributed.Group | None,
 ) -> Opened:
     wanted = None if dtype is None else named_dtype(dtype)
     with account.time("read"):
@@ -238,8 +284,10 @@ def _open_checkpoint(
             tokenizer_config=changes.tokenizer,
             model_config=changes.model,
             lazy=lazy,
+            group=group,
         )
-    return Opened(model, tokenizer, config)
+    notes = [] if group is None else [f"{group.size()} machines share the model, as mlx-lm does"]
+    return Opened(model, tokenizer, config, notes=notes)
 
 
 def _open_gguf(
@@ -249,7 +297,7 @@ def _open_gguf(
     asked: Asked,
     quantized: bool,
     account: Account,
-    group: mx.distributed.Group | None,
+    shared: Sharing | None,
 ) -> Opened:
     with ExitStack() as stack:
         with account.time("header"):
@@ -261,7 +309,7 @@ def _open_gguf(
             except UnsupportedError as error:
                 named = str(path) in str(error)
                 raise (error if named else UnsupportedError(f"{path}: {error}")) from None
-            part = None if group is None else _part(path, weights, group)
+            part = None if shared is None else shared.part(path, weights)
             own = weights if part is None else part.share.plan
             room = room_for(file, own, machine(quantized), asked)
             if isinstance(file, ExportedFile):
@@ -277,13 +325,6 @@ def _open_gguf(
     if part is not None:
         notes = [str(part.share), *part.share.notes, *notes]
     return Opened(model, tokenizer, dict(config.args), sampling, notes)
-
-
-def _part(path: Path, weights: Plan, group: mx.distributed.Group) -> Part:
-    try:
-        return Part(shares(weights, group.size())[group.rank()], group)
-    except UnsupportedError as error:
-        raise UnsupportedError(f"{path}: {error}") from None
 
 
 # What a tokenizer_config may change of a GGUF file's tokenizer.

@@ -24,7 +24,7 @@ def tables() -> dict[str, str]:
     """Name of a generated block -> its Markdown."""
     stored = [f for f in FORMATS.values() if f.name not in ("Q8_1", "Q8_K")]
     return {
-        "models": _table(("models", "in the file") * _ABREAST, _models()),
+        "models": _table(("models `in the file`",) * _ABREAST, _models()),
         "formats": _table(
             ("type", "bits a weight", "kernel"),
             [(f.name, f"{f.bits_per_weight:g}", "yes" if f.kernel else "") for f in stored],
@@ -39,15 +39,15 @@ def tables() -> dict[str, str]:
     }
 
 
-_ABREAST = 3  # architectures in a row of the table
+_ABREAST = 4  # architectures in a row of the table
 
 
 def _models() -> list[tuple[str, ...]]:
     """The architectures by the names of their models, which read on downwards."""
-    cells = sorted((a.models, f"`{a.name}`") for a in ARCHITECTURES.values())
+    cells = sorted(f"{a.models} `{a.name}`" for a in ARCHITECTURES.values())
     rows = -(-len(cells) // _ABREAST)
-    cells += [("", "")] * (rows * _ABREAST - len(cells))
-    return [sum((cells[at] for at in range(row, len(cells), rows)), ()) for row in range(rows)]
+    cells += [""] * (rows * _ABREAST - len(cells))
+    return [tuple(cells[row::rows]) for row in range(rows)]
 
 
 def render(text: str) -> str:

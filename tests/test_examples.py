@@ -63,3 +63,29 @@ def test_custom_detector(tmp_path, name, fused):
     layers, norms = tiny.CASES["gemma3"].layers, 6  # q, k and the four of a layer
     count = layers * norms + 1
     assert (f"ready_norm {count}/{count}" in err) is fused
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "hidden", "nbytes"),
+    [("8B", 32, 4096, 4.92e9), ("70B", 80, 8192, 42.5e9)],
+)
+def test_what_two_macs_send_each_other(name, layers, hidden, nbytes):
+    """The arithmetic of the page: sums twice a layer and of the embedding, and half the logits."""
+    page = (REPOSITORY / "examples" / "two_macs.md").read_text()
+    (row,) = (line for line in page.splitlines() if line.startswith(f"| {name}:"))
+    sums = 2 * layers + 1
+    summed = 2 * sums * hidden
+    sent = summed + 128_256
+    assert row.split(" | ")[1:] == [
+        str(sums),
+        f"{sent / 1e6:.2f} MB",
+        f"{sent / 1e7:.2f} ms",
+        f"{sent / 1.25e6:.2f} ms",
+        f"{summed / 1e7:.2f} s",
+        f"{summed / 1.25e6:.2f} s |",
+    ]
+    alone, two = nbytes / 273e6, nbytes / 273e6 / 2
+    assert f"{alone:.1f} ms a token on one and {two:.1f} ms" in page or (
+        f"{alone:.1f} and {two:.1f} ms" in page
+    )
+    assert f"{two / (sums + 1):.2f} ms ({name})" in page

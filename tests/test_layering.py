@@ -1,7 +1,8 @@
-"""Imports go downwards only, and the light commands load nothing heavy."""
+"""Imports go downwards only, light commands load nothing heavy, and nothing outgrows a reader."""
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -215,3 +216,76 @@ def test_light_commands_load_nothing_heavy(tmp_path):
         assert out
     # Control: what generates does load them.
     assert "mlx" in loaded("generate", str(path), "-m", "1", "--ignore-chat-template")[2]
+
+
+FORMS = ("nn", "fusion", "kernels")
+LONG = 60  # lines of a function, with its signature and docstring
+ALLOWED = {"long function": 6, "long file": 0, "text or a thing": 0, "int8 flag": 0,
+           "state of a thread": 1}  # fmt: skip
+
+
+def rare(sources):
+    """What is to stay rare: (rule, where it is found) of each; sources: (module, its text)."""
+    for name, source in sources:
+        if len(source.splitlines()) > 400:
+            yield "long file", name
+        if re.search(r"threading\.local\b|\bContextVar\(", source):
+            yield "state of a thread", name
+        for node in ast.walk(ast.parse(source)):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            where = f"{name}.{node.name}"
+            if node.end_lineno - node.lineno >= LONG:
+                yield "long function", where
+            kinds = set() if node.returns is None else set(ast.unparse(node.returns).split(" | "))
+            # A reason in place of a value; NotFusible and its like are raised.
+            if name.split(".")[0] in FORMS and "str" in kinds and kinds - {"str", "None"}:
+                yield "text or a thing", where
+            for argument in (*node.args.args, *node.args.kwonlyargs):
+                if argument.arg == "int8" and "bool" in ast.unparse(argument.annotation or node):
+                    yield "int8 flag", where
+
+
+def test_what_a_reader_stumbles_over_stays_rare():
+    found = {rule: [] for rule in ALLOWED}
+    for rule, where in rare((n, p.read_text(encoding="utf-8")) for n, p in modules()):
+        found[rule].append(where)
+    assert {rule: where for rule, where in found.items() if len(where) > ALLOWED[rule]} == {}
+
+
+@pytest.mark.parametrize(
+    ("rule", "source"),
+    [
+        ("long function", "def f():\n" + "    x = 1\n" * LONG),
+        ("long file", "x = 1\n" * 401),
+        ("text or a thing", "def f() -> Form | str:\n    return 'no norm'"),
+        ("int8 flag", "def f(x, *, int8: bool = False): ..."),
+        ("state of a thread", "given = threading.local()"),
+        ("state of a thread", "chosen: ContextVar[int] = ContextVar('chosen')"),
+    ],
+)
+def test_what_a_reader_stumbles_over_is_noticed(rule, source):
+    assert list(rare([("nn.a", source)])) == [(rule, "nn.a" + ".f" * source.startswith("def"))]
+    shorter = "def f() -> str | None:\n" + "    x = 1\n" * (LONG - 1)
+    assert list(rare([("nn.a", shorter)])) == []
+
+
+def names_of_models(sources, known):
+    """(module, name) of each text outside of `models` that is the name of an architecture or a
+    class of mlx-lm; those of tokenizers are their own.
+    """
+    for name, source in sources:
+        if name.split(".")[0] not in ("models", "tokenizer"):
+            for node in ast.walk(ast.parse(source)):
+                if isinstance(node, ast.Constant) and node.value in known:
+                    yield name, node.value
+
+
+def test_architectures_are_named_in_models_only():
+    from mlxfuse.models import ARCHITECTURES
+
+    known = {*ARCHITECTURES, *(a.module.rpartition(".")[2] for a in ARCHITECTURES.values())}
+    assert {"llama", "gemma4", "gemma4_text", "qwen3_moe"} <= known
+    sources = [(name, path.read_text(encoding="utf-8")) for name, path in modules()]
+    assert list(names_of_models(sources, known)) == []
+    assert list(names_of_models([("export.a", "if kind == 'llama': ...")], known))  # control

@@ -11,12 +11,14 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm import lora
 from mlx_lm.models import llama
-from mlx_lm.tuner.utils import load_adapters
+from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from typer.testing import CliRunner
 
 from mlxfuse.cli import app
 from mlxfuse.errors import CheckpointError, ModelRefError, UnsupportedError
 from mlxfuse.export.mlx_checkpoint import export_mlx
+from mlxfuse.fusion import patch_model, unpatch_model
 from mlxfuse.loader import load
 
 from .models import tiny
@@ -204,8 +206,43 @@ def test_an_adapter_changes_a_gguf_as_it_changes_the_mlx_model(gguf, adapter, fu
     result = invoke("generate", gguf, *RAW, "--adapter-path", folder, "--fuse", fuse, "--json")
     report = json.loads(result.stdout)["load"]["patch"]
     if fuse == "all":
-        qkv = report["fusions"]["qkv"]
-        assert qkv["fused"] == 1, qkv  # of the layer without an adapter
+        fusions = report["fusions"]
+        assert fusions["qkv"] == fusions["residual"] == {"fused": 3, "of": 3}
+        assert fusions["gate_up"] == {"fused": 1, "of": 3}  # of the layer without an adapter
+        assert "gate_proj and up_proj have adapters" in json.dumps(report)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("phi3", "residual"), ("qwen2", "residual"), ("starcoder2", "qkv")]
+)
+def test_adapters_beside_what_is_fused(tmp_path, name, kind):
+    """Of one matrix for q, k and v, of biases, of an MLP without a gate."""
+    model, _ = load(tiny.write(tmp_path / "m.gguf", tiny.build(name, 0)), fuse="off")
+    linear_to_lora_layers(model, 2, {"rank": 4, "scale": 8.0, "dropout": 0.0})
+    model.eval()
+    held = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    assert held
+
+    def change(seed):
+        for number, one in enumerate(held):
+            key = mx.random.key(seed + number)
+            one.lora_b = 0.2 * mx.random.normal(one.lora_b.shape, key=key)
+
+    ids = list(range(20))
+    plain = logits(model, ids)
+    change(0)
+    want = logits(model, ids)
+    assert np.abs(want - plain).max() > 1e-2 * np.abs(want).max()  # control
+    report = patch_model(model, fuse="all")
+    tally = report.tallies[kind]
+    assert len(tally.fused) == tally.total > 0
+    bar = 1e-5 * np.abs(want).max()
+    assert np.abs(logits(model, ids) - want).max() < bar
+    change(100)  # noticed: what is fused is of other arrays
+    got = logits(model, ids)
+    unpatch_model(model)
+    assert np.abs(got - logits(model, ids)).max() < bar
+    assert np.abs(got - want).max() > 10 * bar
 
 
 def test_what_is_wrong_with_an_adapter(gguf, adapter, tmp_path):

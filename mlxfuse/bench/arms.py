@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.generate import maybe_quantize_kv_cache
-from mlx_lm.models import switch_layers
+from mlx_lm.models import mla, switch_layers
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 from ..errors import MLXFuseError
@@ -29,11 +29,12 @@ from ..nn.cpu import (
     SwitchLinear,
 )
 from ..nn.experts import QuantizedSwitchLinear
+from ..nn.heads import QuantizedMultiLinear
 from ..nn.quantized import QuantizedEmbedding, QuantizedLinear
 from .cases import nearest_bits
 from .measure import Test, seconds
 
-HELD = (QuantizedLinear, QuantizedEmbedding, QuantizedSwitchLinear)
+HELD = (QuantizedLinear, QuantizedEmbedding, QuantizedSwitchLinear, QuantizedMultiLinear)
 _SEED = 8
 _STEP = 2048  # tokens of a prompt that are processed at a time, as in mlx_lm.generate
 # Types that MLX's affine weights hold exactly, of which codes fill a word.
@@ -267,6 +268,10 @@ def _empty(module: nn.Module, bits: int, group: int) -> nn.Module:
         if bits:
             return switch_layers.QuantizedSwitchLinear(64, 1, 1, False, group, bits)
         return switch_layers.SwitchLinear(1, 1, 1, bias=False)
+    if isinstance(module, QuantizedMultiLinear):
+        if bits:
+            return mla.QuantizedMultiLinear(64, 1, 1, group, bits, "affine")
+        return mla.MultiLinear(1, 1, 1)
     if isinstance(module, Linear | QuantizedLinear):
         if bits:
             return nn.QuantizedLinear(64, 1, bias=False, group_size=group, bits=bits)

@@ -17,13 +17,15 @@ from ..kernels.kv.compressed_sdpa import compressed_sdpa
 from ..kernels.kv.dequantize_kv import dequantize_kv
 from ..kernels.kv.quantize_kv import quantize_kv
 from ..kernels.kv.scheme import KVScheme, KVSide
+from ..kernels.kv.sdpa_call import Scores
 from ..kernels.matmul.dequantize import dequantize
 from ..kernels.matmul.int8_matmul import int8_matmul, unsupported
-from ..kernels.matmul.product import MAX_ROWS_PER_EXPERT
+from ..kernels.matmul.product import MAX_ROWS_PER_EXPERT, Experts
 from ..kernels.matmul.quantized_matmul import quantized_matmul
-from ..kernels.norm.norm_rope import norm_rope
+from ..kernels.norm.norm_rope import RopeOptions, norm_rope
 from ..kernels.norm.quantize_int8 import quantize_int8
 from ..kernels.norm.rms_norm import rms_norm
+from ..kernels.route import route
 from ..kernels.weight import QuantizedWeight, Segment
 
 Calls = Sequence[Callable[[], object]]
@@ -83,7 +85,9 @@ def cases(sizes: Sizes, formats: Sequence[Format] | None = None) -> Iterator[Cas
     for format in BY_NAME.values() if formats is None else formats:
         if format.kernel:
             yield from _products(format, sizes)
+            yield from _chosen_experts(format, sizes)
     yield from _activations(sizes)
+    yield from _router(sizes)
     yield from _attention(sizes)
 
 
@@ -129,26 +133,45 @@ def nearest_bits(bits_per_weight: float) -> int:
     return min((2, 3, 4, 5, 6, 8), key=lambda bits: abs(bits + 0.5 - bits_per_weight))
 
 
+@dataclass(frozen=True, slots=True)
+class _Affine:
+    """MLX's affine weights that take about as many bits as a format's, to be timed beside it."""
+
+    bits: int
+
+    @classmethod
+    def like(cls, format: Format) -> _Affine:
+        return cls(nearest_bits(format.bits_per_weight))
+
+    @property
+    def name(self) -> str:
+        return f"affine{self.bits}g64"
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """The arguments of MLX's operations."""
+        return {"group_size": 64, "bits": self.bits}
+
+
 def _products(format: Format, sizes: Sizes) -> Iterator[Case]:
-    """Dense weights, in floats and in integers, chosen experts, and whole matrices decoded."""
-    bits = nearest_bits(format.bits_per_weight)
-    how: Any = {"group_size": 64, "bits": bits}
-    affine_type = f"affine{bits}g64"
+    """Dense weights, in floats and in integers, and whole matrices decoded."""
+    affine = _Affine.like(format)
+    how = affine.how
     for n, k in sizes.matrices:
         segments = _copies(sample(format, n, k), sizes)
-        affine = [mx.quantize(_normal(n, k), **how) for _ in segments]
+        theirs_of = [mx.quantize(_normal(n, k), **how) for _ in segments]
         name = f"{format.name} {n}x{k}"
         yield Case(
             name,
-            f"dequantize {affine_type}",
+            f"dequantize {affine.name}",
             [partial(dequantize, s, None, mx.float16) for s in segments],
-            [partial(mx.dequantize, *a, **how) for a in affine],
+            [partial(mx.dequantize, *a, **how) for a in theirs_of],
         )
         weights = [QuantizedWeight.whole(s) for s in segments]
         for rows in sizes.rows:
             x = _normal(rows, k)
-            theirs = [partial(mx.quantized_matmul, x, *a, **how) for a in affine]
-            against = f"quantized_matmul {affine_type}"
+            theirs = [partial(mx.quantized_matmul, x, *a, **how) for a in theirs_of]
+            against = f"quantized_matmul {affine.name}"
             at = f"{name}, {_plural(rows, 'row')}"
             if rows <= 32:  # above, MLX multiplies
                 yield Case(at, against, [partial(quantized_matmul, x, w) for w in weights], theirs)
@@ -156,41 +179,45 @@ def _products(format: Format, sizes: Sizes) -> Iterator[Case]:
                 codes = quantize_int8(x)
                 mine = [partial(int8_matmul, codes, w) for w in weights]
                 yield Case(f"{at} of int8", against, mine, theirs)
+
+
+def _chosen_experts(format: Format, sizes: Sizes) -> Iterator[Case]:
+    """Chosen experts: of one token, summed, and of so many tokens that each has a tile of them."""
+    affine = _Affine.like(format)
     number, chosen, n, k = sizes.experts
     flat = sample(format, number * n, k)
     arrays = {name: a.reshape(number, n, -1) for name, a in flat.arrays.items()}
     weight = QuantizedWeight.whole(replace(flat, arrays=arrays))
-    given = mx.quantize(_normal(number, n, k), **how)
-    # Of one token: to be summed; and of so many that each expert takes a tile of them.
+    given = mx.quantize(_normal(number, n, k), **affine.how)
     token, prompt = _normal(chosen, k), max(sizes.rows[-1], MAX_ROWS_PER_EXPERT * number + 1)
     groups = [mx.arange(i, i + chosen) for i in range(0, number - chosen + 1, chosen)]
     tokens, scores = _normal(prompt, k), mx.softmax(_normal(chosen))
     ids = mx.arange(prompt) * number // prompt
     name = f"{format.name} {chosen} of {number} experts {n}x{k}"
-    gather: Any = partial(mx.gather_qmm, **how)
+    gather: Any = partial(mx.gather_qmm, **affine.how)
 
     def summed(ids: mx.array) -> mx.array:
         y = gather(token[:, None], *given, rhs_indices=ids)[:, 0]
         total: mx.array = (y * scores[:, None]).sum(0, keepdims=True)
         return total
 
-    ours, against = partial(quantized_matmul, weight=weight), f"gather_qmm {affine_type}"
+    ours, against = partial(quantized_matmul, weight=weight), f"gather_qmm {affine.name}"
     yield Case(
         name,
         against,
-        [partial(ours, token[:1], experts=ids) for ids in groups],
+        [partial(ours, token[:1], experts=Experts(ids)) for ids in groups],
         [partial(gather, token[:1], *given, rhs_indices=ids) for ids in groups],
     )
     yield Case(
         f"{name}, summed",
         f"{against}, multiply, sum",
-        [partial(ours, token, experts=ids, scores=scores) for ids in groups],
+        [partial(ours, token, experts=Experts(ids, scores)) for ids in groups],
         [partial(summed, ids) for ids in groups],
     )
     yield Case(
         f"{format.name} {number} experts {n}x{k}, {_plural(prompt, 'row')}",
         against,
-        [partial(ours, tokens, experts=ids, sorted_experts=True)],
+        [partial(ours, tokens, experts=Experts(ids, sorted=True))],
         [partial(gather, tokens[:, None], *given, rhs_indices=ids, sorted_indices=True)],
     )
 
@@ -238,14 +265,38 @@ def _activations(sizes: Sizes) -> Iterator[Case]:
         )
         q, k = _normal(1, rows, heads * dim), _normal(1, rows, kv_heads * dim)
         rope = partial(
-            norm_rope, q, k, heads=heads, kv_heads=kv_heads, offset=7, dims=dim,
-            q_weight=head_weight, k_weight=head_weight, base=1e4,
+            norm_rope, q, k, 7,
+            RopeOptions(
+                heads=heads, kv_heads=kv_heads, dims=dim,
+                q_weight=head_weight, k_weight=head_weight, base=1e4,
+            ),
         )  # fmt: skip
         yield Case(
             f"{heads}+{kv_heads} heads of {dim}, {_plural(rows, 'token')}",
             "rms_norm, rope of q and of k",
             [rope] * repeat,
             [partial(turned, q, k)] * repeat,
+        )
+
+
+def _router(sizes: Sizes) -> Iterator[Case]:
+    """The choice of experts from a router's logits, and the gate of a shared one."""
+    number, chosen, _, _ = sizes.experts
+
+    def theirs(logits: mx.array, gate: mx.array) -> list[mx.array]:
+        weights = mx.softmax(logits, axis=-1, precise=True)
+        ids = mx.argpartition(weights, kth=-chosen, axis=-1)[..., -chosen:]
+        scores = mx.take_along_axis(weights, ids, axis=-1)
+        return [ids, scores / scores.sum(axis=-1, keepdims=True), mx.sigmoid(gate)]
+
+    for rows in sizes.rows:
+        given = _normal(rows, number), _normal(rows, 1)
+        repeat = 16
+        yield Case(
+            f"router of {number}, {_plural(rows, 'row')}",
+            "softmax, argpartition, take_along_axis, sum, divide, sigmoid",
+            [partial(route, given[0], chosen, whole=False, gate=given[1])] * repeat,
+            [partial(theirs, *given)] * repeat,
         )
 
 
@@ -269,12 +320,13 @@ def _attention(sizes: Sizes) -> Iterator[Case]:
             def values(pair: Any, how: Any = how) -> list[mx.array]:
                 return [mx.dequantize(*x, **h) for x, h in zip(pair, how, strict=True)]
 
+            ours = partial(compressed_sdpa, scores=Scores(scale))
             sdpa = mx.fast.scaled_dot_product_attention
             name = f"k{k_bits}v{v_bits} {_plural(tokens, 'token')}, {heads}:{kv_heads} x {dim}"
             yield Case(
                 name,
                 "scaled_dot_product_attention float16",
-                [partial(compressed_sdpa, q, scheme, r, tokens, scale=scale) for r in packed],
+                [partial(ours, q, scheme, rows, tokens) for rows in packed],
                 [partial(sdpa, q, *pair, scale=scale) for pair in plain],
             )
             against = f"affine{k_bits}g64 of k, affine{v_bits}g64 of v"

@@ -136,5 +136,5 @@ def nbytes(recorded: Recorded) -> int:
         total += sum(math.prod(s) * d.size for s, d in outputs)
     if isinstance(call, Call) and call.experts is not None:
         experts = call.weight.experts or 1
-        total -= call.weight.nbytes // experts * max(0, experts - call.experts.size)
+        total -= call.weight.nbytes // experts * max(0, experts - call.experts.ids.size)
     return total

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,6 +56,8 @@ def bench(
     kv_force: bool = False,
     extras: Sequence[Extra] = (),
     say: Say = lambda text: None,
+    group: mx.distributed.Group | None = None,
+    pipeline: bool = False,
 ) -> dict[str, Any]:
     """Compare, then time, both forms of a model; everything as plain data, ready for JSON.
 
@@ -75,6 +77,9 @@ def bench(
             plain. Outputs are compared with those of mlx-lm's attention on the same compressed
             cache, decompressed.
         kv_force: compress keys of models that are known to suffer from it.
+        group: the ranks that share the model, stock MLX-LM's form of it too. Each must call this;
+            bytes are those of this rank.
+        pipeline: each rank has some layers, as of `load`.
 
     Raises:
         KernelError: kernels are emulated, whose time means nothing.
@@ -82,47 +87,23 @@ def bench(
     """
     from mlx_lm.generate import wired_limit
 
-    say(f"loading {path.name}")
-    model, vocabulary = load_model(path, dtype)
-    left = device()["budget"] - mx.get_active_memory()
-    other, weights = stock_of(model, requantize=stock == "affine", budget=left)
-    if kv is not None:
-        for form in (model, other):
-            compress_caches(form, kv, force=kv_force)
-    before = _SEALED if kv else 0
-    # Requantised weights are other numbers: kernels are held to the file's, decoded.
-    exact = stock == "exact"
-    reference = Reference(logits(other, before), before) if exact else decoded(model, before)
-    match = _match(reference, other, weights)
-    arms = [Arm(STOCK, f"mlx-lm's classes, MLX's operations, {weights}", other)]
-    matches = [match]
-    for i, choice in enumerate(fuse):
-        if i:
-            say(f"loading {path.name} for --fuse {choice}")
-            model, _ = load_model(path, dtype)
-            if kv is not None:
-                compress_caches(model, kv, force=kv_force)
-        words = [OURS, kv.name if kv else "", choice if len(fuse) > 1 else ""]
-        name = " ".join(filter(None, [*words, "int8" if act_quant == "on" else ""]))
-        patch = patch_model(model, fuse=choice, act_quant=act_quant)
-        what = _describe(model, patch) + (f"; its {kv}" if kv else "")
-        arms.append(Arm(name, what, model, kv_start if kv else 0))
-        say("comparing outputs")
-        matches.append(_agreement(reference, model, rounded=act_quant == "on"))
+    compress = Compress(kv, kv_start, kv_force)
+    how: dict[str, Any] = {"dtype": dtype, "group": group, "pipeline": pipeline}
+    arms, matches, vocabulary = _compared(path, how, fuse, act_quant, stock, compress, say)
     if env.get("MLXFUSE_KERNELS") == "emulated":
         raise KernelError(
             f"outputs agree to {matches[-1]['error']:.2g}, but emulated kernels are not timed: "
             "that would measure the emulation"
         )
     if kv is not None:
-        del other.make_cache
+        del arms[0].model.make_cache
         for arm in arms[1:]:
             compress_caches(arm.model, kv, kv_start, force=kv_force)
     say("measuring the machine's bandwidth")
     found: dict[str, Any] = {
         "bench": "model",
         "environment": environment(),
-        "model": about(path, other),
+        "model": about(path, arms[0].model),
         "repetitions": repetitions,
         "pause": pause,
         "arms": [
@@ -135,16 +116,77 @@ def bench(
         "dispatches": _dispatches(arms),
         "rows": [],
     }
-    with wired_limit(model):
+    with wired_limit(arms[-1].model):
         for test in tests:
             say(f"timing {test.name}")
             found["rows"] += _rows(test, arms, extras, vocabulary, found, repetitions, pause)
     return found
 
 
-def load_model(path: Path, dtype: str | None) -> tuple[nn.Module, int]:
-    """The model, not fused, and the size of its vocabulary."""
-    model, tokenizer = load(path, dtype=dtype, fuse="off")
+@dataclass(frozen=True, slots=True)
+class Compress:
+    """How mlxfuse's arms compress their caches: see the arguments of `bench`."""
+
+    kv: KVOptions | None
+    start: int
+    force: bool
+
+    def __call__(self, *models: nn.Module) -> None:
+        """Let the models make compressed caches, if any are to be, from the first token on."""
+        if self.kv is not None:
+            for model in models:
+                compress_caches(model, self.kv, force=self.force)
+
+
+def _compared(
+    path: Path,
+    how: Mapping[str, Any],
+    fuse: Sequence[str],
+    act_quant: str,
+    stock: str,
+    compress: Compress,
+    say: Say,
+) -> tuple[list[Arm], list[dict[str, Any]], int]:
+    """The arms, stock first, how each matches, and the size of the vocabulary.
+
+    Args:
+        how: arguments of `load_model`.
+    """
+    say(f"loading {path.name}")
+    model, vocabulary = load_model(path, **how)
+    left = device()["budget"] - mx.get_active_memory()
+    other, weights = stock_of(model, requantize=stock == "affine", budget=left)
+    compress(model, other)
+    kv, before = compress.kv, _SEALED if compress.kv else 0
+    # Requantised weights are other numbers: kernels are held to the file's, decoded.
+    exact = stock == "exact"
+    where = f"; shared by {how['group'].size()} ranks" if how["group"] is not None else ""
+    where += ", in a pipeline" if where and how["pipeline"] else ""
+    reference = Reference(logits(other, before), before) if exact else decoded(model, before)
+    arms = [Arm(STOCK, f"mlx-lm's classes, MLX's operations, {weights}{where}", other)]
+    matches = [_match(reference, other, weights)]
+    for i, choice in enumerate(fuse):
+        if i:
+            say(f"loading {path.name} for --fuse {choice}")
+            model, _ = load_model(path, **how)
+            compress(model)
+        words = [OURS, kv.name if kv else "", choice if len(fuse) > 1 else ""]
+        name = " ".join(filter(None, [*words, "int8" if act_quant == "on" else ""]))
+        patch = patch_model(model, fuse=choice, act_quant=act_quant)
+        what = _describe(model, patch) + (f"; its {kv}" if kv else "") + where
+        arms.append(Arm(name, what, model, compress.start if kv else 0))
+        say("comparing outputs")
+        matches.append(_agreement(reference, model, rounded=act_quant == "on"))
+    return arms, matches, vocabulary
+
+
+def load_model(path: Path, dtype: str | None, **how: Any) -> tuple[nn.Module, int]:
+    """The model, not fused, and the size of its vocabulary.
+
+    Args:
+        how: more arguments of `load`.
+    """
+    model, tokenizer = load(path, dtype=dtype, fuse="off", **how)
     return model, tokenizer.vocab_size
 
 

@@ -128,8 +128,10 @@ def _with_rows(call: Any, *lead: int) -> Any:
     """The call with random x; what is recorded is zeros, of which every variant makes zeros."""
     x = mx.random.normal((*lead, call.weight.columns), key=mx.random.key(lead[0]))
     made = replace(call, x=x.astype(call.x.dtype), variant="")
-    if call.residual is not None:
-        made = replace(made, residual=mx.zeros((*made.lead, made.widths[0]), call.residual.dtype))
+    end = call.epilogue
+    if end.residual is not None:
+        zeros = mx.zeros((*made.lead, made.widths[0]), end.residual.dtype)
+        made = replace(made, epilogue=replace(end, residual=zeros))
     return made
 
 

@@ -38,7 +38,9 @@ app = typer.Typer(
     name="mlxfuse",
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="Run GGUF files in MLX at the file's own precision, with fused Metal kernels.",
+    help="Run GGUF files in MLX at the file's own precision, with fused Metal kernels.\n\n"
+    "generate, chat, server, bench and perplexity also run on several machines that share a "
+    "model: `mlx.launch --hostfile hosts.json -- mlxfuse generate MODEL`.",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
@@ -154,7 +156,7 @@ def _reporting(function: Command, ranks: bool) -> Command:
                 team.settle()
             if debug:
                 traceback.print_exc()
-            fail(str(error) or type(error).__name__, errors())
+            fail(_told(error), errors())
             code = getattr(error, "exit_code", 1)
             raise typer.Exit(code) from None
         except (typer.Exit, typer.BadParameter) as error:
@@ -169,6 +171,13 @@ def _reporting(function: Command, ranks: bool) -> Command:
                 team.leave(code)
 
     return wrapper
+
+
+def _told(error: BaseException) -> str:
+    """What is wrong, in words: of an error of the system without its number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}"
+    return str(error) or type(error).__name__
 
 
 def _version(shown: bool) -> None:

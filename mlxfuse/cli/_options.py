@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from ..terminal import one_line
-from ._models import before_imports, complete_model, resolve_model
+from ._models import before_imports, complete_model, expect_gguf, resolve_model
 from ._ranks import team
 
 
@@ -124,6 +124,17 @@ ActQuantOption = Annotated[
 ]
 
 
+Pipeline = Annotated[
+    bool,
+    of_model(
+        "Under mlx.launch: each machine has some of the layers, and not a part of each; for slow "
+        "links.",
+        "--pipeline",
+        rare=True,
+    ),
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fusing:
     """In which type a model computes, and what of it is fused."""
@@ -142,7 +153,7 @@ class Fusing:
             chosen(self.fuse)
         except ValueError as error:
             raise typer.BadParameter(
-                f"--{error}" if "fuse is" in str(error) else str(error)
+                f"--{error}" if str(error).startswith("fuse ") else str(error)
             ) from None
 
 
@@ -158,6 +169,7 @@ class Loading(Fusing):
     ignore_memory: Annotated[
         bool, of_model("Load a model that does not fit in memory.", "--ignore-memory", rare=True)
     ] = False
+    pipeline: Pipeline = False
 
     def load(self, path: Path, say: Callable[[str], None]) -> tuple[Any, Any]:
         """`mlxfuse.load` as the options say.
@@ -166,10 +178,8 @@ class Loading(Fusing):
             say: is told how far it has come.
         """
         from ..loader import load
-        from ..ranks import expect_same, same_run
 
-        if (found := team()) is not None:
-            expect_same(same_run(path), found.group)
+        ranks = team()
         say(f"loading {path.name}")
         return load(
             path,
@@ -179,6 +189,8 @@ class Loading(Fusing):
             fuse=self.fuse,
             act_quant=self.act_quant.value,
             ignore_memory=self.ignore_memory,
+            group=None if ranks is None else ranks.group,
+            pipeline=self.pipeline,
         )
 
 
@@ -246,6 +258,28 @@ class Judged:
         str | None,
         of_cache("With a compressed key-value cache: 8, 4 or for example k8v4.", metavar="BITS"),
     ] = None
+
+    ranks: Annotated[
+        int | None,
+        of_model(
+            "Also tell what each of so many machines would hold, under mlx.launch.",
+            min=2,
+            max=1024,
+            metavar="INTEGER",
+        ),
+    ] = None
+
+    pipeline: Pipeline = False
+
+    def by_rank(self, path: Path, here: Any) -> list[dict[str, Any]]:
+        """What each of ``--ranks`` would hold; empty without the option."""
+        if self.ranks is None:
+            return []
+        from ..inspect.ranks import by_rank
+
+        expect_gguf(path, "--ranks")
+        how: dict[str, Any] = {"context": self.context, "bits": self.bits()}
+        return by_rank(path, self.ranks, here, pipeline=self.pipeline, **how)
 
     def bits(self) -> Any:
         """A `KVBits`; a usage error where the option means nothing."""

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ..ranks import Ranks
 
 T = TypeVar("T")
+ONE_MODEL = "the ranks hold one model together"
+NO_END = "it does not pass on the end of its input; give a file"
 
 
 def team() -> Ranks | None:

@@ -32,9 +32,11 @@ def json_object(text: str | None) -> dict[str, Any]:
     try:
         value = json.loads(text or "{}")
     except (ValueError, RecursionError) as error:
-        raise typer.BadParameter(f"not JSON: {error}") from None
+        raise typer.BadParameter(f"--chat-template-config: not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise typer.BadParameter(f"expected a JSON object, found {one_line(str(text))}")
+        raise typer.BadParameter(
+            f"--chat-template-config: expected a JSON object, found {one_line(str(text))}"
+        )
     return value
 
 
@@ -155,12 +157,6 @@ NumDraftTokens = Annotated[
         rare=True,
     ),
 ]
-
-
-def lookup_settings(prompt_lookup: bool, num_draft_tokens: int | None) -> dict[str, Any]:
-    """The fields of `mlxfuse.generate.run.Settings`."""
-    usual = 7 if prompt_lookup else 3
-    return {"prompt_lookup": prompt_lookup, "num_draft_tokens": num_draft_tokens or usual}
 
 
 ChatTemplateConfig = Annotated[

@@ -12,12 +12,14 @@ from typing import Annotated, Any
 
 import typer
 
+from .. import env
 from ..errors import MLXFuseError
 from ..files import write_bytes, write_text
 from ..process import fail
 from ..terminal import one_line
 from . import _options as opt
 from ._common import command
+from ._ranks import alone, team
 from .progress import status_line
 
 LLAMA = "As in llama-bench"
@@ -69,6 +71,7 @@ class Arms:
         opt.of_model("What to fuse: auto, all, off, or names; more of it, more arms."),
     ] = field(default_factory=lambda: ["auto"])
     act_quant: opt.ActQuantOption = opt.ActQuant.auto
+    pipeline: opt.Pipeline = False
 
     def check(self) -> None:
         """Refuse fusions without a meaning, before a model is downloaded for them."""
@@ -218,6 +221,7 @@ class LlamaBench:
 @command(
     "Measure",
     "mlxfuse bench model-Q4_K_M.gguf -p 512 -n 128 -d 0,8192 --plot speeds.svg",
+    ranks=True,
 )
 def bench_command(
     model: Timed,
@@ -234,6 +238,10 @@ def bench_command(
     cache = replace(cache, kv_bits=llama.kv_bits(cache.kv_bits))
     for note in llama.notes():
         fail(note)
+    alone("it runs by itself", llama_bench=tests.llama_bench)
+    alone("a file is read by one process", compare=tests.compare)
+    if env.launched_rank() is not None and model.ref == "kernels":
+        raise typer.BadParameter("kernels are timed in one process: start it without mlx.launch")
     if out.plot is not None:
         from ..bench.plot import check
 
@@ -259,6 +267,9 @@ def bench_command(
         else:
             found = _of_model(model, load, cache, tests, given, say)
         say(None)
+    ranks = team()
+    if ranks is not None and not ranks.first:
+        return
     from ..bench.output import render
 
     if out.report is not None:
@@ -283,7 +294,7 @@ def _of_model(
     from ..bench.run import about, bench
     from ..hub.folders import is_checkpoint
 
-    path = model.fetch()
+    path, ranks = model.fetch(), team()
     on_cpu = mx.default_device() == mx.cpu
     usual = {"-p": 64, "-n": 16, "-d": 0} if on_cpu else {"-p": 512, "-n": 128, "-d": 0}
     counts = {name: given.get(name, [usual[name]]) for name in usual}
@@ -308,6 +319,8 @@ def _of_model(
         kv_force=cache.kv_force,
         extras=extras,
         say=say,
+        group=None if ranks is None else ranks.group,
+        pipeline=load.pipeline,
     )
     llama.add(found, others)
     return found

@@ -14,17 +14,19 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
-from ..errors import MLXFuseError
+from ..errors import MLXFuseError, RanksError
 from ..process import INTERRUPTED, fail
 from ..terminal import neutralize
 from . import _options as opt
 from . import _text_options as text_opt
 from ._common import AnswerWriter, command, show_report
+from ._ranks import ONE_MODEL, alone, of_first, team
+from .generate import Drafting
 from .progress import status_line
 
 if TYPE_CHECKING:
+    from ..generate.answer import Result
     from ..generate.chat import Chat
-    from ..generate.run import Result
     from ..loader import LoadReport
 
 FENCE = '"""'
@@ -48,25 +50,28 @@ class Answers(text_opt.Sampling):
     max_tokens: text_opt.MaxTokens = 1024
 
 
-@command("Run", 'mlxfuse chat model-Q4_K_M.gguf --system-prompt "Answer in one sentence."')
+@command(
+    "Run", 'mlxfuse chat model-Q4_K_M.gguf --system-prompt "Answer in one sentence."', ranks=True
+)
 def chat_command(
     model: opt.Model,
     load: opt.Loading,
+    drafting: Drafting,
     prompt: text_opt.Prompt,
     cache: opt.BoundedCache,
     sampling: Answers,
     out: opt.Output,
-    prompt_lookup: text_opt.PromptLookup = False,
-    num_draft_tokens: text_opt.NumDraftTokens = None,
 ) -> None:
     """Talk with a model. Where stdin is no terminal, each line of it is a message.
 
     --json prints one object for each answer.
     """
     load.check()
-    drafting = text_opt.lookup_settings(prompt_lookup, num_draft_tokens)
-    given = {**prompt.settings(), **cache.settings(), **sampling.given(), **drafting}
-    path = model.fetch()
+    drafting.check(cache.max_kv_size)
+    alone(ONE_MODEL, draft_model=drafting.draft_model)
+    drafts = drafting.settings()
+    given = {**of_first(prompt.settings), **cache.settings(), **sampling.given(), **drafts}
+    ranks, path, draft_path = team(), model.fetch(), drafting.fetch()
     stdout, interactive = sys.stdout, sys.stdin.isatty() and sys.stdout.isatty()
     with redirect_stdout(sys.stderr), status_line(True) as say:
         from ..generate.chat import Chat
@@ -74,18 +79,29 @@ def chat_command(
 
         loaded, tokenizer = load.load(path, say)
         report = loaded.load_report
-        chat = Chat(loaded, tokenizer, Settings(**{**report.sampling, **given}))
+        settings = Settings(**{**report.sampling, **given})
+        draft = drafting.load(draft_path, tokenizer)
+        chat = Chat(loaded, tokenizer, settings, ranks, draft_model=draft)
+    if ranks is not None and not ranks.first:
+        chat.follow()
+        return
     if interactive:
         print(f"{neutralize(path.name)}; /help shows what there is to say", file=sys.stderr)
+    if ranks is not None:
+        # mlx.launch gives rank 0 a pipe, so that nothing else shows that it waits.
+        print(f"{neutralize(path.name)}: each line is a message; /bye ends it", file=sys.stderr)
     if not tokenizer.has_chat_template:
         fail("this model has no chat template: it continues texts, and may not answer")
     interrupts = _Interrupts()
-    before = signal.signal(signal.SIGINT, interrupts)
+    before = signal.getsignal(signal.SIGINT)
+    if ranks is None:  # where there are several Ctrl-C ends them all, as it does mlx.launch
+        signal.signal(signal.SIGINT, interrupts)
     try:
         talk = _Talk(chat, interrupts, report, stdout, out.as_json)
         for message in _typed(chat) if interactive else _piped():
             if not talk.hear(message):
-                return
+                break
+        chat.close()
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -130,7 +146,7 @@ class _Talk:
         try:
             doing(rest)
         except (MLXFuseError, OSError) as error:
-            if self._as_json or isinstance(error, BrokenPipeError):
+            if self._as_json or isinstance(error, BrokenPipeError | RanksError):
                 raise
             fail(str(error))
         return True

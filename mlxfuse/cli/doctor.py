@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import Annotated
 
+import typer
+
 from . import _options as opt
 from ._common import command
 from ._models import before_imports, expect_gguf
@@ -27,6 +29,16 @@ def doctor_command(
     path = None if model.ref is None else expect_gguf(model.fetch(), "doctor")
     before_imports()
     from ..bench.doctor import diagnose, render
+    from ..inspect.ranks import lines
+    from ..inspect.room import machine
+    from ..kernels import unavailable
 
+    if judged.ranks is not None and path is None:
+        raise typer.BadParameter("--ranks is about a model: say which")
     found = diagnose(path, judged.context, bits)
+    ranks = judged.by_rank(path, machine(unavailable() is None)) if path is not None else []
+    if ranks:
+        found["ranks"] = ranks
     print(json.dumps(found) if out.as_json else render(found))
+    if ranks and not out.as_json:
+        print("", *lines(ranks), sep="\n")

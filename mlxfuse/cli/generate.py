@@ -19,10 +19,8 @@ from . import _options as opt
 from . import _text_options as text_opt
 from ._common import AnswerWriter, command, show_report
 from ._models import resolve_model
-from ._ranks import alone, of_first, team
+from ._ranks import NO_END, ONE_MODEL, alone, of_first, team
 from .progress import status_line
-
-ONE_MODEL = "the ranks hold one model together"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +38,20 @@ class Drafting:
         """The fields of `mlxfuse.generate.run.Settings`."""
         if self.draft_model is not None and self.prompt_lookup:
             raise typer.BadParameter("give --draft-model or --prompt-lookup, not both")
-        return text_opt.lookup_settings(self.prompt_lookup, self.num_draft_tokens)
+        if self.num_draft_tokens and not (self.draft_model or self.prompt_lookup):
+            raise typer.BadParameter("--num-draft-tokens needs --draft-model or --prompt-lookup")
+        count = self.num_draft_tokens or (7 if self.prompt_lookup else 3)
+        return {"prompt_lookup": self.prompt_lookup, "num_draft_tokens": count}
+
+    def check(self, max_kv_size: int | None) -> None:
+        if max_kv_size and self.draft_model:
+            raise typer.BadParameter("--max-kv-size cannot be combined with --draft-model")
+
+    def fetch(self, shown: bool = True) -> Path | None:
+        """The draft model's file or folder, fetched first where it is not here."""
+        if not self.draft_model:
+            return None
+        return resolve_model(self.draft_model, None, shown)
 
     def load(self, path: Path | None, tokenizer: Any) -> Any:
         """The draft model, if there is one; it must have the same vocabulary."""
@@ -116,7 +127,7 @@ class Message(text_opt.Prompt):
                 raise typer.BadParameter("give --prompt or --file, not both")
             return text_opt.read_text(self.file)
         if self.prompt == "-":
-            alone("it does not pass on the end of its input; use --file", **{"prompt -": True})
+            alone(NO_END, **{"prompt -": True})
             if sys.stdin.isatty():
                 print("type the message, then Ctrl-D on a line of its own", file=sys.stderr)
             return sys.stdin.read()
@@ -150,17 +161,16 @@ def generate_command(
 ) -> None:
     """Answer one prompt: the text on stdout, progress and speeds on stderr."""
     ref = model.ref
-    if cache.max_kv_size and (drafting.draft_model or prompt_cache_file):
-        raise typer.BadParameter(
-            "--max-kv-size cannot be combined with --draft-model or --prompt-cache-file"
-        )
+    drafting.check(cache.max_kv_size)
+    if cache.max_kv_size and prompt_cache_file:
+        raise typer.BadParameter("--max-kv-size cannot be combined with --prompt-cache-file")
     alone(ONE_MODEL, draft_model=drafting.draft_model)
     alone("each rank would need a file of its own", prompt_cache_file=prompt_cache_file)
     load.check()
     told = of_first(message.settings)
     given = {**told, **cache.settings(), **sampling.given(), **drafting.settings()}
     path = model.fetch(talk.shown)
-    draft_path = drafting.draft_model and resolve_model(drafting.draft_model, None, talk.shown)
+    draft_path = drafting.fetch(talk.shown)
 
     stdout = sys.stdout
     # mlx-lm prints warnings on stdout.
@@ -175,7 +185,7 @@ def generate_command(
         kernels.fallbacks.clear()
         start = time.perf_counter()
         loaded, tokenizer = load.load(path, say)
-        draft = drafting.load(draft_path or None, tokenizer)
+        draft = drafting.load(draft_path, tokenizer)
         load_seconds = time.perf_counter() - start
         say("reading the prompt")
         models = [loaded] if draft is None else [loaded, draft]

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,25 +17,22 @@ from ..errors import MLXFuseError
 from . import _options as opt
 from . import _text_options as text_opt
 from ._common import command, show_report
+from ._ranks import NO_END, alone, of_first
 from .progress import status_line
 
 if TYPE_CHECKING:
     from ..generate.perplexity import Way
+    from ..nn.kv.options import KVOptions
 
 
-@command("Look", "mlxfuse perplexity model-Q4_K_M.gguf -f text.txt --kv-bits k8v4 --kld")
-def perplexity_command(
-    file: Annotated[
-        str, opt.of_text("A text; - reads it from stdin.", "--file", "-f", metavar="FILE")
-    ],
-    model: opt.Model,
-    load: opt.Loading,
-    cache: opt.Compression,
-    out: opt.Output,
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What a text's scores are compared with, and how much of it is scored at a time."""
+
     kld: Annotated[
         bool,
         opt.of_text("Compare with plain cache and float activations: KLD, same top.", "--kld"),
-    ] = False,
+    ] = False
     base: Annotated[
         str | None,
         opt.of_text(
@@ -43,13 +40,13 @@ def perplexity_command(
             "--base",
             metavar="MODEL",
         ),
-    ] = None,
+    ] = None
     ctx_size: Annotated[
         int, opt.of_text("Tokens of a chunk.", "--ctx-size", "-c", min=4, metavar="INTEGER")
-    ] = 512,
+    ] = 512
     chunks: Annotated[
         int | None, opt.of_text("Score at most so many chunks.", min=1, metavar="INTEGER")
-    ] = None,
+    ] = None
     step: Annotated[
         int | None,
         opt.of_text(
@@ -58,21 +55,39 @@ def perplexity_command(
             metavar="INTEGER",
             rare=True,
         ),
-    ] = None,
+    ] = None
+
+    def check(self, cache: opt.Compression, rounded: bool) -> None:
+        """Refuse a comparison of two ways that are the same."""
+        if self.kld and cache.kv_bits is None and not rounded and self.base is None:
+            raise typer.BadParameter(
+                "--kld compares two ways: say with --kv-bits, --act-quant or --base which"
+            )
+
+
+@command(
+    "Look", "mlxfuse perplexity model-Q4_K_M.gguf -f text.txt --kv-bits k8v4 --kld", ranks=True
+)
+def perplexity_command(
+    file: Annotated[
+        str, opt.of_text("A text; - reads it from stdin.", "--file", "-f", metavar="FILE")
+    ],
+    model: opt.Model,
+    load: opt.Loading,
+    cache: opt.Compression,
+    out: opt.Output,
+    compared: Comparison,
 ) -> None:
     """Score a text: perplexity, and what another quantisation, cache or activations change."""
     rounded = load.act_quant is opt.ActQuant.on
-    if kld and cache.kv_bits is None and not rounded and base is None:
-        raise typer.BadParameter(
-            "--kld compares two ways: say with --kv-bits, --act-quant or --base which"
-        )
+    compared.check(cache, rounded)
     if rounded and load.fuse == "auto":
         # Where no kernel runs "auto" fuses nothing, and nothing would be rounded.
         load = replace(load, fuse="all")
-    text = text_opt.clean(sys.stdin.read()) if file == "-" else text_opt.read_text(Path(file))
+    text = of_first(lambda: _text(file))
     load.check()
     kv = cache.scheme()
-    path = model.fetch()
+    path, base = model.fetch(), compared.base
     with redirect_stdout(sys.stderr), status_line(not out.as_json) as say:
         from ..generate.perplexity import Way, perplexity, render
         from ..nn.kv.options import check_model, compressed, plain_caches
@@ -89,11 +104,11 @@ def perplexity_command(
         report = perplexity(
             ids,
             way,
-            plain if kld or base else None,
+            plain if compared.kld or base else None,
             bos=tokenizer.bos_token_id if ids[:1] == [tokenizer.bos_token_id] else None,
-            context=ctx_size,
-            chunks=chunks,
-            step=step or (512 if kv is None else 8),
+            context=compared.ctx_size,
+            chunks=compared.chunks,
+            step=compared.step or (512 if kv is None else 8),
             on_chunk=lambda done, count: say(f"{done} of {count} chunks"),
         )
     if out.as_json:
@@ -103,13 +118,25 @@ def perplexity_command(
             found["base_model"] = base
         print(json.dumps({**found, "load": loaded.load_report.as_dict(), **report.as_dict()}))
         return
-    names = [] if kv is None else [kv.name + (" rotated" if kv.rotate else "")]
-    ways = ", ".join([*names, *["int8"] * rounded])
+    ways = _named(kv, rounded)
     if base is None:
         print(render(report, ways or "plain"))
     else:
         print(render(report, ways or "model", "base"))
     show_report(loaded.load_report)
+
+
+def _named(kv: KVOptions | None, rounded: bool) -> str:
+    """What is special about the way that is scored; empty if nothing is."""
+    cache = [] if kv is None else [kv.name + (" rotated" if kv.rotate else "")]
+    return ", ".join([*cache, *["int8"] * rounded])
+
+
+def _text(file: str) -> str:
+    if file != "-":
+        return text_opt.read_text(Path(file))
+    alone(NO_END, **{"file -": True})
+    return text_opt.clean(sys.stdin.read())
 
 
 def _other(

@@ -6,19 +6,20 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from ..errors import MLXFuseError
-from ..process import INTERRUPTED, fail
+from ..process import INTERRUPTED, errors, fail
 from ..terminal import one_line
 from . import _options as opt
 from . import _text_options as text_opt
 from ._common import command, show_report
-from ._models import resolve_model
+from ._ranks import ONE_MODEL, alone, team
 from .generate import Drafting
 from .progress import status_line
 
@@ -108,7 +109,7 @@ class Amounts:
 
     def limits(self, prefill_step_size: int) -> Any:
         """A `Limits`; to be asked once the model is loaded."""
-        from ..server.engine import Limits, memory_left
+        from ..server.jobs import Limits, memory_left
 
         size = self.prompt_cache_bytes
         return Limits(
@@ -124,6 +125,7 @@ class Amounts:
     "Run",
     "mlxfuse server model-Q4_K_M.gguf --port 8080 --kv-bits k8v4",
     "MLXFUSE_API_KEY=secret mlxfuse server org/repo:Q4_K_M --host 0.0.0.0",
+    ranks=True,
 )
 def server_command(
     model: opt.Model,
@@ -149,51 +151,72 @@ def server_command(
     config = text_opt.json_object(chat_template_config)
     level = logging.getLevelNamesMapping().get(log_level.upper())
     if level is None:
-        raise typer.BadParameter(f"--log-level: no level {one_line(log_level)!r}")
+        raise typer.BadParameter(
+            f"--log-level: expected DEBUG, INFO, WARNING or ERROR; found {one_line(log_level)!r}"
+        )
     if drafting.prompt_lookup:
         raise typer.BadParameter("--prompt-lookup is for generate and chat")
+    alone(ONE_MODEL, draft_model=drafting.draft_model)
     load.check()
     given = {**cache.settings(), **sampling.given()}
-    template = None if chat_template is None else _template(chat_template)
+    ranks = team()
+    follows = ranks is not None and not ranks.first
+    template = None if chat_template is None or follows else _template(chat_template)
     from ..server.listener import bind
 
-    listener = bind(listening.host, listening.port)
+    listener = None if follows else bind(listening.host, listening.port)
     listening.warn()
     path = model.fetch()
-    draft_path = drafting.draft_model and resolve_model(drafting.draft_model, None, True)
+    draft_path = drafting.fetch()
     logging.basicConfig(level=level, format="%(asctime)s - %(levelname)s - %(message)s")
     with status_line(True) as say:
         from ..generate.run import Settings
-        from ..server.app import Server
+        from ..server.app import Server, follow
         from ..tokenizer.load import with_template
 
         loaded, tokenizer = load.load(path, say)
-        draft = drafting.load(draft_path or None, tokenizer)
+        draft = drafting.load(draft_path, tokenizer)
         given["num_draft_tokens"] = drafting.settings()["num_draft_tokens"]
+        given = {**loaded.load_report.sampling, **given}
+        settings = Settings(chat_template_config=config, **given)
+        limits = amounts.limits(cache.prefill_step_size)
+        if ranks is not None and not ranks.first:
+            _end(lambda: follow(loaded, tokenizer, settings, limits, ranks))
         server = Server(
             loaded,
             tokenizer if template is None else with_template(tokenizer, template),
             listening.served_model_name or path.stem,
-            Settings(chat_template_config=config, **{**loaded.load_report.sampling, **given}),
+            settings,
             listener=listener,
             host=listening.host,
             api_key=listening.api_key,
             allowed_origins=listening.origins,
-            limits=amounts.limits(cache.prefill_step_size),
+            limits=limits,
             draft=draft,
             details=_details(path),
+            team=ranks,
         )
     print(f"{one_line(path.name)} at {server.address}/v1; Ctrl-C ends it", file=sys.stderr)
     show_report(loaded.load_report)
+    _end(server.serve)
+
+
+def _end(work: Callable[[], None]) -> NoReturn:
+    """End the process with ``work``; on all ranks, where there are several."""
+    code = 0
     try:
-        server.serve()
+        work()
     except KeyboardInterrupt:
-        # MLX 0.32 on CPU aborts a normal exit once a thread that computed has ended.
-        os._exit(INTERRUPTED)
+        code = INTERRUPTED
     except MLXFuseError as error:
-        fail(str(error))
-        os._exit(1)
-    os._exit(0)
+        fail(str(error), errors())
+        code = error.exit_code
+    if (ranks := team()) is not None:
+        if code == 0:
+            ranks.barrier()
+        ranks.leave(code)
+    # MLX 0.32 on CPU aborts a normal exit once a thread that computed has ended.
+    os._exit(code)
 
 
 def _template(given: str) -> str:

@@ -26,8 +26,10 @@ from ..gguf.blocks import dequantize
 from ..gguf.exported import ExportedFile, open_model
 from ..models.config import read_config
 from ..models.plan import plan, stored_rows
+from ..models.stock import rope_args, stock_type
 from ..tokenizer.vocab import read_vocab
 from .folder import new_folder
+from .stock import check_stock
 from .streams import Progress, Unit, write_shards
 from .tokenizer import check_tokenizer, save_tokenizer
 
@@ -41,13 +43,6 @@ if TYPE_CHECKING:
 
 GROUP = 32
 EXACT = {name: bits for name, (bits, _) in AFFINE.items()}
-# Rotary scalings that MLX-LM's classes can be told.
-_SCALINGS = {
-    **dict.fromkeys(("gemma3_text", "llama", "qwen2", "qwen3"), ("linear", "yarn", "longrope")),
-    "gemma4_text": ("proportional",),
-    "gpt_oss": ("linear", "yarn"),
-    "phi3": ("linear", "longrope"),
-}
 _LARGEST = float(np.finfo(np.float16).max)
 
 Arrays = dict[str, np.ndarray]
@@ -77,6 +72,7 @@ def export_mlx(
             file.arrange(stored_rows(weights))
         every = [w for part in (weights.outer, *weights.layers) for w in part]
         described = _describe(file, config, vocab)
+        check_stock(file.path, config, described, _shapes(every), _factors(file, config))
         exact, rounded = Counter[str](), Counter[str]()
         units = []
         for weight in every:
@@ -106,23 +102,34 @@ def export_mlx(
     return {"exact": dict(exact), "float16": dict(rounded)}
 
 
+def _shapes(weights: Sequence[WeightPlan]) -> dict[str, tuple[int, ...]]:
+    """Of the parameters that are written, before any is quantised."""
+    found = {weight.parameter: weight.shape for weight in weights}
+    for weight in weights:
+        if weight.bias:
+            rows = weight.shape[:-1] or weight.shape
+            found[f"{weight.module}.bias"] = rows
+    return found
+
+
+def _factors(file: GGUFFile, config: Config) -> NDArray[np.float32] | None:
+    if not config.rope.factors:
+        return None
+    tensor = file.tensors[config.rope.factors]
+    return dequantize(file.read(tensor), tensor.format, tensor.shape)
+
+
 def _describe(file: GGUFFile, config: Config, vocab: Vocab) -> dict[str, Any]:
     """``config.json`` as mlx-lm's model reads it."""
     args = dict(config.args)
-    name = config.architecture.module.rpartition(".")[2]
-    # Of our own classes only these compute what mlx-lm's do.
-    stock = {"gemma2_model": "gemma2", "gemma3_model": "gemma3_text"}
-    args["model_type"] = stock.get(name, name)
-    odd = config.kinds or config.values or None in config.ropes or config.architecture.latent
+    args["model_type"] = stock_type(config)
+    odd = config.kinds or config.values
     if find_spec(f"mlx_lm.models.{args['model_type']}") is None or odd:
         raise UnsupportedError(
             f"{file.path}: MLX-LM has no class that runs {config.architecture.name} as this file "
             "has it; `mlxfuse export` without --mlx keeps it"
         )
-    if not config.rope.plain or args["model_type"] == "gemma4_text":
-        args |= _rope_scaling(file, config, args["model_type"])
-    if args["model_type"] == "phi3":
-        args["partial_rotary_factor"] = config.rope.dims / args["head_dim"]
+    args |= rope_args(config, _factors(file, config), file.path)
     biased = any(name.endswith("attn_q.bias") for name in file.tensors)
     return {
         **args,
@@ -131,65 +138,6 @@ def _describe(file: GGUFFile, config: Config, vocab: Vocab) -> dict[str, Any]:
         # All tokens that end an answer, as mlx-lm takes them.
         "eos_token_id": sorted(vocab.eog),
         "quantization": {"group_size": GROUP, "bits": 4},
-    }
-
-
-def _rope_scaling(file: GGUFFile, config: Config, model_type: str) -> dict[str, Any]:
-    """What MLX-LM's class of that type makes the same rotation of.
-
-    Its ``longrope`` is any factors of the periods, and a magnitude that follows from how many
-    times longer the context is than the original one.
-    """
-    rope, context = config.rope, config.args["max_position_embeddings"]
-    allowed = _SCALINGS.get(model_type, ())
-    scaling: dict[str, Any] = {}
-    factors = np.full(rope.dims // 2, float(rope.factor))
-    if rope.factors:
-        tensor = file.tensors[rope.factors]
-        factors *= dequantize(file.read(tensor), tensor.format, tensor.shape)
-    if model_type == "gemma4_text":
-        scaling = _proportional(config, factors)
-    elif not rope.factors and rope.scale == 1.0 and not rope.yarn:
-        scaling = {"type": "linear", "factor": float(rope.factor), "long_factor": 1.0}
-    elif rope.yarn and rope.factor > 1:
-        # MLX-LM's magnitude is 1 + mscale / 10 * log(factor).
-        mscale = (rope.scale - 1) / (0.1 * math.log(rope.factor))
-        scaling = {"type": "yarn", "factor": float(rope.factor), "mscale": mscale}
-        scaling["original_max_position_embeddings"] = rope.yarn
-    elif rope.scale >= 1 and not rope.yarn:
-        # MLX-LM's magnitude is the root of log(context) / log(original), a whole number.
-        original = max(2, round(context ** (1 / rope.scale**2)))
-        if math.isclose(math.sqrt(math.log(context, original)), rope.scale, rel_tol=1e-5):
-            named = {"short_factor": factors.tolist(), "long_factor": factors.tolist()}
-            scaling = {"type": "longrope", **named, "original_max_position_embeddings": original}
-    if scaling.get("type") not in allowed:
-        raise UnsupportedError(
-            f"{file.path}: MLX-LM's {model_type} cannot be told its rotary scaling (it knows "
-            f"{', '.join(allowed) or 'none'}); `mlxfuse export` without --mlx keeps it"
-        )
-    if model_type == "gemma4_text":
-        return {"rope_parameters": scaling}
-    given = {k: v for k, v in scaling.items() if k.startswith("original")}
-    return {"rope_scaling": scaling, **(given if model_type == "phi3" else {})}
-
-
-def _proportional(config: Config, factors: NDArray[np.float64]) -> dict[str, Any]:
-    """Gemma 4's rotations as MLX-LM has them: the first pairs as they are, the others not at all.
-
-    Empty where the file has others, or does not rotate whole heads where there is a window.
-    """
-    rope = config.rope
-    swa = next((r for r in config.ropes if r is not None and r != rope), None)
-    rotated = int(np.sum(factors == 1))
-    if swa is None or swa.dims != config.args["head_dim"] or rope.scale != 1.0:
-        return {}
-    if not np.all(factors[:rotated] == 1) or not np.all(factors[rotated:] >= 1e30):
-        return {}
-    whole = {"rope_theta": rope.base, "partial_rotary_factor": 2 * rotated / rope.dims}
-    return {
-        "type": "proportional",
-        "full_attention": {"type": "proportional", **whole},
-        "sliding_attention": {"type": "default", "rope_theta": swa.base},
     }
 
 

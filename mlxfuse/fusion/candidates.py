@@ -45,7 +45,7 @@ class Candidate:
 
 
 def _nothing() -> None:
-    """In place of `Candidate.emit` and `undo` where there is no model."""
+    """Stands for `Candidate.emit` and `undo` where there is no model."""
 
 
 class Skip(NamedTuple):
@@ -82,7 +82,7 @@ class Tree:
     def check_alone(
         self, parent: nn.Module, names: Iterable[str] = (), *, arrays: bool = True
     ) -> None:
-        """Nothing where the parent and its children can be changed for themselves alone.
+        """Raise unless the parent and its children can be changed without changing another module.
 
         Args:
             arrays: nor may an array of a child be used elsewhere.

@@ -67,7 +67,7 @@ def is_known(cls: type[nn.Module], kind: str) -> bool:
 
 
 def _check_plain(cls: type[nn.Module], call: Callable[..., Any]) -> None:
-    """Nothing where the class has a plain method of its own."""
+    """Raise unless the class has a plain method of its own."""
     name = _name(cls)
     if getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is not cls:
         raise NotFusible(f"{name} is not the class that its module has under this name")
@@ -213,7 +213,7 @@ _SOMETIMES = (
 
 
 def _always(node: ast.AST) -> Iterator[ast.AST]:
-    """It and what is in it, as far as it is evaluated once."""
+    """The node and the nodes in it that are evaluated exactly once."""
     if not isinstance(node, _SOMETIMES):
         yield node
         for child in ast.iter_child_nodes(node):

@@ -24,7 +24,7 @@ BOUNDS = {mx.float32: 1e-4, mx.float16: 2e-2, mx.bfloat16: 1e-1}
 
 
 def logits(model: nn.Module, before: int = 0) -> mx.array:
-    """Of a random prompt in a few calls, [tokens, vocabulary] in the model's type.
+    """The logits of a random prompt in a few calls, [tokens, vocabulary] in the model's type.
 
     Args:
         before: tokens that come first and have no logits.

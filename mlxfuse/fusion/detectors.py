@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -12,7 +13,8 @@ import mlx.nn as nn
 
 from ..errors import NotFusible
 from ..nn.activations import PLAIN
-from ..nn.attention import AttentionForm, FusedAttention, FusedSharedAttention
+from ..nn.adapted import check_unadapted
+from ..nn.attention import AttentionForm
 from ..nn.block import BlockForm, FusedBlock
 from ..nn.delta_net import DeltaNetForm, FusedDeltaNet
 from ..nn.embedding import EmbeddingForm, FusedEmbedding
@@ -26,6 +28,7 @@ from ..nn.join_linears import (
     format_of,
     join,
     join_experts,
+    one_expert,
     single,
 )
 from ..nn.mlp import FusedMLP, MLPForm
@@ -36,12 +39,15 @@ from .candidates import Candidate, Skip, Tree, register_detector
 from .certify import Match, certify, inputs, is_known
 from .emit import Piece, candidate
 from .forms import (
+    attention_class,
     attention_form,
+    block_class,
     block_form,
     experts_form,
     fused_norm,
     has,
     mlp_form,
+    moe_form,
     post_norm_form,
     rotation,
     row_count,
@@ -104,10 +110,6 @@ def _same(value: Any) -> Callable[[], Any]:
     return lambda: value
 
 
-def _attention_class(form: AttentionForm) -> type[FusedAttention]:
-    return FusedSharedAttention if form.shares else FusedAttention
-
-
 def _joined(tree: Tree, module: nn.Module, names: tuple[str, ...], rows: Any = None) -> _Made:
     """One projection of the linears, or of so many rows each of the only one."""
     tree.check_alone(module, names, arrays=False)
@@ -168,7 +170,7 @@ def _qkv(tree: Tree, path: str, module: nn.Module, form: AttentionForm) -> Candi
     if len(form.rows) == 1:
         return None
     make, formats = _joined(tree, module, form.linears, form.rows)
-    piece = Piece(module, _attention_class(form), form, "qkv", make)
+    piece = Piece(module, attention_class(form), form, "qkv", make)
     explain = f"{', '.join(form.linears)} of {path} in one dispatch"
     return candidate("qkv", 80, path, form.linears, [piece], explain, formats)
 
@@ -183,6 +185,7 @@ def _gate_up(tree: Tree, path: str, module: nn.Module, form: MLPForm) -> Candida
     """``act(gate) * up`` in one dispatch."""
     if form.activation in PLAIN:
         return None
+    check_unadapted(module, form.linears)
     rows = [row_count(module[name]) for name in form.linears]
     if len(rows) == 1:
         rows = [rows[0] // 2] * 2
@@ -218,14 +221,38 @@ def _experts_sum(tree: Tree, path: str, module: nn.Module, match: Match) -> Cand
     tree.check_alone(module, [name], arrays=False)
     make, formats = _joined_experts(tree, module[name], (form.output,))
     whole = match.form.get("whole", False)
-    sums = MoEForm(type(module), name, match.form.get("cast", False))
+    sums = moe_form(module, match)
     pieces = [
         Piece(module[name], FusedExperts, form, "down", make),
         Piece(module, FusedWeightedExperts if whole else FusedMoE, sums, "sums", _same(True)),
     ]
     output = f"{name}.{form.output}"
     explain = f"the sum over experts of {path} in {output}"
+    if sums.choosing is not None:
+        pieces += _chosen(tree, module, sums)
+        explain += ", and their choice in one dispatch"
     return candidate("experts_sum", 55, path, [output], pieces, explain, formats)
+
+
+def _chosen(tree: Tree, module: nn.Module, form: MoEForm) -> Iterator[Piece]:
+    """What chooses a token's experts, and their router, so that its bias is added where it is
+    multiplied.
+    """
+    assert form.choosing is not None
+    tree.check_alone(module)
+    yield Piece(module, FusedMoE, form, "chooses", _same(True))
+    router, shared = form.choosing.router, form.choosing.shared
+    with suppress(NotFusible):  # what cannot be fused is called as it is
+        if shared:
+            make = _joined(tree, module, (router, *shared[1:]))[0]
+        else:
+            make = _same(_single(tree, module, router))
+        yield Piece(module, FusedMoE, form, "router", make)
+    if shared:
+        with suppress(NotFusible):
+            expert = module[shared[0]]
+            output = mlp_form(expert, certify(type(expert), "mlp")).output
+            yield Piece(module, FusedMoE, form, "shared", _same(one_expert(expert, output)))
 
 
 @_places("activation", "mlp", mlp_form)
@@ -234,6 +261,7 @@ def _activation(tree: Tree, path: str, module: nn.Module, form: MLPForm) -> Cand
     if form.activation not in PLAIN:
         return None
     (name,) = form.linears
+    check_unadapted(module, form.linears)
     made = _single(tree, module, name)
     piece = Piece(module, FusedMLP, form, "up", _same(made))
     explain = f"{form.activation} of {name} of {path} in one dispatch"
@@ -247,7 +275,7 @@ def _adder(tree: Tree, module: nn.Module, name: str) -> tuple[str, Piece]:
         if is_known(type(child), "attention"):
             form = attention_form(child, certify(type(child), "attention"))
             made = _single(tree, child, form.output)
-            return form.output, Piece(child, _attention_class(form), form, "o", _same(made))
+            return form.output, Piece(child, attention_class(form), form, "o", _same(made))
         mlp = mlp_form(child, certify(type(child), "mlp"))
         made = _single(tree, child, mlp.output)
     except NotFusible as reason:
@@ -272,7 +300,7 @@ def _residual(tree: Tree, path: str, module: nn.Module, form: BlockForm) -> Cand
             reasons.append(str(reason))
             continue
         absorbed.append(f"{child}.{output}")
-        pieces += [piece, Piece(module, FusedBlock, form, flag, _same(True))]
+        pieces += [piece, Piece(module, block_class(form), form, flag, _same(True))]
     if not pieces:
         raise NotFusible("; ".join(reasons))
     explain = f"residual of {path} added in {' and '.join(absorbed)}"
@@ -286,7 +314,7 @@ def _norm_rope(tree: Tree, path: str, module: nn.Module, form: AttentionForm) ->
         return None
     tree.check_alone(module)
     made = rotation(module, form)
-    piece = Piece(module, _attention_class(form), form, "rotation", _same(made))
+    piece = Piece(module, attention_class(form), form, "rotation", _same(made))
     names = [*(form.norms if form.norm else ()), form.rope]
     explain = f"{', '.join(names)} of {path} in one dispatch"
     return candidate("norm_rope", 65, path, names, [piece], explain)
@@ -318,7 +346,7 @@ def _can_add(tree: Tree, module: nn.Module, name: str) -> bool:
 @_places("add_rms_norm", "block", block_form)
 def _add_rms_norm(tree: Tree, path: str, module: nn.Module, form: BlockForm) -> Candidate | None:
     """The first addition of a decoder layer with the norm behind it, where attention cannot add."""
-    if _can_add(tree, module, form.mixer):
+    if form.scaled or _can_add(tree, module, form.mixer):
         return None
     name = form.norms[1]
     tree.check_alone(module, [name])

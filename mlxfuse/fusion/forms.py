@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import NotFusible
-from ..nn.attention import AttentionForm
-from ..nn.block import BlockForm
+from ..kernels.norm.norm_rope import RopeOptions
+from ..nn.adapted import base
+from ..nn.attention import (
+    AttentionForm,
+    FusedAttention,
+    FusedScaledAttention,
+    FusedSharedAttention,
+)
+from ..nn.block import BlockForm, FusedBlock, FusedScaledBlock
 from ..nn.join_linears import describe
 from ..nn.mlp import MLPForm
-from ..nn.moe import ExpertsForm
+from ..nn.moe import Choosing, ExpertsForm, MoEForm
 from ..nn.norm import FusedNorm
 from ..nn.post_norm import PostNormForm
 from ..nn.rope import FrequencyRoPE
@@ -73,7 +81,14 @@ def attention_form(module: nn.Module, match: Match) -> AttentionForm:
         values_norm,
         shares,
         shares and own and _read(module),
+        match.form.get("scaled", False),
     )
+
+
+def attention_class(form: AttentionForm) -> type[FusedAttention]:
+    if form.shares:
+        return FusedSharedAttention
+    return FusedScaledAttention if form.scaled else FusedAttention
 
 
 def _read(module: nn.Module) -> bool:
@@ -93,8 +108,8 @@ def _positive(value: object) -> bool:
 
 
 def row_count(linear: nn.Module) -> int:
-    """The rows of a linear's matrix; 0 where it does not tell, as an adapter does not."""
-    weight = getattr(linear, "weight", None)
+    """The rows of a linear's matrix; 0 where it does not tell."""
+    weight = getattr(base(linear), "weight", None)
     return int(weight.shape[0] if isinstance(weight, mx.array) else getattr(weight, "rows", 0))
 
 
@@ -116,6 +131,24 @@ def experts_form(module: nn.Module, match: Match) -> ExpertsForm:
     _check_modules(module, *names)
     gate, up, down = names
     return ExpertsForm(type(module), (gate, up), down, activation(module, match).form["activation"])
+
+
+def moe_form(module: nn.Module, match: Match) -> MoEForm:
+    """The variant of a block of experts of which it is known how their results are added up."""
+    form = MoEForm(type(module), match.names["EXPERTS"], match.form.get("cast", False))
+    try:
+        whole = certify(type(module), "moe")
+    except NotFusible:
+        return form
+    names = whole.names
+    shared = tuple(names[n] for n in ("SHARED", "SHARED_GATE") if n in names)
+    if not has(module, names["GATE"], *shared):
+        return form
+    settings = tuple((names[n], getattr(module, names[n])) for n in ("COUNT", "NORM") if n in names)
+    count, *normed = (value for _, value in settings)
+    softmax = whole.form.get("whole", False) and not any(normed)
+    choice = Choosing(names["GATE"], count, softmax, settings, shared)
+    return replace(form, choosing=choice)
 
 
 def activation(module: nn.Module, match: Match) -> Match:
@@ -141,8 +174,12 @@ def block_form(module: nn.Module, match: Match) -> BlockForm:
         mixer = names["OTHER"] if bool(flag) == other else mixer
     norms = (names["NORM1"], names["NORM2"])
     _check_modules(module, mixer, names["MLP"], *norms)
-    keywords = match.form.get("keywords", False)
-    return BlockForm(type(module), norms, mixer, names["MLP"], keywords)
+    keywords, scaled = (match.form.get(name, False) for name in ("keywords", "scaled"))
+    return BlockForm(type(module), norms, mixer, names["MLP"], keywords, scaled)
+
+
+def block_class(form: BlockForm) -> type[FusedBlock]:
+    return FusedScaledBlock if form.scaled else FusedBlock
 
 
 def post_norm_form(module: nn.Module, match: Match) -> PostNormForm:
@@ -190,11 +227,12 @@ def rotation(module: nn.Module, form: AttentionForm) -> Rotation:
     if options["dims"] > size or any(n != size * form.kv_heads for n in form.rows[1:2]):
         raise NotFusible("its heads of q and k have different sizes")
     parts = {name: module[name] for name in (*form.norms, form.rope)}
-    return Rotation(module, parts, form.heads, form.kv_heads, options)
+    how = RopeOptions(heads=form.heads, kv_heads=form.kv_heads, **options)
+    return Rotation(module, parts, how)
 
 
 def _rope_options(rope: nn.Module) -> dict[str, Any]:
-    """The arguments of `norm_rope` that do what a rotary embedding does."""
+    """The fields of `RopeOptions` that do what a rotary embedding does."""
     if type(rope) is FrequencyRoPE:
         options = {"dims": rope.dims, "freqs": rope._freqs, "mscale": rope.scale}
         return options | {"traditional": rope.traditional}

@@ -80,5 +80,5 @@ def _entry(item: str, source: str) -> tuple[str, str, str]:
     if name not in (*DETECTORS, *LATER):
         also = "auto, all, off or " if source == "fuse" else ""
         names = ", ".join((*DETECTORS, *LATER))
-        raise FusionNameError(f"{source} is {also}of {names}; found {name or repr(item)}")
+        raise FusionNameError(f"{source} takes {also}names: {names}; found {name or repr(item)}")
     return name, pattern or "*", source

@@ -59,7 +59,7 @@ class Check:
 
 
 def _uncounted() -> None:
-    """In place of `PatchReport.count` where there is no model."""
+    """Stands for `PatchReport.count` where there is no model."""
 
 
 @dataclass

@@ -10,9 +10,11 @@ from typing import Any
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..errors import MLXFuseError
+from ..errors import MLXFuseError, RanksError
 from ..nn.kv.options import check_model
-from .run import Result, Settings, add_eos_tokens, new_cache, run, seed
+from ..ranks import Ranks
+from .answer import Result
+from .run import Settings, add_eos_tokens, expect_trimmable, level, new_cache, run, seed
 
 # Of the context, what is left for an answer when old messages have to go, at most.
 ROOM = 0.25
@@ -31,11 +33,35 @@ class Chat:
     Args:
         model, tokenizer: a pair from ``mlxfuse.load`` or ``mlx_lm.load``.
         settings: as for ``generate``; ``prompt`` is not used.
+        team: the ranks that hold the model together. Rank 0 has the conversation; the others
+            `follow`.
+        draft_model: a smaller model with the same vocabulary, for speculative decoding; not with
+            a team.
+
+    Raises:
+        UnsupportedError: a model's cache cannot do what was asked.
     """
 
-    def __init__(self, model: Any, tokenizer: TokenizerWrapper, settings: Settings) -> None:
-        if settings.kv is not None:
-            check_model(model, settings.kv, force=settings.kv_force)
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: TokenizerWrapper,
+        settings: Settings,
+        team: Ranks | None = None,
+        *,
+        draft_model: Any = None,
+    ) -> None:
+        self._team = team
+        self._models = [model] if draft_model is None else [model, draft_model]
+        for each in self._models:
+            if settings.kv is not None:
+                check_model(each, settings.kv, force=settings.kv_force)
+            if draft_model is not None:
+                expect_trimmable(each, None, "--draft-model")
+        self._drafting: dict[str, Any] = {}
+        if draft_model is not None:
+            count = settings.num_draft_tokens
+            self._drafting = {"draft_model": draft_model, "num_draft_tokens": count}
         self._model, self._tokenizer, self._settings = model, tokenizer, settings
         add_eos_tokens(tokenizer, settings.extra_eos_token)
         seed(settings)
@@ -45,6 +71,7 @@ class Chat:
         """Forget the conversation, but not the system prompt."""
         system = self._settings.system_prompt
         self.messages = [] if system is None else [{"role": "system", "content": system}]
+        # The other ranks begin anew with the next prompt.
         self._begin()
 
     @property
@@ -78,7 +105,7 @@ class Chat:
         return None if self.context is None else len(self._ids) / self.context
 
     def _begin(self) -> None:
-        self._cache: list[Any] = new_cache(self._model, self._settings)
+        self._cache: list[Any] = [c for m in self._models for c in new_cache(m, self._settings)]
         self._ids: list[int] = []
 
     @property
@@ -112,10 +139,12 @@ class Chat:
 
         Raises:
             MLXFuseError: as for ``generate``, or the message alone is longer than the context.
+            RanksError: it failed while other ranks computed with this one; they must end.
         """
         messages, ids = self._fitting([*self.messages, {"role": "user", "content": text}], note)
-        rest = self._reuse(ids)
-        self._ids = ids
+        rest, settings = self._reuse(ids), self._bounded(len(ids))
+        if self._team is not None:
+            self._team.share([len(ids) - len(rest), ids, settings.max_tokens])
 
         def progress(done: int, total: int) -> None:
             if on_prompt is not None:
@@ -124,26 +153,66 @@ class Chat:
                 raise Interrupted
 
         try:
-            result = run(
-                self._model,
-                self._tokenizer,
-                rest,
-                self._bounded(len(ids)),
-                write=write,
-                think=think,
-                stop=stop,
-                prompt_cache=self._cache,
-                prompt_progress_callback=progress,
+            result = self._run(
+                ids, rest, settings, write=write, think=think, stop=stop, progress=progress
             )
         except Interrupted:
             return None
-        end = [] if result.end_token is None else [result.end_token]
-        self._ids = [*ids, *result.tokens, *end]
+        except MLXFuseError as error:
+            raise error if self._team is None else RanksError(str(error)) from error
         answer = {"role": "assistant", "content": result.text}
         # The template decides whether the model sees its earlier reasoning again.
         thought = {"reasoning_content": result.reasoning} if result.reasoning else {}
         self.messages = [*messages, {**answer, **thought}]
         return replace(result, prompt_tokens=len(rest))
+
+    def follow(self) -> None:
+        """Compute with rank 0, as another rank, until its conversation has ended.
+
+        Raises:
+            RanksError: this rank does not hold what rank 0 holds.
+        """
+        assert self._team is not None
+        told: Any = None
+        while (told := self._team.share(told)) is not None:
+            held, ids, max_tokens = told
+            if not held:
+                self._begin()
+            rest = self._reuse(ids)
+            if len(ids) - len(rest) != held:
+                raise RanksError("the ranks have come to hold different conversations")
+            self._run(ids, rest, replace(self._settings, max_tokens=max_tokens))
+
+    def close(self) -> None:
+        """End the conversation on the other ranks too."""
+        if self._team is not None:
+            self._team.share(None)
+
+    def _run(
+        self,
+        ids: list[int],
+        rest: list[int],
+        settings: Settings,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        **more: Any,
+    ) -> Result:
+        """Answer the prompt ``ids``, of which the cache lacks ``rest``."""
+        self._ids = ids
+        result = run(
+            self._model,
+            self._tokenizer,
+            rest,
+            settings,
+            team=self._team,
+            prompt_cache=self._cache,
+            prompt_progress_callback=progress,
+            **self._drafting,
+            **more,
+        )
+        end = [] if result.end_token is None else [result.end_token]
+        self._ids = [*ids, *result.tokens, *end]
+        return result
 
     def _fitting(
         self, messages: list[dict[str, str]], note: Callable[[str], None] | None
@@ -190,6 +259,8 @@ class Chat:
 
     def _reuse(self, ids: list[int]) -> list[int]:
         """Bring the cache to a beginning of ``ids``, and give the rest, of one token at least."""
+        if self._drafting:
+            level(self._cache)
         held = self.cached_tokens
         pairs = zip(self._ids[:held], ids[:-1], strict=False)
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -14,7 +14,7 @@ from ..gguf.reader import GGUFFile
 from ..memory import Machine, machine
 from ..models import ARCHITECTURES
 from ..models.config import read_config
-from ..models.nearest import nearest
+from ..models.nearest import missing, nearest
 from ..models.plan import Plan, WeightPlan, plan
 from ..terminal import one_line
 from ..tokenizer.vocab import read_vocab
@@ -87,7 +87,7 @@ def _planned(file: GGUFFile) -> tuple[Plan | None, list[str]]:
     empty if it would not."""
     if file.architecture not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
-        near = nearest(file)
+        near = missing(file.architecture) or nearest(file)
         known += near and f"; {near}"
         return None, [f"architecture {file.architecture}; supported: {known}"]
     planned, reasons = None, []

@@ -14,6 +14,7 @@ from .families import (
     layer_norm,
     lfm2,
     llama,
+    llama4,
     mamba,
     mla,
     moe,
@@ -22,6 +23,8 @@ from .families import (
     phi3,
     qwen35,
     qwen_moe,
+    selective,
+    uneven,
 )
 from .table import Architecture
 
@@ -33,6 +36,7 @@ _FAMILIES = (
     layer_norm,
     lfm2,
     llama,
+    llama4,
     mamba,
     mla,
     moe,
@@ -41,7 +45,27 @@ _FAMILIES = (
     phi3,
     qwen35,
     qwen_moe,
+    selective,
+    uneven,
 )
+
+# Known, and not supported: what is missing.
+REFUSED = {
+    "bailingmoe3": "delta nets whose decay has a lower bound, beside latent attention with gates",
+    "deepseek4": "MLX-LM has no class of it",
+    "gemma3n": "streams that predict each other (AltUp) and low-rank residuals (LAuReL)",
+    "glm5-next": "MLX-LM has no class of it",
+    "hy_v3": "MLX-LM has no class of it",
+    "hy_v4": "MLX-LM has no class of it",
+    "kimi-k3": "delta nets beside latent attention over several residual streams",
+    "minimax-m3": "attention to chosen blocks of the context, with indexers of its own",
+    "phimoe": "llama.cpp's norms and choice of experts are not those of the published model, so "
+    "that nothing shows whether a file is read right",
+    "qwen4exp": "MLX-LM has no class of it",
+    "rwkv6": "MLX-LM has no class of it",
+    "rwkv7": "its recurrence, and its tokenizer",
+    "t5": "an encoder, and its tokenizer",
+}
 
 ARCHITECTURES: dict[str, Architecture] = {
     row.name: row for row in sorted((r for f in _FAMILIES for r in f.ROWS), key=lambda r: r.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +24,11 @@ from ..nn.cpu import (
     SwitchLinear,
 )
 from ..nn.experts import QuantizedSwitchLinear
+from ..nn.heads import QuantizedMultiLinear
 from ..nn.quantized import Place, QuantizedEmbedding, QuantizedLinear
 from ..nn.rope import FrequencyRoPE, NoRoPE
 from .part import Part, parent_of
-from .plan import Group, Plan, WeightPlan, groups
+from .plan import Group, Plan, WeightPlan, groups, lean
 from .rope import Rope
 from .rows import RowSource
 from .streams import POOL, Account, StreamLoader, part_of
@@ -87,7 +89,7 @@ def build(
         for weight in group.weights:
             parent, name = parent_of(model, weight.module)
             nbytes = math.prod(weight.shape) * dtype.size
-            dense = len(weight.shape) == 1 or weight.of.bare or weight.of.dense or nbytes <= left
+            dense = weight.dense or nbytes <= left
             left -= nbytes if dense else 0
             with account.time("dequantize"):
                 made = make_module(file, weight, dtype, getattr(parent, name), dense=dense)
@@ -111,6 +113,9 @@ def _place_quantized(loader: StreamLoader, model: nn.Module, group: Group, dtype
             continue
         rows = whole if len(group.weights) == 1 else part_of(whole, i)
         bias = _bias(loader.file, weight, dtype) if weight.bias else None
+        if weight.of.headed:
+            setattr(parent, name, QuantizedMultiLinear(rows))
+            continue
         cls = QuantizedLinear if whole.experts is None else QuantizedSwitchLinear
         setattr(parent, name, cls(rows, bias, Place(whole, i)))
 
@@ -140,13 +145,11 @@ def make_module(
         dense: whether a matrix is dequantised now, or its rows at every call.
     """
     rows = FileRows(file, weight.weight, mapped=not dense)
-    if weight.of.dense and isinstance(stock, nn.Module):
+    if (weight.of.dense or weight.of.headed) and isinstance(stock, nn.Module):
         whole = _dense(rows, (math.prod(weight.shape[:-1]), weight.shape[-1]), dtype)
         stock.weight = whole.reshape(weight.shape)
         return stock
-    if weight.of.bare and len(weight.shape) == 2:
-        return _dense(rows, (weight.shape[0], weight.shape[1]), dtype)
-    if len(weight.shape) == 1:
+    if len(weight.shape) == 1 or weight.of.log:
         found = rows(0, weight.shape[0])
         if weight.of.log:
             # Rounding the logarithm moves exp of it by 4e-7 of it, for 1e-3 to 1e3.
@@ -160,6 +163,8 @@ def make_module(
         if weight.bias:
             stock.bias = _bias(file, weight, dtype)
         return stock
+    if weight.of.bare:
+        return _dense(rows, (weight.shape[0], weight.shape[1]), dtype)
     # Experts' matrices one below the other.
     shape = (math.prod(weight.shape[:-1]), weight.shape[-1])
     if isinstance(stock, nn.Embedding):
@@ -235,6 +240,10 @@ def _set_ropes(file: GGUFFile, model: nn.Module, config: Config) -> None:
                     f"layer {i} has no rotary embedding there, and has one in the file"
                 )
             attention.rope = made[rope]
+            indexer = attention.get("indexer", {})
+            if "rope" in indexer:
+                pairs = bool(config.args["indexer_rope_interleave"])
+                indexer.rope = _rope(file, replace(rope, pairs=pairs))
         elif attention is not None and hasattr(attention.get("rope"), "dims"):
             attention.rope = NoRoPE()
 
@@ -245,7 +254,7 @@ def _rope(file: GGUFFile, rope: Rope) -> nn.Module:
     factors = None
     if rope.factors:
         tensor = file.tensors[rope.factors]
-        factors = dequantize(file.read(tensor), tensor.format, tensor.shape)
+        factors = dequantize(file.read(tensor), tensor.format, tensor.shape)[: rope.dims // 2]
         if not np.all(factors > 0):
             raise GGUFError(file.path, f"{rope.factors} has values that are not positive")
     return FrequencyRoPE(mx.array(rope.periods(factors)), rope.scale, pairs=rope.pairs)
@@ -254,12 +263,10 @@ def _rope(file: GGUFFile, rope: Rope) -> nn.Module:
 def _check_parameters(model: nn.Module, weights: Plan) -> None:
     """mlx-lm's model has exactly the weights that the file will fill, in the same shapes."""
     arch = weights.config.architecture
-    filled = {w.parameter: w.shape for p in (weights.outer, *weights.layers) for w in p}
+    filled = {w.parameter: lean(w.shape) for p in (weights.outer, *weights.layers) for w in p}
     parameters: Any = tree_flatten(model.parameters())
     expected = {
-        name: value.shape[
-            : 2 if ".conv1d." in name or ".conv.conv." in name else None
-        ]  # of each channel alone
+        name: lean(value.shape)  # a convolution of each channel alone has an axis of 1
         for name, value in parameters
         # A linear has the biases that the file has.
         if not name.endswith(".bias") and name not in weights.config.values

@@ -13,6 +13,7 @@ from mlx_lm.utils import load as load_with_mlx_lm
 
 from ..errors import CheckpointError, UnsupportedError
 from ..tokenizer.answer_format import complete
+from .part import KV_HEADS
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -37,16 +38,19 @@ def load_checkpoint(
     tokenizer_config: Mapping[str, Any] | None = None,
     model_config: Mapping[str, Any] | None = None,
     lazy: bool = False,
+    group: mx.distributed.Group | None = None,
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
     """``mlx_lm.load``: the model, its tokenizer and its configuration.
 
     Args:
         dtype: what its float parameters become; None leaves them as they are stored.
+        group: the machines that share it, by mlx-lm's ``shard``; of the files each reads all, and
+            keeps its part.
 
     Raises:
         CheckpointError: a file of it is missing or malformed.
         UnsupportedError: mlx-lm does not have the architecture, or the checkpoint wants code of
-            its own to be run, which mlxfuse never does.
+            its own to be run, which mlxfuse never does; or mlx-lm cannot share the model.
     """
     if "model_file" in read_json(path / "config.json"):
         raise UnsupportedError(f"{path}: its config.json names code of its own (model_file)")
@@ -55,7 +59,7 @@ def load_checkpoint(
             str(path),
             tokenizer_config=dict(tokenizer_config or {}),
             model_config=dict(model_config or {}),
-            lazy=lazy,
+            lazy=lazy or group is not None,
             return_config=True,
         )
     except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
@@ -64,4 +68,31 @@ def load_checkpoint(
         raise kind(f"{path}: mlx-lm cannot load this checkpoint: {error}") from error
     if dtype is not None:
         model.set_dtype(dtype)
+    if group is not None:
+        try:
+            _shard(model, group)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{path}: {error}") from None
     return model, complete(tokenizer), config
+
+
+def _shard(model: nn.Module, group: mx.distributed.Group) -> None:
+    """Keep this rank's part of a model, whose weights are not in memory yet."""
+    ranks = group.size()
+    if not hasattr(model, "shard"):
+        raise UnsupportedError(
+            f"mlx-lm cannot share a model of the class {type(model).__module__}; a GGUF file of it "
+            "can be shared"
+        )
+    for _, module in model.named_modules():
+        heads = next((getattr(module, n) for n in KV_HEADS if hasattr(module, n)), ranks)
+        if heads % ranks:
+            raise UnsupportedError(
+                f"mlx-lm cannot share {heads} key/value heads among {ranks} machines; a GGUF file "
+                "of the model can be shared unevenly"
+            )
+    try:
+        model.shard(group)
+    except (ValueError, AssertionError) as error:
+        raise UnsupportedError(f"mlx-lm cannot share the model: {error}") from error
+    mx.eval(model.parameters())

@@ -12,7 +12,7 @@ from ..errors import GGUFError, UnsupportedError
 from .architectures import ARCHITECTURES
 from .keys import Keys
 from .layers import check_kv_heads
-from .nearest import nearest
+from .nearest import missing, nearest
 from .rope import read_rope
 from .table import Architecture, Config
 
@@ -24,7 +24,7 @@ def architecture(file: GGUFFile) -> Architecture:
     """The file's row of ``ARCHITECTURES``, or UnsupportedError naming it and those there are."""
     name = file.architecture
     if name not in ARCHITECTURES:
-        near = nearest(file)
+        near = missing(name) or nearest(file)
         raise UnsupportedError(
             f"{file.path}: architecture {name!r} is not supported; "
             f"supported are {', '.join(ARCHITECTURES)}" + (near and f"; {near}")
@@ -54,8 +54,9 @@ def read_config(file: GGUFFile, context_length: int | None = None) -> Config:
     if experts:
         expert_args, expert_sizes, by_layer = _experts(key, arch, layers)
         sizes |= expert_sizes
-    ff = key.count_or_none("feed_forward_length") or sizes.get("expert_ff")
-    sizes["ff"] = ff or key.count("feed_forward_length")
+    width = key.count_or_none("feed_forward_length") or sizes.get("expert_ff")
+    width = 0 if arch.attention_free else width or key.count("feed_forward_length")
+    sizes["ff"] = width
     sizes["gate_up"] = 2 * sizes["ff"]
     context = key.tokens("context_length")
     rope = read_rope(key, arch, sizes["head"], context, context_length or context)
@@ -137,16 +138,18 @@ def _own_args(key: Keys, arch: Architecture, sizes: Mapping[str, int]) -> dict[s
 
 def _sizes(key: Keys, arch: Architecture) -> dict[str, int]:
     """The sizes that every architecture has."""
-    embd, heads = key.count("embedding_length"), key.count("attention.head_count")
-    kv_heads = key.count("attention.head_count_kv", heads)
-    check_kv_heads(key, heads, kv_heads)
+    embd, heads, kv_heads = key.count("embedding_length"), 1, 1
+    if not arch.attention_free:
+        heads = key.count("attention.head_count")
+        kv_heads = key.count("attention.head_count_kv", heads)
+        check_kv_heads(key, heads, kv_heads)
     if arch.latent:
         kv_heads = heads
         head, value_head = _latent_heads(key)
     else:
         head = key.count("attention.key_length", embd // heads)
         value_head = key.count("attention.value_length", embd // heads)
-    if value_head != head and not arch.latent:
+    if value_head != head and not (arch.latent or arch.value_heads):
         raise UnsupportedError(f"heads of keys ({head}) and values ({value_head}) differ in size")
     if head * heads != embd and arch.fixed_head:
         raise UnsupportedError(
@@ -163,8 +166,9 @@ def _sizes(key: Keys, arch: Architecture) -> dict[str, int]:
         "value": value_head,
         "o": heads * value_head,
         "kv": kv_heads * head,
+        "v": kv_heads * value_head,
         "qkv": (heads + 2 * kv_heads) * head,
-        "cache": 2 * kv_heads * head,
+        "cache": kv_heads * (head + value_head),
         "window": 0,
         "state": 0,
     }
@@ -251,7 +255,7 @@ def _expert_groups(key: Keys, arch: Architecture, experts: int) -> dict[str, int
 
 
 def _expert_width(key: Keys, share: int) -> int:
-    """Without their own length the experts of a token share the feed-forward length."""
+    """An expert's width; if the file has none, the experts of a token share the MLP's."""
     # llama.cpp takes 0 for a key that is missing.
     if own := key.count_or_none("expert_feed_forward_length"):
         return own
@@ -262,7 +266,7 @@ def _expert_width(key: Keys, share: int) -> int:
 
 
 def _shared_width(key: Keys, width: int) -> int:
-    """Of the shared expert, or of all together: its own length, or theirs times the experts'."""
+    """The width of all shared experts together."""
     if own := key.count_or_none("expert_shared_feed_forward_length"):
         return own
     if count := key.count_or_none("expert_shared_count"):

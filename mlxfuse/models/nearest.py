@@ -5,12 +5,17 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from .architectures import ARCHITECTURES
+from .architectures import ARCHITECTURES, REFUSED
 
 if TYPE_CHECKING:
     from ..gguf.reader import GGUFFile
 
 _TENSOR = re.compile(r"blk\.\d{1,6}\.([^.]+(?:\.[^.]+)*?)(?:\.weight|\.bias)?")
+
+
+def missing(name: str) -> str:
+    """What is missing for an architecture that is known; empty for others."""
+    return f"what is missing: {REFUSED[name]}" if name in REFUSED else ""
 
 
 def nearest(file: GGUFFile) -> str:

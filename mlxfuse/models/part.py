@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +10,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import UnsupportedError
-from ..nn.summed import Nothing, SharedEmbedding, SharedHead, Summed
+from ..nn.stages import Passing, Stage
+from ..nn.summed import Nothing, SharedEmbedding, SharedHead, Summed, SummedNorm
 from .shard import Share
 
 # What mlx-lm's attentions call their counts of heads.
 _HEADS = ("n_heads", "num_heads", "num_attention_heads")
-_KV_HEADS = ("n_kv_heads", "num_kv_heads", "num_key_value_heads")
+KV_HEADS = ("n_kv_heads", "num_kv_heads", "num_key_value_heads")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +27,17 @@ class Part:
     group: mx.distributed.Group
 
     def narrow(self, model: nn.Module) -> None:
-        """Let the attentions count the rank's own heads.
+        """Let the attentions count the rank's own heads, and leave out others' layers.
 
         Raises:
-            UnsupportedError: one does not say how many it has.
+            UnsupportedError: an attention does not say how many heads it has, or layers hand on
+                more than their results.
         """
         for path, counts in self.share.heads.items():
             parent, name = parent_of(model, path)
             attention = parent[name]
             found = 0
-            for names, count in zip((_HEADS, _KV_HEADS), counts, strict=True):
+            for names, count in zip((_HEADS, KV_HEADS), counts, strict=True):
                 for attribute in names:
                     if hasattr(attention, attribute):
                         setattr(attention, attribute, count)
@@ -45,18 +48,38 @@ class Part:
                     "heads it has, so that machines cannot share them"
                 )
 
+        layers_at = self.share.plan.config.architecture.layers_at
+        for i in range(len(model.layers)) if self.share.stages else ():
+            parent, name = parent_of(model, layers_at)
+            layer = parent[name][i]
+            given = list(inspect.signature(type(layer).__call__).parameters)[2:]
+            if given != ["mask", "cache"]:
+                raise UnsupportedError(
+                    f"layers of {type(model).__module__} hand on more than their results, so that "
+                    "machines cannot have some layers each; they can share each layer (without "
+                    "pipeline)"
+                )
+            if i not in self.share.layers:
+                parent[name][i] = Passing(layer)
+
     def join(self, model: nn.Module) -> None:
         """Add results up over the ranks, and gather those of the vocabulary."""
-        share, width = self.share, self.share.plan.config.sizes["embd"]
-        for path in share.absent:
+        share = self.share
+        for i in share.stages:
+            parent, name = parent_of(model, share.plan.config.architecture.layers_at)
+            parent[name][i] = Stage(parent[name][i], self.group)
+        for path, outputs in share.absent.items():
             parent, name = parent_of(model, path)
-            parent[name] = Nothing(width)
+            parent[name] = Nothing(outputs)
             if not any(path.startswith(f"{block}.") for block in share.sums):
                 parent[name] = Summed(parent[name], self.group)
         for path in share.sums:
             if path.rpartition(".")[0] not in share.absent:
                 parent, name = parent_of(model, path)
                 parent[name] = Summed(parent[name], self.group)
+        for path, width in share.norms.items():
+            parent, name = parent_of(model, path)
+            parent[name] = SummedNorm(parent[name], width, self.group)
         for weight in share.plan.outer if share.vocabulary else ():
             if weight.of.shape[0] == "vocab":
                 parent, name = parent_of(model, weight.module)

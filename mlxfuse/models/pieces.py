@@ -45,7 +45,7 @@ def attention(bias: str = "no", output_bias: str = "no") -> dict[str, Weight]:
     return {
         "attn_q": Weight("self_attn.q_proj", ("q", "embd"), bias, "heads"),
         "attn_k": Weight("self_attn.k_proj", ("kv", "embd"), bias, "kv_heads"),
-        "attn_v": Weight("self_attn.v_proj", ("kv", "embd"), bias),
+        "attn_v": Weight("self_attn.v_proj", ("v", "embd"), bias),
         "attn_output": Weight("self_attn.o_proj", ("embd", "o"), output_bias),
     }
 

@@ -64,6 +64,12 @@ class WeightPlan:
         return self.module if self.of.bare else f"{self.module}.weight"
 
     @property
+    def dense(self) -> bool:
+        """Whether it is never dequantised anew at every call, whatever memory there is."""
+        of = self.of
+        return len(self.shape) == 1 or of.bare or of.dense or of.headed
+
+    @property
     def shape(self) -> tuple[int, ...]:
         first = self.weight[0].shape
         return (*first[:-2], sum(s.count for s in self.weight), *first[1:][-1:])
@@ -236,7 +242,7 @@ class _Finder:
         return ()
 
     def _part_rows(self, part: str) -> int:
-        of = {"attn_q": "q", "attn_k": "kv", "attn_v": "kv"}
+        of = {"attn_q": "q", "attn_k": "kv", "attn_v": "v"}
         of |= dict.fromkeys(TOGETHER["ffn_gate_up_shexp"], "shared_ff")
         return self.sizes[of.get(part, "expert_ff")]
 
@@ -312,13 +318,13 @@ def _same(tensor: Tensor, shape: tuple[int, ...]) -> bool:
     Converters squeeze matrices of one row, and llama.cpp takes tensors with more axes of 1.
     """
     if tensor.format.quantized:
-        return tensor.shape[-1:] == shape[-1:] and _lean(tensor.shape) == _lean(shape)
+        return tensor.shape[-1:] == shape[-1:] and lean(tensor.shape) == lean(shape)
     flat = len(shape) == 1 and math.prod(tensor.shape) == shape[0]
-    return flat or _lean(tensor.shape) == _lean(shape)
+    return flat or lean(tensor.shape) == lean(shape)
 
 
-def _lean(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Without axes of 1."""
+def lean(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape without axes of length 1."""
     return tuple(size for size in shape if size != 1)
 
 

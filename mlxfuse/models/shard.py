@@ -50,7 +50,8 @@ class Share:
     rank, ranks  its number, and how many there are.
     plan         its rows and columns of each weight; a weight of which it has none is left out.
     sums         paths of the modules whose results are added up over the ranks.
-    absent       paths of modules of which it has nothing.
+    absent       path of each module of which it has nothing -> how many outputs a row has there.
+    norms        path of each norm over what the ranks have parts of -> the width of the whole.
     vocabulary   how many rows of the vocabulary each rank has; empty if each has all.
     heads        path of each attention that is split -> (query heads, key-value heads) here.
     kv_heads     its key-value heads, and the model's; of the layer that has most of them.
@@ -58,13 +59,16 @@ class Share:
     replicated   of them, bytes of what every rank holds whole.
     whole        bytes of the file that one machine alone would hold.
     notes        what is not split, and why.
+    layers       the layers of which it has something: all of them, or the stage of a pipeline.
+    stages       the layers with which the ranks' stages end, if it is a pipeline.
     """
 
     rank: int
     ranks: int
     plan: Plan
     sums: frozenset[str]
-    absent: frozenset[str]
+    absent: Mapping[str, int]
+    norms: Mapping[str, int]
     vocabulary: tuple[int, ...]
     heads: Mapping[str, tuple[int, int]]
     kv_heads: tuple[int, int]
@@ -72,13 +76,17 @@ class Share:
     replicated: int
     whole: int
     notes: tuple[str, ...]
+    layers: range
+    stages: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         """A line of a report."""
         own, every = self.kv_heads
-        heads = f"{own} of {every} key/value heads and " if self.heads else ""
+        part = f"{own} of {every} key/value heads and " if self.heads else ""
+        if self.stages:
+            part = f"layers {self.layers[0]} to {self.layers[-1]} and "
         return (
-            f"{self.ranks} machines: this one, rank {self.rank}, has {heads}"
+            f"{self.ranks} machines: this one, rank {self.rank}, has {part}"
             f"{100 * self.nbytes / self.whole:.0f} % of the bytes"
         )
 
@@ -93,10 +101,56 @@ def shares(weights: Plan, ranks: int) -> tuple[Share, ...]:
     return tuple(split.share(rank) for rank in range(ranks))
 
 
+def stages(weights: Plan, ranks: int) -> tuple[Share, ...]:
+    """What each of so many ranks holds of a pipeline: consecutive layers, about as many bytes each,
+    and some rows of the vocabulary.
+
+    Raises:
+        UnsupportedError: there are fewer layers than ranks.
+    """
+    config = weights.config
+    if config.layers < ranks:
+        raise UnsupportedError(f"{config.layers} layers cannot be shared by {ranks} machines")
+    ends = _ends([sum(map(_bytes, layer)) for layer in weights.layers], ranks)
+    outer = _Split(replace(weights, layers=()), ranks, outer=True)
+    whole = sum(_bytes(weight) for _, _, weight in _weights(weights))
+    found = []
+    for rank, end in enumerate(ends):
+        layers = range(ends[rank - 1] if rank else 0, end)
+        share = outer.share(rank)
+        held = tuple(part if i in layers else () for i, part in enumerate(weights.layers))
+        none = {"cache": 0, "state": 0}
+        sizes = config.by_layer or ({},) * config.layers
+        by_layer = tuple(own if i in layers else {**own, **none} for i, own in enumerate(sizes))
+        plan = Plan(replace(config, by_layer=by_layer), share.plan.outer, held)
+        found.append(
+            replace(
+                share,
+                plan=plan,
+                layers=layers,
+                stages=tuple(end - 1 for end in ends),
+                nbytes=share.nbytes + sum(_bytes(weight) for part in held for weight in part),
+                whole=whole,
+            )
+        )
+    return tuple(found)
+
+
+def _ends(sizes: list[int], ranks: int) -> list[int]:
+    """Behind which layer each rank's layers end."""
+    sums = list(accumulate(sizes))
+    ends: list[int] = []
+    for rank in range(1, ranks):
+        first = (ends[-1] if ends else 0) + 1
+        choices = range(first, len(sizes) - (ranks - rank) + 1)
+        ends.append(min(choices, key=lambda end: abs(sums[end - 1] - sums[-1] * rank / ranks)))
+    return [*ends, len(sizes)]
+
+
 class _Split:
     """How each axis is split: where the units of each rank begin, and the end of the last."""
 
-    def __init__(self, weights: Plan, ranks: int) -> None:
+    def __init__(self, weights: Plan, ranks: int, *, outer: bool = False) -> None:
         self.weights, self.ranks = weights, ranks
         self.bounds: dict[_Axis, list[int]] = {}
         self.notes: list[str] = []
@@ -110,13 +164,13 @@ class _Split:
                     f"{_NAMES[name]} is whole on every machine: {units} in units of {step} cannot "
                     f"be shared by {ranks}"
                 )
-        if all(name == "vocab" for name, _ in self.bounds):
+        if not outer and all(name == "vocab" for name, _ in self.bounds):
             raise UnsupportedError(
                 f"the model cannot be shared by {ranks} machines: " + "; ".join(self.notes)
             )
 
     def _steps(self) -> dict[_Axis, int]:
-        """Of each axis, how many units stay together, so that every rank has whole blocks."""
+        """How many units of each axis stay together, so that every rank has whole blocks."""
         steps: dict[_Axis, int] = {}
         for _, sizes, weight in _weights(self.weights):
             for name in weight.of.shape:
@@ -149,8 +203,9 @@ class _Split:
         """What a rank holds."""
         config = self.weights.config
         outer: list[WeightPlan] = []
-        layers: list[list[WeightPlan]] = [[] for _ in range(config.layers)]
-        sums, absent, heads = set[str](), set[str](), dict[str, tuple[int, int]]()
+        layers: list[list[WeightPlan]] = [[] for _ in self.weights.layers]
+        sums, heads = set[str](), dict[str, tuple[int, int]]()
+        absent, norms = dict[str, int](), dict[str, int]()
         nbytes = replicated = whole = 0
         for place, sizes, weight in _weights(self.weights):
             container = weight.module.rpartition(".")[0]
@@ -162,8 +217,10 @@ class _Split:
                 if _UNITS[weight.of.shape[-1]] == "kv_heads":
                     heads[container] = self._heads(sizes, rank)
             if mine is None:
-                absent.add(container)
+                absent[container] = weight.shape[-2]  # in the end that of the last matrix
                 continue
+            if mine is not weight and len(weight.shape) == 1 and not weight.of.bare:
+                norms[weight.module] = weight.shape[0]
             (outer if place is None else layers[place]).append(mine)
             nbytes += _bytes(mine)
             replicated += _bytes(mine) if mine is weight else 0
@@ -174,7 +231,8 @@ class _Split:
             ranks=self.ranks,
             plan=Plan(self._config(rank), tuple(outer), tuple(map(tuple, layers))),
             sums=frozenset(sums),
-            absent=frozenset(absent),
+            absent=absent,
+            norms=norms,
             vocabulary=tuple(b - a for a, b in pairwise(vocabulary)),
             heads=heads,
             kv_heads=(max((kv for _, kv in heads.values()), default=most), most),
@@ -182,6 +240,7 @@ class _Split:
             replicated=replicated,
             whole=whole,
             notes=tuple(self.notes),
+            layers=range(config.layers),
         )
 
     def _heads(self, sizes: Sizes, rank: int) -> tuple[int, int]:
@@ -265,7 +324,7 @@ def _block(weights: Plan, layer: int | None, container: str) -> str:
 
 
 def _rows(sources: tuple[RowSource, ...] | list[RowSource], kept: Ranges | None) -> list[RowSource]:
-    """Of rows one after the other those that are kept."""
+    """The rows that are kept, one after the other."""
     if kept is None:
         return list(sources)
     found, at = [], 0
@@ -285,4 +344,5 @@ def _length(ranges: Ranges) -> int:
 
 
 def _bytes(weight: WeightPlan) -> int:
-    return sum(source.nbytes for source in (*weight.weight, *weight.bias))
+    bias = () if weight.silent else weight.bias
+    return sum(source.nbytes for source in (*weight.weight, *bias))

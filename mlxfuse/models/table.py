@@ -22,14 +22,15 @@ class Weight:
     module   path of the mlx-lm module, below ``model.layers.N.`` for a layer's tensor.
     shape    names of the sizes: one for a norm, two for a matrix, three for experts' matrices.
              Where a size is 0, in a layer or in the whole file, there is no such tensor.
-    bias     ``no``, ``optional`` or ``required``: whether NAME.bias may, must or must not be there.
+    bias     ``no``, ``optional`` or ``required``: NAME.bias must not, may or must be there.
     optional a file may lack the tensor; mlx-lm's class is told so, or has no such module then.
     zero     where a file lacks the tensor the array keeps mlx-lm's zeros; it is ``optional``.
     bare     ``module`` is no layer that has a weight but an array of its own.
     heads    name of the size that counts the heads whose rotary rows may be stored in pairs.
     tiled    name of the size that counts the rows of a value head, if its last rows are those of
              value heads, which the file has tiled over the key heads and mlx-lm next to each other.
-    dense    always dequantised: mlx-lm's class multiplies by the matrices and by their transposes.
+    dense    always dequantised.
+    headed   a matrix for each head, by which mlx-lm's class multiplies, and by its transpose.
     suffix   what follows the tensor's name.
     float32  a bare array that stays in float32.
     log      the file has ``-exp(x)`` of what the model wants.
@@ -42,6 +43,7 @@ class Weight:
     heads: str = ""
     bare: bool = False
     dense: bool = False
+    headed: bool = False
     tiled: str = ""
     suffix: str = ".weight"
     float32: bool = False
@@ -96,6 +98,8 @@ class Architecture:
     groups_too   experts may be chosen by groups.
     dense_too    files without experts are of it too, although its table has them.
     uneven       keys whose values may differ between layers.
+    attention_free no layer has attention or an MLP of its own, and no positions are rotated.
+    value_heads  heads of values may have another size than those of keys.
     latent       keys and values are made of a latent vector (MLA): a head's sizes have keys of
                  their own, and there is one key-value head in the cache.
     fixed_head   mlx-lm's class takes the head size from the width, and knows no other.
@@ -129,6 +133,8 @@ class Architecture:
     dense_too: bool = False
     uneven: tuple[str, ...] = ()
     fixed_head: bool = False
+    attention_free: bool = False
+    value_heads: bool = False
     latent: bool = False
     may_tie: bool = True
     configure: Callable[[Keys, Config], Config] | None = None

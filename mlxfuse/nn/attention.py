@@ -11,6 +11,7 @@ import mlx.nn as nn
 from mlx_lm.models.base import scaled_dot_product_attention
 
 from ..kernels import Backend
+from ..kernels.kv.sdpa_call import Scores
 from .fused import Form, FusedModule, Run, plus, project, rounded, split
 from .norm import Given, floats
 from .projection import Projection
@@ -36,6 +37,7 @@ class AttentionForm(Form):
     gated            each head of q is followed by a gate, whose sigmoid multiplies its result.
     values_norm      name of the norm of values, or empty.
     shares           it is a `FusedSharedAttention`.
+    scaled           it is a `FusedScaledAttention`.
     read             whether later layers may read its keys and values.
     qkv, o           the fused projections.
     rotation         norms and rotary embedding as one kernel.
@@ -57,6 +59,7 @@ class AttentionForm(Form):
     values_norm: str = ""
     shares: bool = False
     read: bool = False
+    scaled: bool = False
     qkv: Projection | None = None
     o: Projection | None = None
     rotation: Rotation | None = None
@@ -81,17 +84,28 @@ class FusedAttention(FusedModule):
         run = Run.of(x)
         if not self.holds(run.on):
             return plus(self._fused.original.__call__(self, x, mask, cache), residual)
+        return self._whole(run, x, mask, cache, residual)
+
+    def _whole(
+        self,
+        run: Run,
+        x: mx.array,
+        mask: mx.array | str | None,
+        cache: Any,
+        residual: mx.array | None = None,
+        scale: mx.array | None = None,
+    ) -> mx.array:
+        """The whole attention; ``scale`` multiplies the queries."""
         heads = self.part(
             self.entering(run), self.enter, self.children_read, x, self.place(run, cache)
         )
-        output = self.attend(heads, mask, cache)
+        output = self.attend(scaled(heads, scale), mask, cache)
         added = () if residual is None else (residual,)
         return self.part(run, self.leave, self.children_read, output, *added)
 
     def holds(self, on: Backend, *, counted: bool = True) -> bool:
         """`fusible`, with what is fused of it."""
-        form = self._fused
-        return self.fusible(on, form.qkv, form.o, form.rotation, counted=counted)
+        return self.fusible(on, self._fused.snapshot(), counted=counted)
 
     def children_read(self) -> list[tuple[nn.Module, str]]:
         """The norms of q and k and the linears that are not fused, for `part`."""
@@ -185,10 +199,7 @@ class FusedAttention(FusedModule):
                 queries,
                 keys,
                 values,
-                scale=form.scale,
-                mask=mask,
-                sinks=sinks,
-                softcap=form.softcap or None,
+                Scores.of(mask, form.scale, form.softcap or None, sinks),
             )
             return output
         if cache is not None:
@@ -198,6 +209,29 @@ class FusedAttention(FusedModule):
         return scaled_dot_product_attention(
             queries, keys, values, cache=cache, scale=form.scale, mask=mask, sinks=sinks
         )
+
+
+def scaled(heads: Sequence[mx.array], scale: mx.array | None) -> Sequence[mx.array]:
+    """What `FusedAttention.enter` gives, with its queries multiplied by ``scale``."""
+    return heads if scale is None else (heads[0] * scale, *heads[1:])
+
+
+class FusedScaledAttention(FusedAttention):
+    """Attention that is given what multiplies the queries of each position (Ministral 3)."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        x: mx.array,
+        attn_scale: mx.array | None = None,
+        mask: mx.array | str | None = None,
+        cache: Any = None,
+    ) -> mx.array:
+        """x [B, L, hidden_size], attn_scale broadcasts to [B, heads, L, D] -> the shape of x."""
+        run = Run.of(x)
+        if attn_scale is None or not self.holds(run.on):
+            own: mx.array = self._fused.original.__call__(self, x, attn_scale, mask, cache)
+            return own
+        return self._whole(run, x, mask, cache, scale=attn_scale)
 
 
 class FusedSharedAttention(FusedAttention):

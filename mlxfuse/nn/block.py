@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..env import switched_off
-from .attention import FusedAttention
+from .attention import FusedAttention, scaled
 from .delta_net import FusedDeltaNet
 from .fused import Form, FusedModule, Run, plus
 from .mlp import FusedMLP
@@ -29,6 +29,7 @@ class BlockForm(Form):
     keywords       whether the mixer gets mask and cache by name.
     mixer_adds     whether the mixer is a `FusedAttention` whose o adds the residual.
     mlp_adds       whether the MLP is a `FusedMLP` whose down adds the residual.
+    scaled         it is a `FusedScaledBlock`.
     second         the first addition together with the second norm.
     int8           its norms and last linears, by path, that give or take int8 activations; the
                    latter say so themselves too.
@@ -38,6 +39,7 @@ class BlockForm(Form):
     mixer: str
     mlp: str
     keywords: bool = False
+    scaled: bool = False
     mixer_adds: bool = False
     mlp_adds: bool = False
     second: FusedNorm | None = None
@@ -55,19 +57,37 @@ class FusedBlock(FusedModule):
     ) -> mx.array:
         """x [B, L, hidden_size] -> the same shape."""
         form = self._fused
-        run = Run.of(x)
+        run = self._run(x)
         if not self.fusible(run.on):
             own: mx.array = form.original.__call__(self, x, mask, cache)
             return own
-        if form.int8 and not switched_off("int8"):
-            run = run._replace(rounds=True)
-        mixer = self[form.mixer]
-        if not self._adds(mixer, form.mixer_adds, run):
+        if not self._adds(self[form.mixer], form.mixer_adds, run):
             return self._add_mlp(*self._add_mixer(run, x, mask, cache))
+        return self._attended(run, x, mask, cache)
+
+    def _run(self, x: mx.array) -> Run:
+        run = Run.of(x)
+        rounds = self._fused.int8 and not switched_off("int8")
+        return run._replace(rounds=True) if rounds else run
+
+    def _attended(
+        self,
+        run: Run,
+        x: mx.array,
+        mask: mx.array | str | None,
+        cache: Any,
+        scale: mx.array | None = None,
+    ) -> mx.array:
+        """The whole layer, where the mixer is an attention that adds the residual.
+
+        Args:
+            scale: multiplies the queries.
+        """
+        form, mixer = self._fused, self[self._fused.mixer]
         heads = self.part(
             mixer.entering(run), self.enter, self.children_read, x, mixer.place(run, cache)
         )
-        output = mixer.attend(heads, mask, cache)
+        output = mixer.attend(scaled(heads, scale), mask, cache)
         if self._adds(self[form.mlp], form.mlp_adds, run):
             return self.part(run, self.leave, self.children_read, output, x)
         return self._add_mlp(*self.part(run, self.between, self.children_read, output, x))
@@ -143,7 +163,7 @@ class FusedBlock(FusedModule):
 
     def _add_mlp(self, h: mx.array, normed: mx.array | Normed) -> mx.array:
         form, mlp = self._fused, self[self._fused.mlp]
-        if form.mlp_adds and isinstance(mlp, FusedMLP):
+        if isinstance(mlp, FusedMoE) or (form.mlp_adds and isinstance(mlp, FusedMLP)):
             return mlp(normed, residual=h)
         y: mx.array = mlp(normed if isinstance(mlp, READERS) else floats(normed))
         return h + y
@@ -159,3 +179,23 @@ class FusedBlock(FusedModule):
         """A norm that gives int8 activations, if it does."""
         norm = self._fused.int8.get(self._fused.norms[which]) if run.rounds else None
         return norm if norm is not None and norm.holds() else None
+
+
+class FusedScaledBlock(FusedBlock):
+    """A `FusedBlock` that is given what multiplies the queries of each position."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        x: mx.array,
+        attn_scale: mx.array | None = None,
+        mask: mx.array | str | None = None,
+        cache: Any = None,
+    ) -> mx.array:
+        """x [B, L, hidden_size] -> the same shape."""
+        form = self._fused
+        run = self._run(x)
+        adds = self.fusible(run.on) and self._adds(self[form.mixer], form.mixer_adds, run)
+        if attn_scale is None or not adds:
+            own: mx.array = form.original.__call__(self, x, attn_scale, mask, cache)
+            return own
+        return self._attended(run, x, mask, cache, attn_scale)

@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from ..kernels import unavailable
 from ..kernels.matmul.dequantize import dequantize
+from ..kernels.matmul.product import Epilogue, Experts
 from ..kernels.matmul.quantized_matmul import quantized_matmul
 from ..kernels.weight import QuantizedWeight
 from .adapters import lora_switch_linear
@@ -54,9 +55,8 @@ class QuantizedSwitchLinear(_Holder):
         (y,) = quantized_matmul(
             x,
             self.weight,
-            bias=self.get("bias"),
-            experts=indices,
-            sorted_experts=sorted_indices,
+            Epilogue(self.get("bias")),
+            Experts(indices, sorted=sorted_indices),
             differentiable=self.training,
         )
         return y[..., None, :]

@@ -18,7 +18,7 @@ from .kept_graph import Piece
 from .norm import FusedNorm, Given, Normed, floats
 from .projection import KernelProjection, Projection, no_integers
 from .rotation import Rotation
-from .snapshot import of_class
+from .snapshot import Snapshot, of_class
 
 
 @dataclass
@@ -27,11 +27,14 @@ class Form:
 
     original  the module's own class.
     kept      parts of its graph that are built once, by name.
-    fusings   `Form.changes` when they were: they may hold what is fused of the modules below.
+    watched   what the projections and the rotation of ``pieces`` were made of, as one.
+    fusings   `Form.changes` when these two were made: they may hold what is fused of the modules
+              below.
     """
 
     original: type[nn.Module]
     kept: dict[str, Piece] = field(default_factory=dict, kw_only=True, repr=False, compare=False)
+    watched: Snapshot | None = field(default=None, kw_only=True, repr=False, compare=False)
     fusings: int = field(default=0, kw_only=True, repr=False, compare=False)
     pieces: ClassVar[tuple[str, ...]] = ()
     changes: ClassVar[int] = 0
@@ -41,12 +44,26 @@ class Form:
         fused = (getattr(self, piece) for piece in self.pieces)
         return all(f.holds() for f in fused if isinstance(f, Fused))
 
+    def snapshot(self) -> Snapshot | None:
+        """What its projections and its rotation were made of; None without any."""
+        if self.fusings != Form.changes:
+            self.renew()
+        return self.watched
+
+    def renew(self) -> None:
+        """Forget what was made before the fusions changed."""
+        self.kept.clear()
+        pieces = (getattr(self, name) for name in self.pieces)
+        held = [p.snapshot for p in pieces if isinstance(p, Projection | Rotation)]
+        self.watched = Snapshot.joined(held) if held else None
+        self.fusings = Form.changes
+
     def empty(self) -> bool:
         """Whether no fusion is left in it."""
         return not any(getattr(self, piece) for piece in self.pieces)
 
 
-Fused = Projection | Rotation | FusedNorm
+Fused = Projection | Rotation | FusedNorm | Snapshot
 
 
 class Run(NamedTuple):
@@ -63,7 +80,7 @@ class Run(NamedTuple):
 
     @classmethod
     def of(cls, x: mx.array | Normed) -> Run:
-        """Of x ``[..., K]``, and rounding if it has been normed for that."""
+        """How x ``[..., K]`` is run; activations are rounded if x was normed for that."""
         on, rounds = backend(), isinstance(x, Normed)
         x = floats(x)
         return cls(on, on.keeps and x.size <= MAX_BATCH * x.shape[-1], rounds)
@@ -107,13 +124,11 @@ class FusedModule(nn.Module):
         if not run.kept:
             return function(run, *arrays)
         form: Form = self._fused
-        kept = form.kept
         if form.fusings != Form.changes:
-            kept.clear()
-            form.fusings = Form.changes
-        piece = kept.get(function.__name__)
+            form.renew()
+        piece = form.kept.get(function.__name__)
         if piece is None:
-            piece = kept[function.__name__] = Piece(function, children())
+            piece = form.kept[function.__name__] = Piece(function, children())
         return piece(run, *arrays)
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import switch_layers
+from mlx_lm.tuner.lora import LoRALinear
 
 from ..errors import NotFusible
 from ..kernels.weight import AffineSegment, Part, QuantizedWeight, type_name
+from .adapted import AdaptedProjection, base, bases
 from .cpu import Linear, matmul
 from .experts import QuantizedSwitchLinear
 from .projection import (
@@ -24,8 +27,13 @@ from .projection import (
 from .quantized import QuantizedLinear
 from .summed import Summed, SummedProjection
 
-# Layers that do nothing but multiply and add their bias: no LoRA, no subclass.
-LINEARS = (QuantizedLinear, nn.QuantizedLinear, Linear, nn.Linear)
+# Layers that do nothing but multiply and add their bias: no subclass. They may have an
+# adapter. Of those that mlx-lm has sharded, a rank has some rows, or some columns whose results
+# are added up.
+_STOCK = (nn.QuantizedLinear, nn.QuantizedAllToShardedLinear)
+_DENSE = (Linear, nn.Linear, nn.AllToShardedLinear)
+LINEARS = (QuantizedLinear, *_STOCK, *_DENSE)
+_SUMMED = (nn.QuantizedShardedToAllLinear, nn.ShardedToAllLinear)
 
 
 def single(parent: nn.Module, name: str) -> Projection:
@@ -36,7 +44,19 @@ def single(parent: nn.Module, name: str) -> Projection:
     """
     linear = parent[name]
     if type(linear) is Summed:
-        return SummedProjection(parent, name, single(linear, "inner"))
+        return SummedProjection(parent, name, single(linear, "inner"), linear.inner)
+    if type(linear) is LoRALinear:
+        return AdaptedProjection(parent, [name], single(bases(parent, [name]), name))
+    if type(linear) in _SUMMED:
+        arrays = {n: linear[n] for n in ARRAYS[:3] if n in linear}
+        multiply = _multiplication(linear, arrays)
+        inner: Projection = JoinedProjection(
+            parent, [name], [format_of(linear)], [_rows(linear)], multiply
+        )
+        if "scales" in linear and _has_kernel(linear):
+            weight = QuantizedWeight.whole(_segment(linear))
+            inner = KernelProjection(parent, [name], weight, None, stock=True)
+        return SummedProjection(parent, name, inner, multiply, linear.get("bias"))
     if type(linear) is QuantizedLinear:
         return KernelProjection(parent, [name], linear.weight, linear.get("bias"), stock=False)
     if type(linear) is nn.QuantizedLinear:
@@ -48,6 +68,28 @@ def single(parent: nn.Module, name: str) -> Projection:
     raise NotFusible(f"{name} is {describe(linear)}{biased}, which cannot add it")
 
 
+def one_expert(parent: nn.Module, name: str) -> KernelProjection:
+    """One linear as the only one of its experts, whose results are added up by their scores;
+    nothing is copied.
+
+    Raises:
+        NotFusible: there is no kernel for it.
+    """
+    linear = parent[name]
+    stock = type(linear) is nn.QuantizedLinear
+    if not stock and type(linear) is not QuantizedLinear:
+        raise NotFusible(f"{name} is {describe(linear)}")
+    part, *others = [_part(linear)] if stock else linear.weight.parts
+    if others:
+        raise NotFusible(f"{name} has rows of several formats")
+    arrays = {n: a[None] for n, a in part.segment.arrays.items()}
+    weight = QuantizedWeight((replace(part, segment=replace(part.segment, arrays=arrays)),))
+    bias = linear.get("bias")
+    bias = None if bias is None else bias[None]
+    mx.eval(arrays, bias)
+    return KernelProjection(parent, [name], weight, bias, stock=stock)
+
+
 def cut(parent: nn.Module, name: str, rows: Sequence[int]) -> Projection:
     """One linear as several of so many ``rows``; nothing is copied.
 
@@ -55,13 +97,16 @@ def cut(parent: nn.Module, name: str, rows: Sequence[int]) -> Projection:
         NotFusible: it cannot be told apart so.
     """
     linear = parent[name]
+    if type(linear) is LoRALinear:
+        inner = cut(bases(parent, [name]), name, rows)
+        return AdaptedProjection(parent, [name], inner, rows)
     if type(linear) not in LINEARS:
         raise NotFusible(f"its linear is {describe(linear)}")
     whole = linear.weight.rows if isinstance(linear, QuantizedLinear) else linear.weight.shape[0]
     if sum(rows) != whole:
         raise NotFusible("its matrix has other rows than its parts")
     stock = not isinstance(linear, QuantizedLinear)
-    if not stock or (isinstance(linear, nn.QuantizedLinear) and _has_kernel(linear)):
+    if not stock or (isinstance(linear, _STOCK) and _has_kernel(linear)):
         held = [_part(linear)] if stock else linear.weight.parts
         weight = QuantizedWeight(_cut_parts(held, rows))
         return KernelProjection(parent, [name], weight, linear.get("bias"), stock=stock)
@@ -70,11 +115,12 @@ def cut(parent: nn.Module, name: str, rows: Sequence[int]) -> Projection:
 
 
 def check_joinable(linears: Sequence[nn.Module]) -> None:
-    """Nothing where `join` can join the linears.
+    """Raise unless `join` can join the linears.
 
     Raises:
         NotFusible: it cannot.
     """
+    linears = [base(x) for x in linears]
     if any(type(x) not in LINEARS for x in linears) or len({_family(x) for x in linears}) > 1:
         kinds = sorted({describe(x) for x in linears})
         raise NotFusible("its linears are " + " and ".join(kinds))
@@ -82,7 +128,7 @@ def check_joinable(linears: Sequence[nn.Module]) -> None:
         raise NotFusible("its linears have different inputs")
     if _family(linears[0]) is nn.Linear and len({x.weight.dtype for x in linears}) > 1:
         raise NotFusible("its linears have different types")
-    if _family(linears[0]) is not nn.QuantizedLinear:
+    if not isinstance(linears[0], _STOCK):
         return
     if len({_stock_kind(x) for x in linears}) > 1:
         for linear in linears:
@@ -103,7 +149,7 @@ def embedding_rows(embedding: nn.QuantizedEmbedding) -> KernelProjection:
 
 
 def check_experts(linears: Sequence[nn.Module]) -> None:
-    """Nothing where `join_experts` can join the switch linears.
+    """Raise unless `join_experts` can join the switch linears.
 
     Raises:
         NotFusible: it cannot.
@@ -139,9 +185,10 @@ def join_experts(parent: nn.Module, names: Sequence[str]) -> KernelProjection:
 
 def copies(linears: Sequence[nn.Module]) -> bool:
     """Whether `join` puts their rows in new arrays."""
-    if isinstance(linears[0], nn.QuantizedLinear):
+    linears = [base(x) for x in linears]
+    if isinstance(linears[0], _STOCK):
         return not all(map(_has_kernel, linears))
-    return isinstance(linears[0], nn.Linear)
+    return isinstance(linears[0], _DENSE)
 
 
 def join(parent: nn.Module, names: Sequence[str]) -> Projection:
@@ -150,6 +197,8 @@ def join(parent: nn.Module, names: Sequence[str]) -> Projection:
     Where there is no kernel, the rows are put one after the other in new arrays, of which the
     linears' arrays become views: nothing is held twice.
     """
+    if any(type(parent[name]) is LoRALinear for name in names):
+        return AdaptedProjection(parent, names, join(bases(parent, names), names))
     linears = [parent[name] for name in names]
     rows = [_rows(x) for x in linears]
     bias = _join_biases(linears, rows)
@@ -166,13 +215,14 @@ def join(parent: nn.Module, names: Sequence[str]) -> Projection:
 
 def describe(linear: nn.Module) -> str:
     """What a linear is, for a reason."""
+    linear = base(linear)
     if type(linear) not in LINEARS:
         return type(linear).__name__
-    return "dense" if isinstance(linear, nn.Linear) else "quantised"
+    return "dense" if isinstance(linear, _DENSE) else "quantised"
 
 
 def _family(linear: nn.Module) -> type[nn.Module]:
-    return nn.Linear if isinstance(linear, nn.Linear) else type(linear)
+    return nn.Linear if isinstance(linear, _DENSE) else type(linear)
 
 
 def _rows(linear: nn.Module) -> int:
@@ -184,15 +234,16 @@ def _rows(linear: nn.Module) -> int:
 def _columns(linear: nn.Module) -> int:
     if isinstance(linear, QuantizedLinear):
         return linear.weight.columns
-    bits = 32 if isinstance(linear, nn.Linear) else linear.bits
+    bits = 32 if isinstance(linear, _DENSE) else linear.bits
     return int(linear.weight.shape[-1]) * 32 // bits
 
 
 def format_of(linear: nn.Module) -> str:
     """The format or type of a linear's weight, as reports name it."""
+    linear = base(linear)
     if isinstance(linear, QuantizedLinear | QuantizedSwitchLinear):
         return " and ".join(part.segment.name for part in linear.weight.parts)
-    if isinstance(linear, nn.QuantizedLinear | switch_layers.QuantizedSwitchLinear):
+    if "scales" in linear:
         affine = linear.mode == "affine"
         return f"affine{linear.bits}g{linear.group_size}" if affine else str(linear.mode)
     return type_name(linear.weight.dtype)
@@ -273,7 +324,7 @@ def _join_biases(linears: Sequence[nn.Module], rows: Sequence[int]) -> mx.array 
 def _multiplication(linear: nn.Module, arrays: Any) -> Callable[[mx.array], mx.array]:
     """What ``linear`` does, with other arrays."""
     weight, bias = arrays["weight"], arrays.get("bias")
-    if isinstance(linear, nn.QuantizedLinear):
+    if "scales" in arrays:
         scales, biases = arrays["scales"], arrays.get("biases")
         how = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
 
@@ -284,7 +335,7 @@ def _multiplication(linear: nn.Module, arrays: Any) -> Callable[[mx.array], mx.a
         return quantized
 
     def dense(x: mx.array) -> mx.array:
-        if bias is not None and type(linear) is nn.Linear:
+        if bias is not None and type(linear) in (nn.Linear, nn.AllToShardedLinear):
             return mx.addmm(bias, x, weight.T)
         y = matmul(x, weight) if isinstance(linear, Linear) else x @ weight.T
         return y if bias is None else y + bias

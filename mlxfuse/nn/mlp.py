@@ -50,7 +50,7 @@ class FusedMLP(FusedModule):
 
     def holds(self, on: Backend, *, counted: bool = True) -> bool:
         """`fusible`, with what is fused of it."""
-        return self.fusible(on, self._fused.up, self._fused.down, counted=counted)
+        return self.fusible(on, self._fused.snapshot(), counted=counted)
 
     def children_read(self) -> list[tuple[nn.Module, str]]:
         """The linears that are not fused, for `part`."""
@@ -59,13 +59,13 @@ class FusedMLP(FusedModule):
         return [(self, name) for name in linears]
 
     def whole(self, run: Run, x: Given, residual: mx.array | None = None) -> mx.array:
-        """All of it."""
+        """The whole MLP."""
         form = self._fused
-        hidden = self._activated(run.on, readable(form.up, x))
+        hidden = self.activated(run.on, readable(form.up, x))
         last = rounded(form.down, hidden) if run.rounds and form.rounds else hidden
         return project(self, form.output, form.down, last, residual, run.on)
 
-    def _activated(self, on: Backend, x: mx.array | Int8Activations) -> mx.array:
+    def activated(self, on: Backend, x: mx.array | Int8Activations) -> mx.array:
         """What the last linear gets."""
         form = self._fused
         if isinstance(x, Int8Activations):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -12,10 +13,13 @@ from mlx_lm.models.switch_layers import _gather_sort, _scatter_unsort
 
 from ..kernels import Backend, backend
 from ..kernels.activations import Int8Activations
+from ..kernels.matmul.product import Experts
+from ..kernels.route import route
 from .activations import GATED
-from .fused import Form, FusedModule, Run, readable, replacing
+from .fused import Form, FusedModule, Run, plus, readable, replacing
+from .mlp import FusedMLP
 from .norm import Normed, floats
-from .projection import MAX_IDS, KernelProjection
+from .projection import MAX_IDS, KernelProjection, Projection
 
 
 @dataclass
@@ -47,6 +51,7 @@ class FusedExperts(FusedModule):
         x: mx.array | Normed,
         indices: mx.array,
         scores: mx.array | None = None,
+        residual: mx.array | None = None,
         *,
         cast: bool = False,
     ) -> mx.array:
@@ -55,17 +60,18 @@ class FusedExperts(FusedModule):
         With ``scores`` [..., k] their sum by these, [..., hidden_size], for `FusedMoE`.
 
         Args:
+            residual: is added to the sum.
             cast: the sum is of the experts' type, if the scores are of a wider one.
         """
         form = self._fused
         run = Run.of(x)
         alike = scores is None or cast or scores.dtype == floats(x).dtype
-        if not (alike and self.fusible(run.on, form.up, form.down)):
+        if not (alike and self.fusible(run.on, form.snapshot())):
             y: mx.array = form.original.__call__(self, floats(x), indices)
             total = _weighted(y, scores)
-            return total.astype(y.dtype) if cast else total
-        arrays = (x, indices) if scores is None else (x, indices, scores)
-        return self.part(run, self.whole, self.children_read, *arrays)
+            return plus(total.astype(y.dtype) if cast else total, residual)
+        more = [array for array in (scores, residual) if array is not None]
+        return self.part(run, self.whole, self.children_read, x, indices, *more)
 
     def children_read(self) -> list[tuple[nn.Module, str]]:
         """The linears that are not fused, for `part`."""
@@ -79,8 +85,9 @@ class FusedExperts(FusedModule):
         given: mx.array | Normed,
         indices: mx.array,
         scores: mx.array | None = None,
+        residual: mx.array | None = None,
     ) -> mx.array:
-        """All of it."""
+        """All experts of each row, from their input to their sum."""
         form, up, x = self._fused, self._fused.up, floats(given)
         hidden = None
         if up is not None:
@@ -88,7 +95,8 @@ class FusedExperts(FusedModule):
             if isinstance(read, Int8Activations):
                 (hidden,) = up.integers(read, None, form.activation, indices)
             else:
-                hidden = up.gathered(x, indices, run.on, activation=form.activation)
+                of = Experts(indices)
+                hidden = up.gathered(x, of, run.on, activation=form.activation)
         elif scores is not None and indices.size < MAX_IDS:
             wide = mx.expand_dims(x, (-2, -3))
             both = (self[name](wide, indices) for name in form.linears)
@@ -97,21 +105,27 @@ class FusedExperts(FusedModule):
             y = self._sorted(run.on, x, indices)
         else:
             if scores is not None and form.down is not None:
-                total = form.down.gathered(hidden, indices, run.on, scores=scores)
+                alike = residual is None or residual.dtype == hidden.dtype
+                summed = Experts(indices, scores)
+                total = form.down.gathered(
+                    hidden, summed, run.on, residual=residual if alike else None
+                )
                 if total is not None:
-                    return total
+                    return total if alike else plus(total, residual)
             y = self[form.output](mx.expand_dims(hidden, -2), indices).squeeze(-2)
-        return _weighted(y, scores).astype(y.dtype)
+        return plus(_weighted(y, scores).astype(y.dtype), residual)
 
     def _sorted(self, on: Backend, x: mx.array, indices: mx.array) -> mx.array:
-        """All of it as mlx-lm has it, which sorts many ids; gate and up together if that can be."""
+        """The experts as mlx-lm computes them, which sorts many ids; gate and up are together if
+        possible."""
         form, up = self._fused, self._fused.up
         y: mx.array
         if up is None or indices.size < MAX_IDS or not up.takes_many(on):
             y = form.original.__call__(self, x, indices)
             return y
         rows, ids, order = _gather_sort(mx.expand_dims(x, (-2, -3)), indices)
-        hidden = up.gathered(rows, ids, on, activation=form.activation, sorted_experts=True)
+        of = Experts(ids, sorted=True)
+        hidden = up.gathered(rows, of, on, activation=form.activation)
         assert hidden is not None
         y = self[form.output](mx.expand_dims(hidden, -2), ids, sorted_indices=True)
         y = _scatter_unsort(y, order, indices.shape).squeeze(-2)
@@ -151,21 +165,52 @@ class Summands:
         return self._weighted(self._scores)
 
 
+@dataclass(frozen=True)
+class Choosing:
+    """How a block of mlx-lm chooses experts, where its whole method is known.
+
+    router    name of the linear that gives each expert's logit.
+    count     the experts that a token gets.
+    whole     their weights are a softmax over all experts, else over the chosen ones.
+    settings  names of the block's attributes that say so, and what they were.
+    shared    names of the expert that all tokens get and of its gate, or empty.
+    """
+
+    router: str
+    count: int
+    whole: bool
+    settings: tuple[tuple[str, object], ...]
+    shared: tuple[str, ...] = ()
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether the block still chooses so."""
+        return all(getattr(module, name) == value for name, value in self.settings)
+
+
 @dataclass
 class MoEForm(Form):
     """A block of mlx-lm that sums its experts' results by their scores.
 
-    experts  name of the experts.
-    cast     the sum gets the type of the experts' results, if the scores are of a wider one.
-    sums     whether the experts give the sum.
-    readers  names of those that take int8 activations of its input.
+    experts   name of the experts.
+    cast      the sum gets the type of the experts' results, if the scores are of a wider one.
+    choosing  how it chooses experts, if that is known.
+    sums      whether the experts give the sum.
+    chooses   whether experts are chosen in one dispatch.
+    router    the router, where its bias can be added in its dispatch; or with the gate of the
+              shared expert.
+    shared    down of the shared expert, to add its result by its gate.
+    readers   names of those that take int8 activations of its input.
     """
 
     experts: str
     cast: bool = False
+    choosing: Choosing | None = None
     sums: bool = False
+    chooses: bool = False
+    router: Projection | None = None
+    shared: KernelProjection | None = None
     readers: tuple[str, ...] = ()
-    pieces = ("sums", "readers")
+    pieces = ("sums", "chooses", "router", "shared", "readers")
 
     def summing(self, module: FusedModule) -> FusedExperts | None:
         """The experts, if they give the sum now."""
@@ -178,17 +223,95 @@ class FusedMoE(FusedModule):
 
     _fused: MoEForm
 
-    def __call__(self, x: mx.array | Normed, *args: Any, **kwargs: Any) -> mx.array:
-        """x [..., hidden_size] -> the same shape."""
+    def __call__(
+        self, x: mx.array | Normed, *args: Any, residual: mx.array | None = None, **kwargs: Any
+    ) -> mx.array:
+        """x [..., hidden_size] -> the same shape, with ``residual`` added."""
         form = self._fused
+        experts = form.summing(self)
+        run = Run.of(x)
+        if experts is not None and form.choosing and not (args or kwargs) and self._chooses(run):
+            return self._chosen(run, form.choosing, experts, x, residual)
         children: dict[str, Callable[..., Any]] = {}
         if isinstance(x, Normed):
             children = {name: _reading(self[name], x) for name in form.readers}
-        if (experts := form.summing(self)) is not None:
+        if experts is not None:
             children[form.experts] = _summing(children.get(form.experts, experts), form.cast)
         own = replacing(self, children) if children else self
         y: mx.array = form.original.__call__(own, floats(x), *args, **kwargs)
-        return y
+        return plus(y, residual)
+
+    def _chooses(self, run: Run) -> bool:
+        """Whether experts are chosen by the kernel now."""
+        form = self._fused
+        if not form.chooses or run.on.reason or getattr(self, "sharding_group", None) is not None:
+            return False
+        assert form.choosing is not None
+        return form.choosing.holds(self) and self.fusible(run.on, form.router, form.shared)
+
+    def _chosen(
+        self,
+        run: Run,
+        how: Choosing,
+        experts: FusedExperts,
+        given: mx.array | Normed,
+        residual: mx.array | None,
+    ) -> mx.array:
+        """The whole block; the sum is computed in another order than in mlx-lm's code."""
+        form, x = self._fused, floats(given)
+        ids, scores, *gate = self.part(run, self.choose, self.children_read, x)
+
+        def read(name: str) -> mx.array | Normed:
+            return given if name in form.readers else x
+
+        if gate:
+            more = [] if residual is None else [residual]
+            arrays = (read(how.shared[0]), *gate, *more)
+            residual = self.part(run, self.share, self.children_read, *arrays)
+        return experts(read(form.experts), ids, scores, residual, cast=form.cast)
+
+    def children_read(self) -> list[tuple[nn.Module, str]]:
+        """The router, the shared expert and its gate, for `part`."""
+        how = self._fused.choosing
+        return [] if how is None else [(self, name) for name in (how.router, *how.shared)]
+
+    def choose(self, run: Run, x: mx.array) -> tuple[mx.array, ...]:
+        """x [..., hidden_size] -> ids of experts and their weights, [..., k], and the weight of
+        the shared expert, [..., 1], if there is one.
+        """
+        router, how = self._fused.router, self._fused.choosing
+        assert how is not None
+        names = (how.router, *how.shared[1:])
+        found = [] if router is None else list(router.split(x, run.on) or ())
+        found += [self[name](x) for name in names[len(found) :]]
+        logits, *gate = found
+        return route(logits, how.count, whole=how.whole, gate=gate[0] if gate else None)
+
+    def share(
+        self, run: Run, given: mx.array | Normed, gate: mx.array, residual: mx.array | None = None
+    ) -> mx.array:
+        """What the shared expert gives, times its gate [..., 1], with ``residual`` added."""
+        down, how = self._fused.shared, self._fused.choosing
+        assert how is not None
+        expert = self[how.shared[0]]
+        fused = isinstance(expert, FusedMLP) and expert.holds(run.on)
+        # Int8 activations are for its own down.
+        if fused and down is not None and not (run.rounds and expert._fused.rounds):
+            hidden = expert.activated(run.on, readable(expert._fused.up, given))
+            if residual is None or residual.dtype == hidden.dtype:
+                of, rows = Experts(first_expert(gate.shape), gate), mx.expand_dims(hidden, -2)
+                total = down.gathered(rows, of, run.on, residual=residual)
+                if total is not None:
+                    return total
+        return plus(gate * expert(given), residual)
+
+
+@lru_cache(maxsize=64)
+def first_expert(shape: tuple[int, ...]) -> mx.array:
+    """Ids of the first of some experts."""
+    ids = mx.zeros(shape, mx.uint32)
+    mx.eval(ids)
+    return ids
 
 
 class FusedWeightedExperts(FusedModule):

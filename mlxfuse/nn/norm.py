@@ -39,7 +39,7 @@ Given = mx.array | Int8Activations | Normed
 
 
 def floats(given: Given) -> mx.array:
-    """Of what a norm gives, for a reader that needs them."""
+    """The floats of what a norm gives, for a reader that needs them."""
     assert not isinstance(given, Int8Activations)
     return given.floats if isinstance(given, Normed) else given
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,7 +12,7 @@ import mlx.nn as nn
 from ..kernels import Backend, Prepared
 from ..kernels.activations import Int8Activations
 from ..kernels.matmul.int8_matmul import int8_matmul, unsupported
-from ..kernels.matmul.product import MAX_BATCH, MAX_VECTOR_ROWS
+from ..kernels.matmul.product import MAX_BATCH, MAX_VECTOR_ROWS, Epilogue, Experts
 from ..kernels.matmul.quantized_matmul import prepare, quantized_matmul
 from ..kernels.norm.quantize_int8 import quantize_int8
 from ..kernels.weight import AffineSegment, QuantizedWeight, type_name
@@ -48,7 +47,8 @@ class Projection(ABC):
                 held.append((vars(linear).get, "weight"))
             held += [(linear.get, a) for a in ARRAYS if a in linear]
         held += [(parent.get, name) for name in names]
-        self.holds = Snapshot(held).holds
+        self.snapshot = Snapshot(held)
+        self.holds = self.snapshot.holds
 
     @abstractmethod
     def split(self, x: mx.array, on: Backend) -> Sequence[mx.array] | None:
@@ -87,6 +87,7 @@ class KernelProjection(Projection):
         super().__init__(parent, names, [part.segment.name for part in weight.parts])
         self.weight = weight
         self.bias = bias
+        self._plain = Epilogue(bias)
         self._stock = stock
         # MLX's result has the widest type of activations, scales and biases.
         self._dtypes = {
@@ -100,31 +101,23 @@ class KernelProjection(Projection):
         self,
         x: mx.array,
         on: Backend,
-        residual: mx.array | None = None,
-        activation: str | None = None,
-        experts: mx.array | None = None,
-        scores: mx.array | None = None,
+        epilogue: Epilogue,
+        experts: Experts | None = None,
         *,
         split: bool = False,
-        sorted_experts: bool = False,
     ) -> Sequence[mx.array] | None:
         """`quantized_matmul`; None if MLX's own linears are to be called instead."""
         reason = None
-        given: dict[str, Any] = {
-            "residual": residual,
-            "activation": activation,
-            "experts": experts,
-            "scores": scores,
-            "split": split,
-        }
+        ids = None if experts is None else experts.ids
         # Not for prompts, which have lengths of every kind.
         if on.prepares and x.size <= MAX_VECTOR_ROWS * x.shape[-1]:
-            free = [a for a in (x, residual, experts, scores) if a is not None]
-            key = (activation, split, *[(a.shape, a.dtype) for a in free])
+            scores = None if experts is None else experts.scores
+            free = [a for a in (x, epilogue.residual, ids, scores) if a is not None]
+            key = (epilogue.activation, split, *[(a.shape, a.dtype) for a in free])
             prepared = self._prepared.get(key)
-            if prepared is None and not self.large(x, experts):
-                if self._refusal(x, residual) is None:
-                    prepared = prepare(x, self.weight, bias=self.bias, **given)
+            if prepared is None and not self.large(x, ids):
+                if self._refusal(x, epilogue.residual) is None:
+                    prepared = prepare(x, self.weight, epilogue, experts, split=split)
                 if prepared is not None:
                     self._prepared[key] = prepared
             if prepared is not None:
@@ -133,11 +126,10 @@ class KernelProjection(Projection):
                     return found
                 reason = "it failed its self-test"
         if self._stock:
-            reason = reason or self._refusal(x, residual)
-            if self.large(x, experts) or not on.takes("quantized_matmul", reason):
+            reason = reason or self._refusal(x, epilogue.residual)
+            if self.large(x, ids) or not on.takes("quantized_matmul", reason):
                 return None
-        given["sorted_experts"] = sorted_experts
-        return quantized_matmul(x, self.weight, bias=self.bias, **given)
+        return quantized_matmul(x, self.weight, epilogue, experts, split=split)
 
     def large(self, x: mx.array, experts: mx.array | None) -> bool:
         """Whether MLX's own linears have so many rows to multiply that they are left to it."""
@@ -154,34 +146,34 @@ class KernelProjection(Projection):
         return None
 
     def split(self, x: mx.array, on: Backend) -> Sequence[mx.array] | None:
-        return self._run(x, on, split=True)
+        return self._run(x, on, self._plain, split=True)
 
     def activated(self, x: mx.array, activation: str, on: Backend) -> mx.array | None:
-        found = self._run(x, on, activation=activation)
+        found = self._run(x, on, Epilogue(self.bias, None, activation))
         return None if found is None else found[0]
 
     def gathered(
         self,
         x: mx.array,
-        experts: mx.array,
+        experts: Experts,
         on: Backend,
         *,
         activation: str | None = None,
-        scores: mx.array | None = None,
-        sorted_experts: bool = False,
+        residual: mx.array | None = None,
     ) -> mx.array | None:
         """`activated` for some experts of each row: [..., K] and [..., k] -> [..., k, N].
 
-        With ``scores`` [..., k] their weighted sums: [..., k, K] -> [..., N].
+        With scores [..., k] their weighted sums: [..., k, K] -> [..., N].
 
         Args:
-            sorted_experts: the ids are in ascending order, which many have to be.
+            experts: many have to be sorted.
+            residual: is added to the weighted sums.
         """
         # The file's own experts know how to multiply without kernels.
-        unsorted = self.large(x, experts) and not sorted_experts
+        unsorted = self.large(x, experts.ids) and not experts.sorted
         if not self._stock and (unsorted or not self.takes_many(on)):
             return None
-        found = self._run(x, on, None, activation, experts, scores, sorted_experts=sorted_experts)
+        found = self._run(x, on, Epilogue(self.bias, residual, activation), experts)
         return None if found is None else found[0]
 
     def takes_many(self, on: Backend) -> bool:
@@ -199,20 +191,14 @@ class KernelProjection(Projection):
     ) -> tuple[mx.array, ...]:
         """The product with int8 activations, to which floats are rounded first."""
         codes = x if isinstance(x, Int8Activations) else quantize_int8(x)
-        return int8_matmul(
-            codes,
-            self.weight,
-            bias=self.bias,
-            residual=residual,
-            activation=activation,
-            split=split,
-            experts=experts,
-        )
+        end = Epilogue(self.bias, residual, activation)
+        of = None if experts is None else Experts(experts)
+        return int8_matmul(codes, self.weight, end, of, split=split)
 
     def added(self, x: mx.array, residual: mx.array, on: Backend) -> mx.array | None:
         if not self._stock and residual.dtype != x.dtype:
             return None
-        found = self._run(x, on, residual)
+        found = self._run(x, on, Epilogue(self.bias, residual))
         return None if found is None else found[0]
 
 

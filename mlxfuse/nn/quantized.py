@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..kernels.matmul.dequantize import dequantize
+from ..kernels.matmul.product import Epilogue
 from ..kernels.matmul.quantized_matmul import quantized_matmul
 from ..kernels.weight import QuantizedWeight, type_name
 from .adapters import lora_linear
@@ -60,7 +61,8 @@ class QuantizedLinear(_Holder):
 
     def __call__(self, x: mx.array) -> mx.array:
         """x ``[..., K]`` -> ``[..., N]``."""
-        (y,) = quantized_matmul(x, self.weight, bias=self.get("bias"), differentiable=self.training)
+        end = Epilogue(self.get("bias"))
+        (y,) = quantized_matmul(x, self.weight, end, differentiable=self.training)
         return y
 
     def to_lora(self, **options: Any) -> Any:

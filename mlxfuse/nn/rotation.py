@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..kernels import Backend, Prepared
-from ..kernels.norm.norm_rope import norm_rope, prepare
+from ..kernels.norm.norm_rope import RopeOptions, norm_rope, prepare
 from .snapshot import Snapshot
 
 # Tokens of a call up to which its launch is kept: prompts have lengths of every kind.
@@ -24,22 +23,21 @@ class Rotation:
 
     Args:
         parts: the modules that do it, by the names they have in ``parent``.
-        options: arguments of `norm_rope`.
+        options: what they do.
     """
 
     def __init__(
         self,
         parent: nn.Module,
         parts: Mapping[str, nn.Module],
-        heads: int,
-        kv_heads: int,
-        options: Mapping[str, Any],
+        options: RopeOptions,
     ) -> None:
         held: list[tuple[Callable[[str], object], str]] = [(parent.get, name) for name in parts]
         for part in parts.values():
             held += [(part.get, n) for n, a in part.items() if isinstance(a, mx.array)]
-        self.holds = Snapshot(held).holds
-        self._options = {"heads": heads, "kv_heads": kv_heads, **options}
+        self.snapshot = Snapshot(held)
+        self.holds = self.snapshot.holds
+        self._options = options
         self._prepared: dict[tuple[object, ...], Prepared] = {}
 
     def __call__(
@@ -53,7 +51,7 @@ class Rotation:
             key = (queries.shape, place.ndim, *(x.dtype for x in given))
             prepared = self._prepared.get(key)
             if prepared is None:
-                prepared = prepare(queries, keys, offset=place, **self._options)
+                prepared = prepare(queries, keys, place, self._options)
                 if prepared is not None and queries.shape[1] <= _KEPT:
                     self._prepared[key] = prepared
             if prepared is not None:
@@ -63,7 +61,7 @@ class Rotation:
                 reason = "it failed its self-test"
         if not on.takes("norm_rope", reason):
             return None
-        return list(norm_rope(queries, keys, offset=offset, **self._options))
+        return list(norm_rope(queries, keys, offset, self._options))
 
 
 @lru_cache(maxsize=16)

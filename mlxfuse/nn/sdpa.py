@@ -5,6 +5,9 @@ from __future__ import annotations
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
+Mask = mx.array | str | None
+"""As mlx-lm's models have it: an array, ``causal``, or None where all is seen."""
+
 
 def sdpa(
     queries: mx.array,
@@ -12,7 +15,7 @@ def sdpa(
     values: mx.array,
     *,
     scale: float,
-    mask: mx.array | str | None = None,
+    mask: Mask = None,
     sinks: mx.array | None = None,
     softcap: float | None = None,
 ) -> mx.array:
@@ -39,3 +42,10 @@ def sdpa(
     weights = mx.softmax(scores, precise=True, axis=-1)[..., : keys.shape[2]]
     output = weights.reshape(batch, keys.shape[1], -1, length, keys.shape[2]) @ values[:, :, None]
     return output.reshape(batch, heads, length, -1)
+
+
+def mask_of(mask: Mask, heads: slice) -> Mask:
+    """The mask of some heads, if it has one for each."""
+    if isinstance(mask, mx.array) and mask.ndim > 2 and mask.shape[-3] > 1:
+        return mask[..., heads, :, :]
+    return mask

@@ -77,6 +77,14 @@ class Snapshot:
                 _become(value, Watched)
         self._edits = Watched.edits
 
+    @classmethod
+    def joined(cls, parts: Iterable[Snapshot]) -> Snapshot:
+        """The entries of several, to be looked at in one go."""
+        made = cls(())
+        made._held = [entry for part in parts for entry in part._held]
+        made._edits = -1  # nobody has looked yet
+        return made
+
     def holds(self) -> bool:
         """Whether the entries are the same objects, and no array was changed in place.
 

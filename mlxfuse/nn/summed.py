@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -27,36 +27,70 @@ class Summed(nn.Module):
 
 
 class SummedProjection(Projection):
-    """A `Summed` linear; the residual is added by rank 0, before the sum.
+    """A linear whose results are summed: `Summed`, or one that mlx-lm has sharded.
+
+    The residual is added by rank 0, where its part is multiplied, so that it is in the sum once.
 
     Args:
-        inner: the projection of the linear in it.
+        inner: the projection of this rank's part.
+        multiply: what that does without a kernel.
+        bias: what is added after the sum.
     """
 
-    def __init__(self, parent: nn.Module, name: str, inner: Projection) -> None:
+    def __init__(
+        self,
+        parent: nn.Module,
+        name: str,
+        inner: Projection,
+        multiply: Callable[[mx.array], mx.array],
+        bias: mx.array | None = None,
+    ) -> None:
         super().__init__(parent, [name], inner.formats)
         own = self.holds
         self.holds = lambda: own() and inner.holds()
-        self._inner, self._summed = inner, parent[name]
+        self._linear, self._inner, self._multiply, self._bias = parent[name], inner, multiply, bias
 
     def split(self, x: mx.array, on: Backend) -> Sequence[mx.array]:
-        return (self._summed(x),)
+        return (self._linear(x),)
 
     def activated(self, x: mx.array, activation: str, on: Backend) -> None:
-        """None: a sum comes before what follows."""
+        """Always None: a sum comes before the activation."""
 
     def added(self, x: mx.array, residual: mx.array, on: Backend) -> mx.array:
-        group, linear = self._summed.group, self._summed.inner
+        group = self._linear.group
         if group.rank() == 0:
             y = self._inner.added(x, residual, on)
-            y = residual + linear(x) if y is None else y
+            y = residual + self._multiply(x) if y is None else y
         else:
-            y = linear(x)
-        return mx.distributed.all_sum(y, group=group)
+            parts = self._inner.split(x, on)
+            y = self._multiply(x) if parts is None else parts[0]
+        y = mx.distributed.all_sum(y, group=group)
+        return y if self._bias is None else y + self._bias
+
+
+class SummedNorm(nn.Module):
+    """An RMS norm over a width of which each rank has a part.
+
+    Args:
+        own: the norm of this rank's part, which has its weight.
+        width: of all parts.
+    """
+
+    def __init__(self, own: nn.RMSNorm, width: int, group: mx.distributed.Group) -> None:
+        super().__init__()
+        self.weight, self.eps = own.weight, own.eps
+        self.width = width
+        self.group = group
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x ``[..., K]`` -> the same shape; squares are added up in float32."""
+        wide = x.astype(mx.float32)
+        squares = mx.distributed.all_sum(wide.square().sum(-1, keepdims=True), group=self.group)
+        return (wide * mx.rsqrt(squares / self.width + self.eps) * self.weight).astype(x.dtype)
 
 
 class Nothing(nn.Module):
-    """In the place of experts of which this rank has no part.
+    """Stands for experts of which this rank holds no part.
 
     Args:
         outputs: of each row.

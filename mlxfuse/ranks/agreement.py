@@ -29,12 +29,18 @@ def group() -> mx.distributed.Group | None:
     """MLX's group of the processes that ``mlx.launch`` started; None if this is the only one.
 
     The first call connects the ranks, and waits until all of them have called it.
+
+    Raises:
+        RanksError: MLX cannot connect them.
     """
-    if env.launched_rank() is None:
+    if env.launched_rank() is None or env.launched_alone():
         return None
     import mlx.core as mx
 
-    found = mx.distributed.init()
+    try:
+        found = mx.distributed.init()
+    except (RuntimeError, ValueError) as error:
+        raise RanksError(f"MLX cannot connect the ranks: {error}") from None
     return found if found.size() > 1 else None
 
 
@@ -88,13 +94,19 @@ def expect_same(facts: Mapping[str, str], of: mx.distributed.Group) -> None:
             raise RanksError(f"the ranks differ in {name}: {told}; make it the same on all of them")
 
 
-def same_run(path: Path) -> dict[str, str]:
-    """For `expect_same`: what a run depends on beside its options."""
+def same_run(path: Path, arguments: str) -> dict[str, str]:
+    """For `expect_same`: what the run of a model depends on.
+
+    Args:
+        path: the model.
+        arguments: those of ``load``.
+    """
     import mlx.core as mx
 
     facts = {f"the version of {name}": _version(name) for name in _PACKAGES}
     facts |= {name: env.get(name) or "nothing" for name in _VARIABLES}
     facts["MLX's default device"] = "the GPU" if mx.default_device() == mx.gpu else "the CPU"
+    facts["the arguments of load"] = arguments
     facts["the model's files"] = f"{path.name} ({_fingerprint(path)})"
     return facts
 

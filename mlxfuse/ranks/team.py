@@ -32,6 +32,7 @@ T = TypeVar("T")
 BEAT = 1.0  # seconds between two signs of life
 SILENCE = 20.0  # seconds after which a rank that gives none is lost
 GRACE = 0.5  # seconds in which a rank tells its own error before that of another ends it
+_NOISE = 0.1  # seconds in which MLX's ring writes that a socket was closed
 _CONNECT = 60.0
 _LONGEST = 1 << 30  # bytes of a line
 
@@ -116,13 +117,19 @@ class Ranks:
 
     Raises:
         UnsupportedError: MLX's back end is one of which rank 0's address is not known.
-        OSError: the ranks cannot be connected.
+        RanksError: the ranks cannot be connected.
     """
 
     def __init__(self, of: mx.distributed.Group) -> None:
         self.group, self.rank, self.size = of, of.rank(), of.size()
         self._left = False
-        self._peers = dict(self._accepted() if self.rank == 0 else self._connected())
+        try:
+            self._peers = dict(self._accepted() if self.rank == 0 else self._connected())
+        except OSError as error:
+            raise RanksError(
+                f"the ranks cannot be connected at rank 0's address, {_address()}: {error}; beside "
+                "MLX's ports they need a free one there, which a firewall may refuse"
+            ) from None
 
     @property
     def first(self) -> bool:
@@ -192,6 +199,7 @@ class Ranks:
         if code == 0 or self._left:
             return
         if code is None:
+            time.sleep(_NOISE)
             self._end(1, f"rank {rank} is lost ({why}), which ends all ranks")
         time.sleep(GRACE)
         told = self.first and code != INTERRUPTED

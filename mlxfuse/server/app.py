@@ -21,13 +21,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from ..errors import MLXFuseError
 from ..generate.run import Settings, add_eos_tokens
 from ..nn.kv.options import compress_caches
+from ..ranks import Ranks
 from . import anthropic
 from .anthropic import MessagesRequest
-from .engine import Engine, Event, Job, Limits
+from .engine import Engine
 from .gate import Gate
+from .jobs import Event, Job, Limits
 from .listener import bind
 from .prompts import Plan, Planner
 from .replies import Reply, error_body
@@ -38,6 +39,10 @@ log = logging.getLogger(__name__)
 
 # Answers that are generated or wait; more are refused.
 MAX_ANSWERS = 1024
+_PATHS = (
+    "there are POST /v1/chat/completions, /v1/completions, /v1/messages and "
+    "/v1/messages/count_tokens, and GET /v1/models and /health"
+)
 # Seconds without anything to send after which a stream says that it lives.
 _SILENCE = 10.0
 
@@ -243,8 +248,8 @@ async def _disconnected(request: Request) -> None:
 
 def _error_response(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
-        error = RequestError(f"{request.method} {request.url.path}: {error.detail}",
-                             status=error.status_code)  # fmt: skip
+        asked = f"{request.method} {request.url.path}: {error.detail}"
+        error = RequestError(f"{asked}; {_PATHS}", status=error.status_code)
     if not isinstance(error, RequestError):
         log.error("a request failed", exc_info=error)
         error = RequestError(f"the server failed: {type(error).__name__}", status=500)
@@ -255,6 +260,47 @@ def _body(path: str, error: RequestError) -> dict[str, Any]:
     """The form of an error that the clients of this path read."""
     of = anthropic.error_body if "/messages" in path else error_body
     return of(error)
+
+
+def _check(model: Any, tokenizer: TokenizerWrapper, settings: Settings, draft: Any) -> None:
+    """What the settings ask of the model, refused before any request.
+
+    Raises:
+        MLXFuseError: the model cannot do with compressed caches, or has no such token.
+    """
+    add_eos_tokens(tokenizer, settings.extra_eos_token)
+    settings.logits_processors(tokenizer)  # a bias of no token is refused before any request
+    if settings.kv is not None:
+        for each in (model, *([] if draft is None else [draft])):
+            compress_caches(each, settings.kv, settings.quantized_kv_start, force=settings.kv_force)
+
+
+def _engine(
+    model: Any, tokenizer: TokenizerWrapper, settings: Settings, limits: Limits | None, **more: Any
+) -> Engine:
+    later: dict[str, Any] = {}
+    if settings.kv is not None and settings.quantized_kv_start:
+        # Caches that begin plain: mlx-lm asks them to become compressed, in no batch.
+        start = settings.quantized_kv_start
+        later = {"kv_bits": settings.kv.v_bits, "quantized_kv_start": start}
+    drafts = settings.num_draft_tokens
+    return Engine(
+        model, tokenizer, limits or Limits(), num_draft_tokens=drafts, later=later, **more
+    )
+
+
+def follow(
+    model: Any, tokenizer: TokenizerWrapper, settings: Settings, limits: Limits, team: Ranks
+) -> None:
+    """Do the steps of rank 0's `Server` until it ends, as another rank.
+
+    Raises:
+        MLXFuseError: the model no longer computes.
+    """
+    _check(model, tokenizer, settings, None)
+    engine = _engine(model, tokenizer, settings, limits, team=team)
+    engine.wait()
+    engine.expect_alive()
 
 
 class Server:
@@ -273,6 +319,8 @@ class Server:
         limits: see there.
         draft: a model for speculative decoding: requests are then answered one at a time.
         details: more that ``/v1/models`` tells.
+        team: the ranks that hold the model together, of which this is the first; the others call
+            `follow`.
 
     Raises:
         OSError: the address cannot be listened on.
@@ -294,27 +342,13 @@ class Server:
         limits: Limits | None = None,
         draft: Any = None,
         details: dict[str, Any] | None = None,
+        team: Ranks | None = None,
     ) -> None:
-        later: dict[str, Any] = {}
-        add_eos_tokens(tokenizer, settings.extra_eos_token)
-        settings.logits_processors(tokenizer)  # a bias of no token is refused before any request
-        if settings.kv is not None:
-            start = settings.quantized_kv_start
-            for each in (model, *([] if draft is None else [draft])):
-                compress_caches(each, settings.kv, start, force=settings.kv_force)
-            if start:
-                # Caches that begin plain: mlx-lm asks them to become compressed, in no batch.
-                later = {"kv_bits": settings.kv.v_bits, "quantized_kv_start": start}
+        _check(model, tokenizer, settings, draft)
         self._socket = bind(host, port) if listener is None else listener
         self._socket.listen(128)
-        self._engine = Engine(
-            model,
-            tokenizer,
-            limits or Limits(),
-            draft=draft,
-            num_draft_tokens=settings.num_draft_tokens,
-            later=later,
-            on_death=self.stop,
+        self._engine = _engine(
+            model, tokenizer, settings, limits, draft=draft, on_death=self.stop, team=team
         )
         planner = Planner(model, tokenizer, settings, self._engine.needs_boundaries)
         application = Application(self._engine, planner, tokenizer, name, details or {})
@@ -357,8 +391,7 @@ class Server:
         finally:
             self._socket.close()
             self._engine.close()
-        if self._engine.failure is not None:
-            raise MLXFuseError(f"the model no longer computes: {self._engine.failure}")
+        self._engine.expect_alive()
 
     def stop(self) -> None:
         """Let ``serve`` return; from any thread."""

@@ -6,79 +6,30 @@ import itertools
 import logging
 import queue
 import random
-import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, StopSequences
 from mlx_lm.models.cache import KVCache, LRUPromptCache, make_prompt_cache
+from mlx_lm.sample_utils import greedy_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..generate.sampling import Sampling
-from ..memory import machine
+from ..errors import MLXFuseError
 from ..nn.kv.cache import CompressedKVCache
+from ..ranks import Ranks, agreed
+from . import turns
+from .jobs import EngineError, Job, Limits
 from .one_by_one import OneByOne
 from .sampling import Sampler, make_sampler
 from .scoring import Scoring, told
-from .text import Echo, Piece, StreamedText
+from .text import Piece, StreamedText
+from .turns import Turn
 
 log = logging.getLogger(__name__)
 
-Event = Piece | Exception
 _KEY = "model"  # LRUPromptCache keeps caches of several
-
-
-class EngineError(RuntimeError):
-    """Generation failed, through no fault of the request."""
-
-
-@dataclass(slots=True)
-class Job:
-    """One answer to generate.
-
-    prompt      token ids within the vocabulary, at least one.
-    max_tokens  0: the prompt alone.
-    sampling    how tokens are chosen, but for its penalties, stops and seed.
-    seed        as for `make_sampler`.
-    processors  MLX-LM's logits processors, of this job only.
-    stops       strings before which the answer ends.
-    top         most likely tokens to tell of each token; None: nothing about probabilities.
-    boundaries  tokens of the prompt up to the end of a message -> ``system`` or ``user``.
-    echo        the prompt comes first, and with ``top`` also what its tokens cost.
-    deliver     is called in the engine's thread, with an exception or the piece that has
-                ``finish`` last.
-    """
-
-    prompt: list[int]
-    max_tokens: int
-    deliver: Callable[[Event], None]
-    sampling: Sampling = field(default_factory=Sampling)
-    seed: int | None = None
-    processors: Sequence[Any] = ()
-    stops: Sequence[str] = ()
-    top: int | None = None
-    boundaries: Mapping[int, str] = field(default_factory=dict)
-    echo: Echo | None = None
-    cancelled: bool = False
-    # The engine's own.
-    text: StreamedText | None = None
-    count: int = 0
-    cached: int = 0
-    failure: Exception | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """How much is done at a time, and kept."""
-
-    decode_concurrency: int = 32
-    prompt_concurrency: int = 8
-    prefill_step_size: int = 2048
-    prompt_caches: int = 10
-    prompt_cache_bytes: int = 1 << 63
 
 
 class Engine:
@@ -91,6 +42,8 @@ class Engine:
     Args:
         draft: a model for speculative decoding, with ``num_draft_tokens`` at a time.
         later: ``kv_bits`` and ``quantized_kv_start`` of caches that begin plain.
+        team: the ranks that hold the model together, each with an engine. Jobs are submitted to
+            rank 0's; the others do the same steps. A failure of generation ends all.
     """
 
     def __init__(
@@ -103,7 +56,9 @@ class Engine:
         num_draft_tokens: int = 3,
         later: dict[str, Any] | None = None,
         on_death: Callable[[], None] = lambda: None,
+        team: Ranks | None = None,
     ) -> None:
+        self._team = team
         self._model, self._tokenizer, self._limits = model, tokenizer, limits
         self._draft, self._num_draft_tokens, self._later = draft, num_draft_tokens, later or {}
         self._on_death = on_death
@@ -121,6 +76,7 @@ class Engine:
         self._jobs: dict[int, Job] = {}
         self._scoring: dict[int, Scoring] = {}  # of jobs with numbers below 0
         self._samplers: dict[tuple[float, ...], Sampler] = {}
+        self._grown = False  # whether the prompt caches may be more than is to be kept
         newline = tokenizer.encode("\n", add_special_tokens=False)
         self._protected = [*newline, *sorted(tokenizer.eos_token_ids)]
         self._cache = self._new_cache()
@@ -155,7 +111,20 @@ class Engine:
         """End the thread; what still runs gets an error."""
         self._closing = True
         self._inbox.put(None)
+        self.wait()
+
+    def wait(self) -> None:
+        """Return when the thread has ended."""
         self._thread.join()
+
+    def expect_alive(self) -> None:
+        """Raise what ended the thread, if something did.
+
+        Raises:
+            MLXFuseError: the model no longer computes.
+        """
+        if self.failure is not None:
+            raise MLXFuseError(f"the model no longer computes: {self.failure}")
 
     # --- in the thread ----------------------------------------------------------------------
 
@@ -166,21 +135,36 @@ class Engine:
                 self._generate(self._new_batch())
             except Exception as error:  # whatever it is: the server outlives it
                 log.exception("generation failed; starting it again")
-                self._abandon(EngineError(f"generation failed: {error}"))
                 try:
-                    self._probe()
+                    self._recover(error)
                 except Exception as final:
                     log.exception("the model no longer computes")
                     self.failure = final
                     break
+        if self._team is not None and self.failure is None:
+            if self._team.first:
+                turns.close(self._team)
+            mx.synchronize()  # a step that nobody waits for still needs every rank
         self._abandon(EngineError("the server is shutting down"))
         # What the caches hold must go in the thread that made it.
         self._cache, self._samplers = self._new_cache(), {}
         if self.failure is not None:
             self._on_death()
 
+    def _recover(self, error: Exception) -> None:
+        """Answer what ran with an error; raise unless the model still computes, on one rank."""
+        if self._team is not None:
+            self._team.settle()  # it may be that another rank was lost
+            raise error
+        self._abandon(EngineError(f"generation failed: {error}"))
+        self._cache, self._samplers = self._new_cache(), {}
+        mx.clear_cache()
+        mx.eval(self._model(mx.array([[0]]), cache=make_prompt_cache(self._model)))
+
     def _new_cache(self) -> LRUPromptCache:
-        return LRUPromptCache(self._limits.prompt_caches, self._limits.prompt_cache_bytes)
+        # Ranks hold caches of different sizes: rank 0 tells how many are kept.
+        most = self._limits.prompt_cache_bytes if self._team is None else 1 << 63
+        return LRUPromptCache(self._limits.prompt_caches, most)
 
     def _new_batch(self) -> Any:
         if not self._batches:
@@ -189,7 +173,7 @@ class Engine:
                 draft=self._draft,
                 num_draft_tokens=self._num_draft_tokens,
                 options={"prefill_step_size": self._limits.prefill_step_size, **self._later},
-                removed=lambda uid: self._jobs[uid].cancelled or self._closing,
+                removed=self._removed,
             )
         return BatchGenerator(
             self._model,
@@ -199,11 +183,9 @@ class Engine:
             stream=mx.default_stream(mx.default_device()),
         )
 
-    def _probe(self) -> None:
-        """Raise unless the model still computes."""
-        self._cache, self._samplers = self._new_cache(), {}
-        mx.clear_cache()
-        mx.eval(self._model(mx.array([[0]]), cache=make_prompt_cache(self._model)))
+    def _removed(self, uid: int) -> bool:
+        """Whether a prompt need not be read to its end; several ranks stop between steps only."""
+        return self._team is None and (self._jobs[uid].cancelled or self._closing)
 
     def _abandon(self, error: EngineError) -> None:
         jobs, self._jobs, self._scoring = self._jobs, {}, {}
@@ -231,32 +213,76 @@ class Engine:
             for response in progress:
                 if response.end_of_segment and not response.end_of_prompt:
                     self._keep_boundary(batch, response.uid)
-            over = {r.uid for r in generated if self._advance(batch, r)}
-            over |= {uid for uid, job in self._jobs.items() if job.cancelled or job.failure}
-            batch.remove(list(over))
-            for uid in over:
-                job = self._jobs.pop(uid)
-                self._scoring.pop(uid, None)
-                if job.failure is not None:
-                    job.deliver(job.failure)
+            self._end(batch, [r.uid for r in generated if self._advance(batch, r)])
+
+    def _end(self, batch: Any, over: list[int]) -> None:
+        batch.remove(over)
+        for uid in over:
+            job = self._jobs.pop(uid)
+            self._scoring.pop(uid, None)
+            if job.failure is not None:
+                job.deliver(job.failure)
 
     def _take(self, batch: Any) -> None:
-        """Begin what waits; sleep where nothing is to be done."""
+        """End what is wanted no more and begin what waits; sleep where nothing is to be done."""
+        if self._team is not None and not self._team.first:
+            self._follow(batch, self._team)
+            return
+        waiting = self._waiting()
+        dropped = [uid for uid, job in self._jobs.items() if job.cancelled or job.failure]
+        self._end(batch, dropped)
+        begun = [job for job in waiting if self._enter(batch, job)]
+        if begun or self._grown:
+            left = self._limits.prompt_cache_bytes - batch.prompt_cache_nbytes
+            self._cache.trim_to(n_bytes=left)
+            self._grown = False
+        if self._team is not None:
+            turns.tell(self._team, Turn(dropped, begun, len(self._cache)), self._jobs.values())
+
+    def _waiting(self) -> list[Job]:
+        found: list[Job] = []
         while True:
             try:
-                job = self._inbox.get(block=not self._jobs)
+                job = self._inbox.get(block=not (self._jobs or found))
             except queue.Empty:
-                return
+                return found
             if job is None:
-                return
-            if job.cancelled:
-                continue
-            if job.echo is not None and job.top is not None:
-                uid = min(self._scoring, default=0) - 1
-                self._jobs[uid] = job
-                self._scoring[uid] = Scoring(self._model, job.prompt, job.top, job.echo)
-                continue
-            self._try_to_begin(batch, job)
+                return found
+            if not job.cancelled:
+                found.append(job)
+
+    def _follow(self, batch: Any, team: Ranks) -> None:
+        """Do what rank 0 did in `_take`."""
+        turn = turns.told(team)
+        if turn is None:
+            self._closing = True
+            return
+        self._end(batch, turn.dropped)
+        for job in turn.begun:
+            like = self._jobs.get(job.like)
+            job.sampler = like.sampler if like else agreed(greedy_sampler, team.group)
+            expected = job.uid, job.cached
+            if not self._enter(batch, job) or (job.uid, job.cached) != expected:
+                raise EngineError("the ranks have come to hold different conversations")
+        self._cache.trim_to(n_sequences=turn.kept)
+
+    def _enter(self, batch: Any, job: Job, scored: Scoring | None = None) -> bool:
+        """Begin with a job; whether anything is left to be done for it."""
+        try:
+            if job.sampler is None:
+                job.sampler = self._sampler(job)
+            if scored is not None or job.echo is None or job.top is None:
+                return self._begin(batch, job, scored)
+            job.uid = min(self._scoring, default=0) - 1
+            self._scoring[job.uid] = Scoring(self._model, job.prompt, job.top, job.echo)
+            self._jobs[job.uid] = job
+        except Exception as error:  # it is in no batch yet: nothing else is touched
+            if scored is not None and self._team is not None:
+                raise  # the other ranks have begun
+            log.exception("a request could not begin")
+            job.deliver(EngineError(f"the request could not begin: {error}"))
+            return False
+        return True
 
     def _score(self, batch: Any) -> None:
         """Read on in the first of the prompts whose tokens are to be told of."""
@@ -264,22 +290,17 @@ class Engine:
             if scoring.step():
                 job = self._jobs.pop(uid)
                 del self._scoring[uid]
-                self._try_to_begin(batch, job, scoring)
+                self._enter(batch, job, scoring)
                 return
 
-    def _try_to_begin(self, batch: Any, job: Job, scored: Scoring | None = None) -> None:
-        try:
-            if job.echo is not None or not job.max_tokens:
-                text = "" if job.echo is None else job.echo.text
-                tokens = () if scored is None else tuple(scored.tokens)
-                job.deliver(Piece(text, tokens, None if job.max_tokens else "length"))
-            if job.max_tokens:
-                self._begin(batch, job, scored)
-        except Exception as error:  # it is in no batch yet: nothing else is touched
-            log.exception("a request could not begin")
-            job.deliver(EngineError(f"the request could not begin: {error}"))
-
-    def _begin(self, batch: Any, job: Job, scored: Scoring | None) -> None:
+    def _begin(self, batch: Any, job: Job, scored: Scoring | None) -> bool:
+        """Generate for a job from the next step on, unless it wants its prompt alone."""
+        if job.echo is not None or not job.max_tokens:
+            text = "" if job.echo is None else job.echo.text
+            tokens = () if scored is None else tuple(scored.tokens)
+            job.deliver(Piece(text, tokens, None if job.max_tokens else "length"))
+        if not job.max_tokens:
+            return False
         prompt, cache, held = job.prompt, None, 0
         # One token at least is left to be read.
         if scored is not None and self._draft is None:
@@ -289,24 +310,24 @@ class Engine:
             job.cached = held = len(prompt) - 1 - len(rest)
         cuts = [] if self._cuttable else sorted(job.boundaries)
         edges = [held, *(b for b in cuts if held < b < len(prompt)), len(prompt)]
-        sampler = self._sampler(job)
         begun = 0 if job.echo is None else len(job.echo.text)
         job.text = StreamedText(self._tokenizer.detokenizer, job.stops, begun)
-        (uid,) = batch.insert_segments(
+        (job.uid,) = batch.insert_segments(
             segments=[[prompt[a:b] for a, b in itertools.pairwise(edges)]],
             max_tokens=[job.max_tokens],
             caches=[cache],
             all_tokens=[prompt[:held]],
-            samplers=[sampler],
+            samplers=[job.sampler],
             logits_processors=[[_guarded(job, p) for p in job.processors]],
             stop_sequences=[self._ends],
         )
-        self._jobs[uid] = job
-        left = self._limits.prompt_cache_bytes - batch.prompt_cache_nbytes
-        self._cache.trim_to(n_bytes=left)
+        self._jobs[job.uid] = job
+        return True
 
     def _sampler(self, job: Job) -> Sampler:
         made = make_sampler(job.sampling, self._protected, job.seed)
+        if self._team is not None:
+            made = agreed(made, self._team.group)
         if job.seed is not None:
             return made
         # Jobs that share a sampler are sampled in one call.
@@ -328,12 +349,11 @@ class Engine:
         # A cache that is not evaluated holds on to the whole batch's.
         mx.eval([c.state for c in cache])
         self._cache.insert_cache(_KEY, tokens[:], cache, cache_type=kind)
+        self._grown = True
 
     def _advance(self, batch: Any, response: Any) -> bool:
         """Deliver a token; whether it was the last."""
         job = self._jobs[response.uid]
-        if job.cancelled or job.failure:
-            return False
         assert job.text is not None
         job.count += 1
         reason = response.finish_reason
@@ -345,16 +365,11 @@ class Engine:
         elif reason is not None:
             self._keep(response.all_tokens, response.prompt_cache)
         finish = "stop" if stop is not None else reason
-        if text or tokens or finish or job.count == 1:
+        # Whoever cancelled it, and rank 0 alone knows: the steps of all ranks are the same.
+        wanted = not (job.cancelled or job.failure)
+        if wanted and (text or tokens or finish or job.count == 1):
             job.deliver(Piece(text, tokens, finish, stop, job.count, job.cached))
         return finish is not None
-
-
-def memory_left() -> int:
-    """Bytes that the model leaves of what this machine has for it and its caches."""
-    # Elsewhere what MLX holds is not available, so it is counted already.
-    held = mx.get_active_memory() if sys.platform == "darwin" else 0
-    return max(0, machine().budget - held)
 
 
 def _guarded(job: Job, processor: Any) -> Any:

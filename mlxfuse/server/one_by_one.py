@@ -15,7 +15,9 @@ from mlx_lm.generate import (
     generate_step,
     speculative_generate_step,
 )
-from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
+
+from ..generate.run import level
 
 
 @dataclass(slots=True)
@@ -139,11 +141,10 @@ class OneByOne:
     def _finished(self, at: _Sequence) -> tuple[list[Any], list[int]]:
         """The caches, brought to the same length, and the tokens they hold."""
         at.steps, self._current = None, None  # ends the generator, which takes its drafts back
-        offsets = [n for c in at.cache if (n := getattr(c, "offset", None)) is not None]
-        held = min(offsets, default=len(at.tokens))
-        for cache in at.cache if len(self._models) > 1 else ():
-            trim_prompt_cache([cache], cache.offset - held)
-        return at.cache, at.tokens[:held]
+        if len(self._models) > 1:
+            return at.cache, at.tokens[: level(at.cache)]
+        offsets = (n for c in at.cache if (n := getattr(c, "offset", None)) is not None)
+        return at.cache, at.tokens[: min(offsets, default=len(at.tokens))]
 
     def extract_cache(self, uids: list[int]) -> dict[int, Any]:
         """The cache and tokens of the sequence at work, which ends."""

@@ -16,7 +16,7 @@ from ..generate.run import Settings
 from ..generate.sampling import Sampling, suppressed
 from ..generate.structured import Constraint, Grammars
 from .answers import Form
-from .engine import Job
+from .jobs import Job
 from .requests import MAX_CHOICES, ChatRequest, CompletionRequest, RequestError
 from .text import Echo
 
@@ -197,9 +197,9 @@ class Planner:
             except Exception:  # a template may refuse a part of a conversation
                 continue
             part = self._tokenizer.encode(text, add_special_tokens=False)
-            pairs = zip(part, ids[:-1], strict=False)
-            common = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(part), len(ids)))
-            if 0 < common < len(ids):
+            pairs = enumerate(zip(part, ids[:-1], strict=False))  # the last is read by itself
+            most = min(len(part), len(ids) - 1)
+            if common := next((i for i, (a, b) in pairs if a != b), most):
                 found[common] = kind
         return found
 

@@ -13,7 +13,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextvars import ContextVar
+from types import CodeType
 from typing import Any, NoReturn
 
 import jinja2
@@ -74,94 +74,6 @@ class _Meter:
         self.check(self._made)
 
 
-_METER: ContextVar[_Meter] = ContextVar("chat template meter")
-
-
-def _turns(values: Iterable[Any]) -> Iterator[Any]:
-    """What a loop goes over, with the clock looked at."""
-    for value in values:
-        _METER.get().tick()
-        yield value
-
-
-def _glued(values: list[Any]) -> str:
-    """``a ~ b``."""
-    meter = _METER.get()
-    for value in values:
-        meter.check_text(value)
-    parts = [str(value) for value in values]
-    meter.check(sum(map(len, parts)))
-    return "".join(parts)
-
-
-def _range(*bounds: int) -> range:
-    numbers = range(*bounds)
-    _METER.get().add(8 * len(numbers))
-    return numbers
-
-
-@jinja2.pass_context  # a context keeps jinja from running it while compiling
-def _output(_: Context, value: Any) -> Any:
-    meter = _METER.get()
-    meter.check_text(value)
-    meter.add(len(str(value)))
-    return value
-
-
-def _growth_checked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter of that name, of which `grown` knows how much it makes."""
-    given = int(hasattr(function, "jinja_pass_arg"))  # what jinja itself gives it
-
-    @functools.wraps(function)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        meter = _METER.get()
-        meter.check(grown(name, meter.check, *args[given:], **kwargs))
-        return function(*args, **kwargs)
-
-    return checked
-
-
-def _join_checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter ``join``, with values that are all there before it begins."""
-
-    @functools.wraps(function)
-    def checked(context: Any, values: Iterable[Any], d: str = "", attribute: Any = None) -> Any:
-        meter, items = _METER.get(), list(_turns(values))
-        if attribute is not None:
-            items = [*map(make_attrgetter(context.environment, attribute), items)]
-        meter.check(grown("join", meter.check, str(d), items))
-        return function(context, items, d)
-
-    return checked
-
-
-def _sum_checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter ``sum``, which joins lists too."""
-
-    @functools.wraps(function)
-    def checked(environment: Any, values: Iterable[Any], *args: Any, **kwargs: Any) -> Any:
-        items = list(_turns(values))
-        _METER.get().check_text(items)
-        return function(environment, items, *args, **kwargs)
-
-    return checked
-
-
-def _widths_checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter whose first argument is a value, and whose others may be widths or counts."""
-
-    @functools.wraps(function)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        _check_widths(*args[1:], *kwargs.values())
-        return function(*args, **kwargs)
-
-    return checked
-
-
-def _check_widths(*values: Any) -> None:
-    _METER.get().check(max((abs(v) for v in values if isinstance(v, int)), default=0))
-
-
 class _Namespace(Namespace):
     """jinja's, which cannot be given the attributes of Python's own machinery."""
 
@@ -198,20 +110,21 @@ def _raise_exception(message: Any) -> NoReturn:
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """transformers' environment, which meets the `_Meter` of the rendering in progress."""
+    """transformers' environment with the `_Meter` of one rendering, which has it to itself."""
 
     intercepted_binops = frozenset(["+", "*", "%", "**"])
 
-    def __init__(self) -> None:
+    def __init__(self, meter: _Meter) -> None:
+        self._meter = meter
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
             optimized=False,  # nothing runs while compiling
-            finalize=_output,
+            finalize=self._output,
             extensions=[_Generation, "jinja2.ext.loopcontrols"],
         )
         self.globals |= {
-            "range": _range,
+            "range": self._range,
             "namespace": _Namespace,
             "raise_exception": _raise_exception,
             "strftime_now": lambda form: datetime.datetime.now().strftime(form),
@@ -219,13 +132,86 @@ class _Environment(ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]  # makes as much as it is asked for
         self.filters["tojson"] = _tojson
         for name in ("batch", "center", "indent", "round", "slice", "tojson"):
-            self.filters[name] = _widths_checked(self.filters[name])
+            self.filters[name] = self._widths_checked(self.filters[name])
         for name in TEXTS:
-            self.filters[name] = _growth_checked(name, self.filters[name])
-        self.filters["join"] = _join_checked(self.filters["join"])
-        self.filters["sum"] = _sum_checked(self.filters["sum"])
+            self.filters[name] = self._growth_checked(name, self.filters[name])
+        self.filters["join"] = self._join_checked(self.filters["join"])
+        self.filters["sum"] = self._sum_checked(self.filters["sum"])
         # Names that a template cannot spell.
-        self.filters |= {"mlxfuse turns": _turns, "mlxfuse glued": _glued}
+        self.filters |= {"mlxfuse turns": self._turns, "mlxfuse glued": self._glued}
+
+    @jinja2.pass_context  # a context keeps jinja from running it while compiling
+    def _output(self, _: Context, value: Any) -> Any:
+        self._meter.check_text(value)
+        self._meter.add(len(str(value)))
+        return value
+
+    def _range(self, *bounds: int) -> range:
+        numbers = range(*bounds)
+        self._meter.add(8 * len(numbers))
+        return numbers
+
+    def _turns(self, values: Iterable[Any]) -> Iterator[Any]:
+        """What a loop goes over, with the clock looked at."""
+        for value in values:
+            self._meter.tick()
+            yield value
+
+    def _glued(self, values: list[Any]) -> str:
+        """``a ~ b``."""
+        for value in values:
+            self._meter.check_text(value)
+        parts = [str(value) for value in values]
+        self._meter.check(sum(map(len, parts)))
+        return "".join(parts)
+
+    def _growth_checked(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The filter of that name, of which `grown` knows how much it makes."""
+        given = int(hasattr(function, "jinja_pass_arg"))  # what jinja itself gives it
+
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            self._meter.check(grown(name, self._meter.check, *args[given:], **kwargs))
+            return function(*args, **kwargs)
+
+        return checked
+
+    def _join_checked(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The filter ``join``, with values that are all there before it begins."""
+
+        @functools.wraps(function)
+        def checked(context: Any, values: Iterable[Any], d: str = "", attribute: Any = None) -> Any:
+            items = list(self._turns(values))
+            if attribute is not None:
+                items = [*map(make_attrgetter(context.environment, attribute), items)]
+            self._meter.check(grown("join", self._meter.check, str(d), items))
+            return function(context, items, d)
+
+        return checked
+
+    def _sum_checked(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The filter ``sum``, which joins lists too."""
+
+        @functools.wraps(function)
+        def checked(environment: Any, values: Iterable[Any], *args: Any, **kwargs: Any) -> Any:
+            items = list(self._turns(values))
+            self._meter.check_text(items)
+            return function(environment, items, *args, **kwargs)
+
+        return checked
+
+    def _widths_checked(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter whose first argument is a value, and whose others may be widths or counts."""
+
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            self._check_widths(*args[1:], *kwargs.values())
+            return function(*args, **kwargs)
+
+        return checked
+
+    def _check_widths(self, *values: Any) -> None:
+        self._meter.check(max((abs(v) for v in values if isinstance(v, int)), default=0))
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
@@ -244,19 +230,19 @@ class _Environment(ImmutableSandboxedEnvironment):
         return tree
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        meter = _METER.get()
+        meter = __self._meter
         meter.tick()
         method = getattr(__obj, "__wrapped__", __obj)  # jinja's own format
         text = getattr(method, "__self__", None)
         if isinstance(text, str):
-            _check_widths(*args, *kwargs.values())
+            __self._check_widths(*args, *kwargs.values())
             if method.__name__ == "join" and args:
-                args = ([*_turns(args[0])],)
+                args = ([*__self._turns(args[0])],)
             meter.check(grown(method.__name__, meter.check, text, *args, **kwargs))
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        meter = _METER.get()
+        meter = self._meter
         meter.tick()
         if operator == "*" and not isinstance(left, int):
             left, right = right, left
@@ -277,10 +263,10 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(source: str) -> jinja2.Template:
+def _compiled(source: str) -> CodeType:
     """Raises UnsupportedError if ``source`` is malformed."""
     try:
-        return _Environment().from_string(source)
+        return _Environment(_Meter({})).compile(source)
     except _FAILURES as error:
         raise UnsupportedError(f"the chat template is malformed: {_describe(error)}") from error
 
@@ -326,17 +312,15 @@ def render(
     return _cut_end(text) if continue_final_message else text
 
 
-def _rendered(code: jinja2.Template, values: Mapping[str, Any]) -> str:
+def _rendered(code: CodeType, values: Mapping[str, Any]) -> str:
     meter = _Meter(values)
-    token = _METER.set(meter)
-    try:
-        pieces = []
-        for piece in code.generate(values):
-            meter.add(len(piece))
-            pieces.append(piece)
-        return "".join(pieces)
-    finally:
-        _METER.reset(token)
+    environment = _Environment(meter)
+    template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
+    pieces = []
+    for piece in template.generate(values):
+        meter.add(len(piece))
+        pieces.append(piece)
+    return "".join(pieces)
 
 
 def _describe(error: BaseException) -> str:

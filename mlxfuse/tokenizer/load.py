@@ -71,7 +71,10 @@ def with_template(tokenizer: TokenizerWrapper, template: str) -> TokenizerWrappe
     inner.chat_template = template
     if not isinstance(inner, GGUFTokenizer):
         wrapper = TokenizerWrapper(
-            inner, type(tokenizer.detokenizer), tokenizer.eos_token_ids, **answer_format(inner)
+            inner,
+            lambda _: tokenizer.detokenizer,
+            tokenizer.eos_token_ids,
+            **answer_format(inner),
         )
         return complete(wrapper)
     return wrapped(inner, tokenizer.eos_token_ids)

@@ -37,6 +37,7 @@ from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from mlxfuse.fusion import patch_model
+from mlxfuse.kernels.kv.sdpa_call import Scores
 from mlxfuse.nn.kv import cache as module
 from mlxfuse.nn.kv.cache import CompressedKVCache
 
@@ -136,12 +137,13 @@ def one_layer(make: Callable[[], Any], tokens: int, scratch: int) -> int:
     cache = fill(make(), tokens, 4096, 8, 128)
     x = mx.random.normal((1, 8, 64, 128)).astype(mx.float16)
     mx.eval(x)
-    how = {"scale": 0.1, "mask": "causal"}
 
     def work() -> Any:
         if isinstance(cache, CompressedKVCache):
-            return cache.attend(x, x, x, **how)
-        return mx.fast.scaled_dot_product_attention(x, *cache.update_and_fetch(x, x), **how)
+            return cache.attend(x, x, x, Scores.of("causal", 0.1))
+        return mx.fast.scaled_dot_product_attention(
+            x, *cache.update_and_fetch(x, x), scale=0.1, mask="causal"
+        )
 
     with (
         mock.patch.object(CompressedKVCache, "SCRATCH", scratch),
@@ -159,7 +161,7 @@ def glance(*arrays: mx.array) -> mx.array:
 def append(cache: Any, x: mx.array) -> mx.array:
     """One layer's step: x [1, heads, 1, head size] -> the same shape."""
     if isinstance(cache, CompressedKVCache):
-        return cache.attend(x, x, x, scale=1.0)
+        return cache.attend(x, x, x, Scores.of(None, 1.0))
     return x + glance(*cache.update_and_fetch(x, x))
 
 

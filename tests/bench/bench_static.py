@@ -34,6 +34,8 @@ from mlxfuse.bench.cases import SMALL, cases
 from mlxfuse.formats import BY_NAME, Format
 from mlxfuse.kernels.kv.compressed_sdpa import compressed_sdpa
 from mlxfuse.kernels.kv.scheme import KVScheme, KVSide
+from mlxfuse.kernels.kv.sdpa_call import Scores
+from mlxfuse.kernels.matmul.product import Epilogue
 from mlxfuse.kernels.matmul.quantized_matmul import quantized_matmul
 from mlxfuse.kernels.runtime import kernel as _kernel
 from mlxfuse.kernels.runtime.kernel import Launch
@@ -105,7 +107,7 @@ def attention(
             sink=plain[:, :, :4],
             sink_length=4,
             fresh=(new, new),
-            scale=1.0,
+            scores=Scores(1.0),
         )
     )
     launch: Launch = kernel.launch(*arguments)
@@ -119,7 +121,7 @@ def product(name: str, rows: int, *, gated: bool = False) -> Launch:
         lambda: quantized_matmul(
             mx.zeros((rows, 512), HALF),
             QuantizedWeight(tuple(parts)),
-            activation="swiglu" if gated else None,
+            Epilogue(activation="swiglu" if gated else None),
         )
     )
     launch: Launch = kernel.launch(*arguments)

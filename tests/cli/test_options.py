@@ -171,3 +171,21 @@ def test_a_shell_completes_commands_and_models(tmp_path):
         timeout=60,
     )
     assert done.stdout.split() == [f"{tmp_path}/model.gguf", f"{tmp_path}/models/"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--num-draft-tokens", "3"), "--num-draft-tokens needs --draft-model or --prompt-lookup"),
+        (("--chat-template-config", "["), "--chat-template-config: not JSON"),
+        (("--chat-template-config", "[]"), "--chat-template-config: expected a JSON object"),
+        (("-f", "/no such file"), "/no such file: no such file or directory"),
+        (("--fuse", "qvk"), "--fuse takes auto, all, off or names: qkv"),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_option(arguments, said, tmp_path):
+    path = tiny.write(tmp_path / "m.gguf", tiny.build("llama", 0))
+    result = invoke("generate", path, *arguments, env={"COLUMNS": "200"})
+    assert result.exit_code != 0
+    assert said in " ".join(result.output.split())
+    assert "Errno" not in result.output

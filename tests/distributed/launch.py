@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,20 +23,27 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def start(ranks: int, module: str, *arguments: str) -> list[subprocess.Popen[str]]:
-    """``python -m MODULE ARGUMENTS`` as so many ranks."""
+def start(
+    ranks: int, module: str, *arguments: str | tuple[str, ...], **more: Any
+) -> list[subprocess.Popen[str]]:
+    """``python -m MODULE ARGUMENTS`` as so many ranks; a tuple has one argument for each.
+
+    Args:
+        more: of `subprocess.Popen`.
+    """
+    more = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, **more}
     handle, hosts = tempfile.mkstemp(suffix=".json")
     with os.fdopen(handle, "w") as file:
         json.dump([[f"127.0.0.1:{port}"] for port in free_ports(ranks)], file)
     return [
         subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
+            [sys.executable, "-m", module]
+            + [one if isinstance(one, str) else one[rank] for one in arguments],
             cwd=ROOT,
             env={**os.environ, "MLX_HOSTFILE": hosts, "MLX_RANK": str(rank)},
-            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
             text=True,
+            **more,
         )
         for rank in range(ranks)
     ]

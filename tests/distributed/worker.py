@@ -18,8 +18,10 @@ from unittest.mock import patch
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlxfuse.errors import UnsupportedError
 from mlxfuse.loader import load
 from mlxfuse.nn.summed import SummedProjection
 from tests.models import tiny
@@ -33,8 +35,10 @@ class Job:
     """A model to be loaded and asked.
 
     name    of the results.
+    dtype   of an MLX-LM checkpoint's activations.
     wrong   what is done wrong on purpose: ``sum``, ``residual``, ``token`` or nothing.
     greedy  so many tokens are generated after the prompt.
+    alone   whether one process is to be asked too.
     """
 
     name: str
@@ -42,8 +46,17 @@ class Job:
     prompt: list[int]
     fuse: str = "off"
     kv_bits: str | None = None
+    dtype: str | None = None
+    pipeline: bool = False
     wrong: str = ""
     greedy: int = 0
+    alone: bool = True
+
+
+def loaded(job: Job, group: mx.distributed.Group | None = None) -> Any:
+    """The model of a job."""
+    how = {"fuse": job.fuse, "kv_bits": job.kv_bits, "dtype": job.dtype}
+    return load(job.path, **how, group=group, pipeline=job.pipeline)[0]
 
 
 def logits(model: Any, prompt: list[int]) -> np.ndarray:
@@ -59,13 +72,9 @@ def logits(model: Any, prompt: list[int]) -> np.ndarray:
 
 
 def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
-    """The likeliest tokens after a prompt."""
-    cache, found = make_prompt_cache(model), []
-    y = model(mx.array([prompt]), cache=cache)
-    for _ in range(count):
-        found.append(int(mx.argmax(y[0, -1]).item()))
-        y = model(mx.array([found[-1:]]), cache=cache)
-    return found
+    """The likeliest tokens after a prompt, of which mlx-lm reads some tokens at a time."""
+    steps = generate_step(mx.array(prompt), model, max_tokens=count, prefill_step_size=8)
+    return [int(token) for token, _ in steps]
 
 
 @contextmanager
@@ -94,9 +103,9 @@ def made_wrong(what: str) -> Iterator[None]:
         added = SummedProjection.added
 
         def twice(self: Any, x: mx.array, residual: mx.array, on: Any) -> mx.array:
-            first = self._summed.group.rank() == 0
+            first = self._linear.group.rank() == 0
             y = added(self, x, residual, on)
-            return y if first and self._summed.group.size() < 2 else y + residual
+            return y if first and self._linear.group.size() < 2 else y + residual
 
         with patch.object(SummedProjection, "added", twice):
             yield
@@ -106,7 +115,10 @@ def made_wrong(what: str) -> Iterator[None]:
 
 def run(job: Job, group: mx.distributed.Group) -> tuple[np.ndarray, dict[str, Any]]:
     """A rank's logits, and what it knows."""
-    model, _ = load(job.path, fuse=job.fuse, kv_bits=job.kv_bits, group=group)
+    try:
+        model = loaded(job, group)
+    except UnsupportedError as error:  # as on every rank
+        return np.zeros(1), {"refused": str(error)}
     report = model.load_report
     prompt = list(job.prompt)
     if job.wrong == "token" and group.rank() == 1:

@@ -85,6 +85,47 @@ def test_gemmas_norms_and_additions_take_three(name: str, tmp_path: Path) -> Non
         assert found.total() == 11
 
 
+@pytest.mark.parametrize(
+    ("name", "count"), [("qwen3_moe", 12), ("gpt_oss", 12), ("mixtral", 12), ("qwen2_moe", 14)]
+)
+def test_a_layer_of_experts(name: str, count: int) -> None:
+    """Five where experts are: the norm, the router, their choice, and two products. A shared
+    expert takes two, its gate none.
+    """
+    model = zoo.build(name, "affine4")
+    report = patch_model(model, fuse="all")
+    before, after = report.dispatches or (0, 0)
+    outside = 6  # 4 to look a row up, the last norm and the head
+    assert after - outside == count * len(model.layers)
+    assert before - outside > 26 * len(model.layers)
+
+
+def test_a_layer_of_ministral() -> None:
+    """What multiplies the queries is one of eleven; a token's numbers for that take ten."""
+    model = zoo.build("ministral3", "affine4")
+    before, after = patch_model(model, fuse="all").dispatches or (0, 0)
+    assert after - 6 - 10 == 11 * len(model.layers)
+    assert before - 6 - 10 == 18 * len(model.layers)
+
+
+def test_experts_are_chosen_as_the_block_says_now() -> None:
+    model = zoo.build("qwen3_moe", "affine4")
+    patch_model(model, fuse="all")
+    block, x = model.layers[1].mlp, mx.zeros((1, 1, model.args.hidden_size))
+    mx.eval(x)
+
+    def chosen() -> int:
+        return dispatches(lambda: block(x))["route"]
+
+    assert chosen() == 1
+    for name in ("top_k", "norm_topk_prob"):
+        before = getattr(block, name)
+        setattr(block, name, 1 - before)
+        assert chosen() == 0, name
+        setattr(block, name, before)
+    assert chosen() == 1
+
+
 def test_a_report_counts_a_token_that_is_as_all_that_follow() -> None:
     """gpt-oss has sliding caches, which grow with the first token after a prompt."""
     model = zoo.build("gpt_oss", "affine4")

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx_lm.models import gemma3_text, rope_utils
-from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.tuner.dora import DoRALinear
 
 from mlxfuse.errors import NotFusible
 from mlxfuse.fusion import unpatch_model
@@ -18,7 +18,7 @@ from mlxfuse.fusion.certify import certify
 from mlxfuse.fusion.checks import Reference
 from mlxfuse.fusion.forms import _rope_options, attention_form, norm_options, rotation
 from mlxfuse.fusion.report import Check
-from mlxfuse.kernels.norm.norm_rope import norm_rope
+from mlxfuse.kernels.norm.norm_rope import RopeOptions, norm_rope
 from mlxfuse.loader import load
 from mlxfuse.nn.join_linears import check_experts, check_joinable, cut, join, single
 from tests.fusion.stock import make
@@ -61,7 +61,7 @@ ROPES = {
 def test_every_number_of_a_rotation_reaches_the_kernel(name: str) -> None:
     rope = ROPES[name]()
     q, k = (mx.random.normal((1, 5, n * 16), key=mx.random.key(n)) for n in (4, 2))
-    got = norm_rope(q, k, heads=4, kv_heads=2, offset=7, **_rope_options(rope))
+    got = norm_rope(q, k, 7, RopeOptions(heads=4, kv_heads=2, **_rope_options(rope)))
     for given, rotated in ((q, got[0]), (k, got[1])):
         heads = given.reshape(1, 5, -1, 16).transpose(0, 2, 1, 3)
         assert mx.allclose(rotated, rope(heads, offset=7), atol=1e-5)
@@ -81,9 +81,9 @@ def test_heads_of_different_sizes_are_not_rotated_together() -> None:
     rotation(module, form)
     form.rows = form.rows[0], form.rows[1] * 2, form.rows[2]
     assert refusal(lambda: rotation(module, form)) == "its heads of q and k have different sizes"
-    module.q_proj = LoRALinear.from_base(module.q_proj)
+    module.q_proj = DoRALinear.from_base(module.q_proj)
     form = attention_form(module, certify(type(module), "attention"))
-    assert refusal(lambda: rotation(module, form)) == "its linears are LoRALinear and dense"
+    assert refusal(lambda: rotation(module, form)) == "its linears are DoRALinear and dense"
 
 
 def test_one_array_that_is_shared_is_enough() -> None:
@@ -120,7 +120,7 @@ def doubled() -> nn.Module:
 
 
 def adapted() -> nn.Module:
-    return LoRALinear.from_base(quantized())
+    return DoRALinear.from_base(quantized())
 
 
 def half(linear: nn.Linear) -> nn.Linear:

@@ -211,7 +211,7 @@ def test_weights_can_be_replaced(pair, tmp_path: Path) -> None:
     assert zoo.apart(zoo.logits(ours), zoo.logits(stock)) > 1e-2
 
 
-def test_lora_before_the_patch_is_left_alone(tokenizer) -> None:
+def test_lora_before_the_patch_is_added_beside_what_is_fused(tokenizer) -> None:
     def adapted():
         model = zoo.build("llama", "affine4")
         linear_to_lora_layers(model, 2, {"rank": 4, "scale": 2.0, "dropout": 0.0})
@@ -226,8 +226,9 @@ def test_lora_before_the_patch_is_left_alone(tokenizer) -> None:
             if "lora_a" in a:
                 b.lora_a = a.lora_a
     report = patch_model(both[1], fuse="all")
-    assert "LoRA" in str(report)
-    assert len(report.tallies["qkv"].fused) == 2
+    assert "gate_proj and up_proj have adapters, added before the activation" in str(report)
+    assert len(report.tallies["qkv"].fused) == report.tallies["qkv"].total
+    assert len(report.tallies["gate_up"].fused) == report.tallies["gate_up"].total - 2
     assert zoo.apart(zoo.logits(both[1]), zoo.logits(both[0])) <= 1e-5
     assert tokens(both[1], tokenizer) != tokens(zoo.build("llama", "affine4"), tokenizer)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
-from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.tuner.dora import DoRALinear
 
 from mlxfuse.fusion import patch_model, unpatch_model
 from mlxfuse.kernels import fallbacks, launches, unavailable
@@ -196,7 +196,7 @@ def test_the_choice_of_fusions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ),
     ):
         assert str(load(path, fuse=fuse)[0].load_report.patch) == text
-    with pytest.raises(ValueError, match=r"auto, all, off or of qkv, gate_up, .*; found qvk"):
+    with pytest.raises(ValueError, match=r"auto, all, off or names: qkv, gate_up, .*; found qvk"):
         load(path, fuse="qvk,gate_up")
     monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
     assert list(load(path)[0].load_report.patch.tallies) == [
@@ -208,8 +208,8 @@ class Other(QuantizedLinear):
     pass
 
 
-def lora(model: nn.Module) -> None:
-    model.layers[1].self_attn.k_proj = LoRALinear.from_base(nn.Linear(64, 32))
+def dora(model: nn.Module) -> None:
+    model.layers[1].self_attn.k_proj = DoRALinear.from_base(nn.Linear(64, 32))
 
 
 def subclassed(model: nn.Module) -> None:
@@ -232,7 +232,7 @@ def attention_subclassed(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("change", "places", "reason"),
     [
-        (lora, [1], "its linears are LoRALinear and quantised"),
+        (dora, [1], "its linears are DoRALinear and quantised"),
         (subclassed, [1], "its linears are Other and quantised"),
         (aliased, [0, 1], "q_proj is used in several places"),
         (streamed, [1], "its linears are dense and quantised"),

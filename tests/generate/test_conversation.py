@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from mlxfuse.errors import MLXFuseError
+from mlxfuse.errors import MLXFuseError, UnsupportedError
 from mlxfuse.generate import conversation
 from mlxfuse.generate.chat import Chat
 from mlxfuse.generate.run import Settings
@@ -46,6 +46,32 @@ def test_a_message_longer_than_the_context_is_refused_and_changes_nothing(pair):
         chat.say("x" * 300)
     assert chat.messages == before
     assert chat.say("and now?") is not None
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_draft_changes_no_answer(pair, tmp_path, same):
+    """Of the model itself, whose drafts are all taken, and of another, whose are hardly."""
+    other = load(tiny.write(tmp_path / "d.gguf", tiny.build("llama", 1)))[0]
+    settings = Settings(max_tokens=9, system_prompt="be brief")
+    plain = Chat(*pair, settings)
+    drafted = Chat(*pair, settings, draft_model=pair[0] if same else other)
+    accepted = 0
+    for text in ("Hello", "and now?", "x" * 40):
+        want, got = plain.say(text), drafted.say(text)
+        assert got.tokens == want.tokens
+        assert got.prompt_tokens <= want.prompt_tokens + 2
+        accepted += got.accepted
+        stops = iter([False, False, True])
+        assert len(drafted.say("more", stop=lambda s=stops: next(s)).tokens) == 3
+        # What it had read of the answer that was stopped is taken back.
+        drafted.messages = list(plain.messages)
+    assert (accepted > 12) == same
+
+
+def test_a_draft_needs_caches_that_can_be_cut(pair, tmp_path):
+    hybrid = load(tiny.write(tmp_path / "h.gguf", tiny.build("qwen35", 0)))[0]
+    with pytest.raises(UnsupportedError, match="--draft-model: its cache"):
+        Chat(*pair, Settings(), draft_model=hybrid)
 
 
 def test_an_answer_ends_with_the_context(pair):

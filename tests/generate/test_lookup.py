@@ -111,6 +111,33 @@ def test_fewer_forward_passes_on_text_that_repeats(pair, monkeypatch):
     assert "forward pass" not in plain.footer()
 
 
+LINE = (
+    "- [ ] {}: check the pressure, check the oil, check the temperature, write the result down.\n"
+)
+FUNCTION = """def test_{0}(client):
+    answer = client.get('/items/{0}')
+    assert answer.status_code == 200
+    assert answer.json()['name'] == '{0}'
+
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "text",
+    [
+        "".join(map(LINE.format, ("Monday", "Tuesday", "Wednesday", "Thursday"))),
+        "".join(map(FUNCTION.format, ("apple", "pear", "plum"))),
+    ],
+    ids=["list", "code"],
+)
+def test_the_demo_model_on_text_that_repeats(demo, text):
+    """Measured: 0.25 forward passes a token for the list, 0.39 for the code."""
+    drafted = generate(*load(demo), settings(text, 64, prompt_lookup=True, num_draft_tokens=7))
+    assert drafted.generation_tokens == 64
+    assert 64 - drafted.accepted <= 0.6 * 64
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 9])
 def test_the_last_token_is_where_it_is_without(pair, count):
     plain = generate(*pair, settings("abcabcabc", count, logit_bias={97: 60.0}))

@@ -11,18 +11,23 @@ import numpy as np
 
 from mlxfuse.bench.cases import sample
 from mlxfuse.formats import BY_NAME
+from mlxfuse.kernels import route
 from mlxfuse.kernels.activations import Int8Activations
 from mlxfuse.kernels.kv import dequantize_kv, quantize_kv
 from mlxfuse.kernels.kv.compressed_sdpa import compressed_sdpa
 from mlxfuse.kernels.kv.scheme import KVScheme, KVSide, pack
+from mlxfuse.kernels.kv.sdpa_call import Scores
 from mlxfuse.kernels.matmul import dequantize, int8_matmul, quantized_matmul
-from mlxfuse.kernels.matmul.product import _GATED, ACTIVATIONS, Call
+from mlxfuse.kernels.matmul.product import Experts
+from mlxfuse.kernels.matmul.tile_program import ACTIVATIONS, GATED
 from mlxfuse.kernels.norm import norm_rope, quantize_int8, rms_norm
 from mlxfuse.kernels.runtime import kernel as _kernel
 from mlxfuse.kernels.runtime.self_test import calls
 from mlxfuse.kernels.runtime.source import header
 from mlxfuse.kernels.weight import AffineSegment, AnySegment, Part, QuantizedWeight
 from tests import msl
+
+from . import flat
 
 # But for those that are stored as others are.
 FORMATS = tuple(f.name for f in BY_NAME.values() if f.kernel and not f.traits.stored)
@@ -123,8 +128,7 @@ def _product(
 ) -> Variant:
     rng = np.random.default_rng(rows)
     x = mx.array(rng.normal(0, 0.01, (rows, weight.columns)), mx.float32).astype(dtype)
-    options = {"bias": None, "residual": None, "activation": None, "split": False, "experts": None}
-    call = Call(x, weight, **{**options, **more}, large="tiles")
+    call = flat.call_of(x, weight, **more, large="tiles")
     call.check()
     return Variant(f"quantized_matmul {name}", quantized_matmul.KERNEL, (call,))
 
@@ -177,7 +181,7 @@ def variants() -> Iterator[Variant]:
     same, mixed = [("Q4_K", ROWS), ("Q4_K", ROWS)], [("Q4_K", ROWS), ("Q8_0", ROWS)]
     qkv = [("Q5_0", 16), ("Q5_0", 8), ("Q8_0", 8)]
     for activation in ACTIVATIONS:
-        parts = same if activation in _GATED else same[:1]
+        parts = same if activation in GATED else same[:1]
         yield _matmul(f"{activation} M = 1", parts, 1, half, activation=activation)
     bias = mx.array(rng.standard_normal(32), mx.float32).astype(half)
     for rows in (1, 8, 40):
@@ -197,8 +201,8 @@ def variants() -> Iterator[Variant]:
     yield _product("experts in tiles", both, 21, half, experts=many, activation="swiglu_clipped")
     down = _product("experts summed", both.split()[0], 2, half, experts=ids[0])
     (call,) = down.arguments
-    added = {"experts": ids, "scores": mx.full((1, 2), 0.5, half), "x": call.x[None]}
-    yield replace(down, arguments=(replace(call, **added),))
+    summed = Experts(ids, mx.full((1, 2), 0.5, half))
+    yield replace(down, arguments=(replace(call, x=call.x[None], experts=summed),))
     yield from _int8_variants()
     yield from compressed()
     yield from norms()
@@ -217,15 +221,15 @@ def norm(
     """`rms_norm` of random rows, with residual and weight by default, for all its outputs."""
     shapes = (rows, columns), (rows, columns), (columns,), (columns,)
     x, residual, weight, after = _normal(dtype, *shapes)
-    options = {"offset": 0.0, "cast": "llama", "outputs": rms_norm.OUTPUTS, **more}
-    given = residual if added else None, options["offset"], options["cast"], options["outputs"]
+    options = {"offset": 0.0, "outputs": rms_norm.OUTPUTS, **more}
+    given = residual if added else None, options["offset"], options["outputs"]
     before = rms_norm.Post(after, 1e-3, 1.0) if post else None
     call = rms_norm._Call(x, weight if weighted else None, 1e-5, *given, before)
     call.check(call.outputs)
     outputs = ("h",) * added + call.outputs
     kind = f"{'post ' * post}{rows} x {columns} {', '.join(outputs)}"
-    cast = call.cast if weighted else "no weight"
-    return Variant(f"rms_norm {kind} {cast} {_short(dtype)}", rms_norm.KERNEL, (call,))
+    kind += " no weight" * (not weighted)
+    return Variant(f"rms_norm {kind} {_short(dtype)}", rms_norm.KERNEL, (call,))
 
 
 def rope(
@@ -234,14 +238,13 @@ def rope(
     """`norm_rope` of 6 heads of q and 2 of k."""
     shapes = (1, length, 6 * columns), (1, length, 2 * columns), (columns,), (columns,)
     q, k, *weights = _normal(dtype, *shapes)
-    options = {"heads": 6, "kv_heads": 2, "offset": mx.array(7), "dims": dims, "eps": 1e-6}
-    options |= {"q_weight": None, "k_weight": None, "norm_offset": 0.0, "base": 1e4, "freqs": None}
-    options |= {"scale": 1.0, "mscale": 1.0, "traditional": False}
+    offset = more.pop("offset", mx.array(7))
     if normed:
-        options |= zip(("q_weight", "k_weight"), weights, strict=True)
-    call = norm_rope._Call(q, k, **{**options, **more})
+        more |= zip(("q_weight", "k_weight"), weights, strict=True)
+    how = norm_rope.RopeOptions(heads=6, kv_heads=2, dims=dims, **{"base": 1e4, **more})
+    call = norm_rope._Call(q, k, offset, how)
     call.check()
-    kind = f"{columns} of which {dims}{' traditional' if call.traditional else ''}"
+    kind = f"{columns} of which {dims}{' traditional' if how.traditional else ''}"
     name = f"norm_rope {kind}{'' if normed else ' without norm'} {_short(dtype)}"
     return Variant(name, norm_rope.KERNEL, (call,))
 
@@ -256,19 +259,22 @@ def norms() -> Iterator[Variant]:
     """Each type, each option, rows in one and in several pieces."""
     half, bfloat, single = DTYPES
     yield norm(2, 576, half, offset=1.0)
-    yield norm(2, 2880, bfloat, cast="gemma")
+    yield norm(2, 2880, bfloat)
     yield norm(2, 16384, single, added=False, weighted=False)
     yield norm(2, 31, bfloat, outputs=("y",))
     yield norm(2, 576, half, post=True)
     yield norm(2, 2880, bfloat, post=True, weighted=False, outputs=())
     yield norm(2, 576, half, added=False, outputs=("y",))
     yield norm(2, 576, half, added=False, outputs=("int8",))
-    yield norm(2, 576, half, added=False, outputs=("sums",))
     yield quantize(4, 512, half)
     yield quantize(4, 512, bfloat)
     yield rope(128, 128, half)
     yield rope(256, 64, bfloat, normed=False, traditional=True)
     yield rope(80, 20, single)
+    logits, gate = _normal(half, (2, 128), (2, 1))
+    yield Variant("route 128", route.KERNEL, (logits, 8, False, gate))
+    (logits,) = _normal(single, (2, 300))
+    yield Variant("route 300 whole", route.KERNEL, (logits, 5, True, None))
 
 
 def _normal(dtype: mx.Dtype, *shapes: tuple[int, ...]) -> list[mx.array]:
@@ -312,11 +318,13 @@ def compressed() -> Iterator[Variant]:
             "length": 37,
             "tail": plain[:, :, :16] if "tail" in sources else None,
             "tail_length": 11,
-            "scale": dk**-0.5,
+            "scores": Scores(
+                dk**-0.5,
+                None if mask is None else mx.ones((queries, 80), mask),
+                sinks=normal(mx.float32, 2 * heads) if "sink" in sources else None,
+            ),
             "sink": plain[:, :, 20:24] if "sink" in sources else None,
             "sink_length": 3,
-            "mask": None if mask is None else mx.ones((queries, 80), mask),
-            "sinks": normal(mx.float32, 2 * heads) if "sink" in sources else None,
         }
         if "fresh" in sources:
             options["fresh"] = k[:, :, 30 : 30 + queries], v[:, :, 30 : 30 + queries]

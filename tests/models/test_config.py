@@ -72,6 +72,7 @@ def test_every_value_of_a_llama(tmp_path: Path) -> None:
         "window": 0,
         "rotary": 32,
         "value": 32,
+        "v": 64,
         "state": 0,
     }
 
@@ -155,8 +156,8 @@ def test_gemma4(tmp_path: Path) -> None:
     assert found.ropes[0] == Rope(dims=16, base=30.0)
     sizes = {"head": 16, "q": 64, "o": 64, "kv": 32, "v": 32, "k_head": 16, "ff": 96}
     full = {"head": 32, "q": 128, "o": 128, "kv": 32, "v": 0, "k_head": 32, "ff": 96}
-    sizes |= {"cache": 64, "window": 6}
-    full |= {"cache": 64, "window": 0}
+    sizes |= {"cache": 64, "window": 6, "kv_heads": 2}
+    full |= {"cache": 64, "window": 0, "kv_heads": 1}
     assert found.by_layer == (sizes, sizes, full, sizes)
     assert not found.unread
     defaults = dict.fromkeys(
@@ -345,14 +346,14 @@ def test_refused(
 
 
 def test_an_unknown_architecture_is_named_beside_those_there_are(tmp_path: Path) -> None:
-    writer = GGUFWriter(tmp_path / "model.gguf", "mamba")
+    writer = GGUFWriter(tmp_path / "model.gguf", "unheard-of")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
     with open_gguf(tmp_path / "model.gguf") as file, pytest.raises(UnsupportedError) as caught:
         read_config(file)
     assert caught.value.exit_code == 3
-    assert "'mamba'" in str(caught.value)
+    assert "'unheard-of'" in str(caught.value)
     for name in ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "gemma4", "phi3"):
         assert name in str(caught.value)
 

@@ -201,8 +201,9 @@ def controls(name: str) -> Iterator[tuple[str, Change]]:
         elif "ffn_gate_exps" in names:
             yield "gate-and-up-swapped", swap("ffn_gate_exps", "ffn_up_exps")
         yield "other-experts-down", edit("ffn_down_exps", lambda data: np.roll(data, 1, 0))
-        yield "fewer-experts", set_key("expert_used_count", case.used - 1)
-        yield "more-experts", set_key("expert_used_count", case.used + 1)
+        if case.used > 1:  # others are refused where it is one
+            yield "fewer-experts", set_key("expert_used_count", case.used - 1)
+            yield "more-experts", set_key("expert_used_count", case.used + 1)
     if "attn_gate" in names and "ssm_out" in names:
         yield from delta_net_controls(case, keys)
     if case.sinks:

@@ -112,9 +112,9 @@ def blocks(random: np.random.RandomState, kind: str, shape: tuple[int, ...]) -> 
     return packed.reshape(*shape[:-1], -1)
 
 
-def build(name: str, seed: int) -> Tiny:
-    """The model `name` of CASES from `seed`: same seed, same bits, on any machine."""
-    case = CASES[name]
+def build(name: str, seed: int, case: Case | None = None) -> Tiny:
+    """The model `name` of CASES, or of a case, from `seed`: the same bits on any machine."""
+    case = case or CASES[name]
     random = np.random.RandomState(crc32(name.encode()) ^ seed)
     tensors: dict[str, tuple[np.ndarray, str]] = {}
     formats = case.formats_of(seed)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .build import Library, load, load_runtime
+from .build import Library, load, load_runtime, with_lines
 from .counts import Counts, CTraffic
 from .errors import MslRunError
 from .source import KERNEL_FILE
@@ -134,7 +134,7 @@ def where(library: Library, pc: int) -> str:
     """Source lines of an address, innermost first, without those of the shim."""
     low = load(library.path)[2]
     found = subprocess.run(
-        ["addr2line", "-i", "-s", "-e", str(library.path), hex(pc - low - 1)],
+        ["addr2line", "-i", "-s", "-e", str(with_lines(library)), hex(pc - low - 1)],
         capture_output=True,
         text=True,
         check=False,

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests import msl
+from tests.msl.build import with_lines
 
 RMS_NORM = """
   threadgroup float partial[32];
@@ -297,6 +298,33 @@ def test_generated_text_compiles_in_every_language_version():
     found = capture_gemv(constant)
     errors = msl.check_languages(found.source, found.name)
     assert [len(errors[v]) for v in msl.LANGUAGES] == [1, 1, 0]
+
+
+@emulated_only
+def test_only_what_is_counted_has_unrolled_loops():
+    found = capture_gemv()
+    source = found.source.replace("for (", '_Pragma("clang loop unroll(full)") for (')
+    assert source != found.source
+    builds = (*msl.BUILDS, "counted")
+    texts = {b: msl.compile_kernel(source, found.name, b).translation.text for b in builds}
+    assert [b for b, text in texts.items() if "unroll" in text] == ["counted"]
+
+
+@emulated_only
+@pytest.mark.parametrize("build", msl.BUILDS)
+def test_line_tables_change_no_code(build, tmp_path):
+    """A fault is told with the lines of a second library: its addresses must be the first's."""
+    found = capture_gemv()
+    codes = []
+    library = msl.compile_kernel(found.source, found.name, build)
+    other = msl.compile_kernel(found.source, found.name, "checked" if build == "fast" else "fast")
+    for path in (library.path, with_lines(library), other.path):
+        code = tmp_path / "code"
+        command = ["objcopy", "-O", "binary", "--only-section=.text", str(path), str(code)]
+        subprocess.run(command, check=True)
+        codes.append(code.read_bytes())
+    assert codes[0] == codes[1]
+    assert codes[0] != codes[2]
 
 
 @emulated_only

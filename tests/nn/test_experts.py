@@ -9,14 +9,18 @@ import pytest
 from mlxfuse.formats import BY_NAME
 from mlxfuse.kernels import launches
 from mlxfuse.kernels.matmul.product import Call
-from mlxfuse.kernels.matmul.quantized_matmul import KERNEL, MOST_FOR_16, quantized_matmul
+from mlxfuse.kernels.matmul.quantized_matmul import KERNEL, MOST_FOR_16
+from mlxfuse.kernels.matmul.quantized_matmul import quantized_matmul as product
 from mlxfuse.kernels.weight import Part, QuantizedWeight, Segment
 from mlxfuse.nn.cpu import SwitchLinear
 from mlxfuse.nn.experts import QuantizedSwitchLinear
 from mlxfuse.nn.quantized import QuantizedLinear
 from tests import msl
+from tests.kernels.flat import flat
 from tests.kernels.matmul_cases import activated, joined, random_x, sums
 from tests.kernels.weights import expected, random_blocks, segment
+
+quantized_matmul = flat(product)
 
 EXPERTS, ROWS, COLUMNS = 5, 22, 64
 FORMAT = BY_NAME["MXFP4"]
@@ -83,7 +87,7 @@ def test_a_sum_over_experts_loads_their_bytes_once(monkeypatch: pytest.MonkeyPat
 
 def dense_tiles(x: mx.array, weight: QuantizedWeight, **options: object) -> mx.array:
     """Rows of x in tiles of the dense kernel."""
-    call = Call(x, weight, None, None, None, False)
+    call = Call(x, weight)
     (y,) = KERNEL(replace(call, variant="tiles", **options))
     return y
 

@@ -13,6 +13,7 @@ import pytest
 from mlx_lm.models.cache import KVCache, RotatingKVCache, load_prompt_cache, save_prompt_cache
 
 from mlxfuse.fusion import patch_model
+from mlxfuse.kernels.kv.sdpa_call import Scores
 from mlxfuse.kernels.matmul import quantized_matmul
 from mlxfuse.kernels.runtime import backend as _backend
 from mlxfuse.loader import load
@@ -48,7 +49,7 @@ def random(tokens: int, batch: int = 1) -> tuple[mx.array, mx.array]:
 
 def prefilled(tokens: int = 3000) -> CompressedKVCache:
     cache = CompressedKVCache()
-    cache.attend(mx.random.normal((1, 4, tokens, 64)), *random(tokens), scale=0.1, mask="causal")
+    cache.attend(mx.random.normal((1, 4, tokens, 64)), *random(tokens), Scores.of("causal", 0.1))
     return cache
 
 
@@ -79,13 +80,13 @@ def test_a_batch_of_compressed_caches_holds_what_it_says() -> None:
     batch = BatchCompressedKVCache([CompressedKVCache() for _ in range(3)])
     batch.prepare(lengths=[900, 300, 3], right_padding=[0, 600, 897])
     mask = batch.make_mask(900)
-    batch.attend(mx.random.normal((3, 4, 900, 64)), *random(900, 3), scale=0.1, mask=mask)
+    batch.attend(mx.random.normal((3, 4, 900, 64)), *random(900, 3), Scores.of(mask, 0.1))
     batch.finalize()
     merged = CompressedKVCache.merge([prefilled(), prefilled(2)])
     merged.extend(batch)
     for _ in range(3):
         mask = merged.make_mask(1)
-        merged.attend(mx.random.normal((5, 4, 1, 64)), *random(1, 5), scale=0.1, mask=mask)
+        merged.attend(mx.random.normal((5, 4, 1, 64)), *random(1, 5), Scores.of(mask, 0.1))
     left = merged.extract(0)
     merged.filter([1, 2])
     for each in (*merged.caches, left):

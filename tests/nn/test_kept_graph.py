@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -22,13 +23,14 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlxfuse.fusion import patch_model, unpatch_model
 from mlxfuse.kernels import Backend, disabled, fallbacks, launches
 from mlxfuse.kernels.matmul import quantized_matmul as matmul
-from mlxfuse.kernels.matmul.product import Call
-from mlxfuse.kernels.norm.norm_rope import norm_rope
+from mlxfuse.kernels.matmul.product import Call, Epilogue, Experts
+from mlxfuse.kernels.norm.norm_rope import RopeOptions, norm_rope
 from mlxfuse.kernels.runtime import backend as _backend
 from mlxfuse.nn import fused as form
 from mlxfuse.nn import projection, rotation
 from mlxfuse.nn.kept_graph import Piece
 from mlxfuse.nn.norm import Normed
+from mlxfuse.nn.snapshot import Snapshot
 from tests.fusion import zoo
 from tests.fusion.configs import USED
 
@@ -54,18 +56,19 @@ class StandIn:
 def prepare_matmul(
     x: mx.array,
     weight: Any,
+    epilogue: Epilogue,
+    experts: Experts | None,
     *,
-    residual: Any = None,
-    experts: Any = None,
-    scores: Any = None,
-    **options: Any,
+    split: bool,
 ):
-    optional = {"residual": residual, "experts": experts, "scores": scores}
+    scores = None if experts is None else experts.scores
+    optional = {"residual": epilogue.residual, "experts": experts, "scores": scores}
     given = [name for name, array in optional.items() if array is not None]
 
     def product(x: mx.array, *arrays: mx.array) -> list[mx.array]:
         free = dict.fromkeys(optional) | dict(zip(given, arrays, strict=True))
-        call = Call(x, weight, **{"bias": None, **options}, **free)
+        of = None if experts is None else Experts(free["experts"], free["scores"])
+        call = Call(x, weight, replace(epilogue, residual=free["residual"]), of, split)
         found = matmul._dense(call, dequantized=experts is None)
         return [y.reshape(*call.lead, y.shape[-1]) for y in found]
 
@@ -73,14 +76,14 @@ def prepare_matmul(
 
 
 def prepare_rotation(
-    queries: mx.array, keys: mx.array | None, *, offset: mx.array, **options: Any
+    queries: mx.array, keys: mx.array | None, offset: mx.array, options: RopeOptions
 ) -> StandIn:
     batched = offset.ndim > 0
 
     def turn(q: mx.array, *free: mx.array) -> list[mx.array]:
         *k, place = free
         place = place if batched else place[0]
-        return list(norm_rope(q, k[0] if k else None, offset=place, **options))
+        return list(norm_rope(q, k[0] if k else None, place, options))
 
     return StandIn("norm_rope", turn)
 
@@ -154,6 +157,28 @@ def test_kept_graphs_give_the_same(name: str, parts: set[str], own: dict[str, An
     assert {name for f in forms(model) for name in f.kept} == parts
     zoo.logits(model)
     assert [piece._builds for piece in pieces(model)] == builds
+
+
+def test_a_token_asks_four_times_a_layer_whether_its_arrays_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Attention, MLP, and what each of the two kept graphs reads besides."""
+    model, token = patched("qwen3"), mx.array([[1]])
+    mx.eval(model(token))
+    asked: list[int] = []
+
+    def holds(held: Snapshot) -> bool:
+        asked.append(len(held._held))
+        return all(get(name) is value for get, name, value in held._held)
+
+    monkeypatch.setattr(Snapshot, "holds", holds)
+    for piece in pieces(model):  # it keeps the method as it was
+        piece._holds = piece._holds.__self__.holds
+    mx.eval(model(token))
+    # Of q, k, v, o and the rotation, and of gate, up and down: names and arrays.
+    parts = [21, 12]
+    assert [n for n in asked if n in parts] == parts * 2
+    assert len(asked) == 4 * 2
 
 
 def test_int8_activations_have_graphs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,24 @@ def test_every_operator_in_place_is_counted() -> None:
         assert name in vars(Watched), name
 
 
+def test_several_are_looked_at_in_one_go() -> None:
+    """A replaced entry of any of them is noticed, and a change in place before they were joined."""
+    layers = [{"weight": mx.ones(4)}, {"weight": mx.zeros(4)}]
+    parts = [Snapshot([(layer.get, "weight")]) for layer in layers]
+    assert Snapshot.joined(parts).holds()
+    for layer in layers:
+        own, joined = layer["weight"], Snapshot.joined(parts)
+        layer["weight"] = mx.array(own)
+        assert not joined.holds()
+        layer["weight"] = own
+        assert joined.holds()
+    layers[1]["weight"] += 1
+    assert parts[0].holds()
+    assert not parts[1].holds()
+    assert not Snapshot.joined(parts).holds()
+    assert not joined.holds()
+
+
 def test_a_watched_array_is_as_any_other(tmp_path: Path) -> None:
     array = mx.arange(4, dtype=mx.float16)
     held = {"w": array}

@@ -4,7 +4,9 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
+from typer.testing import CliRunner
 
+from mlxfuse.cli import app
 from mlxfuse.errors import MLXFuseError
 from mlxfuse.generate.run import Settings
 from mlxfuse.loader import load
@@ -72,6 +74,42 @@ def test_a_bias_of_no_token_is_refused_before_any_request(pair):
         Server(*pair, "m", Settings(logit_bias={999999: 1.0}), port=0)
 
 
+@pytest.mark.parametrize("kind", ["text", "file"])
+def test_another_chat_template(tmp_path, monkeypatch, kind):
+    """It is rendered, and tells how tools are called."""
+    template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    template += "{# <tool_call> tool_call.name #}"
+    made = tiny.write(tmp_path / "m.gguf", tiny.build("llama", 0))
+    seen = []
+
+    class Stopped:
+        def __init__(self, model, tokenizer, *_, listener, **more):
+            listener.close()
+            seen.append(tokenizer)
+            raise MLXFuseError("seen")
+
+    monkeypatch.setattr("mlxfuse.server.app.Server", Stopped)
+    given = template
+    if kind == "file":
+        given = tmp_path / "template.jinja"
+        given.write_text(template)
+    result = CliRunner().invoke(
+        app, ["server", str(made), "--port", "0", "--chat-template", str(given)]
+    )
+    assert "seen" in result.output
+    (tokenizer,) = seen
+    hi = [{"role": "user", "content": "Hi"}]
+    assert tokenizer.apply_chat_template(hi, tokenize=False) == "<Hi>"
+    assert tokenizer.tool_call_start == "<tool_call>"
+
+
+def test_what_is_no_chat_template_is_refused(tmp_path):
+    made = tiny.write(tmp_path / "m.gguf", tiny.build("llama", 0))
+    result = CliRunner().invoke(app, ["server", str(made), "--chat-template", "no-such-file"])
+    assert result.exit_code == 2
+    assert "'no-such-file' is no template, and no file" in " ".join(result.output.split())
+
+
 def test_a_templates_bos_is_the_only_one():
     metadata = {**vocabularies.bpe("llama-bpe"), "tokenizer.ggml.add_bos_token": True}
     template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -85,5 +123,8 @@ def test_a_templates_bos_is_the_only_one():
     assert ids[: len(want)] == want
     assert planner.completion(CompletionRequest(prompt="hello hello")).prompts == [want]
     # Where the messages end in the prompt is found with the same tokens.
-    ends = planner.chat(parse(ChatRequest, {"messages": said})).make(0, print).boundaries
-    assert ends == {1 + len(tokenizer.encode("hello", add_special_tokens=False)): "user"}
+    # The whole prompt, too, but for the token that is read last.
+    plan = planner.chat(parse(ChatRequest, {"messages": said}))
+    first = 1 + len(tokenizer.encode("hello", add_special_tokens=False))
+    last = len(plan.prompts[0]) - 1
+    assert plan.make(0, print).boundaries == {first: "user", last: "user"}

@@ -15,7 +15,8 @@ from mlxfuse.generate.run import Settings, generate
 from mlxfuse.generate.sampling import Sampling
 from mlxfuse.loader import load
 from mlxfuse.server import Server, sampling, scoring
-from mlxfuse.server.engine import Engine, EngineError, Job, Limits
+from mlxfuse.server.engine import Engine
+from mlxfuse.server.jobs import EngineError, Job, Limits
 from mlxfuse.server.text import Echo, Piece, StreamedText, Token
 
 from ..models import tiny

@@ -413,6 +413,11 @@ def test_a_model_without_a_template_says_so():
         assert got.choices[0].text == "x"
 
 
+def test_what_is_not_there_tells_what_is(client):
+    with pytest.raises(openai.NotFoundError, match="there are POST /v1/chat/completions"):
+        client.embeddings.create(model="", input="Hi")
+
+
 def test_models(client):
     (model,) = client.models.list()
     assert (model.id, model.to_dict()["context_length"]) == ("tiny", 256)

@@ -108,6 +108,22 @@ _ROPE_THEN_NORM = """
     if cache is not None:
         keys, values = cache.update_and_fetch(keys, values)
 """
+# Ministral 3: queries of each position are multiplied by a number, which the model hands down.
+_SCALED_CALL = _CALL.replace("x, mask", "x, attn_scale=None, mask")
+_SCALED_ROPE = """
+    offset = 0
+    if cache is not None:
+        offset = cache.offset
+        queries = self.ROPE(queries, offset=offset)
+        keys = self.ROPE(keys, offset=offset)
+        keys, values = cache.update_and_fetch(keys, values)
+    else:
+        queries = self.ROPE(queries)
+        keys = self.ROPE(keys)
+    if attn_scale is None:
+        attn_scale = _get_llama_4_attn_scale(L, offset, self.BETA, self.TRAINED).astype(x.dtype)
+    queries = queries * attn_scale
+"""
 _SINKS = """
 def __call__(self, x, mask, cache=None):
     B, L, _ = x.shape
@@ -205,6 +221,13 @@ ATTENTIONS: tuple[Body, ...] = (
     _attention(
         *(_CALL, _QKV, _HEADS, _VALUES, _ROPE, _SDPA_WITH_SOFTCAP),
         names={"sdpa": "mlxfuse.nn.sdpa.sdpa"},
+    ),
+    # ministral3
+    _attention(
+        *(_SCALED_CALL, _QKV, _HEADS, _VALUES, _SCALED_ROPE, _ATTEND),
+        names=_SDPA
+        | {"_get_llama_4_attn_scale": "mlx_lm.models.ministral3._get_llama_4_attn_scale"},
+        scaled=True,
     ),
     # gpt_oss
     _attention(_SINKS),

@@ -23,7 +23,7 @@ class Body:
     """One known body.
 
     kind      what stands for it: ``attention``, ``mlp``, ``block``, ``post_norm``, ``experts``,
-              ``experts_sum``, ``norm``, ``rope``, ``delta_net``, ``activation``.
+              ``experts_sum``, ``moe``, ``norm``, ``rope``, ``delta_net``, ``activation``.
     source    the method.
     names     global name -> the module, or the object of a module, that it must be.
     form      what the fused class has to know about it.
@@ -55,6 +55,14 @@ def _rope(options: str) -> Body:
 _NORM_FIRST = """
 def __call__(self, x, mask=None, cache=None):
     r = self.ATTENTION(self.NORM1(x), mask, cache)
+    h = x + r
+    r = self.MLP(self.NORM2(h))
+    return h + r
+"""
+# ministral3
+_SCALED = """
+def __call__(self, x, attn_scale=None, mask=None, cache=None):
+    r = self.ATTENTION(self.NORM1(x), attn_scale, mask, cache)
     h = x + r
     r = self.MLP(self.NORM2(h))
     return h + r
@@ -159,6 +167,7 @@ def __call__(self, x):
 """,
     ),
     Body("block", _NORM_FIRST),
+    Body("block", _SCALED, form={"scaled": True}),
     Body("block", _ADDED_AT_ONCE),
     Body("block", _REASSIGNED),
     Body("block", _OVERWRITTEN),

@@ -1,7 +1,8 @@
-"""The parts of blocks of experts that a fused class may stand for: see `bodies`.
+"""The blocks of experts, or parts of them, that a fused class may stand for: see `bodies`.
 
-Their own code goes on to run: what is known is only how it adds up the experts' results. A
-fragment is a run of statements somewhere in a method, of which no other statement uses a variable.
+Where a block's own code goes on to run, what is known is only how it adds up the experts' results.
+A fragment is a run of statements somewhere in a method, of which no other statement uses a
+variable. Of a block of kind ``moe`` the whole method is known: how experts are chosen too.
 """
 
 from __future__ import annotations
@@ -30,7 +31,111 @@ def __call__(self, x, top_k_indices, top_k_weights):
     return (w * y).sum(-2)
 """
 
+# Where the weights are a softmax over all experts; they may be divided by their sum.
+_SOFTMAX = """
+    gates = self.GATE(x)
+    gates = mx.softmax(gates, axis=-1, precise=True)
+    k = self.COUNT
+"""
+_LAST = """
+    inds = mx.argpartition(gates, kth=-k, axis=-1)[..., -k:]
+    inds = mx.stop_gradient(inds)
+    scores = mx.take_along_axis(gates, inds, axis=-1)
+"""
+_FIRST = """
+    inds = mx.stop_gradient(mx.argpartition(-gates, kth=k - 1, axis=-1)[..., :k])
+    scores = mx.take_along_axis(gates, inds, axis=-1)
+"""
+_CALL = """
+def __call__(self, x):
+"""
+_SHARDED_CALL = """
+def __call__(self, x):
+    if self.sharding_group is not None:
+        x = sum_gradients(self.sharding_group)(x)
+"""
+_SHARDED_SUM = """
+    if self.sharding_group is not None:
+        y = mx.distributed.all_sum(y, group=self.sharding_group)
+    return y
+"""
+_ADDED_UP = """
+    y = self.EXPERTS(x, inds)
+    y = (y * scores[..., None]).sum(axis=-2)
+"""
+# qwen3_moe
+_QWEN3 = (
+    _SHARDED_CALL
+    + _SOFTMAX
+    + _LAST
+    + """
+    if self.NORM:
+        scores /= mx.sum(scores, axis=-1, keepdims=True)
+    y = self.EXPERTS(x, inds)
+    y = (y * scores[..., None]).sum(axis=-2).astype(y.dtype)
+"""
+    + _SHARDED_SUM
+)
+# qwen3_next, qwen3_5_moe
+_QWEN3_NEXT = (
+    _SHARDED_CALL
+    + _SOFTMAX
+    + _LAST
+    + """
+    if self.NORM:
+        scores = scores / scores.sum(axis=-1, keepdims=True)
+"""
+    + _ADDED_UP
+    + """
+    shared_y = self.SHARED(x)
+    shared_y = mx.sigmoid(self.SHARED_GATE(x)) * shared_y
+    y = y + shared_y
+"""
+    + _SHARDED_SUM
+)
+_QWEN2 = (
+    _CALL
+    + _SOFTMAX
+    + _FIRST
+    + _ADDED_UP
+    + """
+    shared_expert_output = self.SHARED(x)
+    shared_expert_output = mx.sigmoid(self.SHARED_GATE(x)) * shared_expert_output
+    return y + shared_expert_output
+"""
+)
+_MIXTRAL = (
+    _CALL
+    + """
+    gates = self.GATE(x)
+    k = self.COUNT
+"""
+    + _FIRST
+    + """
+    scores = mx.softmax(scores, axis=-1, precise=True)
+"""
+    + _ADDED_UP
+    + """
+    return y
+"""
+)
+_GPT_OSS = (
+    _SHARDED_CALL
+    + """
+    g = self.GATE(x)
+    experts, indices = mlx_topk(g, k=self.COUNT, axis=-1)
+    expert_weights = mx.softmax(experts, axis=-1, precise=True)
+    x = self.EXPERTS(x, indices)
+    x = x * mx.expand_dims(expert_weights, axis=-1)
+    y = x.sum(axis=-2)
+"""
+    + _SHARDED_SUM
+)
+
 MOES: tuple[Body, ...] = (
+    *(Body("moe", text, MX, {"whole": True}) for text in (_QWEN3, _QWEN3_NEXT, _QWEN2)),
+    Body("moe", _MIXTRAL, MX),
+    Body("moe", _GPT_OSS, {**MX, "mlx_topk": "mlx_lm.models.gpt_oss.mlx_topk"}),
     Body("experts_sum", _SUM, fragment=True),
     Body("experts_sum", _CAST, form={"cast": True}, fragment=True),
     Body("experts_sum", _SUM.replace("(x, ids)", "(y, ids)"), fragment=True),  # kimi_k3

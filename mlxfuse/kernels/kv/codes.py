@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from .compressed_sdpa import compressed_sdpa
 from .scheme import KVScheme, KVSide, code_words, value_words
+from .sdpa_call import Scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,16 +96,18 @@ class PackedCodes:
     k_scale: mx.array | None = None
     v_scale: mx.array | None = None
 
-    def attend(self, q: mx.array, **options: Any) -> mx.array:
+    def attend(
+        self, q: mx.array, *, left_padding: mx.array | None = None, **options: Any
+    ) -> mx.array:
         """`compressed_sdpa` over all of the keys and values.
 
         Scales of channels multiply the queries, or the result, in float32.
 
         Args:
             q: ``[B, Hq, L, dim]``; Hq a multiple of Hkv.
-            options: of `compressed_sdpa`, but for those of the tail, the sink and fresh tokens:
-                ``scale``, ``mask``, ``causal``, ``window``, ``sinks``, ``softcap``,
-                ``left_padding``.
+            left_padding: as for `compressed_sdpa`.
+            options: the fields of `Scores`: ``scale``, ``mask``, ``causal``, ``window``,
+                ``softcap``, ``sinks``.
 
         Returns:
             ``[B, Hq, L, v.dim]`` in ``q.dtype``.
@@ -115,7 +118,11 @@ class PackedCodes:
         query = q
         if self.k_scale is not None:
             query = q.astype(mx.float32) * _for_queries(self.k_scale, q)
-        (out,) = compressed_sdpa(query, self.scheme, self.rows, self.length, **options)
+        (out,) = compressed_sdpa(
+            *(query, self.scheme, self.rows, self.length),
+            scores=Scores(**options),
+            left_padding=left_padding,
+        )
         if self.v_scale is not None:
             out = out.astype(mx.float32) * _for_queries(self.v_scale, q)
         return out.astype(q.dtype)

@@ -151,7 +151,7 @@ def parts_program(scheme: KVScheme, given: tuple[str, ...], shape: Geometry) -> 
         given: which of ``rows tail sink k v mask`` there are, in this order; ``rows`` may be
             ``rows0 rows1 ...``, an array for each sequence.
     """
-    dk, dv = scheme.k.dim, scheme.v.dim
+    dv = scheme.v.dim
     places = tuple(name for name in given if name.startswith("rows"))
     sources = [_packed(scheme, places)] if places else []
     if {"tail", "sink", "k"} & set(given):
@@ -162,34 +162,9 @@ def parts_program(scheme: KVScheme, given: tuple[str, ...], shape: Geometry) -> 
     room = shape.rows * (8 * _units(dv) + 2)
     joined = room * shape.groups // 4 + 1 if shape.slices > 1 else 0
     scratch = max(joined, *(s.scratch for s in sources)) if shape.staged else joined
-    lines = [
-        "const uint3 at = threadgroup_position_in_grid;",
-        "const uint me = thread_index_in_threadgroup;",
-        "const uint lane = thread_index_in_simdgroup;",
-        f"const uint group = simdgroup_index_in_threadgroup % {shape.groups};",
-        f"const uint slice = simdgroup_index_in_threadgroup / {shape.groups};",
-        f"threadgroup uint4 scratch[{scratch}];",
-        f"typedef Softmax<{dk}, {dv}, {shape.rows}> State;",
-        f"const Head h = head_of(size, at.z, {str(fresh).lower()}, counts);",
-        f"const uint first = (at.y * {shape.groups} + group) * {shape.rows};",
-        "const Row row = row_of(size, h, first + State::row(lane));",
-        f"const ulong part = ulong(at.z * (uint(size[3]) + {more}) + at.x) * h.rows;",
-        "State state;",
-        "state.start();",
-        f"state.load(q + ulong(at.z) * h.rows * {dk}, first, h.rows, numbers[0], lane);",
-    ]
+    lines = _begun(scheme, shape, scratch, more, fresh)
     which = "if (at.x < uint(size[3])) {{\n{}\n}} else {{\n{}\n}}"
-    blocks = [
-        "\n".join(
-            (
-                f"state.template prepare<{s.blocks[0]}>(lane);",
-                s.tokens.replace("THREADS", str(shape.threads)),
-                f"const uint2 span = {s.span};",
-                s.attend(shape, mask),
-            )
-        )
-        for s in sources
-    ]
+    blocks = [_looked_at(s, shape, mask) for s in sources]
     lines.append(which.format(*blocks) if len(blocks) == 2 else blocks[0])
     lines += [
         f"state.template join<{shape.slices}>((threadgroup float*)scratch + group * {room}, "
@@ -217,6 +192,44 @@ def parts_program(scheme: KVScheme, given: tuple[str, ...], shape: Geometry) -> 
             "compressed_sdpa.metal:heads",
             *(f"compressed_sdpa.metal:{s.name}" for s in sources),
         ),
+    )
+
+
+def _begun(scheme: KVScheme, shape: Geometry, scratch: int, more: int, fresh: bool) -> list[str]:
+    """Statements that say which rows a SIMD-group has, and load its queries.
+
+    Args:
+        scratch: elements of threadgroup memory, of 16 bytes each.
+        more: 1 if there is a part of plain tokens besides the packed ones.
+    """
+    dk, dv = scheme.k.dim, scheme.v.dim
+    return [
+        "const uint3 at = threadgroup_position_in_grid;",
+        "const uint me = thread_index_in_threadgroup;",
+        "const uint lane = thread_index_in_simdgroup;",
+        f"const uint group = simdgroup_index_in_threadgroup % {shape.groups};",
+        f"const uint slice = simdgroup_index_in_threadgroup / {shape.groups};",
+        f"threadgroup uint4 scratch[{scratch}];",
+        f"typedef Softmax<{dk}, {dv}, {shape.rows}> State;",
+        f"const Head h = head_of(size, at.z, {str(fresh).lower()}, counts);",
+        f"const uint first = (at.y * {shape.groups} + group) * {shape.rows};",
+        "const Row row = row_of(size, h, first + State::row(lane));",
+        f"const ulong part = ulong(at.z * (uint(size[3]) + {more}) + at.x) * h.rows;",
+        "State state;",
+        "state.start();",
+        f"state.load(q + ulong(at.z) * h.rows * {dk}, first, h.rows, numbers[0], lane);",
+    ]
+
+
+def _looked_at(source: _Source, shape: Geometry, mask: str) -> str:
+    """Statements that bring the tokens of one kind into the softmax."""
+    return "\n".join(
+        (
+            f"state.template prepare<{source.blocks[0]}>(lane);",
+            source.tokens.replace("THREADS", str(shape.threads)),
+            f"const uint2 span = {source.span};",
+            source.attend(shape, mask),
+        )
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from .scheme import KVScheme, pack
 
 if TYPE_CHECKING:
-    from .compressed_sdpa import _Call as Attention
+    from .sdpa_call import Call as Attention
 
 # Packed, plain and first tokens: more than one run, and no multiple of that.
 _PACKED, _PLAIN, _FIRST = 12, 8, 4
@@ -44,12 +44,13 @@ def attention(call: Attention) -> tuple[Attention]:
     if call.fresh is not None:
         k, v = (normal(scheme.dtype, *lead, queries, dim) for dim in dims)
         small = replace(small, fresh=(k, v))
-    if call.sinks is not None:
-        small = replace(small, sinks=mx.zeros_like(call.sinks))
-    if call.mask is not None:
+    how = call.scores
+    if how.sinks is not None:
+        how = replace(how, sinks=mx.zeros_like(how.sinks))
+    if how.mask is not None:
         keys = _PACKED + _PLAIN + _FIRST + queries
-        small = replace(small, mask=mx.ones((*call.mask.shape[:-1], keys), call.mask.dtype))
-    return (small,)
+        how = replace(how, mask=mx.ones((*how.mask.shape[:-1], keys), how.mask.dtype))
+    return (replace(small, scores=how),)
 
 
 def _tokens(scheme: KVScheme, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:

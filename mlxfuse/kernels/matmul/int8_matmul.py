@@ -15,7 +15,19 @@ from ..runtime.kernel import Kernel, Launch
 from ..weight import FACTORS, AnySegment, QuantizedWeight
 from . import small
 from .decode import integers
-from .product import MAX_VECTOR_ROWS, Call, Tile, batches, finish, launch, refuse, simd_groups
+from .product import (
+    MAX_VECTOR_ROWS,
+    NO_EPILOGUE,
+    Call,
+    Epilogue,
+    Experts,
+    batches,
+    finish,
+    launch,
+    refuse,
+    simd_groups,
+)
+from .tile_program import Tile
 
 _CHUNK = 1 << 24
 """Sums of groups that the reference holds at once."""
@@ -24,12 +36,10 @@ _CHUNK = 1 << 24
 def int8_matmul(
     x: Int8Activations,
     weight: QuantizedWeight,
+    epilogue: Epilogue = NO_EPILOGUE,
+    experts: Experts | None = None,
     *,
-    bias: mx.array | None = None,
-    residual: mx.array | None = None,
-    activation: str | None = None,
     split: bool = False,
-    experts: mx.array | None = None,
 ) -> tuple[mx.array, ...]:
     """``activation(x @ weight.T + bias) + residual`` for int8 activations.
 
@@ -45,18 +55,18 @@ def int8_matmul(
         x: ``[..., K]``.
         weight: ``[N, K]`` or ``[experts, N, K]``, of formats that `unsupported` has nothing
             against.
-        bias, residual, activation, split, experts: as for `quantized_matmul`.
+        epilogue, experts, split: as for `quantized_matmul`; experts without scores.
 
     Returns:
         ``[..., N]`` in ``x.dtype``, alone in a tuple; with ``split`` one for each part; with
-        ``experts`` of shape ``[*experts.shape, N]``.
+        ``experts`` of shape ``[*ids.shape, N]``.
 
     Raises:
         ValueError: arguments whose shapes do not fit together, or a format without integers.
     """
     if reason := unsupported(weight):
         raise ValueError(reason)
-    call = Call(x, weight, bias, residual, activation, split, experts)
+    call = Call(x, weight, epilogue, experts, split)
     call.check()
     return tuple(y.reshape(*call.lead, y.shape[-1]) for y in KERNEL(call))
 
@@ -110,7 +120,7 @@ def _part(call: Call[Int8Activations], segment: AnySegment, first: int, rows: in
     some = slice(first, first + rows)
     if call.experts is None:
         return _product(x, segment.take(some))
-    ids = call.experts.reshape(-1)
+    ids = call.experts.ids.reshape(-1)
     if not ids.size:
         return mx.zeros((0, rows))
     outputs = ids.size // len(x[0])  # of a row of x

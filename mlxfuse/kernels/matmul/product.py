@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Generic, TypeVar
 
 import mlx.core as mx
 
 from ..activations import Int8Activations
-from ..runtime.kernel import Launch, Program
+from ..runtime.kernel import Launch
 from ..weight import FLOATS, Part, QuantizedWeight, type_name
-from .dequantize import Bound, bind, section
+from .dequantize import bind
+from .tile_program import ACTIVATIONS, GATED, Tile, tile_program
 
 X = TypeVar("X", mx.array, Int8Activations)
 
@@ -31,14 +31,44 @@ MAX_ROWS_PER_EXPERT = 4
 every row that uses it. Above, rows are sorted by expert and a tile of up to 32 reads it once, but
 takes the time to multiply 32. Not measured on a Mac."""
 
-_GATED = {
-    "swiglu": "Gated<Silu>",
-    "geglu": "Gated<Gelu>",
-    "geglu_tanh": "Gated<GeluTanh>",
-    "swiglu_clipped": "ClippedSwiglu",
-}
-_PLAIN = {"silu": "Silu", "gelu": "Gelu", "gelu_tanh": "GeluTanh", "relu2": "Relu2"}
-ACTIVATIONS = (*_PLAIN, *_GATED)
+
+@dataclass(frozen=True, slots=True)
+class Epilogue:
+    """What becomes of a product's sums: ``activation(sums + bias) + residual``, in float32.
+
+    bias        ``[N]``, or ``[experts, N]``, in the order of the weight's parts.
+    residual    of the result's shape; not where each part has a result of its own.
+    activation  one of `ACTIVATIONS`. The gated ones, ``swiglu``, ``geglu``, ``geglu_tanh`` and
+                ``swiglu_clipped``, need a weight of two parts of equal rows, gate and up, and give
+                ``act(gate) * up`` with half of the columns. ``swiglu_clipped`` is gpt-oss's:
+                ``(u + 1) * g * sigmoid(1.702 * g)`` with ``g = min(gate, 7)`` and ``u`` the value
+                of up between -7 and 7.
+    """
+
+    bias: mx.array | None = None
+    residual: mx.array | None = None
+    activation: str | None = None
+
+
+NO_EPILOGUE = Epilogue()
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """Whose matrices the rows of x are multiplied by.
+
+    ids     integers ``[..., k]``: the expert of each result row. x has one row for each id, or one
+            for each group of ``k``.
+    scores  ``[..., k]``, of any floating type: each group's results are multiplied by them and
+            added up, in float32 and rounded once. x has a row for each id then, and the weight one
+            part. MLX-LM rounds every expert's result, its product with the score and their sum to
+            ``x.dtype``.
+    sorted  the ids are in ascending order.
+    """
+
+    ids: mx.array
+    scores: mx.array | None = None
+    sorted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +77,17 @@ class Call(Generic[X]):
 
     x: X
     weight: QuantizedWeight
-    bias: mx.array | None
-    residual: mx.array | None
-    activation: str | None
-    split: bool
-    experts: mx.array | None = None
+    epilogue: Epilogue = NO_EPILOGUE
+    experts: Experts | None = None
+    split: bool = False
     large: str = "dequantize"
     variant: str = ""  # of `tuning.VARIANTS`, or its first
-    scores: mx.array | None = None  # of the experts, over which results are summed
     floor: bool = False  # the loads without the arithmetic, to be timed; the result is wrong
+
+    @property
+    def scores(self) -> mx.array | None:
+        """Of the experts, over which results are summed."""
+        return None if self.experts is None else self.experts.scores
 
     @property
     def kind(self) -> str:
@@ -94,14 +126,15 @@ class Call(Generic[X]):
 
     @property
     def gated(self) -> bool:
-        return self.activation in _GATED
+        return self.epilogue.activation in GATED
 
     @property
     def lead(self) -> tuple[int, ...]:
         """Shape of an output, without its columns."""
         if self.experts is None:
             return self.x.shape[:-1]
-        return self.experts.shape if self.scores is None else self.experts.shape[:-1]
+        ids = self.experts.ids.shape
+        return ids if self.scores is None else ids[:-1]
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -111,34 +144,46 @@ class Call(Generic[X]):
         return rows if self.split else (sum(rows),)
 
     def check(self) -> None:
+        """ValueError: arguments whose shapes do not fit together."""
         x, weight = self.x, self.weight
         if x.ndim < 1 or x.shape[-1] != weight.columns:
             raise ValueError(f"x: expected [..., {weight.columns}], found {x.shape}")
-        if self.activation not in (None, *ACTIVATIONS):
-            raise ValueError(f"activation: expected {ACTIVATIONS}, found {self.activation!r}")
+        self._check_epilogue()
+        if (weight.experts is None) != (self.experts is None):
+            ids = None if self.experts is None else self.experts.ids
+            raise ValueError(f"a weight of {weight.experts} experts, expert ids {ids}")
+        if self.experts is not None:
+            self._check_experts(self.experts)
+        residual = self.epilogue.residual
+        if residual is not None:
+            expected = (*self.lead, self.widths[0])
+            if self.split or residual.shape != expected:
+                raise ValueError(f"residual: expected {expected}, found {residual.shape}")
+
+    def _check_epilogue(self) -> None:
+        weight, end = self.weight, self.epilogue
+        if end.activation not in (None, *ACTIVATIONS):
+            raise ValueError(f"activation: expected {ACTIVATIONS}, found {end.activation!r}")
         if self.gated and [p.rows for p in weight.parts] != [weight.rows // 2] * 2:
             found = [p.rows for p in weight.parts]
-            raise ValueError(f"{self.activation} needs gate and up of equal rows, found {found}")
+            raise ValueError(f"{end.activation} needs gate and up of equal rows, found {found}")
         count = weight.experts
         biases = (weight.rows,) if count is None else (count, weight.rows)
-        if self.bias is not None and self.bias.shape != biases:
-            raise ValueError(f"bias: expected {biases}, found {self.bias.shape}")
-        if (weight.experts is None) != (self.experts is None):
-            raise ValueError(f"a weight of {weight.experts} experts, expert ids {self.experts}")
-        if self.experts is not None:
-            given = x.size // x.shape[-1]
-            if given not in (self.experts.size, self.experts[..., 0].size):
-                raise ValueError(f"x: {x.shape} does not fit expert ids {self.experts.shape}")
-        if self.scores is not None:
-            ids: tuple[int, ...] = () if self.experts is None else self.experts.shape
-            if not ids or self.scores.shape != ids or (*ids, weight.columns) != x.shape:
-                raise ValueError(f"scores {self.scores.shape} of expert ids {ids}, x {x.shape}")
-            if len(weight.parts) > 1 or self.activation is not None:
-                raise ValueError("scores: expected one part and no activation")
-        if self.residual is not None:
-            expected = (*self.lead, self.widths[0])
-            if self.split or self.residual.shape != expected:
-                raise ValueError(f"residual: expected {expected}, found {self.residual.shape}")
+        if end.bias is not None and end.bias.shape != biases:
+            raise ValueError(f"bias: expected {biases}, found {end.bias.shape}")
+
+    def _check_experts(self, experts: Experts) -> None:
+        x, weight = self.x, self.weight
+        ids: mx.array = experts.ids
+        scores: mx.array | None = experts.scores
+        if x.size // x.shape[-1] not in (ids.size, ids[..., 0].size):
+            raise ValueError(f"x: {x.shape} does not fit expert ids {ids.shape}")
+        if scores is None:
+            return
+        if scores.shape != ids.shape or (*ids.shape, weight.columns) != x.shape:
+            raise ValueError(f"scores {scores.shape} of expert ids {ids.shape}, x {x.shape}")
+        if len(weight.parts) > 1 or self.epilogue.activation is not None:
+            raise ValueError("scores: expected one part and no activation")
 
 
 def refuse(call: Call[X]) -> str | None:
@@ -148,37 +193,6 @@ def refuse(call: Call[X]) -> str | None:
     if call.rows == 0:
         return "x has no rows"
     return None
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """What a threadgroup computes, and the Metal function that does it.
-
-    op        stem of the function's source.
-    sections  what it needs of ``metal/``.
-    function  its name.
-    numbers   its template arguments after the formats of the weight.
-    x         the expression for x.
-    rows      rows of a part.
-    many      rows of x.
-    threads   threads of the threadgroup.
-    scratch   declares the threadgroup memory ``scratch``, if there is any.
-    sorted    whether rows of x are sorted by expert, of which each has tiles of its own.
-    staged    words of the largest codebook that is copied to threadgroup memory first; a larger one
-              is read where it is.
-    """
-
-    op: str
-    sections: tuple[str, ...]
-    function: str
-    numbers: str
-    x: str
-    rows: int
-    many: int
-    threads: int
-    scratch: str
-    staged: int = 2048
-    sorted: bool = False
 
 
 def simd_groups(weight: QuantizedWeight) -> int:
@@ -206,17 +220,18 @@ def launch(call: Call[X], tile: Tile, x: dict[str, mx.array]) -> Launch:
         bound, arrays = bind(segment, str(i))
         held |= arrays
         bounds.append(bound)
-    optional = {"bias": call.bias, "residual": call.residual, "scores": call.scores}
-    optional["experts"] = None if tile.sorted else call.experts
+    end, ids = call.epilogue, None if call.experts is None else call.experts.ids
+    optional = {"bias": end.bias, "residual": end.residual, "scores": call.scores}
+    optional["experts"] = None if tile.sorted else ids
     given: dict[str, mx.array] = {n: a for n, a in optional.items() if a is not None}
     down = -(-call.rows // tile.many)
     if tile.sorted:  # at most one tile of each expert is not full
         down = call.rows // tile.many + min(weight.experts or 1, call.rows)
-    program = _program(
+    program = tile_program(
         tile,
         tuple(bounds),
         tuple(places[id(p.segment)] for p in weight.parts),
-        call.activation,
+        end.activation,
         (*held, *given, *x, "size"),
         len(widths),
     )
@@ -260,100 +275,6 @@ def _numbers(values: tuple[int, ...]) -> mx.array:
     return array
 
 
-@cache
-def _program(
-    tile: Tile,
-    bounds: tuple[Bound, ...],
-    of_part: tuple[int, ...],
-    activation: str | None,
-    inputs: tuple[str, ...],
-    outputs: int,
-) -> Program:
-    gated = activation in _GATED
-    act = {**_PLAIN, **_GATED}.get(activation or "", "None")
-    bias = "bias" if "bias" in inputs else "x"
-    residual = "residual" if "residual" in inputs else "x"
-    flags = f"{str(bias == 'bias').lower()}, {str(residual == 'residual').lower()}"
-    epilogue = f"output<{act}, {flags}>"
-    lines = [
-        "const uint3 tile = threadgroup_position_in_grid;",
-        "const device Part* parts = (const device Part*)(size + 3);",
-    ]
-    place = "tile, simdgroup_index_in_threadgroup, thread_index_in_simdgroup"
-    if tile.scratch:
-        lines += [tile.scratch]
-        place = "tile, simdgroup_index_in_threadgroup, thread_index_in_threadgroup, scratch"
-    # The segments of a call: one of them for the parts that it holds, or gate's and up's.
-    calls = [of_part] if gated else [(s, s) for s in range(len(bounds))]
-    if words := max(sum(_grids(bounds, call, tile).values()) for call in calls):
-        lines += [f"threadgroup uint grid[{words}];"]
-    if not gated:
-        later = (f" + uint(tile.x >= parts[{j}].tile)" for j in range(1, len(of_part)))
-        lines += [f"const uint j = 0{''.join(later)};"]
-    out = "out0"
-    for j in range(1, outputs):
-        out = f"j == {j} ? out{j} : {out}" if j == 1 else f"j == {j} ? out{j} : ({out})"
-    for f, g in calls:
-        x = tile.x
-        if "experts" in inputs or tile.sorted:
-            # All parts of one segment lie in each expert's matrix.
-            steps = [f"uint({n}_shape[1])" for n in (f"codes{f}", f"codes{g}")]
-            steps += ["uint(bias_shape[1])" if bias == "bias" else "0"]
-            scores = "scores" if "scores" in inputs else "x"
-            of = f"chosen({x}, experts, {scores}"
-            if tile.sorted:
-                of = f"sorted({x}, row_ends, tile_ends, uint(codes{f}_shape[0])"
-            x = f"{of}, {', '.join(steps)})"
-        staged, p, q = _staged(bounds, (f, g), tile)
-        block = [
-            *staged,
-            f"Part a = parts[{'0' if gated else 'j'}], b = {'parts[1]' if gated else 'a'};",
-            f"{tile.function}<{bounds[f].trait}, {bounds[g].trait}{tile.numbers}>("
-            f"{p}, {q}, {x}, (const device Size*)size, "
-            f"{epilogue}(a, b, factors({bounds[f].factors}), factors({bounds[g].factors}), "
-            f"{bias}, {residual}, {out}), {place});",
-        ]
-        if len(calls) > 1:
-            here = " || ".join(f"j == {j}" for j, of in enumerate(of_part) if of == f)
-            block = [f"if ({here}) {{", *block, "}"]
-        lines += block
-    sections = [] if act == "None" else re.findall(r"\w+", act)
-    return Program(
-        op=tile.op,
-        inputs=inputs,
-        outputs=tuple(f"out{i}" for i in range(outputs)),
-        body="\n".join(lines) + "\n",
-        parts=(
-            *dict.fromkeys(section(b.trait) for b in bounds),
-            *tile.sections,
-            *(f"quantized_matmul.metal:{s}" for s in sections),
-        ),
-    )
-
-
-def _grids(bounds: Sequence[Bound], call: Sequence[int], tile: Tile) -> dict[str, int]:
-    """The codebooks of a call's segments that are staged, and the words of each."""
-    grids = {bounds[i].grid: bounds[i].words for i in call}
-    return {grid: words for grid, words in grids.items() if 0 < words <= tile.staged}
-
-
-def _staged(
-    bounds: Sequence[Bound], call: tuple[int, int], tile: Tile
-) -> tuple[list[str], str, str]:
-    """Statements that copy the codebooks of a call, and the expressions of its two segments."""
-    at: dict[str, str] = {}
-    lines: list[str] = []
-    words = 0
-    grids = _grids(bounds, call, tile)
-    for bound in {i: bounds[i] for i in call}.values():
-        if bound.grid in grids and bound.grid not in at:
-            at[bound.grid] = f"grid + {words}"
-            lines.append(bound.stage(at[bound.grid], tile.threads))
-            words += bound.words
-    p, q = (bounds[i].at(at.get(bounds[i].grid, bounds[i].grid)) for i in call)
-    return lines, p, q
-
-
 def _sigmoid_gelu_tanh(v: mx.array) -> mx.array:
     return v * mx.sigmoid(2 * 0.7978845608028654 * (v + 0.044715 * v * v * v))
 
@@ -379,21 +300,22 @@ _GATED_REFERENCE: dict[str, Callable[[mx.array, mx.array], mx.array]] = {
 
 def finish(call: Call[X], columns: list[mx.array]) -> list[mx.array]:
     """The outputs, from the unrounded float32 products of each part."""
-    if call.bias is not None:
+    end = call.epilogue
+    if end.bias is not None:
         at = 0
-        bias = call.bias if call.experts is None else call.bias[call.experts.reshape(-1)]
+        bias = end.bias if call.experts is None else end.bias[call.experts.ids.reshape(-1)]
         for i, part in enumerate(call.weight.parts):
             columns[i] = columns[i] + bias[..., at : at + part.rows].astype(mx.float32)
             at += part.rows
-    if call.activation in _GATED_REFERENCE:
-        columns = [_GATED_REFERENCE[call.activation](*columns)]
-    elif call.activation is not None:
-        columns = [_REFERENCE[call.activation](y) for y in columns]
+    if end.activation in _GATED_REFERENCE:
+        columns = [_GATED_REFERENCE[end.activation](*columns)]
+    elif end.activation is not None:
+        columns = [_REFERENCE[end.activation](y) for y in columns]
     if call.scores is not None:
         scores = call.scores.astype(mx.float32)[..., None]
         columns = [(y.reshape(*call.scores.shape, -1) * scores).sum(axis=-2) for y in columns]
     if not call.split and len(columns) > 1:
         columns = [mx.concatenate(columns, axis=-1)]
-    if call.residual is not None:
-        columns[0] = columns[0] + call.residual.reshape(columns[0].shape).astype(mx.float32)
+    if end.residual is not None:
+        columns[0] = columns[0] + end.residual.reshape(columns[0].shape).astype(mx.float32)
     return [y.astype(call.x.dtype) for y in columns]

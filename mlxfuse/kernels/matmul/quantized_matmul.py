@@ -13,7 +13,18 @@ from ..weight import AffineSegment, AnySegment, QuantizedWeight
 from . import small
 from .decode import decode
 from .dequantize import dequantize
-from .product import Call, Tile, batches, finish, launch, refuse, simd_groups
+from .product import (
+    NO_EPILOGUE,
+    Call,
+    Epilogue,
+    Experts,
+    batches,
+    finish,
+    launch,
+    refuse,
+    simd_groups,
+)
+from .tile_program import Tile
 
 LARGE = "dequantize"
 """What runs above `MAX_VECTOR_ROWS` unless `mlxfuse tune` has chosen: ``dequantize``, or ``tiles``,
@@ -33,14 +44,10 @@ _SLOTS = {
 def quantized_matmul(
     x: mx.array,
     weight: QuantizedWeight,
+    epilogue: Epilogue = NO_EPILOGUE,
+    experts: Experts | None = None,
     *,
-    bias: mx.array | None = None,
-    residual: mx.array | None = None,
-    activation: str | None = None,
     split: bool = False,
-    experts: mx.array | None = None,
-    scores: mx.array | None = None,
-    sorted_experts: bool = False,
     differentiable: bool = False,
 ) -> tuple[mx.array, ...]:
     """``activation(x @ weight.T + bias) + residual``.
@@ -57,40 +64,26 @@ def quantized_matmul(
     Args:
         x: ``[..., K]``, float16, bfloat16 or float32.
         weight: ``[N, K]``, or ``[experts, N, K]``.
-        bias: ``[N]``, or ``[experts, N]``, in the order of the weight's parts.
-        residual: of the result's shape; not with ``split``.
-        activation: one of `ACTIVATIONS`. The gated ones, ``swiglu``, ``geglu``, ``geglu_tanh``
-            and ``swiglu_clipped``, need a weight of two parts of equal rows, gate and up, and
-            give ``act(gate) * up`` with half of the columns. ``swiglu_clipped`` is gpt-oss's:
-            ``(u + 1) * g * sigmoid(1.702 * g)`` with ``g = min(gate, 7)`` and ``u`` the value of
-            up between -7 and 7.
+        experts: whose matrices are used, of a weight that has several.
         split: one result for each part of the weight, each contiguous, instead of one for all.
-        experts: integer ids ``[..., k]`` of the expert to use for each result row. ``x`` has
-            one row for each id, or one for each group of ``k``.
-        scores: ``[..., k]``, of any floating type: each group's results are multiplied by them
-            and added up, in float32 and rounded once. ``x`` has a row for each id then, and the
-            weight one part. MLX-LM rounds every expert's result, its product with the score and
-            their sum to ``x.dtype``.
-        sorted_experts: the ids are in ascending order.
         differentiable: by MLX's own operations, which have gradients. The kernel has none: MLX
             raises ``[Primitive::vjp] Not implemented for CustomKernel`` under ``mx.grad``.
 
     Returns:
         ``[..., N]`` in ``x.dtype``, alone in a tuple; with ``split`` one for each part; with
-        ``experts`` of shape ``[*experts.shape, N]``; with ``scores`` ``[*experts.shape[:-1], N]``.
+        ``experts`` of shape ``[*ids.shape, N]``; with scores ``[*ids.shape[:-1], N]``.
 
     Raises:
         ValueError: arguments whose shapes do not fit together.
     """
-    given = x, weight, bias, residual, activation, split, experts
-    call = tuned(Call(*given, large=LARGE, scores=scores))
+    call = tuned(Call(x, weight, epilogue, experts, split, LARGE))
     call.check()
     if differentiable:
         outputs = _dense(call)
     elif call.route == "dequantize":
         outputs = _dense(call, dequantized=True)
-    elif experts is not None and call.kind == "grouped" and not sorted_experts:
-        outputs = _sorted(call, experts.reshape(-1))
+    elif experts is not None and call.kind == "grouped" and not experts.sorted:
+        outputs = _sorted(call, experts)
     else:
         outputs = KERNEL(call)
     return tuple(y.reshape(*call.lead, y.shape[-1]) for y in outputs)
@@ -99,38 +92,36 @@ def quantized_matmul(
 def prepare(
     x: mx.array,
     weight: QuantizedWeight,
+    epilogue: Epilogue = NO_EPILOGUE,
+    experts: Experts | None = None,
     *,
-    bias: mx.array | None = None,
-    residual: mx.array | None = None,
-    activation: str | None = None,
     split: bool = False,
-    experts: mx.array | None = None,
-    scores: mx.array | None = None,
 ) -> Prepared | None:
     """`quantized_matmul` of such arguments as one launch, to be called with x and, where there are
-    any, residual, experts and scores, of the same shapes and types; None if it is no single launch.
+    any, residual, ids and scores, of the same shapes and types; None if it is no single launch.
     """
-    arguments = x, weight, bias, residual, activation, split, experts
-    call = tuned(Call(*arguments, large=LARGE, scores=scores))
+    call = tuned(Call(x, weight, epilogue, experts, split, LARGE))
     call.check()
+    residual = epilogue.residual
     alike = residual is None or residual.dtype == x.dtype
     if refuse(call) is not None or not alike or call.route in ("dequantize", "grouped"):
         return None
-    given = {"residual": residual, "experts": experts, "scores": scores}
-    free = ("x", *(name for name, array in given.items() if array is not None))
+    given = {"residual": residual, "experts": experts, "scores": call.scores}
+    free = ("x", *(name for name, value in given.items() if value is not None))
     return Prepared(_launch(call), free, [(*call.lead, n) for n in call.widths])
 
 
-def _sorted(call: Call[mx.array], ids: mx.array) -> list[mx.array]:
+def _sorted(call: Call[mx.array], experts: Experts) -> list[mx.array]:
     """The call with its rows in the order of their experts' ids, and the results back in theirs."""
-    x = call.x.reshape(-1, call.x.shape[-1])
+    x, ids = call.x.reshape(-1, call.x.shape[-1]), experts.ids.reshape(-1)
     order = mx.argsort(ids)
-    residual = call.residual
-    if residual is not None:
-        residual = residual.reshape(ids.size, -1)[order]
+    end = call.epilogue
+    if end.residual is not None:
+        end = replace(end, residual=end.residual.reshape(ids.size, -1)[order])
     x = x[order // (ids.size // x.shape[0])]
     back = mx.argsort(order)
-    return [y[back] for y in KERNEL(replace(call, x=x, experts=ids[order], residual=residual))]
+    ordered = replace(call, x=x, experts=Experts(ids[order], sorted=True), epilogue=end)
+    return [y[back] for y in KERNEL(ordered)]
 
 
 def tuned(call: Call[mx.array]) -> Call[mx.array]:
@@ -203,7 +194,7 @@ def _tile(call: Call[mx.array]) -> Tile:
 def _launch(call: Call[mx.array]) -> Launch:
     tile, x = _tile(call), {"x": call.x}
     if tile.sorted and call.experts is not None:
-        found = ends(call.experts, call.weight.experts or 1, tile.many)
+        found = ends(call.experts.ids, call.weight.experts or 1, tile.many)
         x["row_ends"], x["tile_ends"] = found
     return launch(call, tile, x)
 
@@ -219,7 +210,7 @@ def _dense(call: Call[mx.array], *, dequantized: bool = False) -> list[mx.array]
         segment = part.segment
         rows = slice(part.first, part.first + part.rows)
         if call.experts is not None:
-            ids = call.experts.reshape(-1)
+            ids = call.experts.ids.reshape(-1)
             rows_of_x = mx.repeat(x, ids.size // max(x.shape[0], 1), axis=0).astype(mx.float32)
             # The chosen experts, or all if that is less: a prompt chooses each many times.
             few = ids.size < (segment.experts or 1)
@@ -227,7 +218,8 @@ def _dense(call: Call[mx.array], *, dequantized: bool = False) -> list[mx.array]
             of = mx.arange(ids.size) if few else ids
             y = mx.gather_mm(rows_of_x[:, None], w.swapaxes(-1, -2), rhs_indices=of)[:, 0]
         elif dequantized:
-            y = _product(x, segment.take(rows), call.activation is not None).astype(mx.float32)
+            activated = call.epilogue.activation is not None
+            y = _product(x, segment.take(rows), activated).astype(mx.float32)
         else:
             y = x.astype(mx.float32) @ decode(segment.take(rows)).T
         columns.append(y)

@@ -53,14 +53,16 @@ def product(call: Call[Any]) -> tuple[Call[Any]]:
     draw = normal(call.x.dtype)
     x = draw(call.x.size // weight.columns, weight.columns)
     small = replace(call, x=x.reshape(call.x.shape), weight=weight)
-    if call.experts is not None:
-        ids = mx.arange(call.experts.size, dtype=call.experts.dtype).reshape(call.experts.shape)
-        small = replace(small, experts=ids * (weight.experts or 1) // ids.size)
-    if call.bias is not None:
-        shape = (*call.bias.shape[:-1], weight.rows)
-        small = replace(small, bias=draw(*shape).astype(call.bias.dtype))
-    if call.scores is not None:
-        small = replace(small, scores=draw(*call.scores.shape).astype(call.scores.dtype))
-    if call.residual is not None:
-        small = replace(small, residual=draw(call.rows, small.widths[0]))
-    return (small,)
+    end, experts = call.epilogue, call.experts
+    if experts is not None:
+        ids = mx.arange(experts.ids.size, dtype=experts.ids.dtype).reshape(experts.ids.shape)
+        experts = replace(experts, ids=ids * (weight.experts or 1) // ids.size)
+    if end.bias is not None:
+        shape = (*end.bias.shape[:-1], weight.rows)
+        end = replace(end, bias=draw(*shape).astype(end.bias.dtype))
+    if experts is not None and experts.scores is not None:
+        scores = draw(*experts.scores.shape).astype(experts.scores.dtype)
+        experts = replace(experts, scores=scores)
+    if end.residual is not None:
+        end = replace(end, residual=draw(call.rows, small.widths[0]))
+    return (replace(small, epilogue=end, experts=experts),)

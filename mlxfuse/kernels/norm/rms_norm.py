@@ -19,8 +19,7 @@ MAX_COLUMNS = 16384
 
 _THREADS = 256  # of a threadgroup at most; not measured on a Mac
 
-OUTPUTS = ("y", "int8", "sums")
-CASTS = ("llama", "gemma")
+OUTPUTS = ("y", "int8")
 
 
 class Post(NamedTuple):
@@ -35,16 +34,14 @@ class Post(NamedTuple):
 class NormResult:
     """What `rms_norm` gives; None where it was not asked for.
 
-    h           ``x + residual``, or ``norm(x) + residual``, where there is a residual.
-    y           the normalised rows.
-    int8        y as int8 codes.
-    group_sums  float32 ``[..., K / 32]``: sums of 32 consecutive values of y.
+    h     ``x + residual``, or ``norm(x) + residual``, where there is a residual.
+    y     the normalised rows.
+    int8  y as int8 codes.
     """
 
     h: mx.array | None = None
     y: mx.array | None = None
     int8: Int8Activations | None = None
-    group_sums: mx.array | None = None
 
 
 def rms_norm(
@@ -54,7 +51,6 @@ def rms_norm(
     *,
     residual: mx.array | None = None,
     offset: float = 0.0,
-    cast: str = "llama",
     outputs: Collection[str] = ("y",),
     post: Post | None = None,
 ) -> NormResult:
@@ -62,8 +58,10 @@ def rms_norm(
 
     With ``post``, ``h = norm(x) + residual``, and that norm is rounded to T as y is. h
     is rounded to its type T, and all else follows from the rounded h; mean and root are
-    float32. ``int8`` and ``sums`` are those of y rounded to T, whether or not y is asked for.
-    Arguments of different types promote, as in MLX, and run without the kernel.
+    float32. As by `mx.fast.rms_norm`, the normalised value, ``offset + weight`` and their product
+    are each rounded to T; mlx-lm's classes for gemma do the same. ``int8`` are the codes of y
+    rounded to T, whether or not y is asked for. Arguments of different types promote, as in MLX,
+    and run without the kernel.
 
     Args:
         x: ``[..., K]``, float16, bfloat16 or float32.
@@ -71,24 +69,21 @@ def rms_norm(
         eps: added to the mean of the squares.
         residual: of the shape of x.
         offset: 1 for the weights of gemma.
-        cast: where values are rounded to T. ``llama``, as `mx.fast.rms_norm`: the normalised
-            value, ``offset + weight`` and their product; mlx-lm's classes for gemma do the same.
-            ``gemma``, as the published gemma: the product only.
-        outputs: any of `OUTPUTS`; ``int8`` and ``sums`` need K to be a multiple of 32. With
-            ``post`` there may be none, and h is all.
+        outputs: any of `OUTPUTS`; ``int8`` needs K to be a multiple of 32. With ``post`` there
+            may be none, and h is all.
         post: needs a residual.
 
     Raises:
         ValueError: arguments that do not fit together.
     """
     asked = tuple(o for o in OUTPUTS if o in outputs)
-    call = _Call(x, weight, eps, residual, offset, cast, asked, post)
+    call = _Call(x, weight, eps, residual, offset, asked, post)
     call.check(outputs)
     got = dict(zip(call.names, KERNEL(call), strict=True))
     int8 = None
     if "int8" in outputs:
         int8 = Int8Activations(got["codes"], got["scales"], got["sums"], call.dtype)
-    return NormResult(got.get("h"), got.get("y"), int8, got.get("group_sums"))
+    return NormResult(got.get("h"), got.get("y"), int8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +95,6 @@ class _Call:
     eps: float
     residual: mx.array | None
     offset: float
-    cast: str
     outputs: tuple[str, ...]
     post: Post | None = None
 
@@ -123,7 +117,7 @@ class _Call:
     @property
     def names(self) -> tuple[str, ...]:
         """The kernel's outputs."""
-        of = {"y": ("y",), "int8": quantize_int8.OUTPUTS, "sums": ("group_sums",)}
+        of = {"y": ("y",), "int8": quantize_int8.OUTPUTS}
         found = ("h",) if self.residual is not None else ()
         return found + tuple(n for o in self.outputs for n in of[o])
 
@@ -135,8 +129,6 @@ class _Call:
             raise ValueError(f"weight: expected ({self.columns},), found {self.weight.shape}")
         if self.residual is not None and self.residual.shape != x.shape:
             raise ValueError(f"residual: expected {x.shape}, found {self.residual.shape}")
-        if self.cast not in CASTS:
-            raise ValueError(f"cast: expected one of {CASTS}, found {self.cast!r}")
         if self.post is not None and self.residual is None:
             raise ValueError("post: expected a residual to add to, found none")
         if self.post is not None and self.post.weight.shape != (self.columns,):
@@ -145,8 +137,7 @@ class _Call:
             raise ValueError(f"outputs: expected some of {OUTPUTS}, found {tuple(outputs)}")
         if self.columns % GROUP and self.outputs not in ((), ("y",)):
             raise ValueError(
-                f"outputs int8 and sums need rows of a multiple of {GROUP} values, "
-                f"found {self.columns}"
+                f"output int8 needs rows of a multiple of {GROUP} values, found {self.columns}"
             )
 
 
@@ -172,11 +163,10 @@ def _launch(call: _Call) -> Launch:
     given = call.given
     shapes = {"h": x.shape, "y": x.shape}
     shapes |= zip(quantize_int8.OUTPUTS, quantize_int8.output_shapes(x.shape), strict=True)
-    shapes["group_sums"] = shapes["sums"]
     dtypes = {"h": x.dtype, "y": x.dtype, "codes": mx.int8}
     whole = call.columns % 4 == 0
     return Launch(
-        program=_program(pieces, whole, call.cast, ("x", *given), call.names),
+        program=_program(pieces, whole, ("x", *given), call.names),
         arrays=(x, *given.values(), *_numbers(call.columns, call.eps, call.offset, call.post)),
         grid=(x.size // call.columns * threads, 1, 1),
         threadgroup=(threads, 1, 1),
@@ -201,7 +191,7 @@ def _numbers(
 
 @cache
 def _program(
-    pieces: int, whole: bool, cast: str, inputs: tuple[str, ...], outputs: tuple[str, ...]
+    pieces: int, whole: bool, inputs: tuple[str, ...], outputs: tuple[str, ...]
 ) -> Program:
     held = f"T, {pieces}"
     moved = f"{held}, {str(whole).lower()}"
@@ -214,9 +204,9 @@ def _program(
         f"vec<T, 4> v[{pieces}];",
         f"load_row<{moved}>(x, row, v);",
     ]
-    weigh = f"weight_row<{cast.capitalize()}, {moved}>"
+    weigh = f"weight_row<{moved}>"
     if "post" in inputs:
-        sections += ["weighted", cast.capitalize()]
+        sections += ["weighted"]
         lines += [
             "threadgroup float before[8];",
             f"const float scale = inverse_rms<{held}>(v, row, numbers[2], before);",
@@ -228,7 +218,7 @@ def _program(
     if outputs != ("h",):
         lines += [f"const float inverse = inverse_rms<{held}>(v, row, numbers[0], partial);"]
         if "weight" in inputs:
-            sections += ["weighted", cast.capitalize()]
+            sections += ["weighted"]
             lines += [f"{weigh}(weight, numbers[1], row, inverse, v);"]
         else:
             sections += ["plain"]
@@ -239,9 +229,6 @@ def _program(
     if "codes" in outputs:
         groups, sections = ["quantize_int8.metal:codes"], [*sections, "codes"]
         lines += [f"quantize_row<{held}>(v, row, codes, scales, sums);"]
-    if "group_sums" in outputs:
-        groups, sections = groups or ["quantize_int8.metal"], [*sections, "sums"]
-        lines += [f"sum_row<{held}>(v, row, group_sums);"]
     return Program(
         op="rms_norm",
         inputs=(*inputs, "columns", "numbers"),
@@ -260,20 +247,16 @@ def _reference(call: _Call) -> list[mx.array]:
     found = {"h": h, "y": y}
     if "int8" in call.outputs:
         found |= zip(quantize_int8.OUTPUTS, quantize_int8.reference(y), strict=True)
-    if "sums" in call.outputs:
-        groups = y.astype(mx.float32).reshape(*y.shape[:-1], call.columns // GROUP, GROUP)
-        found["group_sums"] = groups.sum(-1)
     return [found[n] for n in call.names]
 
 
 def _normed(
     call: _Call, x: mx.array, weight: mx.array | None, eps: float, offset: float
 ) -> mx.array:
-    inner = mx.float32 if call.cast == "gemma" else call.dtype
     if weight is not None:
-        weight = weight.astype(inner)
+        weight = weight.astype(call.dtype)
         weight = offset + weight if offset else weight
-    return mx.fast.rms_norm(x.astype(inner), weight, eps).astype(call.dtype)
+    return mx.fast.rms_norm(x.astype(call.dtype), weight, eps)
 
 
 def _small(call: _Call) -> tuple[_Call]:

@@ -81,7 +81,7 @@ class Backend:
         return kernel.reference(*args)
 
     def run(self, launch: Launch) -> list[mx.array]:
-        """Dispatch, unconditionally."""
+        """Dispatch the launch without asking whether it may run."""
         raise KernelError(f"kernels do not run: {self.reason}")
 
     def repeat(self, prepared: Prepared, inputs: list[mx.array]) -> list[mx.array]:
@@ -170,7 +170,7 @@ class Reference(Backend):
 
 
 class Recorder(Backend):
-    """Nothing runs: calls that could be launched are noted; zeros stand for their outputs.
+    """Runs nothing: calls that could be launched are noted, and zeros stand for their outputs.
 
     Args:
         found: gets them.
@@ -189,7 +189,7 @@ class Recorder(Backend):
         return kernel.launch(*args).results(lambda one: one.blank())
 
     def fall_back(self, name: str, reason: str) -> None:
-        """It is counted when it happens."""
+        """Note nothing now: a fallback is counted when it happens."""
 
 
 class Counting(Backend):
@@ -221,10 +221,10 @@ class Counting(Backend):
         return opaque(inputs, launch.shapes, launch.dtypes)
 
     def count(self, name: str) -> None:
-        """`run` does."""
+        """Count nothing here: `run` does."""
 
     def fall_back(self, name: str, reason: str) -> None:
-        """Nothing runs."""
+        """Count nothing, since nothing runs."""
 
 
 METAL = Metal()

@@ -140,7 +140,7 @@ class Kernel(Generic[P]):
 
 
 def normal(dtype: mx.Dtype) -> Callable[..., mx.array]:
-    """For small cases: the same random values each time, of given shapes, one after the other."""
+    """A source of random arrays of given shapes, for small cases; the same ones each time."""
     random = np.random.default_rng(20)
 
     def draw(*shape: int) -> mx.array:

@@ -12,6 +12,7 @@ import os
 import platform
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 
 from ... import env
 from ...files import write_text
+from ...ranks import all_values
 from ..matmul.product import MAX_BATCH, MAX_VECTOR_ROWS
 from . import kernel as _kernel
 from .backend import Recorder, disabled, using
@@ -36,7 +38,8 @@ _BOUNDS: dict[object, float] = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16:
 # What one int8 code that is rounded the other way is of the largest, and of a sum of 32; and what
 # Metal's fast sine, which mx.fast.rope takes, may be off.
 _CODE, _SUM, _SINE = 1e-2, 2e-3, 1e-3
-# Packed words in which a code may be rounded the other way: a reciprocal may be off by a bit.
+# Words, of packed codes or of ids, that may differ: a code may be rounded the other way where a
+# reciprocal is off by a bit.
 _WORDS = 0.02
 _ERRORS = 3  # lines of a compiler that are kept
 
@@ -94,6 +97,23 @@ def check(recorded: Iterable[Recorded], *, emulated: bool = False) -> dict[Progr
     return failed
 
 
+def agree(of: mx.distributed.Group) -> dict[Program, str]:
+    """Disable what the self-test of another rank disabled. All ranks must call it.
+
+    Returns:
+        The programs that are disabled by this, with the reason.
+    """
+    own = [(asdict(program), reason) for program, reason in disabled.items()]
+    found: dict[Program, str] = {}
+    for rank, told in enumerate(all_values(own, of)):
+        for fields, reason in told:
+            names = ("inputs", "outputs", "parts")
+            program = Program(**{**fields, **{name: tuple(fields[name]) for name in names}})
+            if program not in disabled:
+                disabled[program] = found[program] = f"on rank {rank}: {reason}"
+    return found
+
+
 def _key(launch: Launch) -> str:
     """What the result depends on: the machine, MLX, and what MLX compiles."""
     info = mx.device_info() if mx.metal.is_available() else {}
@@ -139,7 +159,7 @@ def compare(kernel: Kernel[Any], arguments: tuple[Any, ...], *, emulated: bool) 
         if a.dtype == mx.uint32:
             differ = float(mx.mean(a != b))
             if differ > _WORDS:
-                return f"{differ:.1%} of the packed words differ"
+                return f"{differ:.1%} of the words differ"
             continue
         x, y = (np.array(v.astype(mx.float32)) for v in (a, b))
         worst = float(np.abs(x - y.reshape(x.shape)).max())

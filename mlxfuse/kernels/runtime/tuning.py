@@ -63,7 +63,7 @@ def machine() -> dict[str, str] | None:
 
 @cache
 def source_hash() -> str:
-    """Of all Metal sources: 12 digits that change when any of them does."""
+    """12 digits that change when any of the Metal sources does."""
     found = hashlib.sha256()
     for file in sorted(metal_dir().iterdir()):
         found.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")

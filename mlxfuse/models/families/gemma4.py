@@ -11,6 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ...errors import GGUFError, UnsupportedError
 from ..keys import Keys
 from ..layers import FULL, SLIDING, layer_types
@@ -142,6 +145,7 @@ def _layer_sizes(config: Config, shape: _Shape, layer: int) -> dict[str, int]:
     kv = shape.kv_heads[kind] * head if layer < shape.own else 0
     return {
         "head": head,
+        "kv_heads": shape.kv_heads[kind],
         "q": width,
         "o": width,
         "kv": kv,
@@ -226,6 +230,26 @@ def _widths(key: Keys, layers: int, own: int) -> list[int]:
             f"{layers - own} layers"
         )
     return ff
+
+
+def proportional(config: Config, factors: NDArray[np.float64]) -> dict[str, Any]:
+    """The rotations as MLX-LM has them: the first pairs as they are, the others not at all.
+
+    Empty where the file has others, or does not rotate whole heads where there is a window.
+    """
+    rope = config.rope
+    swa = next((r for r in config.ropes if r is not None and r != rope), None)
+    rotated = int(np.sum(factors == 1))
+    if swa is None or swa.dims != config.args["head_dim"] or rope.scale != 1.0:
+        return {}
+    if not np.all(factors[:rotated] == 1) or not np.all(factors[rotated:] >= 1e30):
+        return {}
+    whole = {"rope_theta": rope.base, "partial_rotary_factor": 2 * rotated / rope.dims}
+    return {
+        "type": "proportional",
+        "full_attention": {"type": "proportional", **whole},
+        "sliding_attention": {"type": "default", "rope_theta": swa.base},
+    }
 
 
 ROWS = (

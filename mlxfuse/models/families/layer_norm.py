@@ -44,7 +44,8 @@ def _cohere2(key: Keys, config: Config) -> Config:
 def _stablelm(key: Keys, config: Config) -> Config:
     """A model without the second norm has attention and the MLP side by side."""
     parallel = "blk.0.ffn_norm.weight" not in key.file.tensors
-    args = {"use_parallel_residual": parallel, "use_qkv_bias": False}
+    biased = "blk.0.attn_q.bias" in key.file.tensors
+    args = {"use_parallel_residual": parallel, "use_qkv_bias": biased}
     return replace(config, args=config.args | args)
 
 

@@ -53,7 +53,7 @@ def _lfm2(key: Keys, config: Config) -> Config:
     embd, head, kernel = config.sizes["embd"], config.sizes["head"], key.count("shortconv.l_cache")
     sizes = {
         "kv_heads": kv_heads,
-        "kv": kv_heads * head,
+        **dict.fromkeys(("kv", "v"), kv_heads * head),
         "cache": 2 * kv_heads * head,
         "conv_in": 3 * embd,
         "kernel": kernel,

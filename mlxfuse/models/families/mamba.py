@@ -14,7 +14,7 @@ from ..table import OUTER, Architecture, Config, Weight
 from .llama import GRANITE
 
 
-def _mixer(path: str, norm: bool = True) -> dict[str, Weight]:
+def mixer(path: str, norm: bool = True) -> dict[str, Weight]:
     """A Mamba-2 mixer below a layer; the rows of its input are z, x, B, C and dt in both."""
     heads = ("ssm_heads",)
     gated = Weight(f"{path}.norm", ("ssm_inner",), optional=not norm)
@@ -29,7 +29,7 @@ def _mixer(path: str, norm: bool = True) -> dict[str, Weight]:
     }
 
 
-def _mamba(key: Keys, config: Config) -> Config:
+def mamba(key: Keys, config: Config) -> Config:
     """The mixer's sizes, by llama.cpp's names: the time step rank is that of its heads."""
     inner, heads = key.count("ssm.inner_size"), key.count("ssm.time_step_rank")
     groups, state = key.count("ssm.group_count"), key.count("ssm.state_size")
@@ -73,7 +73,7 @@ def _mamba(key: Keys, config: Config) -> Config:
     return replace(config, sizes=config.sizes | sizes, args=config.args | args)
 
 
-def _kinds(key: Keys, config: Config, kinds: Sequence[str]) -> Config:
+def with_kinds(key: Keys, config: Config, kinds: Sequence[str]) -> Config:
     """Sizes of each layer by its kind: empty with attention, ``mamba`` with a mixer."""
     counts = key.each("attention.head_count_kv", config.layers)
     heads = {count for count in counts if count} or {config.sizes["heads"]}
@@ -89,7 +89,7 @@ def _kinds(key: Keys, config: Config, kinds: Sequence[str]) -> Config:
     given = config.by_layer or ({},) * config.layers
     return replace(
         config,
-        sizes=config.sizes | {"kv_heads": kv_heads, "kv": kv},
+        sizes=config.sizes | {"kv_heads": kv_heads, "kv": kv, "v": kv},
         args=config.args | {"num_key_value_heads": kv_heads},
         kinds=tuple(kinds),
         by_layer=tuple(
@@ -100,7 +100,7 @@ def _kinds(key: Keys, config: Config, kinds: Sequence[str]) -> Config:
 
 def _nemotron_h(key: Keys, config: Config) -> Config:
     """One mixer in each layer, told by the heads and widths that the file lists; no rotation."""
-    config = _mamba(key, config)
+    config = mamba(key, config)
     layers = config.layers
     attends = key.each("attention.head_count_kv", layers)
     widths = key.each("feed_forward_length", layers)
@@ -128,12 +128,12 @@ def _nemotron_h(key: Keys, config: Config) -> Config:
         ropes=(None,) * layers,
         by_layer=(),
     )
-    return _kinds(key, config, kinds)
+    return with_kinds(key, config, kinds)
 
 
 def _granite_hybrid(key: Keys, config: Config) -> Config:
     assert GRANITE.configure
-    config = _mamba(key, GRANITE.configure(key, config))
+    config = mamba(key, GRANITE.configure(key, config))
     if key.count("ssm.group_count") > 1:
         raise UnsupportedError(
             "granitehybrid whose mixers' norms are of several groups: mlx-lm's is of one"
@@ -151,12 +151,12 @@ def _granite_hybrid(key: Keys, config: Config) -> Config:
         config.sizes.update({"experts": 0, "expert_ff": 0, "shared_ff": 0, "shared_rows": 0})
     else:
         config.sizes.update({"ff": 0, "shared_rows": 2 * config.sizes["shared_ff"]})
-    return _kinds(key, config, ["" if one else "mamba" for one in attends])
+    return with_kinds(key, config, ["" if one else "mamba" for one in attends])
 
 
 def _falcon_h1(key: Keys, config: Config) -> Config:
     """Both mixers in every layer. Files have the model's multipliers in the weights."""
-    config = _mamba(key, config)
+    config = mamba(key, config)
     ones = (*("attention_in", "attention_out", "embedding", "key", "lm_head", "ssm_in", "ssm_out"),)
     args = {
         **{f"{name}_multiplier": 1.0 for name in ones},
@@ -196,7 +196,7 @@ def _nemotron_row(name: str, models: str) -> Architecture:
         name: replace(weight, module=weight.module.replace("self_attn", "mixer"))
         for name, weight in attention("optional", "optional").items()
     }
-    layers = {"mamba": norm | _mixer("mixer"), "mlp": norm | plain, "experts": norm | routed}
+    layers = {"mamba": norm | mixer("mixer"), "mlp": norm | plain, "experts": norm | routed}
     return Architecture(
         name=name,
         models=models,
@@ -238,7 +238,7 @@ ROWS = (
             # llama.cpp's converter leaves the suffix off.
             "ffn_norm": Weight("pre_ff_layernorm", ("embd",), suffix=""),
             **attention("optional", "optional"),
-            **_mixer("mamba", norm=False),
+            **mixer("mamba", norm=False),
             "ffn_gate": Weight("feed_forward.gate_proj", ("ff", "embd"), "optional"),
             "ffn_up": Weight("feed_forward.up_proj", ("ff", "embd"), "optional"),
             "ffn_down": Weight("feed_forward.down_proj", ("embd", "ff"), "optional"),
@@ -254,7 +254,7 @@ ROWS = (
         models="Granite 4.0 H micro, tiny and small",
         module="mlx_lm.models.granitemoehybrid",
         layer={**NORMS, **attention("optional", "optional"), **_GRANITE_MLP},
-        other_layers={"mamba": {**NORMS, **_mixer("mamba"), **_GRANITE_MLP}},
+        other_layers={"mamba": {**NORMS, **mixer("mamba"), **_GRANITE_MLP}},
         groups=GROUPS | {"experts_gate_up": EXPERT_GROUPS["gate_up"]},
         same={},
         uneven=("attention.head_count_kv", "feed_forward_length"),

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ...errors import UnsupportedError
 from ..keys import Keys
-from ..layers import layer_types, windows, with_windows
+from ..layers import FULL, SLIDING, layer_types, windows, with_windows
 from ..pieces import (
     BARE_ROUTER,
     EXPERT_GROUPS,
@@ -21,6 +21,7 @@ from ..pieces import (
     experts,
     mlp,
 )
+from ..rope import Rope
 from ..table import OUTER, Architecture, Config, Weight
 
 SIGMOID, SOFTMAX = 2, 1
@@ -81,6 +82,24 @@ def _ernie(key: Keys, config: Config) -> Config:
         "moe_layer_start_index": dense,
         "moe_num_shared_experts": config.args["num_shared_experts"],
     }
+    return replace(config, args=config.args | args)
+
+
+def _mellum(key: Keys, config: Config) -> Config:
+    """Layers with a window rotate without scaling."""
+    window = key("attention.sliding_window", int, 0)
+    slides = windows(key, config.layers, 4) if window else [False] * config.layers
+    if all(slides):
+        raise UnsupportedError(f"{key.name} whose layers all have a sliding window")
+    plain = Rope(config.rope.dims, config.rope.base)
+    rope = {"rope_theta": config.rope.base}
+    args = {
+        "sliding_window": window,
+        "layer_types": layer_types(slides),
+        "rope_parameters": {FULL: rope, SLIDING: rope},
+        "norm_topk_prob": True,  # in llama.cpp whatever the file says
+    }
+    config = with_windows(config, slides, window, plain, config.rope)
     return replace(config, args=config.args | args)
 
 
@@ -229,6 +248,14 @@ ROWS = (
         configure=lambda key, config: replace(
             config, args=config.args | {"moe_topk": config.args["num_experts_per_tok"]}
         ),
+    ),
+    Architecture(
+        name="mellum",
+        models="Mellum 2 12B-A2.5B",
+        module="mlx_lm.models.mellum",
+        layer=NORMS | attention() | QK_NORMS | experts("mlp.gate", "mlp.switch_mlp"),
+        groups=EXPERT_GROUPS,
+        configure=_mellum,
     ),
     Architecture(
         name="minimax-m2",

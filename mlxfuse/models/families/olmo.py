@@ -18,7 +18,7 @@ _POST_NORMS = {
 
 
 def _sliding_rope(key: Keys, config: Config) -> Rope:
-    """Of layers with a window: without the scaling of the others."""
+    """The rotary embedding of layers with a window, without the scaling of the others."""
     return Rope(config.rope.dims, key.positive("rope.freq_base_swa", config.rope.base))
 
 

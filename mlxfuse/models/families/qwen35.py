@@ -64,6 +64,11 @@ def _qwen35(key: Keys, config: Config) -> Config:
     llama.cpp's names: the state size is that of a head of keys and of values, the group count
     that of key heads, the time step rank that of value heads.
     """
+    if "blk.0.ssm_in.weight" in key.file.tensors:
+        raise UnsupportedError(
+            f"{key.name} with blk.0.ssm_in.weight: the file is from before llama.cpp stored the "
+            "delta nets' queries, keys and values apart from their gates; convert the model again"
+        )
     head, kernel = key.count("ssm.state_size"), key.count("ssm.conv_kernel")
     key_heads, value_heads = key.count("ssm.group_count"), key.count("ssm.time_step_rank")
     inner, path = key.count("ssm.inner_size"), key.file.path

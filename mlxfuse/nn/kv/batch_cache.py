@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 
 from ...kernels.kv.compressed_sdpa import MAX_PLACES, MAX_QUERIES, compressed_sdpa
+from ...kernels.kv.sdpa_call import Scores
 from .cache import CompressedKVCache, Pair, copied
 
 
@@ -33,7 +35,7 @@ class BatchCompressedKVCache(mlx_lm_cache._BaseCache):
 
     @property
     def caches(self) -> list[CompressedKVCache]:
-        """Those of the sequences, each with all that is its own."""
+        """The caches of the sequences, each with all of its own tokens."""
         if self._plain is not None:
             for i, cache in enumerate(self._caches):
                 cache.sink, cache.tail = (
@@ -91,18 +93,16 @@ class BatchCompressedKVCache(mlx_lm_cache._BaseCache):
         queries: mx.array,
         keys: mx.array,
         values: mx.array,
-        *,
-        scale: float,
-        mask: mx.array,
-        sinks: mx.array | None = None,
-        softcap: float | None = None,
+        scores: Scores,
     ) -> mx.array:
         """As `CompressedKVCache.attend`, with the mask of this cache; padding gives zeros."""
-        length = queries.shape[2]
+        length, mask = queries.shape[2], scores.mask
+        assert mask is not None
         window = next((w for w, made in self._made.items() if made is mask), -1)
         if window != -1 and self._together(length):
-            how = {"scale": scale, "sinks": sinks, "softcap": softcap}
-            return self._attend(queries, keys, values, window=window, **how)
+            window = _least(window, self._caches[0].window)
+            near = Scores(scores.scale, None, True, window, scores.softcap, scores.sinks)
+            return self._attend(queries, keys, values, near)
         outputs = []
         for i, (cache, n) in enumerate(zip(self.caches, self._take(length), strict=True)):
             if not n:
@@ -112,7 +112,7 @@ class BatchCompressedKVCache(mlx_lm_cache._BaseCache):
             stop = mask.shape[3] - length + n
             own = mask[i : i + 1, :, :n, stop - n - cache.columns : stop]
             q, k, v = (x[i : i + 1, :, :n] for x in (queries, keys, values))
-            made = cache.attend(q, k, v, scale=scale, mask=own, sinks=sinks, softcap=softcap)
+            made = cache.attend(q, k, v, replace(scores, mask=own))
             outputs.append(mx.pad(made, [(0, 0), (0, 0), (0, length - n), (0, 0)]))
         return mx.concatenate(outputs)
 
@@ -139,9 +139,7 @@ class BatchCompressedKVCache(mlx_lm_cache._BaseCache):
         queries: mx.array,
         keys: mx.array,
         values: mx.array,
-        *,
-        window: int | None,
-        **how: Any,
+        scores: Scores,
     ) -> mx.array:
         length, scheme = queries.shape[2], self._caches[0].scheme
         if any(c._due(length) > 0 for c in self._caches):
@@ -156,11 +154,10 @@ class BatchCompressedKVCache(mlx_lm_cache._BaseCache):
             [c._sealed for c in self._caches],
             tail,
             held,
+            scores=scores,
             sink=sink,
             sink_length=[c.keep for c in self._caches],
             fresh=(keys.astype(scheme.dtype), values.astype(scheme.dtype)),
-            window=_least(window, self._caches[0].window),
-            **how,
         )
         at = mx.array([[n + i for i in range(length)] for n in held])[:, None, :, None]
         at = mx.broadcast_to(at, plain.shape)

@@ -26,10 +26,10 @@ from ...kernels.kv.compressed_sdpa import MAX_QUERIES, compressed_sdpa
 from ...kernels.kv.dequantize_kv import dequantize_kv
 from ...kernels.kv.quantize_kv import quantize_kv
 from ...kernels.kv.scheme import KVScheme, KVSide
-from ..sdpa import sdpa
+from ...kernels.kv.sdpa_call import Scores
+from ..sdpa import Mask, mask_of, sdpa
 
 Pair = tuple[mx.array, mx.array]
-Mask = mx.array | str | None
 
 
 class CompressedKVCache(mlx_lm_cache._BaseCache):
@@ -172,11 +172,7 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
         queries: mx.array,
         keys: mx.array,
         values: mx.array,
-        *,
-        scale: float,
-        mask: Mask = None,
-        sinks: mx.array | None = None,
-        softcap: float | None = None,
+        scores: Scores,
     ) -> mx.array:
         """Append keys and values, and attend to all that is held.
 
@@ -186,38 +182,22 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
 
         Args:
             queries: [B, query heads, L, head size]; keys and values as for `update_and_fetch`.
-            mask: what `make_mask` made, or an array of the same form.
-            sinks: a logit for each query head that takes part in the softmax.
-            softcap: c in ``c * tanh(score / c)``.
+            scores: its mask is what `make_mask` made, or an array of the same form.
 
         Returns:
             [B, query heads, L, value head size] in the queries' type.
         """
-        length = queries.shape[2]
-        self._prepare(keys, values)
-        scheme = self.scheme
+        length, scheme = queries.shape[2], self._prepare(keys, values)
         if length > MAX_QUERIES:
-            token = keys.shape[0] * (scheme.k.dim + scheme.v.dim) * keys.dtype.size
-            each = max(1, self.SCRATCH // ((self.columns + length) * token))
-            shared = queries.shape[1] // keys.shape[1]
-            outputs = []
-            for first in range(0, keys.shape[1], each):
-                heads = slice(first, first + each)
-                rows = slice(first * shared, (first + each) * shared)
-                k, v = self._with_past(keys[:, heads], values[:, heads], heads)
-                how: dict[str, Any] = {
-                    "scale": scale,
-                    "mask": _of_heads(mask, rows),
-                    "softcap": softcap,
-                }
-                how["sinks"] = None if sinks is None else sinks[rows]
-                outputs.append(sdpa(queries[:, rows], k, v, **how))
-            self._append(keys, values)
-            return mx.concatenate(outputs, axis=1)
-        if isinstance(mask, mx.array):
+            return self._attend_in_turn(queries, keys, values, scores)
+        mask, window = scores.mask, None
+        if mask is not None:
             mask = self._all_columns(mask)
         elif self._unseen and self.keep:  # the kernel's window would drop the sink
             mask = self._all_columns(self.mask_array(length, self.window))
+        elif not scores.causal:
+            window = self.window
+        causal = scores.causal and mask is None
         output, plain = compressed_sdpa(
             queries,
             scheme,
@@ -225,18 +205,38 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
             self._sealed,
             self.tail,
             self._tail_length,
-            scale=scale,
+            scores=Scores(scores.scale, mask, causal, window, scores.softcap, scores.sinks),
             sink=self.sink,
             sink_length=min(self.offset, self.keep),
             fresh=(keys.astype(scheme.dtype), values.astype(scheme.dtype)),
-            mask=mask if isinstance(mask, mx.array) else None,
-            causal=isinstance(mask, str),
-            window=self.window if mask is None else None,
-            sinks=sinks,
-            softcap=softcap,
         )
         self._store(plain)
         return output
+
+    def _attend_in_turn(
+        self, queries: mx.array, keys: mx.array, values: mx.array, scores: Scores
+    ) -> mx.array:
+        """`attend`, some KV heads after others, whose keys and values are decompressed first."""
+        scheme = self.scheme
+        token = keys.shape[0] * (scheme.k.dim + scheme.v.dim) * keys.dtype.size
+        each = max(1, self.SCRATCH // ((self.columns + queries.shape[2]) * token))
+        shared = queries.shape[1] // keys.shape[1]
+        mask: Mask = "causal" if scores.causal and scores.mask is None else scores.mask
+        outputs = []
+        for first in range(0, keys.shape[1], each):
+            heads = slice(first, first + each)
+            rows = slice(first * shared, (first + each) * shared)
+            made = sdpa(
+                queries[:, rows],
+                *self._with_past(keys[:, heads], values[:, heads], heads),
+                scale=scores.scale,
+                mask=mask_of(mask, rows),
+                sinks=None if scores.sinks is None else scores.sinks[rows],
+                softcap=scores.softcap,
+            )
+            outputs.append(made)
+        self._append(keys, values)
+        return mx.concatenate(outputs, axis=1)
 
     @property
     def token_bytes(self) -> int:
@@ -285,7 +285,7 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
 
         return KVScheme(side(k_dim, self.k_bits), side(v_dim, self.v_bits), dtype)
 
-    def _prepare(self, keys: mx.array, values: mx.array) -> None:
+    def _prepare(self, keys: mx.array, values: mx.array) -> KVScheme:
         """Seal what the tail has no room for beside the new tokens, before anything is read.
 
         MLX writes into an array in place where nobody else holds it, else it copies all of it. A
@@ -300,6 +300,8 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
             tail = self.tail
             self._seal(tail[:, :, :due])
             self.tail = self._padded(tail[:, :, due:held])
+        made: KVScheme = self.scheme
+        return made
 
     def _due(self, length: int) -> int:
         """How many tokens are to be sealed once there are ``length`` more."""
@@ -374,12 +376,6 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
         self.rows = mx.concatenate([*parts, mx.zeros(spare, packed.dtype)], axis=2)
         del parts
         mx.eval(self.rows)  # the old rows are gone before the next layer's grow
-
-
-def _of_heads(mask: Mask, heads: slice) -> Mask:
-    if isinstance(mask, mx.array) and mask.ndim > 2 and mask.shape[-3] > 1:
-        return mask[..., heads, :, :]
-    return mask
 
 
 def copied(rows: mx.array) -> mx.array:

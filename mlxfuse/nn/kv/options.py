@@ -42,7 +42,7 @@ class KVOptions:
         rotate: bool = True,
         layers: str = "all",
     ) -> KVOptions:
-        """From ``8`` (keys and values) or ``k8v4``; 16 bits leave a side as it is.
+        """Read ``8`` (keys and values) or ``k8v4``; 16 bits leave a side as it is.
 
         Raises:
             ValueError: nothing of that form, or nothing that compresses.
@@ -67,7 +67,7 @@ class KVOptions:
 
     @property
     def name(self) -> str:
-        """For example ``k8v4``."""
+        """The short name, for example ``k8v4``."""
         return f"k{self.k_bits}v{self.v_bits}"
 
     def __str__(self) -> str:
@@ -76,7 +76,7 @@ class KVOptions:
 
 
 def check_model(model: nn.Module, options: KVOptions, *, force: bool = False) -> None:
-    """Nothing where the model can do with compressed keys and values.
+    """Raise unless the model works with compressed keys and values.
 
     Args:
         force: compress keys although the model is known to suffer from it.

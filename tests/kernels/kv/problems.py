@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlxfuse.kernels.kv.scheme import KVScheme, KVSide, pack
+from mlxfuse.kernels.kv.sdpa_call import Scores
 
 from ..weights import to_float64
 
@@ -74,9 +75,18 @@ def decode(scheme: KVScheme, rows: mx.array) -> tuple[np.ndarray, np.ndarray]:
     return rotate(k, scheme.k_block), rotate(v, scheme.v_block)
 
 
+def with_scores(options: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `Scores` among the options as one."""
+    names = [f.name for f in fields(Scores) if f.name in options]
+    rest = {name: value for name, value in options.items() if name not in names}
+    return {"scores": Scores(**{name: options[name] for name in names}), **rest}
+
+
 @dataclass
 class Problem:
-    """A call of `compressed_sdpa`: its positional arguments, and the others by name."""
+    """A call of `compressed_sdpa`: its positional arguments, and the others by name; the fields
+    of `Scores` are among them.
+    """
 
     q: mx.array
     scheme: KVScheme
@@ -89,6 +99,11 @@ class Problem:
     @property
     def arguments(self) -> tuple[Any, ...]:
         return self.q, self.scheme, self.rows, self.length, self.tail, self.tail_length
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The others as `compressed_sdpa` takes them."""
+        return with_scores(self.options)
 
     def keys(self, b: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values of a sequence, ``[Hkv, keys, dim]``."""

@@ -21,9 +21,10 @@ from mlxfuse.kernels.runtime.self_test import calls
 from mlxfuse.kernels.runtime.source import _squeeze
 from tests import msl
 
+from ..builds import in_turn
 from ..pairwise import Case, covering, pairs, possible
 from ..weights import to_float64
-from .problems import Problem, normal, oracle, packed
+from .problems import Problem, normal, oracle, packed, with_scores
 
 AXES: dict[str, tuple[Any, ...]] = {
     "dims": ((64, 64), (80, 80), (96, 64), (112, 112), (128, 128), (192, 128), (256, 256),
@@ -125,14 +126,14 @@ def name_of(case: Case) -> str:
 def check(case: Case) -> None:
     problem = problem_of(case)
     before = _kernel.launches["compressed_sdpa"]
-    got = compressed_sdpa(*problem.arguments, **problem.options)
+    got = compressed_sdpa(*problem.arguments, **problem.given)
     assert _kernel.launches["compressed_sdpa"] - before == 1
     assert_close(got[0], problem)
     if case["plain"] == "fresh":
         assert mx.array_equal(got[1], mx.concatenate(problem.options["fresh"], axis=-1))
 
 
-@pytest.mark.parametrize("case", PAIRS, ids=name_of)
+@pytest.mark.parametrize(("case", "kernels"), in_turn(PAIRS, name_of), indirect=["kernels"])
 def test_every_pair_of_values(case: Case, kernels: str) -> None:
     # The lint follows paths, which are the same in all cases; other tests have it.
     with msl.using(lint=False):
@@ -170,7 +171,7 @@ def test_the_full_product(dims: tuple[int, int], dtype: mx.Dtype, kernels: str) 
 def test_the_reference(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLXFUSE_KERNELS", "reference")
     problem = problem_of(case)
-    assert_close(compressed_sdpa(*problem.arguments, **problem.options)[0], problem)
+    assert_close(compressed_sdpa(*problem.arguments, **problem.given)[0], problem)
 
 
 def test_the_cases_have_every_pair() -> None:
@@ -218,7 +219,7 @@ def test_a_wrong_kernel_is_seen(text: str, wrong: str, monkeypatch: pytest.Monke
 def test_garbage_beyond_the_lengths_changes_nothing(kernels: str) -> None:
     for case in (USUAL, USUAL | {"more": "padding", "queries": 5, "plain": "sink"}):
         problem = problem_of(case)
-        clean = compressed_sdpa(*problem.arguments, **problem.options)
+        clean = compressed_sdpa(*problem.arguments, **problem.given)
         rng = np.random.default_rng(1)
         rows, tail = np.array(problem.rows), np.array(problem.tail)
         lengths = np.broadcast_to(np.array(problem.length), len(rows))
@@ -227,13 +228,11 @@ def test_garbage_beyond_the_lengths_changes_nothing(kernels: str) -> None:
             tail[b, :, m:] *= 1000
             tail[b, :, -1] = np.nan
         problem.rows, problem.tail = mx.array(rows), mx.array(tail)
-        dirty = compressed_sdpa(*problem.arguments, **problem.options)
+        dirty = compressed_sdpa(*problem.arguments, **problem.given)
         assert all(mx.array_equal(x, y) for x, y in zip(clean, dirty, strict=True))
         # Control: one more row is seen.
         problem.length = problem.length + 1
-        assert not mx.array_equal(
-            compressed_sdpa(*problem.arguments, **problem.options)[0], clean[0]
-        )
+        assert not mx.array_equal(compressed_sdpa(*problem.arguments, **problem.given)[0], clean[0])
 
 
 @pytest.mark.parametrize("case", [USUAL, USUAL | {"queries": 5, "window": 300, "heads": 7}])
@@ -246,7 +245,7 @@ def test_any_number_of_splits_agrees(
     for tokens in (4096, 256, 40, 4):
         monkeypatch.setattr(module, "SPLIT_TOKENS", (tokens, tokens))
         splits.append(module._splits(1032, 1))
-        results.append(compressed_sdpa(*problem.arguments, **problem.options)[0])
+        results.append(compressed_sdpa(*problem.arguments, **problem.given)[0])
         assert_close(results[-1], problem)
     assert splits == [1, 5, 26, 256]
     assert not mx.array_equal(results[0], results[2])
@@ -267,19 +266,19 @@ def test_a_query_that_sees_nothing_gives_zeros(kernels: str) -> None:
     mask = np.ones(problem.options["mask"].shape, bool)
     mask[0, 0, 1] = False
     problem.options["mask"] = mx.array(mask)
-    (got,) = compressed_sdpa(*problem.arguments, **problem.options)
+    (got,) = compressed_sdpa(*problem.arguments, **problem.given)
     assert not mx.any(got[0, :, 1])
     assert mx.all(mx.any(got[0, :, 0] != 0, axis=-1))
     assert_close(got, problem)
     problem.length, problem.tail_length = 0, mx.array(0)
-    assert not mx.any(compressed_sdpa(*problem.arguments, **problem.options)[0])
+    assert not mx.any(compressed_sdpa(*problem.arguments, **problem.given)[0])
     problem.options["sinks"] = mx.zeros(problem.q.shape[1])
-    assert not mx.any(compressed_sdpa(*problem.arguments, **problem.options)[0])
+    assert not mx.any(compressed_sdpa(*problem.arguments, **problem.given)[0])
 
 
 def test_one_wrong_code_is_seen(kernels: str) -> None:
     problem = problem_of(USUAL | {"dtype": mx.float32, "length": 5, "rotate": False})
-    (got, _) = compressed_sdpa(*problem.arguments, **problem.options)
+    (got, _) = compressed_sdpa(*problem.arguments, **problem.given)
     rows = np.array(problem.rows)
     rows[0, 0, 2, 40] ^= 1 << 28  # one of V's codes of one token
     problem.rows = mx.array(rows)
@@ -294,7 +293,9 @@ def test_what_does_not_fit_is_refused() -> None:
     def refused(message: str, **changes: Any) -> None:
         given = {"q": q, "rows": problem.rows, "length": 5, "scale": 1.0} | changes
         with pytest.raises(ValueError, match=message):
-            compressed_sdpa(given.pop("q"), scheme, given.pop("rows"), given.pop("length"), **given)
+            compressed_sdpa(
+                given.pop("q"), scheme, given.pop("rows"), given.pop("length"), **with_scores(given)
+            )
 
     refused(r"q: expected \[B, Hq, L, 128\], found \(2, 4, 1, 64\)", q=q[..., :64])
     refused(r"rows: expected .*uint32 \(2, 1, 12, 52\), found .*\(2, 1, 12, 51\)",
@@ -317,7 +318,7 @@ def test_more_queries_than_the_kernel_takes_run_as_reference(
     monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
     problem = problem_of(USUAL | {"queries": 9, "length": 385})
     _kernel.fallbacks.clear()
-    assert_close(compressed_sdpa(*problem.arguments, **problem.options)[0], problem)
+    assert_close(compressed_sdpa(*problem.arguments, **problem.given)[0], problem)
     assert _kernel.fallbacks == {("compressed_sdpa", "more than 8 queries"): 1}
 
 
@@ -326,7 +327,7 @@ def test_lengths_and_layers_share_a_program() -> None:
     for length in (1, 5, 385, 2049):
         problem = problem_of(USUAL | {"length": length})
         ((kernel, arguments),) = calls(
-            functools.partial(compressed_sdpa, *problem.arguments, **problem.options)
+            functools.partial(compressed_sdpa, *problem.arguments, **problem.given)
         )
         launch = kernel.launch(*arguments)
         programs.add((launch.program, launch.template))
@@ -341,9 +342,7 @@ def test_a_step_is_three_dispatches() -> None:
 
     def step(q: mx.array, k: mx.array, v: mx.array, tail: mx.array, n: mx.array) -> Any:
         scheme, rows, _ = problem.arguments[1:4]
-        out, packed = compressed_sdpa(
-            q, scheme, rows, 385, tail, 11, fresh=(k, v), **problem.options
-        )
+        out, packed = compressed_sdpa(q, scheme, rows, 385, tail, 11, fresh=(k, v), **problem.given)
         return out, mx.slice_update(tail, packed, n, axes=[2])
 
     at = mx.array([11])

@@ -9,6 +9,7 @@ import pytest
 
 from mlxfuse.kernels.kv.compressed_sdpa import _splits, compressed_sdpa
 from mlxfuse.kernels.kv.scheme import KVScheme, KVSide, pack
+from mlxfuse.kernels.kv.sdpa_call import Scores
 from mlxfuse.kernels.runtime import kernel as _kernel
 from mlxfuse.kernels.runtime import self_test
 from tests import msl
@@ -27,7 +28,7 @@ def counted(
     tail = mx.zeros((1, 1, 64, sum(dims)), scheme.dtype)
     q = mx.random.normal((1, heads, queries, dims[0]), scheme.dtype, key=mx.random.key(0))
     ((kernel, arguments),) = self_test.calls(
-        lambda: compressed_sdpa(q, scheme, rows, length, tail, 40, scale=0.1)
+        lambda: compressed_sdpa(q, scheme, rows, length, tail, 40, scores=Scores(0.1))
     )
     with msl.installed(), msl.counting() as found:
         _kernel.run(kernel.launch(*arguments), emulated=True)

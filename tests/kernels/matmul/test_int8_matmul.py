@@ -13,17 +13,20 @@ from mlxfuse import codebooks
 from mlxfuse.formats import BY_NAME
 from mlxfuse.kernels.activations import GROUP, Int8Activations
 from mlxfuse.kernels.matmul import int8_matmul as module
-from mlxfuse.kernels.matmul.int8_matmul import int8_matmul, unsupported
-from mlxfuse.kernels.matmul.product import ACTIVATIONS, Call
+from mlxfuse.kernels.matmul.int8_matmul import unsupported
+from mlxfuse.kernels.matmul.tile_program import ACTIVATIONS
 from mlxfuse.kernels.runtime import kernel as _kernel
 from mlxfuse.kernels.runtime import self_test
 from mlxfuse.kernels.weight import AffineSegment, AnySegment, Part, QuantizedWeight
 from tests import msl
 
 from .. import variants
+from ..flat import call_of, flat
 from ..matmul_cases import activated
 from ..matmul_cases import joined as joined_cases
 from ..weights import expected, random_blocks, segment, to_float64
+
+int8_matmul = flat(module.int8_matmul)
 
 LEGACY = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")
 OTHERS = ("Q8_0", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
@@ -424,7 +427,7 @@ def test_only_the_chosen_experts_are_read() -> None:
     x = random_x(1, columns, dtype=mx.float16)
     ids = mx.array([[6, 1, 3]], mx.uint32)
     with msl.installed(), msl.counting() as found:
-        _kernel.run(module.KERNEL.launch(Call(x, whole, None, None, None, False, ids)))
+        _kernel.run(module.KERNEL.launch(call_of(x, whole, experts=ids)))
     (counts,) = found
     codes, scales = (counts.buffers[n] for n in ("codes0", "scales0"))
     assert codes.distinct_read + scales.distinct_read == whole.nbytes * len(ids[0]) // experts
@@ -437,7 +440,7 @@ def test_traffic(name: str, m: int) -> None:
     rows, columns = 256, 2048
     whole = QuantizedWeight.whole(variants.segment(name, rows, columns))
     x = random_x(m, columns, dtype=mx.float16)
-    launch = module.KERNEL.launch(Call(x, whole, None, None, None, False))
+    launch = module.KERNEL.launch(call_of(x, whole))
     with msl.installed(), msl.counting() as found:
         _kernel.run(launch)
     (counts,) = found
@@ -481,7 +484,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 def test_self_test(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLXFUSE_CACHE", str(tmp_path))
     weight, _ = joined(("Q4_0", "Q4_0"), (40, 40), 64)
-    call = Call(random_x(3, 64), weight, None, None, "swiglu", False)
+    call = call_of(random_x(3, 64), weight, activation="swiglu")
     with msl.installed(build="fast"):
         assert self_test.check([(module.KERNEL, (call,))], emulated=True) == {}
 

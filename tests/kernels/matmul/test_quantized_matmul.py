@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 from unittest import mock
 
 import mlx.core as mx
@@ -13,14 +12,15 @@ import pytest
 from mlxfuse import KernelError
 from mlxfuse.formats import BY_NAME, Format
 from mlxfuse.kernels.matmul import quantized_matmul as module
-from mlxfuse.kernels.matmul.product import ACTIVATIONS
-from mlxfuse.kernels.matmul.quantized_matmul import quantized_matmul
+from mlxfuse.kernels.matmul.tile_program import ACTIVATIONS
 from mlxfuse.kernels.runtime import backend as _backend
 from mlxfuse.kernels.runtime import kernel as _kernel
 from mlxfuse.kernels.weight import AffineSegment, Part, QuantizedWeight
 from mlxfuse.nn.quantized import QuantizedLinear
 from tests import msl
 
+from ..builds import in_turn
+from ..flat import call_of, flat
 from ..matmul_cases import (
     AFFINE,
     EPS,
@@ -46,6 +46,8 @@ from ..matmul_cases import (
 from ..pairwise import Case, pairs, possible
 from ..weights import WITH_KERNEL, expected, random_blocks, segment, to_float64
 
+quantized_matmul = flat(module.quantized_matmul)
+
 CASES = cases()
 
 
@@ -66,21 +68,7 @@ def scaled(x: mx.array, parts: list[np.ndarray], ids: mx.array | None) -> mx.arr
     return x * 2.0 ** round(np.log2(1.5 / size))
 
 
-def _builds() -> list[Any]:
-    """Each case in one build of the bench in turn; in the others it is slow. On Metal, all run."""
-    builds = ["metal"] if mx.metal.is_available() else msl.BUILDS
-    return [
-        pytest.param(
-            *(case, build),
-            id=f"{build}-{name_of(case)}",
-            marks=() if at % len(builds) == builds.index(build) else pytest.mark.slow,
-        )
-        for at, case in enumerate(CASES)
-        for build in builds
-    ]
-
-
-@pytest.mark.parametrize(("case", "kernels"), _builds(), indirect=["kernels"])
+@pytest.mark.parametrize(("case", "kernels"), in_turn(CASES, name_of), indirect=["kernels"])
 def test_every_pair(case: Case, kernels: str) -> None:
     """Every two values of `FACTORS` that may meet; in the checked build 300 rows at most."""
     if kernels == "checked":
@@ -356,12 +344,10 @@ def test_prompts_of_experts_multiply_no_more_rows_than_mlx(tokens: int, most: fl
     chosen = np.argsort(np.random.default_rng(tokens).random((tokens, 128)), axis=1)[:, :8]
     ids = np.sort(chosen.ravel())
     weight = joined(("Q4_0",), (1,), 32, experts=128).weight
-    call = module.Call(
-        mx.zeros((len(ids), 32)), weight, None, None, None, False, mx.array(ids, mx.uint32)
-    )
+    call = call_of(mx.zeros((len(ids), 32)), weight, experts=mx.array(ids, mx.uint32))
     assert call.kind == "grouped"
     many = module.tile_rows(call)
-    row_ends, tile_ends = (np.array(x) for x in module.ends(call.experts, 128, many))
+    row_ends, tile_ends = (np.array(x) for x in module.ends(call.experts.ids, 128, many))
     np.testing.assert_array_equal(row_ends, np.cumsum(np.bincount(ids, minlength=128)))
     np.testing.assert_array_equal(tile_ends, np.cumsum(-(-np.bincount(ids, minlength=128) // many)))
     launch = module.KERNEL.launch(call)
@@ -378,15 +364,7 @@ def test_a_tile_of_few_rows_multiplies_one_half() -> None:
     found = []
     for rows in (16, 17, 32):
         weight = joined(("Q4_0",), (8,), 64, experts=1).weight
-        call = module.Call(
-            mx.zeros((rows, 64), mx.float16),
-            weight,
-            None,
-            None,
-            None,
-            False,
-            mx.zeros(rows, mx.uint32),
-        )
+        call = call_of(mx.zeros((rows, 64), mx.float16), weight, experts=mx.zeros(rows, mx.uint32))
         with mock.patch.object(module, "MOST_FOR_16", 0):
             launch = module.KERNEL.launch(call)
         with msl.installed(lint=False), msl.counting() as counted:
@@ -555,8 +533,6 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     ids, scores = mx.zeros((2, 2), mx.uint32), mx.ones((2, 2))
     with pytest.raises(ValueError, match=r"scores \(2,\) of expert ids \(2, 2\)"):
         quantized_matmul(mx.zeros((2, 2, 64)), three, experts=ids, scores=scores[0])
-    with pytest.raises(ValueError, match=r"scores \(2, 2\) of expert ids \(\)"):
-        quantized_matmul(x, weight, scores=scores)
     with pytest.raises(ValueError, match=r"ids \(2, 2\), x \(2, 64\)"):
         quantized_matmul(x, three, experts=ids, scores=scores)
     with pytest.raises(ValueError, match="one part and no activation"):
@@ -570,14 +546,13 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 def test_launch_geometry_is_a_pure_function_of_shapes() -> None:
     weight = joined(("Q4_0", "Q4_0"), (20, 8), 64).weight
     x = mx.zeros((9, 64), mx.float16)
-    call = module.Call(x, weight, None, None, None, True, None)
+    call = call_of(x, weight, split=True)
     launch = module._launch(call)
     assert launch.grid == ((5 + 2) * 64, 2, 1)  # 4 rows a threadgroup; 5 rows of x at a time
     assert launch.shapes == ((9, 20), (9, 8))
     assert launch.threadgroup == (64, 1, 1)
     assert module._launch(call).program is launch.program
     routes = [
-        module.Call(mx.zeros((m, 64)), weight, None, None, None, True, None, "tiles").route
-        for m in (1, 2, 32, 33)
+        call_of(mx.zeros((m, 64)), weight, split=True, large="tiles").route for m in (1, 2, 32, 33)
     ]
     assert routes == ["vector", "batch", "batch", "tiles"]

@@ -12,7 +12,8 @@ import pytest
 from mlx_lm.models.rope_utils import initialize_rope
 
 from mlxfuse.fusion.dispatches import dispatches
-from mlxfuse.kernels.norm.norm_rope import KERNEL, _Call, norm_rope
+from mlxfuse.kernels.norm.norm_rope import KERNEL, RopeOptions, _Call
+from mlxfuse.kernels.norm.norm_rope import norm_rope as norm_rope_of
 from mlxfuse.kernels.runtime import kernel as _kernel
 from mlxfuse.kernels.runtime.source import _squeeze
 from tests import msl
@@ -90,6 +91,12 @@ class Side:
     heads: int
     weight: mx.array | None
     got: mx.array
+
+
+def norm_rope(
+    q: mx.array, k: mx.array | None, *, offset: Any, **options: Any
+) -> tuple[mx.array, ...]:
+    return norm_rope_of(q, k, offset, RopeOptions(**options))
 
 
 def sides(q: mx.array, k: mx.array | None, options: dict[str, Any]) -> list[Side]:
@@ -248,15 +255,18 @@ def test_traffic(variant) -> None:
 
 def test_what_the_kernel_does_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, options = Case(64, 64, mx.float16, at=5, normed=True).arguments()
-    defaults = {"eps": 1e-6, "norm_offset": 0.0, "freqs": None, "scale": 1.0, "mscale": 1.0}
-    call = _Call(q, k, **defaults, **options | {"offset": mx.array(5)}, traditional=False)
+    how = RopeOptions(**{n: v for n, v in options.items() if n != "offset"})
+    call = _Call(q, k, mx.array(5), how)
     assert KERNEL.refuse(call) is None
-    weight = call.q_weight.astype(mx.float32)
+    weight = options["q_weight"].astype(mx.float32)
     for change, reason in (
         ({"q": q[:, :0], "k": k[:, :0]}, "q or k has no rows"),
         ({"q": q.astype(mx.int32)}, "q is float16, bfloat16 or float32, not mlx.core.int32"),
-        ({"q_weight": weight}, "q is mlx.core.float16, k or a weight mlx.core.float32"),
-        ({"heads": 80}, "heads of fewer than 8 or more than 512 values"),
+        (
+            {"options": replace(how, q_weight=weight)},
+            "q is mlx.core.float16, k or a weight mlx.core.float32",
+        ),
+        ({"options": replace(how, heads=80)}, "heads of fewer than 8 or more than 512 values"),
     ):
         assert KERNEL.refuse(replace(call, **change)) == reason
     monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")

@@ -19,7 +19,7 @@ from mlxfuse.formats import BY_NAME
 from mlxfuse.kernels import unavailable
 from mlxfuse.kernels.matmul import quantized_matmul
 from mlxfuse.kernels.matmul.dequantize import KERNEL, dequantize
-from mlxfuse.kernels.matmul.product import Call
+from mlxfuse.kernels.matmul.product import Call, Epilogue
 from mlxfuse.kernels.norm import norm_rope
 from mlxfuse.kernels.runtime import backend as _backend
 from mlxfuse.kernels.runtime import kernel as _kernel
@@ -183,20 +183,20 @@ def test_kernels_do_not_run_where_the_default_device_is_the_cpu(
 def matmul_call(m: int, **more: Any) -> Call[mx.array]:
     weight = QuantizedWeight.whole(WEIGHT)
     x = mx.random.normal((1, m, 64), key=mx.random.key(m))
-    return Call(x, weight, None, more.get("residual"), None, False)
+    return Call(x, weight, Epilogue(residual=more.get("residual")))
 
 
 def launches_to_prepare() -> list[tuple[Launch, Prepared, list[str]]]:
     """Launches, the same prepared, and the names of the inputs that change."""
     residual = mx.ones((1, 2, 4))
     call = matmul_call(2, residual=residual)
-    prepared = quantized_matmul.prepare(call.x, call.weight, residual=residual)
+    prepared = quantized_matmul.prepare(call.x, call.weight, call.epilogue)
     q, k, offset = mx.ones((1, 3, 64)), mx.ones((1, 3, 32)), mx.array(7)
-    rope = {"heads": 2, "kv_heads": 1, "dims": 32, "base": 1e4}
-    turned = norm_rope.prepare(q, k, offset=offset, **rope)
+    rope = norm_rope.RopeOptions(heads=2, kv_heads=1, dims=32, base=1e4)
+    turned = norm_rope.prepare(q, k, offset, rope)
     assert prepared is not None
     assert turned is not None
-    found = norm_rope._Call(q, k, 2, 1, offset, 32, base=1e4)
+    found = norm_rope._Call(q, k, offset, rope)
     return [
         (quantized_matmul._launch(call), prepared, ["x", "residual"]),
         (norm_rope._launch(found), turned, ["q", "k", "offset"]),

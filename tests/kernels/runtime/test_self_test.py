@@ -126,7 +126,8 @@ def test_the_norm_kernels_pass(variant: variants.Variant) -> None:
             return outputs
 
         off = dataclasses.replace(variant.kernel, reference=reference)
-        assert self_test.compare(off, variant.arguments, emulated=True).startswith("largest error")
+        found = self_test.compare(off, variant.arguments, emulated=True)
+        assert found.startswith("largest error") or found.endswith("of the words differ")
 
 
 # What MLX says of a source that does not compile, and of a threadgroup that is too large.
@@ -283,7 +284,7 @@ def test_compressed_keys_and_values(own_cache: Path) -> None:
             [wrong_rows, (wrong(attention[0], 1.01), attention[1])], emulated=True
         )
     assert [p.op for p in disabled] == ["quantize_kv", "compressed_sdpa"]
-    assert "packed words differ" in next(iter(disabled.values()))
+    assert "words differ" in next(iter(disabled.values()))
     first, second = attention[0].launch(*attention[1]).chain()
     changed = dataclasses.replace(first, then=lambda outputs: dataclasses.replace(
         second, program=dataclasses.replace(second.program, body=second.program.body + "//")

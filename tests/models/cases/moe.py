@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.models.case import MLP, QKV, Case, Shape
+from tests.models.case import MLP, QKV, YARN, Case, Shape
 from tests.models.cases.llama import GRANITE, unset
 from tests.models.changes import edit, set_key
 
@@ -123,6 +123,14 @@ CASES = {
         extra={"ffn_gate_inp_shexp": None},
     ),
     "llama-experts": Case("llama", **WHOLE),
+    "mellum": Case(
+        "mellum",
+        **EXPERTS,
+        layers=5,
+        untied=True,
+        head_norms=True,
+        keys={**YARN, **WINDOWS},
+    ),
     "minimax-m2": Case(
         "minimax-m2",
         **WHOLE,

@@ -7,6 +7,7 @@ import pytest
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import KVCache
 
+from mlxfuse.kernels.kv.sdpa_call import Scores
 from mlxfuse.kernels.runtime import kernel
 from mlxfuse.loader import load
 from mlxfuse.nn.kv.batch_cache import BatchCompressedKVCache
@@ -41,7 +42,7 @@ def test_a_batch_is_its_sequences(length, settings, padded):
             batch.prepare(lengths=valid, right_padding=[length - n for n in valid])
         mask = batch.make_mask(length)
         if attending:
-            got = batch.attend(queries, *fresh, scale=0.1, mask=mask)
+            got = batch.attend(queries, *fresh, Scores.of(mask, 0.1))
         else:
             keys, values = batch.update_and_fetch(*fresh)
             got = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.1, mask=mask)
@@ -50,7 +51,7 @@ def test_a_batch_is_its_sequences(length, settings, padded):
             if not n:
                 continue
             q, k, v = (x[i : i + 1, :, :n] for x in (queries, *fresh))
-            want = cache.attend(q, k, v, scale=0.1, mask=cache.make_mask(n))
+            want = cache.attend(q, k, v, Scores.of(cache.make_mask(n), 0.1))
             assert mx.abs(got[i : i + 1, :, :n] - want).max().item() < 1e-5
             other = got[(i + 1) % 3][None, :, :n]  # control
             assert mx.abs(other - want).max().item() > 1e-2
@@ -71,11 +72,11 @@ def test_a_step_of_a_batch_is_one_attention(settings, monkeypatch):
         before = kernel.launches["compressed_sdpa"]
         new = part(steps, i, i + n)
         mask = batch.make_mask(n)
-        got = batch.attend(queries[:, :, i : i + n], *new, scale=0.1, mask=mask)
+        got = batch.attend(queries[:, :, i : i + n], *new, Scores.of(mask, 0.1))
         assert kernel.launches["compressed_sdpa"] == before + 1
         for b, cache in enumerate(alone):
             q, k, v = (x[b : b + 1] for x in (queries[:, :, i : i + n], *new))
-            want = cache.attend(q, k, v, scale=0.1, mask=cache.make_mask(n))
+            want = cache.attend(q, k, v, Scores.of(cache.make_mask(n), 0.1))
             # A window reads fewer tokens than a mask does, in other splits.
             limit = 1e-5 if settings and n > 1 else 0
             assert mx.abs(got[b : b + 1] - want).max().item() <= limit
@@ -85,7 +86,7 @@ def test_a_step_of_a_batch_is_one_attention(settings, monkeypatch):
     # A mask of somebody else is looked at, which takes an attention for each sequence.
     fresh = stream(1, batch=3, seed=3)
     other = mx.array(batch.make_mask(1))
-    got = batch.attend(queries[:, :, :1], *fresh, scale=0.1, mask=mx.zeros_like(other))
+    got = batch.attend(queries[:, :, :1], *fresh, Scores.of(mx.zeros_like(other), 0.1))
     assert not mx.any(got)
 
 

@@ -16,6 +16,7 @@ from mlx_lm.models.cache import (
 from mlxfuse.fusion.dispatches import dispatches
 from mlxfuse.kernels import launches
 from mlxfuse.kernels.kv.scheme import pack, unpack
+from mlxfuse.kernels.kv.sdpa_call import Scores
 from mlxfuse.nn.kv import cache as module
 from mlxfuse.nn.kv.cache import CompressedKVCache
 from mlxfuse.nn.sdpa import sdpa
@@ -164,7 +165,7 @@ def test_attend_is_attention_over_what_is_held(length, settings):
         one, other = copy.deepcopy(cache), copy.deepcopy(cache)
         given = one.make_mask(length)
         mask = seen(300, length, **settings)
-        got = one.attend(queries, *fresh, scale=1 / 8, mask=given, **more)
+        got = one.attend(queries, *fresh, Scores.of(given, 1 / 8, **more))
         keys, values = other.update_and_fetch(*fresh)
         assert keys.shape[2] == mask.shape[1]
         want = attention(queries, keys, values, mask, **more)
@@ -172,7 +173,7 @@ def test_attend_is_attention_over_what_is_held(length, settings):
         assert same(one, other)
         # The same mask as an array, and added.
         for form in (mask, mx.where(mask, 0.0, -mx.inf)):
-            array = copy.deepcopy(cache).attend(queries, *fresh, scale=1 / 8, mask=form, **more)
+            array = copy.deepcopy(cache).attend(queries, *fresh, Scores.of(form, 1 / 8, **more))
             assert mx.abs(array - want).max().item() < 2e-5
         # Control: to see one token less is another answer.
         less = mask & (mx.arange(mask.shape[1]) != mask.shape[1] - length)
@@ -290,7 +291,7 @@ def test_a_step_that_seals_nothing_is_three_dispatches():
         mx.eval(cache.state)
 
         def step(cache=cache):
-            return cache.attend(queries, *one, scale=0.1), cache.tail, cache.rows
+            return cache.attend(queries, *one, Scores.of(None, 0.1)), cache.tail, cache.rows
 
         found = dispatches(step)
         if want is None:  # control: to seal a block takes more
@@ -309,7 +310,7 @@ def test_the_kernels_in_the_cache(kernels, monkeypatch):
         cache = feed(CompressedKVCache(), part(pair, 0, 150), (150,))
         steps = []
         for i in range(150, 153):
-            steps.append(cache.attend(queries, *part(pair, i, i + 1), scale=0.2))
+            steps.append(cache.attend(queries, *part(pair, i, i + 1), Scores.of(None, 0.2)))
             mx.eval(steps[-1], cache.state)
         steps.append(mx.concatenate(list(cache.update_and_fetch(*part(pair, 153, 154))), axis=-1))
         return cache, steps
@@ -380,7 +381,7 @@ def test_many_queries_read_some_heads_at_a_time(settings, monkeypatch):
             monkeypatch.setattr(CompressedKVCache, "SCRATCH", scratch)
             caches.append(copy.deepcopy(cache))
             fresh = part(pair, 320, 400)
-            results.append(caches[-1].attend(queries, *fresh, scale=1 / 8, mask=given, sinks=sinks))
+            results.append(caches[-1].attend(queries, *fresh, Scores.of(given, 1 / 8, sinks=sinks)))
             monkeypatch.undo()
             monkeypatch.setattr(module, "sdpa", counted)
         assert heads == [HEADS] + [1] * HEADS

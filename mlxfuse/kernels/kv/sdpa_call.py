@@ -1,0 +1,122 @@
+"""The arguments of `compressed_sdpa`: which tokens are held, and how they are weighed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from .scheme import FLOATS, KVScheme
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How much each key weighs for each query: capped, then masked, then one softmax.
+
+    scale    finite; multiplies ``q k^T``.
+    mask     boolean (True: seen) or floating point (added to the scores), of a shape that
+             broadcasts to ``[B, Hq, L, keys]``, but for its last axis, which has an entry for each
+             key. Keys beyond its end are not seen.
+    causal   query ``i`` does not see keys after its own, which is the ``i - L``-th from the end.
+    window   a query sees no key that is ``window`` or more before its own.
+    softcap  scores become ``softcap * tanh(score / softcap)``.
+    sinks    ``[Hq]``, logits that take part in the softmax without a value.
+    """
+
+    scale: float
+    mask: mx.array | None = None
+    causal: bool = True
+    window: int | None = None
+    softcap: float | None = None
+    sinks: mx.array | None = None
+
+    @classmethod
+    def of(
+        cls,
+        mask: mx.array | str | None,
+        scale: float,
+        softcap: float | None = None,
+        sinks: mx.array | None = None,
+    ) -> Scores:
+        """With a mask as mlx-lm's models have it: an array, ``"causal"`` or None."""
+        if isinstance(mask, mx.array):
+            return cls(scale, mask, False, None, softcap, sinks)
+        return cls(scale, None, mask is not None, None, softcap, sinks)
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """ValueError: they do not fit queries of such a shape."""
+        batch, heads, queries, _ = shape
+        if self.sinks is not None and self.sinks.shape != (heads,):
+            raise ValueError(f"sinks: expected ({heads},), found {self.sinks.shape}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window: expected at least 1, found {self.window}")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap: expected more than 0, found {self.softcap}")
+        if self.mask is not None:
+            found = self.mask.shape
+            lead = (1,) * (4 - len(found)) + found[:-1]
+            fits = all(m in (1, n) for m, n in zip(lead, shape[:3], strict=False))
+            if not 1 <= len(found) <= 4 or not fits:
+                raise ValueError(
+                    f"mask: expected a shape that broadcasts to ({batch}, {heads}, {queries}, "
+                    f"keys), found {found}"
+                )
+            if self.mask.dtype not in (mx.bool_, *FLOATS):
+                raise ValueError(f"mask: expected bool or floating point, found {self.mask.dtype}")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The arguments of one attention."""
+
+    q: mx.array
+    scheme: KVScheme
+    rows: tuple[mx.array, ...]
+    counts: mx.array
+    tail: mx.array | None
+    sink: mx.array | None
+    fresh: tuple[mx.array, mx.array] | None
+    scores: Scores
+
+    @property
+    def kv_heads(self) -> int:
+        held = (*self.rows, self.tail, self.sink, *(self.fresh or ()))
+        found: int = next(a.shape[1] for a in held if a is not None)
+        return found
+
+    def check(self) -> None:
+        """ValueError: shapes or types do not fit together."""
+        scheme, q = self.scheme, self.q
+        if q.ndim != 4 or q.shape[-1] != scheme.k.dim:
+            raise ValueError(f"q: expected [B, Hq, L, {scheme.k.dim}], found {q.shape}")
+        if q.dtype not in FLOATS:
+            raise ValueError(f"q: expected float16, bfloat16 or float32, found {q.dtype}")
+        batch, heads, queries, _ = q.shape
+        plain = scheme.k.dim + scheme.v.dim
+        k, v = self.fresh or (None, None)
+        held = (
+            *(("rows", rows, mx.uint32, scheme.row_words) for rows in self.rows),
+            ("tail", self.tail, scheme.dtype, plain),
+            ("sink", self.sink, scheme.dtype, plain),
+            ("k", k, scheme.dtype, scheme.k.dim),
+            ("v", v, scheme.dtype, scheme.v.dim),
+        )
+        if not any(array is not None and array.size for _, array, _, _ in held):
+            raise ValueError("attention needs rows, a tail, a sink or fresh keys and values")
+        for name, array, dtype, width in held:
+            if array is None:
+                continue
+            many = queries if name in "kv" else array.shape[2] if array.ndim == 4 else "rows"
+            of = 1 if name == "rows" and len(self.rows) > 1 else batch
+            expected = (of, self.kv_heads, many, width)
+            if array.dtype != dtype or array.shape != expected:
+                raise ValueError(
+                    f"{name}: expected {dtype} {expected}, found {array.dtype} {array.shape}"
+                )
+        if heads % self.kv_heads:
+            raise ValueError(f"{heads} heads of queries for {self.kv_heads} of keys")
+        if len(self.rows) > 1 and len(self.rows) != batch:
+            raise ValueError(f"rows: expected one array or {batch}, found {len(self.rows)}")
+        if odd := [rows.shape[2] for rows in self.rows if rows.shape[2] % 4]:
+            raise ValueError(f"rows: expected a capacity that is a multiple of 4, found {odd[0]}")
+        self.scores.check(q.shape)
