@@ -172,7 +172,7 @@ def make_module(
             return Embedding(_dense(rows, shape, dtype))
         return StreamedEmbedding(rows, shape, dtype)
     if isinstance(stock, nn.Conv1d):  # of each channel alone
-        stock.weight = _dense(rows, shape, dtype)[..., None]
+        stock.weight, stock.groups = _dense(rows, shape, dtype)[..., None], shape[0]
         if weight.bias:
             stock.bias = _bias(file, weight, dtype)
         return stock

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,6 @@ from ..errors import UnsupportedError
 from ..nn.stages import Passing, Stage
 from ..nn.summed import Nothing, SharedEmbedding, SharedHead, Summed, SummedNorm
 from .shard import Share
-
-# What mlx-lm's attentions call their counts of heads.
-_HEADS = ("n_heads", "num_heads", "num_attention_heads")
-KV_HEADS = ("n_kv_heads", "num_kv_heads", "num_key_value_heads")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,21 +30,15 @@ class Part:
             UnsupportedError: an attention does not say how many heads it has, or layers hand on
                 more than their results.
         """
-        for path, counts in self.share.heads.items():
+        for path, counts in self.share.counts.items():
             parent, name = parent_of(model, path)
-            attention = parent[name]
-            found = 0
-            for names, count in zip((_HEADS, KV_HEADS), counts, strict=True):
-                for attribute in names:
-                    if hasattr(attention, attribute):
-                        setattr(attention, attribute, count)
-                        found += names is _HEADS
-            if not found:
+            module = parent[name]
+            found = [_count(module, *count) for count in counts.items()]
+            if not any(found):
                 raise UnsupportedError(
-                    f"this version of mlx-lm has an attention ({path}) that does not say how many "
-                    "heads it has, so that machines cannot share them"
+                    f"this version of mlx-lm has a {type(module).__name__} ({path}) that does not "
+                    "say how many heads it has, so that machines cannot share them"
                 )
-
         layers_at = self.share.plan.config.architecture.layers_at
         for i in range(len(model.layers)) if self.share.stages else ():
             parent, name = parent_of(model, layers_at)
@@ -86,6 +77,23 @@ class Part:
                 embeds = hasattr(parent[name], "as_linear")
                 cls = SharedEmbedding if embeds else SharedHead
                 parent[name] = cls(parent[name], share.vocabulary, self.group)
+
+
+def _count(module: nn.Module, path: str, number: int) -> bool:
+    """Let a module, or something in it, count so many; False if there is no such attribute."""
+    *steps, name = path.split(".")
+    of: Any = module
+    for step in steps:
+        inner = getattr(of, step, None)
+        if isinstance(inner, nn.Module) or inner is None:
+            of = inner
+        else:  # arguments that layers have in common
+            setattr(of, step, copy(inner))
+            of = getattr(of, step)
+    if not hasattr(of, name):
+        return False
+    setattr(of, name, number)
+    return True
 
 
 def parent_of(model: nn.Module, path: str) -> tuple[nn.Module, str]:

@@ -16,31 +16,17 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from ..errors import UnsupportedError
+from .axes import TOGETHER, UNITS, WHOLE, Sizes, counts, tiles
 from .plan import Plan, WeightPlan
 from .rows import Ranges, RowSource
 from .table import Config
 
-Sizes = Mapping[str, int]
 _Axis = tuple[str, int]  # its name, and how many units it has in this layer
 
-# Size -> the size that counts the units of the axis that it lies along.
-_UNITS = {
-    **dict.fromkeys(("q", "whole_q", "kv", "v", "o", "heads"), "kv_heads"),
-    **{name: name for name in ("ff", "expert_ff", "shared_ff", "vocab")},
-}
-# Several sizes one after the other.
-_TOGETHER = {
-    "qkv": ("q", "kv", "kv"),
-    "gate_up": ("ff", "ff"),
-    "shared_rows": ("shared_ff", "shared_ff"),
-}
-_NAMES = {
-    "kv_heads": "attention (key/value heads)",
-    "ff": "the MLP (its width)",
-    "vocab": "the vocabulary",
-}
 # Weights of a row that a kernel reads at a time, of every format.
 _STEP = 32
+# What a layer's state that does not grow is split by.
+_RECURRENT = ("key_heads", "ssm_groups", "channels")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +39,10 @@ class Share:
     absent       path of each module of which it has nothing -> how many outputs a row has there.
     norms        path of each norm over what the ranks have parts of -> the width of the whole.
     vocabulary   how many rows of the vocabulary each rank has; empty if each has all.
-    heads        path of each attention that is split -> (query heads, key-value heads) here.
+    counts       path of each attention, delta net, mixer and convolution that is split -> what it
+                 counts here; see `axes.counts`.
     kv_heads     its key-value heads, and the model's; of the layer that has most of them.
+    fewest       its key-value heads of the layer that has fewest.
     nbytes       bytes of the file that it holds.
     replicated   of them, bytes of what every rank holds whole.
     whole        bytes of the file that one machine alone would hold.
@@ -70,8 +58,9 @@ class Share:
     absent: Mapping[str, int]
     norms: Mapping[str, int]
     vocabulary: tuple[int, ...]
-    heads: Mapping[str, tuple[int, int]]
+    counts: Mapping[str, Mapping[str, int]]
     kv_heads: tuple[int, int]
+    fewest: int
     nbytes: int
     replicated: int
     whole: int
@@ -81,8 +70,11 @@ class Share:
 
     def __str__(self) -> str:
         """A line of a report."""
-        own, every = self.kv_heads
-        part = f"{own} of {every} key/value heads and " if self.heads else ""
+        most, every = self.kv_heads
+        own = f"{most}" if self.fewest == most else f"{self.fewest} to {most}"
+        latent = self.plan.config.architecture.latent
+        kind = "attention" if latent else "key/value"
+        part = f"{own} of {every} {kind} heads and " if self.fewest < every else ""
         if self.stages:
             part = f"layers {self.layers[0]} to {self.layers[-1]} and "
         return (
@@ -148,54 +140,83 @@ def _ends(sizes: list[int], ranks: int) -> list[int]:
 
 
 class _Split:
-    """How each axis is split: where the units of each rank begin, and the end of the last."""
+    """How each axis is split.
+
+    Where it does not come out even the ranks take turns, layer by layer, to have more: of the whole
+    model all have about as much.
+
+    steps  of each axis that is split, how many units stay together.
+    turns  whether layers may be split differently: not if some read what others keep.
+    """
 
     def __init__(self, weights: Plan, ranks: int, *, outer: bool = False) -> None:
         self.weights, self.ranks = weights, ranks
-        self.bounds: dict[_Axis, list[int]] = {}
+        self.steps: dict[_Axis, int] = {}
         self.notes: list[str] = []
-        for axis, step in self._steps().items():
+        config = weights.config
+        self.turns = all(config.sizes_of(i)["kv"] for i in range(config.layers))
+        for axis, step in self._all_steps().items():
             name, units = axis
             pieces = -(-units // step)
             if pieces >= ranks or name in ("expert_ff", "shared_ff"):
-                self.bounds[axis] = _bounds(units, step, ranks, first=name == "kv_heads")
+                self.steps[axis] = step
             else:
                 self.notes.append(
-                    f"{_NAMES[name]} is whole on every machine: {units} in units of {step} cannot "
+                    f"{WHOLE[name]} is whole on every machine: {units} in units of {step} cannot "
                     f"be shared by {ranks}"
                 )
-        if not outer and all(name == "vocab" for name, _ in self.bounds):
+        if not outer and all(name == "vocab" for name, _ in self.steps):
             raise UnsupportedError(
-                f"the model cannot be shared by {ranks} machines: " + "; ".join(self.notes)
+                f"the model cannot be shared by {ranks} machines: "
+                + "; ".join(dict.fromkeys(self.notes))
             )
 
-    def _steps(self) -> dict[_Axis, int]:
+    def _all_steps(self) -> dict[_Axis, int]:
         """How many units of each axis stay together, so that every rank has whole blocks."""
         steps: dict[_Axis, int] = {}
         for _, sizes, weight in _weights(self.weights):
             for name in weight.of.shape:
-                for size in _TOGETHER.get(name, (name,)):
-                    if size not in _UNITS or not sizes[size]:
+                for size in TOGETHER.get(name, (name,)):
+                    axis = _axis(size, sizes)
+                    if axis is None:
+                        if size in UNITS and sizes.get(size):
+                            self.notes.append(f"{WHOLE[UNITS[size]]} is whole on every machine")
                         continue
-                    axis = _UNITS[size], sizes[_UNITS[size]]
-                    each, block = sizes[size] // axis[1], 1
+                    block = 1
                     if _is_column(weight, name):
                         block = math.lcm(*(s.format.block_size for s in weight.weight))
-                        block = block if axis[0] == "kv_heads" else math.lcm(block, _STEP)
+                        block = math.lcm(block, _STEP) if axis[1] == sizes[size] else block
+                    each = sizes[size] // axis[1] // tiles(size, sizes)
                     step = block // math.gcd(block, each)
+                    if tiles(size, sizes) > 1 and each * axis[1] % block:
+                        step = axis[1]  # runs begin within a block
                     steps[axis] = math.lcm(steps.get(axis, 1), step)
         return steps
+
+    def bounds(self, axis: _Axis, sizes: Sizes) -> list[int]:
+        """Where the units of each rank begin in a layer, and the end of the last."""
+        name, units = axis
+        step, ranks = self.steps[axis], self.ranks
+        base, extra = divmod(-(-units // step), ranks)
+        # Attention and what follows it have more on different ranks.
+        first = (sizes["layer"] if self.turns else 0) + (name != "kv_heads")
+        counts = [base + ((rank - first) % ranks < extra) for rank in range(ranks)]
+        return [min(end * step, units) for end in accumulate(counts, initial=0)]
 
     def ranges(self, name: str, sizes: Sizes, rank: int) -> Ranges | None:
         """Which of a size's rows or columns a rank has; None for all of them."""
         found, at = [], 0
-        for size in _TOGETHER.get(name, (name,)):
-            axis = (_UNITS[size], sizes[_UNITS[size]]) if size in _UNITS else None
-            if axis is None or axis not in self.bounds:
+        for size in TOGETHER.get(name, (name,)):
+            axis = _axis(size, sizes)
+            if axis is None or axis not in self.steps:
                 return None
-            first, end = self.bounds[axis][rank : rank + 2]
-            each = sizes[size] // axis[1]
-            found.append((at + first * each, at + end * each))
+            first, end = self.bounds(axis, sizes)[rank : rank + 2]
+            run = sizes[size] // tiles(size, sizes)
+            each = run // axis[1]
+            found += [
+                (start + first * each, start + end * each)
+                for start in range(at, at + sizes[size], run)
+            ]
             at += sizes[size]
         return tuple(found)
 
@@ -204,7 +225,7 @@ class _Split:
         config = self.weights.config
         outer: list[WeightPlan] = []
         layers: list[list[WeightPlan]] = [[] for _ in self.weights.layers]
-        sums, heads = set[str](), dict[str, tuple[int, int]]()
+        sums, numbers = set[str](), dict[str, dict[str, int]]()
         absent, norms = dict[str, int](), dict[str, int]()
         nbytes = replicated = whole = 0
         for place, sizes, weight in _weights(self.weights):
@@ -214,18 +235,22 @@ class _Split:
             columns = self.ranges(weight.of.shape[-1], sizes, rank)
             if columns is not None and _is_column(weight, weight.of.shape[-1]):
                 sums.add(_block(self.weights, place, container) or weight.module)
-                if _UNITS[weight.of.shape[-1]] == "kv_heads":
-                    heads[container] = self._heads(sizes, rank)
+                axis = UNITS[weight.of.shape[-1]]
+                if found := counts(axis, sizes, self._units(axis, sizes, rank)):
+                    numbers[container] = found
             if mine is None:
                 absent[container] = weight.shape[-2]  # in the end that of the last matrix
                 continue
-            if mine is not weight and len(weight.shape) == 1 and not weight.of.bare:
+            if mine is not weight and weight.of.shape in (("q",), ("kv",)):
                 norms[weight.module] = weight.shape[0]
             (outer if place is None else layers[place]).append(mine)
             nbytes += _bytes(mine)
             replicated += _bytes(mine) if mine is weight else 0
-        vocabulary = self.bounds.get(("vocab", config.sizes["vocab"]), [])
-        most = max((config.sizes_of(i)["kv_heads"] for i in range(config.layers)), default=0)
+        tokens = "vocab", config.sizes["vocab"]
+        vocabulary = self.bounds(tokens, {"layer": 0}) if tokens in self.steps else []
+        every = [_sizes(config, i) for i in range(config.layers)]
+        most = max((sizes["kv_heads"] for sizes in every), default=0)
+        kv = [self._units("kv_heads", sizes, rank) for sizes in every if sizes["cache"]]
         return Share(
             rank=rank,
             ranks=self.ranks,
@@ -234,18 +259,22 @@ class _Split:
             absent=absent,
             norms=norms,
             vocabulary=tuple(b - a for a, b in pairwise(vocabulary)),
-            heads=heads,
-            kv_heads=(max((kv for _, kv in heads.values()), default=most), most),
+            counts=numbers,
+            kv_heads=(max(kv, default=most), most),
+            fewest=min(kv, default=most),
             nbytes=nbytes,
             replicated=replicated,
             whole=whole,
-            notes=tuple(self.notes),
+            notes=tuple(dict.fromkeys(self.notes)),
             layers=range(config.layers),
         )
 
-    def _heads(self, sizes: Sizes, rank: int) -> tuple[int, int]:
-        first, end = self.bounds["kv_heads", sizes["kv_heads"]][rank : rank + 2]
-        return (end - first) * sizes["heads"] // sizes["kv_heads"], end - first
+    def _units(self, axis: str, sizes: Sizes, rank: int) -> int:
+        """How many of an axis's units a rank has."""
+        if (axis, sizes[axis]) not in self.steps:
+            return sizes[axis]
+        first, end = self.bounds((axis, sizes[axis]), sizes)[rank : rank + 2]
+        return end - first
 
     def _part(self, weight: WeightPlan, sizes: Sizes, rank: int) -> WeightPlan | None:
         """A rank's part of a weight; the weight itself if that is all, None if it is nothing."""
@@ -278,10 +307,14 @@ class _Split:
         config = self.weights.config
         by_layer = []
         for i in range(config.layers):
-            sizes = config.sizes_of(i)
+            sizes = _sizes(config, i)
             own = {} if not config.by_layer else dict(config.by_layer[i])
-            if not config.architecture.latent and ("kv_heads", sizes["kv_heads"]) in self.bounds:
-                own["cache"] = sizes["cache"] * self._heads(sizes, rank)[1] // sizes["kv_heads"]
+            kept = {"cache": "kv_heads"} if not config.architecture.latent else {}
+            kept["state"] = next((a for a in _RECURRENT if a in sizes), "")
+            for size, axis in kept.items():
+                if axis:
+                    units = self._units(axis, sizes, rank)
+                    own[size] = sizes[size] * units // sizes[axis]
             by_layer.append(own)
         return replace(config, by_layer=tuple(by_layer))
 
@@ -289,28 +322,26 @@ class _Split:
 def _weights(weights: Plan) -> Iterator[tuple[int | None, Sizes, WeightPlan]]:
     """Each weight with its layer and the sizes there."""
     for weight in weights.outer:
-        yield None, weights.config.sizes, weight
+        yield None, {**weights.config.sizes, "layer": 0}, weight
     for i, layer in enumerate(weights.layers):
-        sizes = weights.config.sizes_of(i)
+        sizes = _sizes(weights.config, i)
         for weight in layer:
             yield i, sizes, weight
 
 
+def _sizes(config: Config, layer: int) -> Sizes:
+    """Those of a layer, with its number."""
+    return {**config.sizes_of(layer), "layer": layer}
+
+
+def _axis(size: str, sizes: Sizes) -> _Axis | None:
+    """The axis of a size in a layer, if the layer has it and what counts its units."""
+    units = UNITS.get(size, "")
+    return (units, sizes[units]) if units in sizes and sizes.get(size) else None
+
+
 def _is_column(weight: WeightPlan, name: str) -> bool:
     return len(weight.of.shape) > 1 and name == weight.of.shape[-1]
-
-
-def _bounds(units: int, step: int, ranks: int, *, first: bool) -> list[int]:
-    """Where the ranks' units begin, and the end.
-
-    Args:
-        first: the first ranks have more than the others, if it does not come out even; else the
-            last ones.
-    """
-    base, extra = divmod(-(-units // step), ranks)
-    counts = [base + (i < extra) for i in range(ranks)]
-    ends = accumulate(counts if first else reversed(counts))
-    return [0, *(min(end * step, units) for end in ends)]
 
 
 def _block(weights: Plan, layer: int | None, container: str) -> str:

@@ -26,7 +26,9 @@ EVEN = Case("llama", 2, hidden=128, heads=8, head_dim=16, ffn=128, formats=Q4_MI
 EXPERTS = replace(
     tiny.CASES["qwen3moe"], layers=2, hidden=128, heads=8, expert_ffn=64, formats=EXPERT_Q4
 )
-OWN = {"uneven": UNEVEN, "even": EVEN, "even-experts": EXPERTS}
+# Its value heads are tiled over the key heads, and blocks do not span two of them.
+NET = replace(tiny.CASES["qwen35"], formats={"": "Q8_0", "ssm_out": "F32"})
+OWN = {"net": NET, "uneven": UNEVEN, "even": EVEN, "even-experts": EXPERTS}
 
 
 def written(folder: Path, name: str) -> tuple[str, list[int]]:

@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.generate import generate_step
+from mlx_lm.generate import generate_step, generation_stream
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlxfuse.errors import UnsupportedError
@@ -74,7 +74,9 @@ def logits(model: Any, prompt: list[int]) -> np.ndarray:
 def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
     """The likeliest tokens after a prompt, of which mlx-lm reads some tokens at a time."""
     steps = generate_step(mx.array(prompt), model, max_tokens=count, prefill_step_size=8)
-    return [int(token) for token, _ in steps]
+    found = [int(token) for token, _ in steps]
+    mx.synchronize(generation_stream)  # a step more than asked for is under way, with its sums
+    return found
 
 
 @contextmanager

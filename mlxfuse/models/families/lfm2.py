@@ -20,8 +20,8 @@ _ATTENTION = {
 }
 _CONV = {
     "shortconv.in_proj": Weight("conv.in_proj", ("conv_in", "embd")),
-    "shortconv.conv": Weight("conv.conv", ("embd", "kernel")),
-    "shortconv.out_proj": Weight("conv.out_proj", ("embd", "embd")),
+    "shortconv.conv": Weight("conv.conv", ("channels", "kernel")),
+    "shortconv.out_proj": Weight("conv.out_proj", ("embd", "channels")),
 }
 _NORMS = {
     "attn_norm": Weight("operator_norm", ("embd",)),
@@ -55,6 +55,7 @@ def _lfm2(key: Keys, config: Config) -> Config:
         "kv_heads": kv_heads,
         **dict.fromkeys(("kv", "v"), kv_heads * head),
         "cache": 2 * kv_heads * head,
+        "channels": embd,
         "conv_in": 3 * embd,
         "kernel": kernel,
     }

@@ -110,7 +110,10 @@ def _nemotron_h(key: Keys, config: Config) -> Config:
         kinds.append("" if kv_heads else "experts" if routed else "mlp" if width else "mamba")
     letters = {"": "*", "experts": "E", "mlp": "-", "mamba": "M"}
     latent = key("moe_latent_size", int, 0)
+    groups, conv = key.count("ssm.group_count"), config.sizes["ssm_conv"]
     sizes = {
+        "ssm_groups": groups,
+        "ssm_bc": (conv - config.sizes["ssm_inner"]) // 2,
         "expert_in": latent or config.sizes["embd"],
         "latent": latent,
     }

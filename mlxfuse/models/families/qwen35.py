@@ -25,7 +25,7 @@ from ..table import Architecture, Config, Weight
 # A layer's kind tells what its attn_qkv is: here the input of a gated delta net, else q, k and v.
 _DELTA_NET = {
     "attn_qkv": Weight("linear_attn.in_proj_qkv", ("conv", "embd"), tiled="value_head"),
-    "attn_gate": Weight("linear_attn.in_proj_z", ("values", "embd")),
+    "attn_gate": Weight("linear_attn.in_proj_z", ("tiled_values", "embd")),
     "ssm_beta": Weight("linear_attn.in_proj_b", ("value_heads", "embd"), tiled="one"),
     "ssm_alpha": Weight("linear_attn.in_proj_a", ("value_heads", "embd"), tiled="one"),
     "ssm_conv1d": Weight("linear_attn.conv1d", ("conv", "kernel"), tiled="value_head"),
@@ -47,12 +47,15 @@ _DELTA_NET = {
         float32=True,
     ),
     "ssm_norm": Weight("linear_attn.norm", ("value_head",)),
-    "ssm_out": Weight("linear_attn.out_proj", ("embd", "values")),
+    "ssm_out": Weight("linear_attn.out_proj", ("embd", "tiled_values")),
 }
 
 
 # Qwen3-Next's value heads are in mlx-lm's order; of two small matrices the rows take turns.
-_UNTILED = {name: replace(weight, tiled="") for name, weight in _DELTA_NET.items()} | {
+_UNTILED = {
+    name: replace(weight, tiled="", shape=tuple(n.removeprefix("tiled_") for n in weight.shape))
+    for name, weight in _DELTA_NET.items()
+} | {
     "ssm_beta": Weight("linear_attn.in_proj_b", ("value_heads", "embd"), dense=True),
     "ssm_alpha": Weight("linear_attn.in_proj_a", ("value_heads", "embd"), dense=True),
 }
@@ -86,7 +89,9 @@ def _qwen35(key: Keys, config: Config) -> Config:
         "key_heads": key_heads,
         "value_heads": value_heads,
         "value_head": head,
+        "keys": key_heads * head,
         "values": inner,
+        "tiled_values": inner,
         "conv": conv,
         "kernel": kernel,
     }
