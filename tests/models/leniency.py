@@ -26,7 +26,7 @@ from . import tiny
 
 # Two kinds of vocabulary, whose keys are changed with these models only, then several kinds of
 # tables and hooks.
-CASES = ("llama", "llama-spm", "qwen3moe")
+CASES = ("llama", "llama-spm", "qwen3moe", "gemma3")
 PROMPT = (5, 77, 130, 9, 200, 41, 77, 3)
 Change = tuple[str, str, object]
 _GONE = object()

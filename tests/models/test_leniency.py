@@ -21,12 +21,16 @@ NUMBER = r"(yes|-?[0-9.]+|nan|inf|most|as \w+|(no )?text|list|as list of 3)"
 # (pattern of "key: change", who runs it, why).
 DIFFERENCES = [
     (r".*: (as int32|as 64 bits|uint32|int32|floats|zeros)", "we", "the same number, another type"),
-    (r".*(scal\w*|factor|base|epsilon|linear\w*|softcapping|clamp\w*): (-?\d|most)", "we",
+    (r".*(scal\w*|factor|base\w*|epsilon|linear\w*|softcapping|clamp\w*): (-?\d|most)", "we",
      "a whole number where llama.cpp wants a float"),
     (r".*: (list|as list of 3)", "we", "one number a layer, all the same, where one is wanted"),
     (r"general\.name: .*", "we", "the name is not used but for Phi-3's"),
     (r"tokenizer\.ggml\.\w+_token_id: -1", "we", "no token, as 2^32 - 1 is none"),
     (r".*nextn_predict_layers: 1", "we", "blocks that are left out where there are none such"),
+    (r"gemma3\.attention\.sliding_window_pattern: 1", "we", "every layer sees the whole context"),
+    (r"gemma3\.attention\.sliding_window(_pattern)?: (missing|0|most|list)", "llama.cpp",
+     "Gemma 3 without a window is not built; its files have one"),
+    (r"gemma3\.final_logit_softcapping: 0\.5", "llama.cpp", "Gemma 3 has no cap; refused by name"),
     (r".*: (nan|inf)", "llama.cpp", "nothing sensible is computed"),
     (rf".*\.(expert_weights_norm|expert_weights_scale|leading_dense_block_count): {NUMBER}",
      "llama.cpp", "it does not look at the key's type in this architecture"),
