@@ -135,7 +135,7 @@ def load(
         ignore_memory: load a model that does not fit; what has no kernel and no room is then
             dequantised at every call.
         kv_layers: ``all``, or ``full`` to leave layers with a sliding window plain.
-        progress: called with the share of a GGUF file's weights that is in memory, 0 to 1.
+        progress: called with the share of the weights that is in memory, 0 to 1.
         group: the machines that share the model, as ``mx.distributed.init`` gives them; each of
             them calls ``load`` with the same arguments, reads and keeps its own part, and gets
             the same logits. None, or a group of one: this process alone, which under
@@ -285,6 +285,7 @@ def _open_checkpoint(
             model_config=changes.model,
             lazy=lazy,
             group=group,
+            progress=account.progress,
         )
     notes = [] if group is None else [f"{group.size()} machines share the model, as mlx-lm does"]
     return Opened(model, tokenizer, config, notes=notes)

@@ -20,6 +20,7 @@ from mlxfuse.errors import CheckpointError, ModelRefError, UnsupportedError
 from mlxfuse.export.mlx_checkpoint import export_mlx
 from mlxfuse.fusion import patch_model, unpatch_model
 from mlxfuse.loader import load
+from mlxfuse.models import checkpoint
 
 from .models import tiny
 
@@ -265,3 +266,24 @@ def test_progress_is_the_share_of_the_weights(gguf):
     assert shares[0] == 0
     assert 0.5 < shares[-1] < 1
     assert len(set(shares)) > 10
+
+
+def test_progress_of_a_checkpoint(converted, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_STEP", 1000)
+    shares = []
+    model, _ = load(converted, progress=shares.append)
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    assert len(shares) > 10
+    stock, _ = mlx_lm.load(str(converted))
+    ids = list(range(9))
+    assert np.abs(logits(model, ids) - logits(stock, ids)).max() < 1e-5
+
+
+def test_a_checkpoint_whose_weights_are_cut_off_says_so(converted, tmp_path):
+    for file in converted.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5000])
+    with pytest.raises(CheckpointError, match="mlx-lm cannot load this checkpoint"):
+        load(tmp_path)

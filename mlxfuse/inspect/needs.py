@@ -10,6 +10,7 @@ from ..errors import GGUFError, UnsupportedError
 from ..gguf.reader import GGUFFile
 from ..memory import Machine
 from ..models.config import read_config
+from ..models.keys import Keys
 from ..models.plan import Plan, WeightPlan, groups, plan
 
 STEP = 2048
@@ -198,7 +199,7 @@ def _values(weight: WeightPlan, bias: bool = True) -> int:
 
 def _chosen(file: GGUFFile, experts: int) -> int:
     """How many of a layer's experts a token uses."""
-    used = file.get(f"{file.architecture}.expert_used_count", int, default=0)
+    used = Keys(file).count_or_none("expert_used_count") or 0
     return used if 0 < used < experts else experts
 
 

@@ -120,6 +120,15 @@ class Segment(_Rows):
         return replace(self, arrays={s: a[rows] for s, a in self.arrays.items()})
 
 
+# Mode -> bits that have kernels, and weights of one scale, which are all that MLX has.
+_KINDS = {
+    "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
+    "mxfp4": ((4,), (32,)),
+    "mxfp8": ((8,), (32,)),
+    "nvfp4": ((4,), (16,)),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class AffineSegment(_Rows):
     """MLX's own quantised rows, as ``mx.quantize`` and MLX-LM models have them; not copied.
@@ -139,11 +148,16 @@ class AffineSegment(_Rows):
     arrays: Mapping[str, mx.array] = field(compare=False)
 
     def __post_init__(self) -> None:
-        known = {(b, g, "affine") for b in (2, 3, 4, 5, 6, 8) for g in (32, 64, 128)}
-        known |= {(4, 32, "mxfp4"), (8, 32, "mxfp8"), (4, 16, "nvfp4")}
         kind = (self.bits, self.group_size, self.mode)
-        if kind not in known or self.columns % max(self.group_size, 32):
-            raise ValueError(f"no kernel for MLX weights {kind} of {self.columns} columns")
+        if self.mode not in _KINDS:
+            raise ValueError(f"no kernel for MLX weights {kind}: modes are {', '.join(_KINDS)}")
+        bits, groups_of = _KINDS[self.mode]
+        if self.group_size not in groups_of:
+            raise ValueError(f"MLX multiplies no weights {kind}: groups are of {groups_of}")
+        if self.bits not in bits:
+            raise ValueError(f"no kernel for MLX weights {kind}: bits are {bits}")
+        if self.columns % max(self.group_size, 32):
+            raise ValueError(f"no kernel for MLX weights {kind} in rows of {self.columns}")
         lead = self.arrays["codes"].shape[:-1]
         groups = (*lead, self.columns // self.group_size)
         expected = {"codes": (*lead, self.columns * self.bits // 32), "scales": groups}

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.utils import load as load_with_mlx_lm
 
 from ..errors import CheckpointError, UnsupportedError
 from ..tokenizer.answer_format import complete
 from .axes import KV_HEADS
+
+_STEP = 1 << 26  # bytes after which it is told how far loading has come
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -39,6 +42,7 @@ def load_checkpoint(
     model_config: Mapping[str, Any] | None = None,
     lazy: bool = False,
     group: mx.distributed.Group | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
     """``mlx_lm.load``: the model, its tokenizer and its configuration.
 
@@ -46,6 +50,7 @@ def load_checkpoint(
         dtype: what its float parameters become; None leaves them as they are stored.
         group: the machines that share it, by mlx-lm's ``shard``; of the files each reads all, and
             keeps its part.
+        progress: called with the share of the weights that is in memory; not where they are shared.
 
     Raises:
         CheckpointError: a file of it is missing or malformed.
@@ -59,21 +64,39 @@ def load_checkpoint(
             str(path),
             tokenizer_config=dict(tokenizer_config or {}),
             model_config=dict(model_config or {}),
-            lazy=lazy or group is not None,
+            lazy=True,
             return_config=True,
         )
+        if dtype is not None:
+            model.set_dtype(dtype)
+        if not lazy and group is None:
+            _read(model, progress)
     except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
         unknown = isinstance(error, ValueError) and "not supported" in str(error)
         kind = UnsupportedError if unknown else CheckpointError
         raise kind(f"{path}: mlx-lm cannot load this checkpoint: {error}") from error
-    if dtype is not None:
-        model.set_dtype(dtype)
     if group is not None:
         try:
             _shard(model, group)
         except UnsupportedError as error:
             raise UnsupportedError(f"{path}: {error}") from None
     return model, complete(tokenizer), config
+
+
+def _read(model: nn.Module, progress: Callable[[float], None] | None) -> None:
+    """Bring the weights into memory, some at a time."""
+    parameters: Any = tree_flatten(model.parameters())
+    arrays = [array for _, array in parameters]
+    whole, done, some = sum(array.nbytes for array in arrays), 0, 0
+    for number, array in enumerate(arrays, start=1):
+        mx.async_eval(array)
+        some += array.nbytes
+        if some >= _STEP or number == len(arrays):
+            mx.eval(array)
+            done, some = done + some, 0
+            if progress is not None:
+                progress(done / whole)
+    mx.eval(arrays)
 
 
 def _shard(model: nn.Module, group: mx.distributed.Group) -> None:

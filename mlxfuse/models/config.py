@@ -54,10 +54,11 @@ def read_config(file: GGUFFile, context_length: int | None = None) -> Config:
     if experts:
         expert_args, expert_sizes, by_layer = _experts(key, arch, layers)
         sizes |= expert_sizes
-    width = sizes.get("expert_ff")
-    sizes["ff"] = 0 if arch.attention_free else key.count("feed_forward_length", width)
+    width = key.count_or_none("feed_forward_length") or sizes.get("expert_ff")
+    width = 0 if arch.attention_free else width or key.count("feed_forward_length")
+    sizes["ff"] = width
     sizes["gate_up"] = 2 * sizes["ff"]
-    context = key.count("context_length")
+    context = key.tokens("context_length")
     rope = read_rope(key, arch, sizes["head"], context, context_length or context)
     sizes["rotary"] = rope.dims
     tied = "output.weight" not in file.tensors
@@ -111,12 +112,15 @@ def _sizes_as_args(sizes: Mapping[str, int]) -> dict[str, int]:
 
 def _epsilons(key: Keys, arch: Architecture) -> dict[str, float]:
     """The norms' epsilon under each name that a ``ModelArgs`` has for it."""
-    norm = "layer_norm_epsilon" if arch.layer_norm else "layer_norm_rms_epsilon"
+    name, rms = "attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon"
     # Some hybrids' files have the other name.
-    other = key("attention.layer_norm_epsilon", float, 0.0)
-    epsilon = key.positive(f"attention.{norm}", other or None)
+    if not arch.layer_norm and (rms in key or name not in key):
+        name = rms
+    epsilon = key(name, float)
+    if epsilon < 0:
+        raise GGUFError(key.file.path, f"{key.name}.{name} is {epsilon}; expected 0 or more")
     names = ("rms_norm_eps", "layer_norm_eps", "norm_eps", "norm_epsilon")
-    return dict.fromkeys(names, epsilon)
+    return dict.fromkeys(names, epsilon or 1e-30)  # MLX takes none of 0
 
 
 def _own_args(key: Keys, arch: Architecture, sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -207,8 +211,8 @@ def _experts(
     if used > experts:
         raise GGUFError(key.file.path, f"expert_used_count is {used} of {experts} experts")
     tensors = {name for table in arch.tables for name in table}
-    gating = key("expert_gating_func", int, 0) or (arch.gatings or (0,))[0]
-    if arch.gatings and gating not in arch.gatings:
+    gating = key("expert_gating_func", int, 0) if arch.gatings else 0
+    if gating and gating not in arch.gatings:
         raise UnsupportedError(f"{arch.name} with expert_gating_func {gating}")
     whole = arch.whole_experts
     width = key.count("feed_forward_length") if whole else _expert_width(key, used)
@@ -237,14 +241,15 @@ def _experts(
 def _expert_groups(key: Keys, arch: Architecture, experts: int) -> dict[str, int]:
     """How many groups of experts there are, and from how many a token's are chosen."""
     groups = key("expert_group_count", int, 0) or 1
+    if groups == 1:  # all groups chosen is no choice
+        return {"n_group": 1, "topk_group": 1}
     chosen = key("expert_group_used_count", int, 0) or groups
-    if groups > 1 and not arch.groups_too:
+    if not arch.groups_too:
         raise UnsupportedError("experts that are chosen by groups (expert_group_count)")
     if experts % groups or chosen > groups:
         raise GGUFError(
             key.file.path, f"{experts} experts in {groups} groups, of which {chosen} are used"
         )
-    # All groups chosen is no choice.
     groups = 1 if chosen == groups else groups
     return {"n_group": groups, "topk_group": min(chosen, groups)}
 
@@ -252,8 +257,8 @@ def _expert_groups(key: Keys, arch: Architecture, experts: int) -> dict[str, int
 def _expert_width(key: Keys, share: int) -> int:
     """An expert's width; if the file has none, the experts of a token share the MLP's."""
     # llama.cpp takes 0 for a key that is missing.
-    if key("expert_feed_forward_length", int, 0):
-        return key.count("expert_feed_forward_length")
+    if own := key.count_or_none("expert_feed_forward_length"):
+        return own
     whole = key.count("feed_forward_length")
     if whole < share:
         raise GGUFError(key.file.path, f"{key.name}.expert_feed_forward_length is missing")
@@ -262,10 +267,10 @@ def _expert_width(key: Keys, share: int) -> int:
 
 def _shared_width(key: Keys, width: int) -> int:
     """The width of all shared experts together."""
-    if key("expert_shared_feed_forward_length", int, 0):
-        return key.count("expert_shared_feed_forward_length")
-    if key("expert_shared_count", int, 0):
-        return key.count("expert_shared_count") * width
+    if own := key.count_or_none("expert_shared_feed_forward_length"):
+        return own
+    if count := key.count_or_none("expert_shared_count"):
+        return count * width
     return key.count("feed_forward_length")
 
 

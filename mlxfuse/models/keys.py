@@ -23,6 +23,9 @@ class Keys:
         self.uneven = uneven
         self.name = file.architecture
 
+    def __contains__(self, key: str) -> bool:
+        return f"{self.name}.{key}" in self.file.metadata
+
     def __call__(self, key: str, kind: type[T], default: T | None = None) -> T:
         full = f"{self.name}.{key}"
         return self.file.get(full, kind) if default is None else self.file.get(full, kind, default)
@@ -87,6 +90,20 @@ class Keys:
         if not 0 < value < 2**31:
             raise GGUFError(self.file.path, f"{full} is {value}; expected a positive 32-bit number")
         return value
+
+    def count_or_none(self, key: str) -> int | None:
+        """As `count`, but None where the file has no such key, or 0 for it."""
+        value = self.file.metadata.get(f"{self.name}.{key}")
+        return None if value is None or (type(value) is int and not value) else self.count(key)
+
+    def tokens(self, key: str, default: int | None = None) -> int:
+        """A number of tokens. As in llama.cpp 0 says nothing, and any 32 bits are a number: both
+        are the most that there is here.
+        """
+        value = self.file.metadata.get(f"{self.name}.{key}")
+        if type(value) is int and (value == 0 or 2**31 <= value < 2**32):
+            return 2**31 - 1
+        return self.count(key, default)
 
     def positive(self, key: str, default: float | None = None) -> float:
         value = self(key, float, default)

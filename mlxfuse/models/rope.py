@@ -84,7 +84,7 @@ def read_rope(key: Keys, arch: Architecture, head: int, trained: int, used: int)
     """
     dims = _rotated(key, head, arch.partial_rope)
     base = key.positive("rope.freq_base", 10000.0)
-    original = key.count("rope.scaling.original_context_length", trained)
+    original = key.tokens("rope.scaling.original_context_length", trained)
     kind, factor = _scaling(key)
     kind, factors = _factors(key, kind, used > original)
     if kind not in ("none", *arch.rope_types):

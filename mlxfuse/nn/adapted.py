@@ -66,8 +66,8 @@ class AdaptedProjection(Projection):
         for adapter in filter(None, self._adapters):
             held += [(adapter.get, name) for name in ("linear", "lora_a", "lora_b")]
             held.append((vars(adapter).get, "scale"))
-        snapshot = Snapshot(held)
-        self.holds = lambda: snapshot.holds() and inner.holds()
+        self.snapshot = Snapshot.joined((Snapshot(held), inner.snapshot))
+        self.holds = self.snapshot.holds
 
     def _products(self, x: mx.array) -> list[mx.array | None]:
         found: list[mx.array | None] = []

@@ -259,6 +259,8 @@ def _segment(linear: nn.Module) -> AffineSegment:
     Raises:
         NotFusible: there is no kernel for them.
     """
+    if "global_scale" in linear:
+        raise NotFusible("its experts have a scale each beside those of their groups")
     held = {"codes": linear["weight"], "scales": linear["scales"]}
     if linear.mode == "affine":
         held["supers"] = linear["biases"]

@@ -11,6 +11,7 @@ import mlx.nn as nn
 
 from ..kernels import Backend
 from .projection import Projection
+from .snapshot import Snapshot
 
 
 class Summed(nn.Module):
@@ -46,8 +47,8 @@ class SummedProjection(Projection):
         bias: mx.array | None = None,
     ) -> None:
         super().__init__(parent, [name], inner.formats)
-        own = self.holds
-        self.holds = lambda: own() and inner.holds()
+        self.snapshot = Snapshot.joined((self.snapshot, inner.snapshot))
+        self.holds = self.snapshot.holds
         self._linear, self._inner, self._multiply, self._bias = parent[name], inner, multiply, bias
 
     def split(self, x: mx.array, on: Backend) -> Sequence[mx.array]:

@@ -1,9 +1,8 @@
 """Chat templates from untrusted files, rendered in jinja's immutable sandbox and within bounds.
 
 A template sees what transformers gives it. The sandbox keeps it from reaching Python. Loops, calls
-and operators meet a deadline, and operators, numbers that functions are given, and the output meet
-a size; what a filter makes of values within these bounds is not limited further, as in transformers
-and MLX-LM.
+and operators meet a deadline; operators, numbers that functions are given, the texts that filters
+and methods make (`template_growth`), and the output meet a size.
 """
 
 from __future__ import annotations
@@ -20,12 +19,14 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
+from jinja2.filters import make_attrgetter
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from ..errors import MLXFuseError, UnsupportedError
+from .template_growth import TEXTS, extent, grown
 
 SECONDS = 1.0
 """CPU time of one rendering; a second more for every million characters of the conversation."""
@@ -61,6 +62,11 @@ class _Meter:
             raise UnsupportedError(
                 f"the chat template makes something of more than {self._size} characters"
             )
+
+    def check_text(self, value: Any) -> None:
+        """Refuse the text of a value before it is made."""
+        if not isinstance(value, str):
+            self.check(extent(value, self.check))
 
     def add(self, size: int) -> None:
         """As `check`, for what all counts together."""
@@ -127,11 +133,16 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.filters["tojson"] = _tojson
         for name in ("batch", "center", "indent", "round", "slice", "tojson"):
             self.filters[name] = self._widths_checked(self.filters[name])
+        for name in TEXTS:
+            self.filters[name] = self._growth_checked(name, self.filters[name])
+        self.filters["join"] = self._join_checked(self.filters["join"])
+        self.filters["sum"] = self._sum_checked(self.filters["sum"])
         # Names that a template cannot spell.
         self.filters |= {"mlxfuse turns": self._turns, "mlxfuse glued": self._glued}
 
     @jinja2.pass_context  # a context keeps jinja from running it while compiling
     def _output(self, _: Context, value: Any) -> Any:
+        self._meter.check_text(value)
         self._meter.add(len(str(value)))
         return value
 
@@ -148,9 +159,46 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def _glued(self, values: list[Any]) -> str:
         """``a ~ b``."""
+        for value in values:
+            self._meter.check_text(value)
         parts = [str(value) for value in values]
         self._meter.check(sum(map(len, parts)))
         return "".join(parts)
+
+    def _growth_checked(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The filter of that name, of which `grown` knows how much it makes."""
+        given = int(hasattr(function, "jinja_pass_arg"))  # what jinja itself gives it
+
+        @functools.wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            self._meter.check(grown(name, self._meter.check, *args[given:], **kwargs))
+            return function(*args, **kwargs)
+
+        return checked
+
+    def _join_checked(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The filter ``join``, with values that are all there before it begins."""
+
+        @functools.wraps(function)
+        def checked(context: Any, values: Iterable[Any], d: str = "", attribute: Any = None) -> Any:
+            items = list(self._turns(values))
+            if attribute is not None:
+                items = [*map(make_attrgetter(context.environment, attribute), items)]
+            self._meter.check(grown("join", self._meter.check, str(d), items))
+            return function(context, items, d)
+
+        return checked
+
+    def _sum_checked(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The filter ``sum``, which joins lists too."""
+
+        @functools.wraps(function)
+        def checked(environment: Any, values: Iterable[Any], *args: Any, **kwargs: Any) -> Any:
+            items = list(self._turns(values))
+            self._meter.check_text(items)
+            return function(environment, items, *args, **kwargs)
+
+        return checked
 
     def _widths_checked(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A filter whose first argument is a value, and whose others may be widths or counts."""
@@ -182,9 +230,15 @@ class _Environment(ImmutableSandboxedEnvironment):
         return tree
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        __self._meter.tick()
-        if isinstance(getattr(__obj, "__self__", None), str):
+        meter = __self._meter
+        meter.tick()
+        method = getattr(__obj, "__wrapped__", __obj)  # jinja's own format
+        text = getattr(method, "__self__", None)
+        if isinstance(text, str):
             __self._check_widths(*args, *kwargs.values())
+            if method.__name__ == "join" and args:
+                args = ([*__self._turns(args[0])],)
+            meter.check(grown(method.__name__, meter.check, text, *args, **kwargs))
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -203,6 +257,8 @@ class _Environment(ImmutableSandboxedEnvironment):
                 meter.check(_BIT * left.bit_length() * abs(right))
             case "%", str(), _ if _WIDE.search(left):
                 raise UnsupportedError("the chat template formats with a width beyond 9999")
+            case "%", str(), _:
+                meter.check(grown("format", meter.check, left, right))
         return super().call_binop(context, operator, left, right)
 
 

@@ -5,11 +5,13 @@ import os
 import re
 import warnings
 from collections import Counter
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxfuse.bench import kernels as bench_kernels
 from mlxfuse.bench import tune
 from mlxfuse.errors import KernelError
 from mlxfuse.fusion import patch_model, unpatch_model
@@ -21,7 +23,7 @@ from mlxfuse.kernels.runtime.tuning import Tuning
 from mlxfuse.loader import load
 
 from .. import msl
-from ..cli.test_cli import start
+from ..cli.test_cli import invoke, start
 from ..models import tiny
 
 MACHINE = {"device": "Apple M9", "mlx": "1.2.3", "kernels": "0123456789ab"}
@@ -338,6 +340,29 @@ def test_the_whole_of_it(model, monkeypatch):
     assert len(said) == len(found.times) == 5 + 1
     assert not hasattr(model, "_mlxfuse_patch")
     assert self_test.calls(lambda: model(mx.zeros((1, 1), mx.int32)))
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_is_printed_while_it_measures_is_not_on_stdout(tmp_path, monkeypatch, as_json):
+    """Scripts read stdout."""
+    path = tiny.write(tmp_path / "m.gguf", tiny.build("llama-q4", 0))
+    winners = Tuning({"quantized_matmul": {CASE: "rows8"}})
+
+    def measured(*_, **__):
+        print("words of a library")
+        return SimpleNamespace(winners=winners, times={CASE: {"rows8": 2e-6}})
+
+    monkeypatch.setattr(bench_kernels, "on_device", lambda what: None)
+    monkeypatch.setattr(tune, "tune", measured)
+    result = invoke("tune", path, *(["--json"] if as_json else []))
+    assert result.exit_code == 0, result.output
+    assert "words of a library" in result.stderr
+    if as_json:
+        assert json.loads(result.stdout)["seconds"] == {CASE: {"rows8": 2e-6}}
+    else:
+        first, last = result.stdout.splitlines()
+        assert first == f"{CASE}: rows8 (rows8 2.0 us)"
+        assert last.startswith("stored in ")
 
 
 def test_winners_are_of_one_set_of_metal_sources(tmp_path, monkeypatch):

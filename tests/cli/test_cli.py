@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,7 +21,9 @@ from typer.testing import CliRunner
 
 import mlxfuse
 from mlxfuse.cli import app
+from mlxfuse.formats import BY_NAME, FORMATS
 from mlxfuse.generate.run import Settings, new_cache
+from mlxfuse.inspect.header import render
 from mlxfuse.loader import load
 from mlxfuse.terminal import neutralize
 
@@ -593,6 +596,23 @@ def test_inspect_tells_what_goes_together(tmp_path, name, qkv, gate):
     layers = list(range(tiny.CASES[name].layers))
     for group, (kind, types) in (("q|k|v", qkv), ("gate|up", gate)):
         assert found["fusion"][group] == [{"kind": kind, "types": types, "layers": layers}]
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_inspect_marks_what_is_not_one_kernel(tmp_path, monkeypatch, kernel):
+    """A group one of whose members has a type without a kernel."""
+    if not kernel:
+        plain = replace(BY_NAME["Q8_0"], traits=None)
+        monkeypatch.setitem(FORMATS, plain.id, plain)
+    found, _ = inspected("llama-q4", tmp_path)
+    types, layers = ["Q4_0", "Q4_0", "Q8_0"], [0, 1, 2]
+    kind = "mixed" if kernel else "apart"
+    assert found["fusion"]["q|k|v"] == [{"kind": kind, "types": types, "layers": layers}]
+    # gate and up have types with kernels.
+    assert found["fusion"]["gate|up"] == [{"kind": "equal", "types": types[:2], "layers": layers}]
+    text = render(found)
+    assert ("Q4_0|Q4_0|Q8_0 (not one kernel)" in text) is not kernel
+    assert text.count("(not one kernel)") == (not kernel)
 
 
 @pytest.mark.parametrize(

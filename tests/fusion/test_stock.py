@@ -1,6 +1,7 @@
 """patch_model on models of mlx-lm: same logits, same parameters, nothing twice, and back."""
 
 import gc
+import json
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -10,15 +11,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm import stream_generate  # noqa: F401 (loaded before threads are)
 from mlx_lm.models.activations import SwigluOAI
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
 from mlx_lm.models.minimax_m3_vl import DenseMLP
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 from mlx_lm.tuner.lora import LoRALinear
 
 import mlxfuse
 from mlxfuse import patch_model, unpatch_model
-from mlxfuse.errors import FusionNameError, PatchError
+from mlxfuse.errors import FusionNameError, PatchError, UnsupportedError
 from mlxfuse.fusion.dispatches import per_token
 from mlxfuse.kernels import fallbacks, launches
 from mlxfuse.nn.fused import FusedModule
@@ -30,6 +33,7 @@ ARGS = {
     "gemma3_text": {"sliding_window_pattern": 2, "query_pre_attn_scalar": 32},
     "starcoder2": {"norm_epsilon": 1e-5},
 }
+BITS = "bits are (2, 3, 4, 5, 6, 8)"
 # Sums of 256 products in float32, in another order.
 BOUND = 1e-5
 
@@ -273,7 +277,7 @@ def test_a_clipped_mlp(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "form", "reason"),
     [
-        ("qwen3_moe", "affine1", "no kernel for MLX weights (1, 32, 'affine') of 128 columns"),
+        ("qwen3_moe", "affine1", f"no kernel for MLX weights (1, 32, 'affine'): {BITS}"),
         ("qwen3_moe", "dense", "its experts are SwitchLinear"),
     ],
 )
@@ -281,6 +285,67 @@ def test_experts_that_are_left_alone(name: str, form: str, reason: str) -> None:
     report = patch_model(moe(name, form), fuse="all")
     found = [s for s in report.skipped if s.name == "experts"]
     assert [s.reason for s in found] == [reason] * 2
+
+
+def test_experts_with_a_scale_each_are_left_alone() -> None:
+    """nvfp4 with ``global_scale``, which MLX's CPU does not have; here 1 in another mode."""
+    model = moe("qwen3_moe", "mxfp4")
+    for module in model.modules():
+        if isinstance(module, QuantizedSwitchLinear):
+            module.global_scale = mx.ones((module.num_experts,))
+    skips = [s for s in patch_model(model, fuse="all").skipped if s.name == "experts"]
+    reason = "its experts have a scale each beside those of their groups"
+    assert [s.reason for s in skips] == [reason] * 2
+
+
+def in_groups_of_16(model: nn.Module) -> nn.Module:
+    """Its quantised layers as a checkpoint would hold them; MLX multiplies none of these."""
+    for module in model.modules():
+        if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
+            factor, module.group_size = module.group_size // 16, 16
+            module.scales = mx.repeat(module.scales, factor, axis=-1)
+            module.biases = mx.repeat(module.biases, factor, axis=-1)
+    return model
+
+
+def test_groups_of_16() -> None:
+    """All there is in mode nvfp4; in mode affine MLX has none, and the reason says so."""
+    model = make("llama")
+    nn.quantize(model, group_size=16, bits=4, mode="nvfp4")
+    want = logits(model)
+    report = patch_model(model, fuse="all")
+    assert str(report) == "qkv 2/2, gate/up 2/2, residual 2/2, norm+rope 2/2, embedding 1/1"
+    assert apart(logits(model), want) <= BOUND
+    odd = in_groups_of_16(make("llama", "affine4"))
+    reason = "MLX multiplies no weights (4, 16, 'affine'): groups are of (32, 64, 128)"
+    skips = [s for s in patch_model(odd, fuse="all").skipped if s.name == "embedding"]
+    assert [s.reason for s in skips] == [reason]
+    with pytest.raises(RuntimeError, match="group size must be 32, 64 or 128"):
+        mx.eval(odd(mx.array([[1]])))
+
+
+def test_a_checkpoint_in_groups_of_16_is_refused(tmp_path: Path) -> None:
+    odd = in_groups_of_16(make("llama", "affine4"))
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), dict(tree_flatten(odd.parameters())))
+    config = {**SIZES, "model_type": "llama", "quantization": {"bits": 4, "group_size": 16}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match=r"group size 16 is not supported.* 32, 64, and 128"):
+        mlxfuse.load(tmp_path)
+
+
+def test_heads_of_16_are_a_group_of_a_compressed_cache() -> None:
+    """mlx-lm's quantised cache has no such groups, and cannot take the heads."""
+    model = make("llama", head_dim=16)
+    ids = mx.arange(400)[None] % 256
+    want = model(ids)[:, 390:]
+    with pytest.raises(ValueError, match="divisible by the quantization group size 32"):
+        model(ids, cache=[QuantizedKVCache(group_size=32, bits=8) for _ in model.layers])
+    patch_model(model, kv_bits="k8v8")
+    caches = make_prompt_cache(model)
+    model(ids[:, :390], cache=caches)
+    got = model(ids[:, 390:], cache=caches)
+    assert caches[0].scheme.k.group == 16
+    assert 1e-6 < apart(np.array(got), np.array(want)) < 2e-2
 
 
 def test_large_batches_are_multiplied_by_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,7 +432,7 @@ def two_types(model: nn.Module) -> None:
         (subclass, "gate_up", [1], ".Louder is not the class that its module has under this name"),
         (used_twice, "gate_up", [0, 1], "it is used in several places"),
         (shared_weight, "qkv", [], ""),
-        (two_types, "gate_up", [1], "no kernel for MLX weights (1, 64, 'affine') of 128 columns"),
+        (two_types, "gate_up", [1], f"no kernel for MLX weights (1, 64, 'affine'): {BITS}"),
     ],
 )
 def test_what_is_not_certain_is_left_alone(

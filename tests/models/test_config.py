@@ -258,7 +258,7 @@ BAD_KEYS: list[tuple[str, dict[str, object], type[Exception], str]] = [
     ("llama", {"embedding_length": 0}, GGUFError, "positive"),
     ("llama", {"attention__head_count": 0}, GGUFError, "positive"),
     ("llama", {"attention__head_count_kv": 3}, GGUFError, "4 attention heads cannot share 3"),
-    ("llama", {"attention__layer_norm_rms_epsilon": 0.0}, GGUFError, "more than 0"),
+    ("llama", {"attention__layer_norm_rms_epsilon": -1.0}, GGUFError, "0 or more"),
     ("llama", {"attention__layer_norm_rms_epsilon": math.nan}, GGUFError, "finite"),
     ("llama", {"rope__freq_base": math.inf}, GGUFError, "finite"),
     ("llama", {"rope__freq_base": -1.0}, GGUFError, "more than 0"),

@@ -230,6 +230,31 @@ TOO_MUCH = {
     "ranges": "{% for i in range(99999) %}{% set x = range(99999) %}{% endfor %}",
     "batch": "{{ range(9)|batch(1000000000, 'x')|list }}",
     "slice": "{{ range(9)|slice(1000000000)|list }}",
+    "join filter": "{{ ([1] * 9999)|join('a' * 9999999)|length }}",
+    "join of texts": "{{ (['a' * 9999999] * 99)|join|length }}",
+    "join of lists": "{{ ([['a' * 99999] * 99] * 9999)|join|length }}",
+    "join by attribute": "{{ ([{'a': 'a' * 9999999}] * 99)|join(attribute='a')|length }}",
+    "join method": "{{ ('a' * 9999999).join(['b'] * 999)|length }}",
+    "join of a generator": "{{ ('a' * 9999999).join(range(999)|map('string'))|length }}",
+    "replace filter": "{{ ('a' * 9999999)|replace('a', 'b' * 9999)|length }}",
+    "replace of nothing": "{{ ('a' * 9999999)|replace('', 'b' * 9999)|length }}",
+    "replace in map": "{{ ['a' * 9999999]|map('replace', 'a', 'b' * 9999)|list|length }}",
+    "replace method": "{{ ('a' * 9999999).replace('a', 'b' * 9999)|length }}",
+    "translate": "{{ ('a' * 9999999).translate({97: 'b' * 9999})|length }}",
+    "format width": "{{ '{:>1000000000}'.format('a')|length }}",
+    "format fields": "{{ ('{0}' * 9999).format('a' * 9999999)|length }}",
+    "format filter": "{{ ('%s' * 9999)|format(*(['a' * 9999999] * 9999))|length }}",
+    "percent fields": "{{ (('%(a)s' * 9999) % {'a': 'a' * 9999999})|length }}",
+    "text of a list": "{{ (['a' * 9999999] * 999)|string|length }}",
+    "output of a list": "{{ ['a' * 9999999] * 999 }}",
+    "glued lists": "{{ ((['a' * 9999999] * 999) ~ 'a')|length }}",
+    "tojson of a list": "{{ (['a' * 9999999] * 999)|tojson|length }}",
+    "tojson of indents": "{{ ([1] * 999)|tojson(indent=9999999)|length }}",
+    "indents": "{{ ('a\\n' * 999999)|indent(999999)|length }}",
+    "indents of text": "{{ ('a\\n' * 999999)|indent('b' * 999999)|length }}",
+    "tabs": "{{ ('\t' * 999999).expandtabs(999999)|length }}",
+    "wordwrap": "{{ ('a' * 999999)|wordwrap(1, true, 'b' * 99999)|length }}",
+    "sum of lists": "{{ ([[1] * 9999999] * 999)|sum(start=[])|length }}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
 }
 ROWS = "{% for a in m %}{% for b in m %}{% for c in m %}{% for d in m %}"
@@ -277,7 +302,8 @@ def test_long_runs_meet_the_deadline(template: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_nested_loops_and_a_gigabyte_are_refused_within_two_seconds() -> None:
-    for template in (TOO_LONG["loops over a list"], TOO_MUCH["text"], TOO_MUCH["addition"]):
+    names = ("text", "addition", "join filter", "replace method", "output of a list")
+    for template in (TOO_LONG["loops over a list"], *map(TOO_MUCH.__getitem__, names)):
         started = time.thread_time()
         with pytest.raises(UnsupportedError):
             render(template, CHAT)

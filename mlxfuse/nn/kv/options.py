@@ -17,6 +17,7 @@ from .cache import CompressedKVCache
 BITS = (4, 8, 16)
 LAYERS = ("all", "full")
 
+_SINKS = {"sinks", "attention_sink_bias"}  # names of mlx-lm's classes
 _KNOWN = (KVCache, RotatingKVCache, ArraysCache)
 
 
@@ -94,9 +95,9 @@ def check_model(model: nn.Module, options: KVOptions, *, force: bool = False) ->
         raise UnsupportedError(
             "kv_bits: layers of this model read the cache of another layer; leave out kv_bits"
         )
-    if options.k_bits < 16 and not force and any("sinks" in m for m in modules):
+    if options.k_bits < 16 and not force and any(_SINKS & m.keys() for m in modules):
         raise UnsupportedError(
-            "kv_bits: models with learned attention sinks (gpt-oss) lose their answers with "
+            "kv_bits: models with learned attention sinks (gpt-oss, MiMo) lose their answers with "
             "compressed keys: 8-bit keys change one token in four. Compress values only (k16v8), "
             "or force it"
         )
