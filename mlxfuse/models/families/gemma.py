@@ -85,6 +85,7 @@ ROWS = (
         outer=offset(OUTER),
         layer=offset(NORMS) | attention() | mlp(),
         groups=GROUPS,
+        float16=False,
         rope_types=("linear",),
     ),
     Architecture(
@@ -94,6 +95,7 @@ ROWS = (
         outer=offset(OUTER),
         layer=offset(GEMMA_NORMS) | attention() | mlp(),
         groups=GROUPS,
+        float16=False,
         rope_types=("linear",),
         configure=_gemma2,
     ),
@@ -104,6 +106,7 @@ ROWS = (
         outer=offset(OUTER),
         layer=offset(GEMMA_NORMS | QK_NORMS) | attention() | mlp(),
         groups=GROUPS,
+        float16=False,
         rope_types=("linear",),
         configure=_gemma3,
     ),
