@@ -168,13 +168,14 @@ REAL: dict[str, tuple[int, int, Case]] = {
 }
 
 CONTEXT = 8192
+NOT_ZERO = {"ssm_a": -1, "rope_freqs": 1}  # minus an exponential; what frequencies are divided by
 MEMORY = 32  # GB of a Mac, of which Metal recommends two thirds
 FITTING = {
     *("Llama-3.1-8B", "Qwen2.5-7B", "Qwen3-0.6B", "Qwen3-14B", "Gemma-2-9B", "Gemma-3-4B"),
     *("SmolLM3-3B", "OLMo-2-7B"),
 }
-# Layers that read more than 90 million values take longer than half a second each.
-SMALL = {"Qwen3-0.6B", "Qwen3-30B-A3B", "Qwen3-Coder-Next", "SmolLM3-3B"}
+# Layers that read more than 70 million values take longer than half a second each.
+SMALL = {"Qwen3-0.6B", "Qwen3-30B-A3B", "Qwen3-Coder-Next"}
 # With a window and without, with rotary positions and without, or with attention and a recurrence.
 TWO_KINDS = {
     *("Qwen3-Coder-Next", "Qwen3.6-27B", "gpt-oss-120b", "Gemma-2-9B", "Gemma-3-4B", "SmolLM3-3B"),
@@ -200,9 +201,10 @@ def written(folder: Path, name: str) -> Path:
         file.write(header)
         file.truncate(len(header) + offset)
         for tensor in placed:
-            if str(tensor.name).endswith("ssm_a"):  # minus an exponential
+            short = str(tensor.name).removesuffix(".weight").split(".")[-1]
+            if short in NOT_ZERO:
                 file.seek(len(header) + (tensor.offset or 0))
-                file.write(np.full(tensor.shape, -1, np.float32).tobytes())
+                file.write(np.full(tensor.shape, NOT_ZERO[short], np.float32).tobytes())
     return path
 
 
