@@ -159,11 +159,14 @@ def load(
         ExportError, CheckpointError: the folder, or the adapter, is not as it was written.
         GGUFError: the file is malformed, or its tensors contradict its metadata.
         UnsupportedError: the architecture, a tensor type or a feature is not supported.
-        ValueError: ``kv_bits``, ``kv_group_size`` or ``kv_layers`` is not one of these.
+        ValueError: ``kv_bits``, ``kv_group_size`` or ``kv_layers`` is not one of these, or there
+            is a ``pipeline`` without a ``group``.
         RanksError: on all of ``group``, if versions, arguments or the model's files differ there.
     """
     if trust_remote_code:
         raise UnsupportedError("trust_remote_code: mlxfuse never runs code that comes with a model")
+    if pipeline and group is None:
+        raise ValueError("pipeline: several machines have the layers; give their group as well")
     kv: dict[str, Any] = {
         "kv_bits": kv_bits,
         "kv_group_size": kv_group_size,

@@ -16,12 +16,15 @@ from typing import Any
 import mlx.core as mx
 
 from .. import __version__, blas, env, memory
+from ..errors import GGUFError, UnsupportedError
 from ..gguf.exported import open_model
+from ..gguf.reader import GGUFFile
 from ..inspect.header import fit, verdict
 from ..inspect.needs import PLAIN, KVBits, needs
 from ..inspect.room import machine
 from ..kernels import unavailable
 from ..kernels.runtime import self_test, tuning
+from ..models.config import read_config
 from ..terminal import one_line
 from .cases import SMALL, cases
 
@@ -115,7 +118,32 @@ def _model(path: Path, context: int, bits: KVBits) -> dict[str, Any]:
     with open_model(path) as file:
         trained = file.get(f"{file.architecture}.context_length", int, default=0)
         found = fit(needs(file), machine(unavailable() is None), context, trained, bits)
-    return {"file": str(path), **found}
+        return {"file": str(path), **found, "advice": _advice(file)}
+
+
+def _advice(file: GGUFFile) -> str:
+    """What the type of a model's activations costs on this machine; empty if it is no matter.
+
+    The two figures: github.com/raullenchai/Rapid-MLX/issues/3154 (an M2 Max) and
+    github.com/jundot/omlx/pull/3277 (an M1 Ultra).
+    """
+    generation = device().get("generation")
+    try:
+        found = read_config(file).architecture
+    except (GGUFError, UnsupportedError):
+        return ""
+    if generation not in ("M1", "M2") or found.metal_dtype != "bfloat16":
+        return ""
+    cost = (
+        f"activations are bfloat16, which an {generation} emulates: in other MLX programs float16 "
+        "read prompts a third faster there and wrote a seventh faster"
+    )
+    if found.float16 is False:
+        return f"{cost}; --dtype float16 is no help, as {found.name} leaves the range of float16"
+    return (
+        f"{cost}; --dtype float16 avoids it, but nobody has shown that its range holds "
+        f"{found.name}: compare mlxfuse perplexity with and without it first"
+    )
 
 
 def render(found: dict[str, Any]) -> str:
@@ -160,7 +188,8 @@ def render(found: dict[str, Any]) -> str:
 def _verdict(model: dict[str, Any]) -> list[str]:
     name = one_line(Path(model["file"]).name)
     first, *rest = verdict(model)
-    return [f"{name} {first}", *rest, f"{_gb(model['active'])} are read for each token"]
+    read = f"{_gb(model['active'])} are read for each token"
+    return [f"{name} {first}", *rest, read, *filter(None, [model["advice"]])]
 
 
 def _gb(count: int) -> str:

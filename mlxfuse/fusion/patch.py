@@ -89,7 +89,7 @@ def patch_model(
         ValueError: ``act_quant`` is none of the three.
         UnsupportedError: the model cannot do with compressed caches.
         PatchError: ``strict`` and something cannot be fused, or ``check`` and the logits differ;
-            the model is then as it was.
+            the model then has no patch.
     """
     _check_is_model(model)
     if act_quant not in ("auto", "on", "off"):
@@ -100,7 +100,8 @@ def patch_model(
     asked = (choice, more, act_quant == "on", kv)
     patch = getattr(model, "_mlxfuse_patch", None)
     if isinstance(patch, _Patch):
-        if patch.asked == asked and _holds(model):
+        told = not check and not (strict and patch.report.skipped)
+        if patch.asked == asked and told and _holds(model):
             return patch.report
         unpatch_model(model)
     if kv is not None:
@@ -108,7 +109,7 @@ def patch_model(
     report = PatchReport(nothing=choice.nothing)
     if strict and choice.nothing:
         raise PatchError(f'nothing can be fused: {choice.nothing}; fuse="all" does without')
-    if choice or more or kv is not None:
+    if choice or more or kv is not None or (act_quant == "on" and not choice.nothing):
         before = check_logits(model) if check else None
         mx.eval(model.parameters())
         report.bytes_before = mx.get_active_memory()

@@ -90,8 +90,8 @@ class Architecture:
     rope_types   rotary scalings that are supported besides none.
     partial_rope part of a head may be rotated.
     layer_norm   norms subtract the mean (``nn.LayerNorm``); the epsilon has another key.
-    metal_dtype  activation type on Metal unless the caller says otherwise: float16 where its
-                 range is known to hold.
+    float16      whether float16's range is known to hold its values: True, False where they are
+                 known to leave it, or None.
     whole_experts each expert has the feed-forward length, whatever else the file says.
     gatings      values of ``expert_gating_func`` that mlx-lm's class computes, llama.cpp's default
                  first: 1 softmax, 2 sigmoid, 3 softmax over the chosen ones. Empty: not read.
@@ -126,7 +126,7 @@ class Architecture:
     yarn_log: float = 0.0
     partial_rope: bool = False
     layer_norm: bool = False
-    metal_dtype: str = "bfloat16"
+    float16: bool | None = None
     whole_experts: bool = False
     gatings: tuple[int, ...] = ()
     groups_too: bool = False
@@ -144,6 +144,11 @@ class Architecture:
     def tables(self) -> tuple[Weights, ...]:
         """The tensors of its layers, kind by kind."""
         return (self.layer, *self.other_layers.values())
+
+    @property
+    def metal_dtype(self) -> str:
+        """The type of its activations on Metal unless the caller says otherwise."""
+        return "float16" if self.float16 else "bfloat16"
 
     @property
     def experts(self) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 
 import mlx.core as mx
@@ -342,6 +343,33 @@ def test_the_machine_of_a_mac(monkeypatch):
     assert (found["generation"], found["budget"]) == ("M4", 36 << 30)
     info["architecture"] = "applegpu_g19s"
     assert doctor.device()["generation"] == "newer than M5"
+
+
+@pytest.mark.parametrize(
+    ("case", "chip", "said"),
+    [
+        (
+            "gpt-oss",
+            "13g",
+            "which an M1 emulates: .* a third faster .* --dtype float16 avoids it, but",
+        ),
+        ("gpt-oss", "14s", "which an M2 emulates: .* compare mlxfuse perplexity with and without"),
+        ("gemma3", "14s", "which an M2 emulates: .* --dtype float16 is no help, as gemma3 leaves"),
+        ("gemma3", "15s", ""),  # it computes bfloat16
+        ("llama", "13g", ""),  # in float16 anyway
+    ],
+)
+def test_what_emulated_bfloat16_costs(case, chip, said, monkeypatch, tmp_path):
+    path = tiny.write(tmp_path / "m.gguf", tiny.build(case, 0))
+    info = {"device_name": "Mac", "architecture": f"applegpu_g{chip}", "memory_size": 1 << 34}
+    info |= {"max_recommended_working_set_size": 1 << 33}
+    monkeypatch.setattr(doctor, "_kernels", lambda: {"unavailable": "none", "variants": []})
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    found = doctor.diagnose(path)
+    assert bool(found["model"]["advice"]) == bool(said)
+    assert re.search(said, found["model"]["advice"])
+    assert ("emulates" in doctor.render(found)) == bool(said)
 
 
 @pytest.fixture

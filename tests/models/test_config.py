@@ -298,7 +298,6 @@ BAD_KEYS: list[tuple[str, dict[str, object], type[Exception], str]] = [
     ("qwen2", {"attention__key_length": 32, "attention__value_length": 32}, UnsupportedError, "32"),
     ("gemma2", {"rope__scaling__type": "yarn"}, UnsupportedError, "'yarn'"),
     ("llama", {"attention__causal": False}, UnsupportedError, "attention.causal is false"),
-    ("gemma3", {"attention__sliding_window": None}, GGUFError, "attention.sliding_window"),
     ("gemma3", {"attention__sliding_window_pattern": 9}, UnsupportedError, "7 layers"),
     ("gemma3", {"final_logit_softcapping": 30.0}, UnsupportedError, "cap on its logits"),
     ("phi3", {"rope__dimension_count": 8}, GGUFError, "(6,); expected (4,)"),

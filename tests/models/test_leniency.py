@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mlxfuse.gguf.reader import open_gguf
+from mlxfuse.inspect.needs import needs
+
 from . import leniency
 
 GOLDEN = json.loads(Path(__file__).with_name("golden_leniency.json").read_text())
@@ -28,8 +31,8 @@ DIFFERENCES = [
     (r"tokenizer\.ggml\.\w+_token_id: -1", "we", "no token, as 2^32 - 1 is none"),
     (r".*nextn_predict_layers: 1", "we", "blocks that are left out where there are none such"),
     (r"gemma3\.attention\.sliding_window_pattern: 1", "we", "every layer sees the whole context"),
-    (r"gemma3\.attention\.sliding_window(_pattern)?: (missing|0|most|list)", "llama.cpp",
-     "Gemma 3 without a window is not built; its files have one"),
+    (r"gemma3\.attention\.sliding_window_pattern: (0|most|list)", "llama.cpp",
+     "MLX-LM's Gemma 3 has layers without a window, in equal distances"),
     (r"gemma3\.final_logit_softcapping: 0\.5", "llama.cpp", "Gemma 3 has no cap; refused by name"),
     (r".*: (nan|inf)", "llama.cpp", "nothing sensible is computed"),
     (rf".*\.(expert_weights_norm|expert_weights_scale|leading_dense_block_count): {NUMBER}",
@@ -102,6 +105,22 @@ def test_the_changes_are_seen(folder):
         verdicts = list(GOLDEN[case].values())
         assert 0.2 < sum(v is None for v in verdicts) / len(verdicts) < 0.9
         assert len({tuple(v) for v in verdicts if v is not None}) > 8
+
+
+@pytest.mark.parametrize("change", ["missing", "0", "7"])
+def test_gemma_3_without_a_window(change, folder):
+    """Then every layer sees everything, and rotates as those without a window do."""
+    metadata, tensors = leniency.model("gemma3")
+    path = folder / "x.gguf"
+    path.write_bytes(leniency.file(metadata, tensors))
+    key = "gemma3.attention.sliding_window"
+    (found,) = (c for c in leniency.changes(metadata, {key}) if (c[0], c[1]) == (key, change))
+    path.write_bytes(leniency.file(metadata, tensors, found))
+    want = GOLDEN["gemma3"][f"{key}: {change}"]
+    assert np.allclose(leniency.logits(path), want, rtol=1e-3, atol=1e-3)
+    assert not np.allclose(want, GOLDEN["gemma3"]["as it is"], atol=0.1)
+    with open_gguf(path) as file:
+        assert {window for _, window in needs(file).kv} == ({0, 7} if change == "7" else {0})
 
 
 @pytest.mark.parametrize(

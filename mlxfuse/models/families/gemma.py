@@ -63,17 +63,22 @@ def _gemma(
     sliding: Rope,
     args: dict[str, Any],
 ) -> Config:
-    """Query scale and sliding window, with llama.cpp's defaults for the latter."""
+    """Query scale and sliding window, with llama.cpp's defaults for the latter.
+
+    Args:
+        window: that of a file that has no such key; None if its layers then see everything.
+    """
     sizes, layers = config.sizes, config.layers
-    slides = windows(key, layers, turns)
-    width = key.count("attention.sliding_window", window)
+    name = "attention.sliding_window"
+    width = key.count(name, window) if window else key.count_or_none(name)
+    slides = windows(key, layers, turns) if width else [False] * layers
     large = layers == _LAYERS_27B[key.name]
     args |= {
         "query_pre_attn_scalar": sizes["embd"] // sizes["heads"] if large else sizes["head"],
-        "sliding_window": width,
-        "sliding_window_pattern": period(key, slides, "attention.sliding_window_pattern"),
+        "sliding_window_pattern": period(key, slides, f"{name}_pattern"),
+        **({"sliding_window": width} if width else {}),
     }
-    config = with_windows(config, slides, width, sliding, config.rope)
+    config = with_windows(config, slides, width or 0, sliding, config.rope)
     return replace(config, args=config.args | args)
 
 
@@ -85,6 +90,7 @@ ROWS = (
         outer=offset(OUTER),
         layer=offset(NORMS) | attention() | mlp(),
         groups=GROUPS,
+        float16=False,
         rope_types=("linear",),
     ),
     Architecture(
@@ -94,6 +100,7 @@ ROWS = (
         outer=offset(OUTER),
         layer=offset(GEMMA_NORMS) | attention() | mlp(),
         groups=GROUPS,
+        float16=False,
         rope_types=("linear",),
         configure=_gemma2,
     ),
@@ -104,6 +111,7 @@ ROWS = (
         outer=offset(OUTER),
         layer=offset(GEMMA_NORMS | QK_NORMS) | attention() | mlp(),
         groups=GROUPS,
+        float16=False,
         rope_types=("linear",),
         configure=_gemma3,
     ),

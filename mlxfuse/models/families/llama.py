@@ -183,7 +183,7 @@ ROWS = (
         groups=GROUPS,
         rope_layout="paired",
         rope_types=("linear", "yarn", "llama3"),
-        metal_dtype="float16",
+        float16=True,
         choose=lambda key: _MIXTRAL if key("expert_count", int, 0) else None,
     ),
     Architecture(
@@ -216,6 +216,7 @@ ROWS = (
         module="mlx_lm.models.qwen2",
         layer=NORMS | attention("optional") | mlp(),
         groups=GROUPS,
+        float16=False,
         fixed_head=True,
     ),
     # For text alone the three axes of positions are equal: the rotation is qwen2's.
@@ -233,7 +234,7 @@ ROWS = (
         module="mlx_lm.models.qwen3",
         layer=NORMS | attention() | QK_NORMS | mlp(),
         groups=GROUPS,
-        metal_dtype="float16",
+        float16=True,
     ),
     # As qwen2vl. llama.cpp leaves two of the 64 pairs of a real model unrotated, whose wavelength
     # is longer than any context: its rule for the axes gives them to a fourth one, which is 0.

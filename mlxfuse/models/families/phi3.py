@@ -20,7 +20,7 @@ ROWS = (
         groups={"qkv": ("attn_qkv",), "gate_up": ("ffn_up",)},
         rope_types=("linear", "longrope"),
         partial_rope=True,
-        metal_dtype="float16",
+        float16=True,
         fixed_head=True,
     ),
 )

@@ -151,6 +151,7 @@ def _row(
         args={"norm_topk_prob": True},  # in both projects whatever the file says
         rope_types=("linear",),
         partial_rope=True,
+        float16=False,
         configure=_qwen35,
     )
 

@@ -26,7 +26,7 @@ ROWS = (
         layer=NORMS | attention() | QK_NORMS | _EXPERTS,
         groups=EXPERT_GROUPS,
         args={"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": ()},
-        metal_dtype="float16",
+        float16=True,
     ),
     # For text alone the three axes of positions are equal: the rotation is qwen3moe's.
     Architecture(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from unittest import mock
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -196,6 +198,40 @@ def test_gate_and_up_equal_each_alone(names: tuple[str, str], kernels: str) -> N
     assert mx.array_equal(gate, alone[0])
     assert mx.array_equal(up, alone[1])
     assert not mx.array_equal(gate, up)
+
+
+# What the README says of them, as root mean squares.
+TOLERANCE = {mx.float32: "1e-7", mx.float16: "6e-4", mx.bfloat16: "5e-3"}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("activation", ["swiglu", "geglu_tanh"])
+def test_gate_and_up_with_their_activation(activation: str, dtype: mx.Dtype, kernels: str) -> None:
+    """Beside the activation of both products; nearer to the exact result, as less is rounded."""
+    found = joined(("Q4_K", "Q4_K"), (300, 300), 512)
+    x = scaled(random_x(1, 512, dtype), found.parts, None)
+    fused = to_float64(quantized_matmul(x, found.weight, activation=activation)[0])
+    gate, up = quantized_matmul(x, found.weight, split=True)
+    one_by_one = to_float64(
+        {"swiglu": nn.silu, "geglu_tanh": nn.gelu_approx}[activation](gate) * up
+    )
+    (want,) = activated(activation, sums(x, found.parts))
+
+    def apart(a: np.ndarray, b: np.ndarray) -> float:
+        return float(np.sqrt(np.sum((a - b) ** 2) / np.sum(want**2)))
+
+    assert 0 < apart(fused, one_by_one) <= float(TOLERANCE[dtype])
+    if dtype != mx.float32:
+        assert apart(fused, want) < 0.75 * apart(one_by_one, want)
+    # Control: a tenth of one result, of 300.
+    wrong = fused + np.where(np.abs(fused) == np.abs(fused).max(), 0.1 * fused, 0)
+    assert apart(wrong, one_by_one) > float(TOLERANCE[dtype])
+
+
+def test_the_readme_says_how_near_they_are() -> None:
+    text = Path(__file__, *[".."] * 4, "README.md").resolve().read_text()
+    said = ", ".join(f"{bound} in {dtype}" for dtype, bound in TOLERANCE.items())
+    assert said.replace("mlx.core.", "") in " ".join(text.split())
 
 
 @pytest.mark.parametrize("m", [1, 3, 40])
