@@ -86,7 +86,8 @@ def patch_model(
     Raises:
         FusionNameError: no such fusion.
         TypeError: the model is none, or ``fuse`` is no text.
-        ValueError: ``act_quant`` is none of the three.
+        ValueError: ``act_quant`` is none of the three, or ``kv_bits``, ``kv_group_size`` or
+            ``kv_layers`` is not one of these.
         UnsupportedError: the model cannot do with compressed caches.
         PatchError: ``strict`` and something cannot be fused, or ``check`` and the logits differ;
             the model then has no patch.
@@ -94,7 +95,7 @@ def patch_model(
     _check_is_model(model)
     if act_quant not in ("auto", "on", "off"):
         raise ValueError(f"act_quant is auto, on or off; found {act_quant!r}")
-    kv = None if kv_bits is None else KVOptions.parse(kv_bits, kv_group_size, layers=kv_layers)
+    kv = KVOptions.asked(kv_bits, kv_group_size, kv_layers)
     choice = chosen(fuse)
     more = tuple(detectors)
     asked = (choice, more, act_quant == "on", kv)

@@ -358,8 +358,13 @@ def test_wrong_flags_are_usage_errors(models, tmp_path):
         result = run(*args)
         assert result.exit_code == 2, args
         assert len(args) > 3 or args[-1] == path or args[2] in result.output
-    with pytest.raises(ValueError, match="give their group as well"):
-        load(path, pipeline=True)
+    for wrong, said in (
+        ({"pipeline": True}, "give their group as well"),
+        ({"kv_layers": "full"}, "about compressed caches: give kv_bits too"),
+        ({"context_length": 0}, "context_length is 0; expected at least one token"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            load(path, **wrong)
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
     for file in (tmp_path / "nosuch.txt", tmp_path / "bytes.txt"):
         assert run("perplexity", path, "-f", file).exit_code == 1
