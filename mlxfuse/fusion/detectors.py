@@ -34,7 +34,7 @@ from ..nn.join_linears import (
 from ..nn.mlp import FusedMLP, MLPForm
 from ..nn.moe import ExpertsForm, FusedExperts, FusedMoE, FusedWeightedExperts, MoEForm
 from ..nn.norm import FusedFactor, FusedNorm
-from ..nn.post_norm import FusedPostNormBlock, PostNormForm
+from ..nn.post_norm import PostNormForm
 from ..nn.projection import Projection
 from .candidates import Candidate, Skip, Tree, register_detector
 from .certify import Match, certify, inputs, is_known
@@ -49,6 +49,7 @@ from .forms import (
     has,
     mlp_form,
     moe_form,
+    post_norm_class,
     post_norm_form,
     rotation,
     row_count,
@@ -326,16 +327,15 @@ def _post_norm(tree: Tree, path: str, module: nn.Module, form: PostNormForm) -> 
     """The norms of a decoder layer that norms or multiplies what its halves give, with the
     additions.
     """
-    names = [name for name in (*form.norms, *form.posts) if name]
+    posts = [*form.posts, *(name for name in form.gated[2:3] if has(module, name))]
+    names = [name for name in (*form.norms, *posts) if name]
     tree.check_alone(module, names)
     before = tuple(fused_norm(module, name) if name else None for name in form.norms)
     after: tuple[FusedNorm | FusedFactor, ...] = (FusedFactor(module, form.factor),) * 2
     if not form.factor:
-        after = tuple(fused_norm(module, name) for name in form.posts)
-    pieces = [
-        Piece(module, FusedPostNormBlock, form, "before", _same(before)),
-        Piece(module, FusedPostNormBlock, form, "after", _same(after)),
-    ]
+        after = tuple(fused_norm(module, name) for name in posts)
+    both, of = {"before": before, "after": after}, post_norm_class(form)
+    pieces = [Piece(module, of, form, name, _same(value)) for name, value in both.items()]
     explain = f"{', '.join(names)} of {path} with the additions"
     return candidate("post_norm", 45, path, names, pieces, explain)
 

@@ -23,7 +23,7 @@ from ..nn.join_linears import describe
 from ..nn.mlp import MLPForm
 from ..nn.moe import Choosing, ExpertsForm, MoEForm
 from ..nn.norm import FusedNorm
-from ..nn.post_norm import PostNormForm
+from ..nn.post_norm import FusedGatedPostNormBlock, FusedPostNormBlock, PostNormForm
 from ..nn.rope import FrequencyRoPE
 from ..nn.rotation import Rotation
 from .certify import Match, certify
@@ -193,7 +193,18 @@ def post_norm_form(module: nn.Module, match: Match) -> PostNormForm:
     if not all(_positive(getattr(module, name)) for name in factor):
         raise NotFusible("what multiplies its halves is not a positive number")
     clips = match.form.get("clips", False)
-    return PostNormForm(type(module), norms, mixer, mlp, posts=posts, factor=factor, clips=clips)
+    gated: tuple[str, ...] = ()
+    if match.form.get("gated"):
+        gated = tuple(names[n] for n in ("GATE", "PROJECTION", "POST3", "SCALAR", "EXPERTS"))
+        if getattr(module, names["EXPERTS"]):
+            raise NotFusible("it has an MLP and experts side by side")
+    return PostNormForm(
+        type(module), norms, mixer, mlp, posts=posts, gated=gated, factor=factor, clips=clips
+    )
+
+
+def post_norm_class(form: PostNormForm) -> type[FusedPostNormBlock]:
+    return FusedGatedPostNormBlock if form.gated else FusedPostNormBlock
 
 
 def fused_norm(module: nn.Module, name: str) -> FusedNorm:

@@ -35,6 +35,9 @@ def places(tree: Tree) -> Iterator[Candidate | Skip]:
                 yield Skip(NAME, path, "no addition of the layer is fused")
             continue
         form: BlockForm = module._fused
+        if isinstance(form, PostNormForm) and form.gated:
+            yield Skip(NAME, path, "its attention also gives keys and values")
+            continue
         mixer, mlp = module[form.mixer], module[form.mlp]
         halves = form.mixer_adds or isinstance(form, PostNormForm)
         attention = mixer._fused if isinstance(mixer, FusedAttention) and halves else None

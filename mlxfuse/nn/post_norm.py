@@ -25,6 +25,9 @@ class PostNormForm(BlockForm):
     ``norms`` of `BlockForm` are empty where a half does not norm its input.
 
     posts   names of the norms of what the halves give, or empty.
+    gated   of a `FusedGatedPostNormBlock`, names of the gate of what is given for each layer, of
+            the linear behind it, of its norm, of what multiplies the layer, and of the flag that
+            says that there are experts. Its norm is the third of ``after``, if it is there.
     factor  names of the attributes that tell what multiplies it instead; see `FusedFactor`.
     clips   sums are clipped in float16, where the layer's own code is run instead.
     before  the norms of ``norms``, fused; None for those that are not there.
@@ -32,6 +35,7 @@ class PostNormForm(BlockForm):
     """
 
     posts: tuple[str, str] = ("", "")
+    gated: tuple[str, ...] = ()
     factor: tuple[str, ...] = ()
     clips: bool = False
     before: tuple[FusedNorm | None, ...] = ()
@@ -121,3 +125,41 @@ class FusedPostNormBlock(FusedBlock):
     def add_last(self, run: Run, y: mx.array, h: mx.array) -> mx.array:
         """h with what the MLP gives, normed or multiplied."""
         return self._fused.after[1].added(y, h)
+
+
+class FusedGatedPostNormBlock(FusedPostNormBlock):
+    """A layer that hands keys and values on and may have an input of its own (Gemma 4)."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        x: mx.array,
+        mask: mx.array | str | None = None,
+        cache: Any = None,
+        per_layer_input: mx.array | None = None,
+        shared_kv: tuple[Any, Any] | None = None,
+        offset: Any = None,
+    ) -> tuple[mx.array, tuple[Any, Any] | None, Any]:
+        """x [B, L, hidden_size] -> the same shape; what its attention hands on.
+
+        Args:
+            per_layer_input: ``[B, L, size]``, is multiplied by a gate, and added.
+        """
+        form = self._fused
+        run = Run.of(x)
+        *gate, norm, scalar, experts = (getattr(self, name) for name in form.gated)
+        alike = (norm is not None) == (len(form.after) == 3) and not experts
+        if not alike or not self.fusible(run.on) or not form.norms_hold():
+            own: Any = form.original.__call__(
+                self, x, mask, cache, per_layer_input, shared_kv, offset
+            )
+            return own
+        r, shared_kv, offset = self[form.mixer](
+            self._plain(0, x), mask, cache, shared_kv=shared_kv, offset=offset
+        )
+        h, normed = self.part(run, self.add_norm, self.children_read, r, x)
+        h = self.part(run, self.add_last, self.children_read, self[form.mlp](normed), h)
+        if None not in (*gate, norm) and per_layer_input is not None:
+            enter, leave = gate
+            y = leave(mx.multiply(nn.gelu_approx(enter(h)), per_layer_input))
+            h = form.after[2].added(y, h)
+        return (h if scalar is None else h * scalar), shared_kv, offset

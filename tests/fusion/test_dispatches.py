@@ -137,6 +137,19 @@ def test_a_layer_that_multiplies_by_no_number_is_left_alone() -> None:
     assert "is not a positive number" in str(report)
 
 
+def test_a_layer_of_gemma4() -> None:
+    """Four fewer than without its norms and additions in one; its scalar is the one it has now."""
+    model = zoo.build("gemma4_text", "affine4")
+    report = patch_model(model, fuse="all")
+    assert report.dispatches == (128, 88)
+    before = zoo.logits(model)
+    model.layers[1].layer_scalar = model.layers[1].layer_scalar * 3
+    changed = zoo.logits(model)
+    assert zoo.apart(changed, before) > 1e-3
+    unpatch_model(model)
+    assert zoo.apart(changed, zoo.logits(model)) < 1e-5
+
+
 def test_experts_are_chosen_as_the_block_says_now() -> None:
     model = zoo.build("qwen3_moe", "affine4")
     patch_model(model, fuse="all")

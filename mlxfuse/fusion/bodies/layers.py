@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from .mlps import Body
+from .mlps import MX, NN, Body
 
 _CALL = "def __call__(self, x, mask=None, cache=None):"
 # gemma2
@@ -77,6 +77,46 @@ _MULTIPLIED = f"""
 """
 # minicpm, minicpm3
 _BY_DEPTH = _MULTIPLIED.replace("self.FACTOR", "(self.FACTOR / self.PARTS**0.5)")
+# gemma4_text
+_GATED = """
+def __call__(self, x, mask=None, cache=None, per_layer_input=None, shared_kv=None, offset=None):
+    residual = x
+    h = self.NORM1(x)
+    h, shared_kv, offset = self.ATTENTION(h, mask, cache, shared_kv=shared_kv, offset=offset)
+    h = self.POST1(h)
+    h = residual + h
+    residual = h
+    if self.EXPERTS:
+        h1 = self.NORM2(h)
+        h1 = self.MLP(h1)
+        h1 = self.POST_MLP(h1)
+        top_k_indices, top_k_weights = self.ROUTER(h)
+        h2 = self.NORM_EXPERTS(h)
+        h2 = self.SWITCH(h2, top_k_indices, top_k_weights)
+        h2 = self.POST_EXPERTS(h2)
+        h = h1 + h2
+    else:
+        h = self.NORM2(h)
+        h = self.MLP(h)
+    h = self.POST2(h)
+    h = residual + h
+    if (
+        self.GATE is not None
+        and self.PROJECTION is not None
+        and self.POST3 is not None
+        and per_layer_input is not None
+    ):
+        residual = h
+        gate = self.GATE(h)
+        gate = nn.gelu_approx(gate)
+        gate = mx.multiply(gate, per_layer_input)
+        gate = self.PROJECTION(gate)
+        gate = self.POST3(gate)
+        h = residual + gate
+    if self.SCALAR is not None:
+        h = h * self.SCALAR
+    return h, shared_kv, offset
+"""
 
 LAYERS: tuple[Body, ...] = (
     *(Body("post_norm", text) for text in (_FOUR, _AT_ONCE, _REASSIGNED, _STEPS)),
@@ -88,4 +128,5 @@ LAYERS: tuple[Body, ...] = (
         {"clip_residual": "mlx_lm.models.gemma3_text.clip_residual"},
         {"clips": True},
     ),
+    Body("post_norm", _GATED, MX | NN, {"gated": True}),
 )
