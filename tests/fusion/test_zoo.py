@@ -76,6 +76,9 @@ def examine(name: str, form: str) -> None:
     assert contents(model) == before, "unpatching leaves other parameters"
     assert np.array_equal(zoo.logits(model), want)
     assert live(held) <= held, "unpatching leaves something behind"
+    if name in zoo.LOADED and form in ("float32", "affine4"):
+        stock, fused = patch_model(model, fuse="all").dispatches or (0, 0)
+        assert 0 < fused <= stock, "a token takes more dispatches"
 
 
 @pytest.mark.parametrize(("name", "form"), CASES)
@@ -108,6 +111,11 @@ def test_the_golden_file_has_every_class_once() -> None:
     assert len(USED) == 31
 
 
+def test_every_architectures_class_is_tried_in_four_bits() -> None:
+    assert len(zoo.LOADED) == 59
+    assert [n for n in zoo.LOADED if (n, "affine4") not in CASES] == []
+
+
 def test_fusions_of_gguf_files_are_those_of_the_golden_file() -> None:
     assert [line for line in GOLDEN if line.startswith("gguf")] == list(zoo.gguf_lines()), NEW
 
@@ -123,6 +131,13 @@ def test_a_lost_fusion_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: mlx-lm computes something else in a new version."""
     monkeypatch.setattr(qwen3.MLP, "__call__", lambda self, x: self.down_proj(self.up_proj(x)))
     with pytest.raises(AssertionError, match="read the difference"):
+        examine("qwen3", "float32")
+
+
+def test_more_dispatches_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control: the model's own code is counted as less than what is fused."""
+    monkeypatch.setattr("mlxfuse.fusion.patch.per_token", lambda model: (40, 41))
+    with pytest.raises(AssertionError, match="more dispatches"):
         examine("qwen3", "float32")
 
 
