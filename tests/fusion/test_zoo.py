@@ -23,7 +23,8 @@ from tests.fusion.configs import CONFIGS, USED
 BOUND = 1e-5  # Sums of up to 128 products in float32, in another order, through 4 layers.
 CASES = [(name, form) for name in CONFIGS for form in zoo.forms(name)]
 # With norms of heads, soft caps, geglu, one matrix for q, k and v, experts, sinks and biases.
-EMULATED = ("llama", "qwen3", "gemma2", "phi3", "qwen3_moe", "gpt_oss", "qwen2_moe", "ministral3")
+OFTEN = ("llama", "qwen3", "gemma2", "phi3", "qwen3_moe", "gpt_oss", "qwen2_moe", "ministral3")
+EMULATED += ("granite",)  # which multiplies what it adds
 GOLDEN = zoo.GOLDEN.read_text().splitlines()
 NEW = "run `python -m tests.fusion.zoo --golden` and read the difference"
 
@@ -86,7 +87,7 @@ def test_patched_and_back(name: str, form: str) -> None:
     examine(name, form)
 
 
-@pytest.mark.parametrize("name", EMULATED)
+@pytest.mark.parametrize("name", OFTEN)
 def test_patched_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tokens that are decoded go through the Metal source."""
     monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
@@ -101,6 +102,26 @@ def test_patched_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = ("qkv", "gate_up", "experts", "activation")
     matmuls = sum(len(tally.fused) for kind, tally in report.tallies.items() if kind in kinds)
     assert launches["quantized_matmul"] >= zoo.DECODED * matmuls > 0
+    assert not fallbacks
+
+
+# Of a recurrence without any attention or MLP nothing is fused that these tokens go through.
+REST = sorted(zoo.LOADED - {*OFTEN, "mamba", "mamba2"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REST)
+def test_patched_kernels_of_every_architecture(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
+    model = zoo.build(name, "affine4")
+    want = zoo.logits(model)
+    patch_model(model, fuse="all")
+    launches.clear()
+    fallbacks.clear()
+    with msl.installed(build="fast"):
+        got = zoo.logits(model)
+    assert zoo.apart(got, want) <= BOUND
+    assert launches.total() > 0
     assert not fallbacks
 
 
