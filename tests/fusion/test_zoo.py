@@ -23,7 +23,7 @@ from tests.fusion.configs import CONFIGS, USED
 BOUND = 1e-5  # Sums of up to 128 products in float32, in another order, through 4 layers.
 CASES = [(name, form) for name in CONFIGS for form in zoo.forms(name)]
 # With norms of heads, soft caps, geglu, one matrix for q, k and v, experts, sinks and biases.
-OFTEN = ("llama", "qwen3", "gemma2", "phi3", "qwen3_moe", "gpt_oss", "qwen2_moe", "ministral3")
+EMULATED = ("llama", "qwen3", "gemma2", "phi3", "qwen3_moe", "gpt_oss", "qwen2_moe", "ministral3")
 EMULATED += ("granite",)  # which multiplies what it adds
 GOLDEN = zoo.GOLDEN.read_text().splitlines()
 NEW = "run `python -m tests.fusion.zoo --golden` and read the difference"
@@ -87,7 +87,7 @@ def test_patched_and_back(name: str, form: str) -> None:
     examine(name, form)
 
 
-@pytest.mark.parametrize("name", OFTEN)
+@pytest.mark.parametrize("name", EMULATED)
 def test_patched_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tokens that are decoded go through the Metal source."""
     monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
@@ -106,7 +106,7 @@ def test_patched_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # Of a recurrence without any attention or MLP nothing is fused that these tokens go through.
-REST = sorted(zoo.LOADED - {*OFTEN, "mamba", "mamba2"})
+REST = sorted(zoo.LOADED - {*EMULATED, "mamba", "mamba2"})
 
 
 @pytest.mark.slow
