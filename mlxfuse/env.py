@@ -39,7 +39,8 @@ def get(name: str) -> str:
 
 def switched_off(fusion: str) -> bool:
     """Whether ``MLXFUSE_DISABLE`` has a fusion, everywhere; for what may change after patching."""
-    return fusion in (item.strip() for item in get("MLXFUSE_DISABLE").split(","))
+    items = {item.strip() for item in get("MLXFUSE_DISABLE").split(",")}
+    return not items.isdisjoint((fusion, f"{fusion}:", f"{fusion}:*"))
 
 
 @contextmanager

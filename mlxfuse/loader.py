@@ -159,11 +159,16 @@ def load(
         ExportError, CheckpointError: the folder, or the adapter, is not as it was written.
         GGUFError: the file is malformed, or its tensors contradict its metadata.
         UnsupportedError: the architecture, a tensor type or a feature is not supported.
-        ValueError: ``kv_bits``, ``kv_group_size`` or ``kv_layers`` is not one of these.
+        ValueError: ``kv_bits``, ``kv_group_size`` or ``kv_layers`` is not one of these,
+            ``context_length`` is less than 1, or there is a ``pipeline`` without a ``group``.
         RanksError: on all of ``group``, if versions, arguments or the model's files differ there.
     """
     if trust_remote_code:
         raise UnsupportedError("trust_remote_code: mlxfuse never runs code that comes with a model")
+    if context_length is not None and context_length < 1:
+        raise ValueError(f"context_length is {context_length}; expected at least one token")
+    if pipeline and group is None:
+        raise ValueError("pipeline: several machines have the layers; give their group as well")
     kv: dict[str, Any] = {
         "kv_bits": kv_bits,
         "kv_group_size": kv_group_size,
@@ -212,9 +217,9 @@ def _expect_same_sums(patch: PatchReport, group: mx.distributed.Group) -> None:
 
 def _cache_bits(kv_bits: int | str | None, kv_group_size: int, kv_layers: str) -> KVBits:
     """How many bits the caches take; ValueError for what `patch_model` would refuse."""
-    if kv_bits is None:
+    options = KVOptions.asked(kv_bits, kv_group_size, kv_layers)
+    if options is None:
         return PLAIN
-    options = KVOptions.parse(kv_bits, kv_group_size, layers=kv_layers)
     full_only = options.layers == "full"
     return KVBits(options.k_bits, options.v_bits, options.group_size, full_only)
 

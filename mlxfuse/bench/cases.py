@@ -231,6 +231,9 @@ def _activations(sizes: Sizes) -> Iterator[Case]:
     def added(x: mx.array, residual: mx.array) -> mx.array:
         return mx.fast.rms_norm(x + residual, weight, 1e-5)
 
+    def multiplied(x: mx.array, residual: mx.array) -> mx.array:
+        return added(x * 0.22, residual)
+
     def coded(x: mx.array, residual: mx.array) -> object:
         return mx.quantize(added(x, residual), group_size=32, bits=8)
 
@@ -250,6 +253,12 @@ def _activations(sizes: Sizes) -> Iterator[Case]:
             "add, rms_norm",
             [norm] * repeat,
             [partial(added, x, residual)] * repeat,
+        )
+        yield Case(
+            f"{size} by a number, residual",
+            "multiply, add, rms_norm",
+            [partial(norm, post=0.22)] * repeat,
+            [partial(multiplied, x, residual)] * repeat,
         )
         yield Case(
             f"{size}, residual, to int8",

@@ -88,7 +88,11 @@ def bench(
     from mlx_lm.generate import wired_limit
 
     compress = Compress(kv, kv_start, kv_force)
-    how: dict[str, Any] = {"dtype": dtype, "group": group, "pipeline": pipeline}
+    how: dict[str, Any] = {
+        "dtype": dtype,
+        "group": group,
+        "pipeline": pipeline and group is not None,
+    }
     arms, matches, vocabulary = _compared(path, how, fuse, act_quant, stock, compress, say)
     if env.get("MLXFUSE_KERNELS") == "emulated":
         raise KernelError(

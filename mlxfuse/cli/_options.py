@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ import typer
 
 from ..terminal import one_line
 from ._models import before_imports, complete_model, expect_gguf, resolve_model
-from ._ranks import team
+from ._ranks import team, together
 
 
 class DType(StrEnum):
@@ -171,6 +171,11 @@ class Loading(Fusing):
     ] = False
     pipeline: Pipeline = False
 
+    def check(self) -> None:
+        """Refuse what means nothing, before a model is downloaded for it."""
+        super().check()
+        together(pipeline=self.pipeline)
+
     def load(self, path: Path, say: Callable[[str], None]) -> tuple[Any, Any]:
         """`mlxfuse.load` as the options say.
 
@@ -190,7 +195,7 @@ class Loading(Fusing):
             act_quant=self.act_quant.value,
             ignore_memory=self.ignore_memory,
             group=None if ranks is None else ranks.group,
-            pipeline=self.pipeline,
+            pipeline=self.pipeline and ranks is not None,
         )
 
 
@@ -236,6 +241,11 @@ class Compression:
     def scheme(self) -> Any:
         """A `KVOptions`, or None; a usage error where the options mean nothing."""
         if self.kv_bits is None:
+            for option in fields(Compression):
+                if getattr(self, option.name) != option.default:
+                    name = "no_kv_rotate" if option.name == "kv_rotate" else option.name
+                    name = name.replace("_", "-")
+                    raise typer.BadParameter(f"--{name} is about a compressed cache: add --kv-bits")
             return None
         before_imports()
         from ..nn.kv.options import KVOptions
@@ -270,6 +280,11 @@ class Judged:
     ] = None
 
     pipeline: Pipeline = False
+
+    def check(self) -> None:
+        """Refuse what means nothing."""
+        if self.pipeline and self.ranks is None:
+            raise typer.BadParameter("--pipeline is about several machines: add --ranks")
 
     def by_rank(self, path: Path, here: Any) -> list[dict[str, Any]]:
         """What each of ``--ranks`` would hold; empty without the option."""

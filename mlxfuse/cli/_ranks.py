@@ -51,6 +51,17 @@ def of_first(make: Callable[[], T]) -> T:
     return make() if found is None else found.of_first(make)
 
 
+def together(**options: Any) -> None:
+    """Refuse options that mean nothing where this process is the only one.
+
+    Args:
+        options: name -> its value; what is None or False was not given.
+    """
+    given = [f"--{name}" for name, value in options.items() if value]
+    if given and env.launched_rank() is None:
+        raise typer.BadParameter(f"{given[0]} is for several machines: start it with mlx.launch")
+
+
 def alone(reason: str, **options: Any) -> None:
     """Refuse options that cannot be used under ``mlx.launch``.
 

@@ -19,7 +19,7 @@ from ..process import fail
 from ..terminal import one_line
 from . import _options as opt
 from ._common import command
-from ._ranks import alone, team
+from ._ranks import alone, team, together
 from .progress import status_line
 
 LLAMA = "As in llama-bench"
@@ -77,6 +77,7 @@ class Arms:
         """Refuse fusions without a meaning, before a model is downloaded for them."""
         for choice in self.fuse:
             opt.Fusing(fuse=choice).check()
+        together(pipeline=self.pipeline)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ def doctor_command(
     out: opt.Output,
 ) -> None:
     """Show this machine, the kernels' self-tests, and whether a model fits; loads no weights."""
+    judged.check()
     bits = judged.bits()
     path = None if model.ref is None else expect_gguf(model.fetch(), "doctor")
     before_imports()

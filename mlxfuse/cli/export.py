@@ -57,5 +57,7 @@ def export_command(
         print(json.dumps({"folder": str(folder), "size": size, **summary}))
         return
     print(folder)
-    for name, found in summary.items():
-        print(f"{name}: {found}", file=sys.stderr)
+    for name, said in (("exact", "kept exactly"), ("float16", "rounded to float16")):
+        if found := summary.get(name):
+            held = ", ".join(f"{count:,} of {kind}" for kind, count in found.items())
+            print(f"matrices {said}: {held}", file=sys.stderr)

@@ -17,6 +17,7 @@ def inspect_command(model: opt.Model, judged: opt.Judged, out: opt.Output) -> No
     from ..inspect.ranks import lines
     from ..memory import machine
 
+    judged.check()
     bits = judged.bits()
     path = model.fetch()
     whole = is_checkpoint(path)

@@ -33,6 +33,7 @@ from ..nn.join_linears import (
 )
 from ..nn.mlp import FusedMLP, MLPForm
 from ..nn.moe import ExpertsForm, FusedExperts, FusedMoE, FusedWeightedExperts, MoEForm
+from ..nn.norm import FusedFactor, FusedNorm
 from ..nn.post_norm import FusedPostNormBlock, PostNormForm
 from ..nn.projection import Projection
 from .candidates import Candidate, Skip, Tree, register_detector
@@ -322,11 +323,15 @@ def _norm_rope(tree: Tree, path: str, module: nn.Module, form: AttentionForm) ->
 
 @_places("post_norm", "post_norm", post_norm_form, lambda _: False)
 def _post_norm(tree: Tree, path: str, module: nn.Module, form: PostNormForm) -> Candidate:
-    """The norms of a decoder layer that has some behind its halves, with the additions."""
+    """The norms of a decoder layer that norms or multiplies what its halves give, with the
+    additions.
+    """
     names = [name for name in (*form.norms, *form.posts) if name]
     tree.check_alone(module, names)
     before = tuple(fused_norm(module, name) if name else None for name in form.norms)
-    after = tuple(fused_norm(module, name) for name in form.posts)
+    after: tuple[FusedNorm | FusedFactor, ...] = (FusedFactor(module, form.factor),) * 2
+    if not form.factor:
+        after = tuple(fused_norm(module, name) for name in form.posts)
     pieces = [
         Piece(module, FusedPostNormBlock, form, "before", _same(before)),
         Piece(module, FusedPostNormBlock, form, "after", _same(after)),

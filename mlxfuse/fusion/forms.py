@@ -183,14 +183,17 @@ def block_class(form: BlockForm) -> type[FusedBlock]:
 
 
 def post_norm_form(module: nn.Module, match: Match) -> PostNormForm:
-    """The variant of decoder layer with norms behind its halves."""
+    """The variant of decoder layer with norms or a multiplication behind its halves."""
     names = match.names
     norms = names.get("NORM1", ""), names.get("NORM2", "")
-    posts = names["POST1"], names["POST2"]
+    posts = names.get("POST1", ""), names.get("POST2", "")
     mixer, mlp = names["ATTENTION"], names["MLP"]
-    _check_modules(module, mixer, mlp, *filter(None, norms), *posts)
+    _check_modules(module, mixer, mlp, *filter(None, (*norms, *posts)))
+    factor = tuple(names[n] for n in ("FACTOR", "PARTS") if n in names)
+    if not all(_positive(getattr(module, name)) for name in factor):
+        raise NotFusible("what multiplies its halves is not a positive number")
     clips = match.form.get("clips", False)
-    return PostNormForm(type(module), norms, mixer, mlp, posts=posts, clips=clips)
+    return PostNormForm(type(module), norms, mixer, mlp, posts=posts, factor=factor, clips=clips)
 
 
 def fused_norm(module: nn.Module, name: str) -> FusedNorm:

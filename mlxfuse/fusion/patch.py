@@ -86,21 +86,23 @@ def patch_model(
     Raises:
         FusionNameError: no such fusion.
         TypeError: the model is none, or ``fuse`` is no text.
-        ValueError: ``act_quant`` is none of the three.
+        ValueError: ``act_quant`` is none of the three, or ``kv_bits``, ``kv_group_size`` or
+            ``kv_layers`` is not one of these.
         UnsupportedError: the model cannot do with compressed caches.
         PatchError: ``strict`` and something cannot be fused, or ``check`` and the logits differ;
-            the model is then as it was.
+            the model then has no patch.
     """
     _check_is_model(model)
     if act_quant not in ("auto", "on", "off"):
         raise ValueError(f"act_quant is auto, on or off; found {act_quant!r}")
-    kv = None if kv_bits is None else KVOptions.parse(kv_bits, kv_group_size, layers=kv_layers)
+    kv = KVOptions.asked(kv_bits, kv_group_size, kv_layers)
     choice = chosen(fuse)
     more = tuple(detectors)
     asked = (choice, more, act_quant == "on", kv)
     patch = getattr(model, "_mlxfuse_patch", None)
     if isinstance(patch, _Patch):
-        if patch.asked == asked and _holds(model):
+        told = not check and not (strict and patch.report.skipped)
+        if patch.asked == asked and told and _holds(model):
             return patch.report
         unpatch_model(model)
     if kv is not None:
@@ -108,7 +110,7 @@ def patch_model(
     report = PatchReport(nothing=choice.nothing)
     if strict and choice.nothing:
         raise PatchError(f'nothing can be fused: {choice.nothing}; fuse="all" does without')
-    if choice or more or kv is not None:
+    if choice or more or kv is not None or (act_quant == "on" and not choice.nothing):
         before = check_logits(model) if check else None
         mx.eval(model.parameters())
         report.bytes_before = mx.get_active_memory()

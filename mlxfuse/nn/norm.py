@@ -66,7 +66,7 @@ class FusedNorm:
         x: mx.array,
         residual: mx.array | None = None,
         outputs: Collection[str] = ("y",),
-        post: FusedNorm | None = None,
+        post: FusedNorm | FusedFactor | None = None,
     ) -> NormResult:
         """x [..., K] -> its norm, or that of x + residual, or of post(x) + residual; see
         `rms_norm`.
@@ -78,20 +78,22 @@ class FusedNorm:
             residual=residual,
             offset=self._offset,
             outputs=outputs,
-            post=None if post is None else post._before(),
+            post=None if post is None else post.before(),
         )
 
     def added(self, x: mx.array, residual: mx.array) -> mx.array:
         """The norm of x, plus the residual."""
-        found = rms_norm(x, None, 0.0, residual=residual, outputs=(), post=self._before())
-        assert found.h is not None
-        return found.h
+        return _added(x, residual, self.before())
 
-    def _before(self) -> Post:
+    def before(self) -> Post:
+        """What `rms_norm` is told where this norm precedes its addition."""
         return Post(self._norm.weight, self._eps, self._offset)
 
     def normed(
-        self, x: mx.array, residual: mx.array | None = None, post: FusedNorm | None = None
+        self,
+        x: mx.array,
+        residual: mx.array | None = None,
+        post: FusedNorm | FusedFactor | None = None,
     ) -> tuple[mx.array, Normed]:
         """x, or its sum with the residual, and the norm of that as floats and codes."""
         found = self(x, residual, ("y", "int8"), post)
@@ -100,3 +102,39 @@ class FusedNorm:
         codes = found.int8
         normed = Normed(found.y, (codes.codes, codes.scales, codes.sums))
         return x if found.h is None else found.h, normed
+
+
+class FusedFactor:
+    """A number that multiplies what is added to a residual.
+
+    Args:
+        parent: the decoder layer.
+        names: its attribute that is the number; or two of its attributes, of which the first is
+            divided by the root of the second.
+    """
+
+    def __init__(self, parent: nn.Module, names: tuple[str, ...]) -> None:
+        self._parent, self._names = parent, names
+        self._values = self._now()
+
+    def _now(self) -> tuple[float, ...]:
+        return tuple(getattr(self._parent, name) for name in self._names)
+
+    def holds(self) -> bool:
+        """Whether the parent still has these numbers."""
+        return self._now() == self._values
+
+    def added(self, x: mx.array, residual: mx.array) -> mx.array:
+        """The product of x and the number, plus the residual."""
+        return _added(x, residual, self.before())
+
+    def before(self) -> float:
+        """What `rms_norm` is told where the product precedes its addition."""
+        number, *parts = self._values
+        return float(number / parts[0] ** 0.5 if parts else number)
+
+
+def _added(x: mx.array, residual: mx.array, post: Post | float) -> mx.array:
+    found = rms_norm(x, None, 0.0, residual=residual, outputs=(), post=post)
+    assert found.h is not None
+    return found.h

@@ -1,4 +1,6 @@
-"""Decoder layers of mlx-lm's models that norm what attention and MLP give before they add it."""
+"""Decoder layers of mlx-lm's models that norm or multiply what attention and MLP give before they
+add it.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +15,27 @@ from .attention import FusedAttention
 from .block import READERS, BlockForm, FusedBlock
 from .fused import Run
 from .mlp import FusedMLP
-from .norm import FusedNorm, Given, Normed, floats
+from .norm import FusedFactor, FusedNorm, Given, Normed, floats
 
 
 @dataclass
 class PostNormForm(BlockForm):
-    """A decoder layer of two halves, each of which may norm, mixes, norms and adds.
+    """A decoder layer of two halves, each of which may norm, mixes, norms or multiplies, and adds.
 
     ``norms`` of `BlockForm` are empty where a half does not norm its input.
 
-    posts   names of the norms of what the halves give.
+    posts   names of the norms of what the halves give, or empty.
+    factor  names of the attributes that tell what multiplies it instead; see `FusedFactor`.
     clips   sums are clipped in float16, where the layer's own code is run instead.
     before  the norms of ``norms``, fused; None for those that are not there.
-    after   the norms of ``posts``, fused.
+    after   the norms of ``posts``, fused; or the factor.
     """
 
     posts: tuple[str, str] = ("", "")
+    factor: tuple[str, ...] = ()
     clips: bool = False
     before: tuple[FusedNorm | None, ...] = ()
-    after: tuple[FusedNorm, ...] = ()
+    after: tuple[FusedNorm | FusedFactor, ...] = ()
     pieces = ("before", "after")
 
     def norms_hold(self) -> bool:
@@ -72,7 +76,7 @@ class FusedPostNormBlock(FusedBlock):
 
     def children_read(self) -> list[tuple[nn.Module, str]]:
         own = [(parent, name) for parent, name in super().children_read() if name]
-        return [*own, *((self, name) for name in self._fused.posts)]
+        return [*own, *((self, name) for name in self._fused.posts if name)]
 
     def leave(self, run: Run, output: mx.array, x: mx.array) -> mx.array:
         h, normed = self.between(run, output, x)
@@ -86,7 +90,7 @@ class FusedPostNormBlock(FusedBlock):
     def add_norm(
         self, run: Run, x: mx.array, residual: mx.array | None = None
     ) -> tuple[mx.array, mx.array | Normed]:
-        """h, which is the norm of x with the residual, and what the MLP gets."""
+        """h, which is x normed or multiplied with the residual, and what the MLP gets."""
         assert residual is not None
         norm, post = self._fused.before[1], self._fused.after[0]
         rounding = self._rounding(1, run)
@@ -115,5 +119,5 @@ class FusedPostNormBlock(FusedBlock):
         return y
 
     def add_last(self, run: Run, y: mx.array, h: mx.array) -> mx.array:
-        """h with the norm of what the MLP gives."""
+        """h with what the MLP gives, normed or multiplied."""
         return self._fused.after[1].added(y, h)

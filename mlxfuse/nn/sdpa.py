@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
@@ -29,7 +31,7 @@ def sdpa(
     batch, heads, length, size = queries.shape
     queries = queries.reshape(batch, keys.shape[1], -1, length, size) * scale
     scores = queries @ keys[:, :, None].swapaxes(-1, -2)
-    scores = (mx.tanh(scores / softcap) * softcap).reshape(batch, heads, length, -1)
+    scores = _capped(scores, softcap).reshape(batch, heads, length, -1)
     if isinstance(mask, str):
         mask = create_causal_mask(length, keys.shape[2] - length)
     if isinstance(mask, mx.array) and mask.dtype == mx.bool_:
@@ -42,6 +44,12 @@ def sdpa(
     weights = mx.softmax(scores, precise=True, axis=-1)[..., : keys.shape[2]]
     output = weights.reshape(batch, keys.shape[1], -1, length, keys.shape[2]) @ values[:, :, None]
     return output.reshape(batch, heads, length, -1)
+
+
+@partial(mx.compile, shapeless=True)
+def _capped(scores: mx.array, softcap: float) -> mx.array:
+    """One dispatch, whose shape grows with every token."""
+    return mx.tanh(scores / softcap) * softcap
 
 
 def mask_of(mask: Mask, heads: slice) -> Mask:

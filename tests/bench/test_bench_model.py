@@ -490,7 +490,9 @@ def test_options_of_a_model_are_not_ignored_for_kernels(args):
 def test_a_checkpoint_of_mlx_lm(model, tmp_path):
     """`mlx_lm.load` beside the same after `patch_model`, with one copy of the weights."""
     folder = tmp_path / "checkpoint"
-    assert invoke("export", model, folder, "--mlx").exit_code == 0
+    exported = invoke("export", model, folder, "--mlx")
+    assert exported.exit_code == 0
+    assert re.search(r"^matrices kept exactly: \d+ of Q", exported.stderr, re.MULTILINE)
     made = invoke("bench", folder, *SMALL, "--fuse", "all", "--json")
     assert made.exit_code == 0, made.output
     found = json.loads(made.stdout)

@@ -5,7 +5,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlxfuse import patch_model, unpatch_model
+from mlxfuse import PatchError, patch_model, unpatch_model
 from mlxfuse.kernels import fallbacks, launches
 from tests import msl
 from tests.dispatches import of_layer
@@ -31,6 +31,8 @@ def test_int8_activations(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
         # The switch counts at every call.
         monkeypatch.setenv("MLXFUSE_DISABLE", "int8")
         floats = logits(model, (3, 1))
+        monkeypatch.setenv("MLXFUSE_DISABLE", "residual, int8:*")
+        assert np.array_equal(logits(model, (3, 1)), floats)
         monkeypatch.delenv("MLXFUSE_DISABLE")
         assert np.array_equal(logits(model, (3, 1)), got)
     assert len(report.tallies["int8"].fused) == report.tallies["int8"].total == 8
@@ -69,6 +71,17 @@ def test_norms_whose_readers_need_floats(name: str, kind: str, fuse: str, reason
     assert all(r.startswith(reason) for r in found)
     if not tally.fused:
         assert apart(logits(model), want) <= BOUND
+
+
+def test_without_fusions_there_are_none() -> None:
+    """And it is told: a comparison would be one of the model with itself."""
+    model = make("llama", "affine4")
+    report = patch_model(model, fuse="off", act_quant="on")
+    assert [s.reason for s in report.skipped] == ["no addition of the layer is fused"] * 2
+    assert (len(report.tallies["int8"].fused), report.tallies["int8"].total) == (0, 2)
+    with pytest.raises(PatchError, match=r"int8 of model\.layers\.0: no addition"):
+        patch_model(model, fuse="off", act_quant="on", strict=True)
+    assert "int8" not in patch_model(model, fuse="off", strict=True).tallies  # the control
 
 
 class Heard(nn.Module):

@@ -24,6 +24,7 @@ BOUND = 1e-5  # Sums of up to 128 products in float32, in another order, through
 CASES = [(name, form) for name in CONFIGS for form in zoo.forms(name)]
 # With norms of heads, soft caps, geglu, one matrix for q, k and v, experts, sinks and biases.
 EMULATED = ("llama", "qwen3", "gemma2", "phi3", "qwen3_moe", "gpt_oss", "qwen2_moe", "ministral3")
+EMULATED += ("granite",)  # which multiplies what it adds
 GOLDEN = zoo.GOLDEN.read_text().splitlines()
 NEW = "run `python -m tests.fusion.zoo --golden` and read the difference"
 

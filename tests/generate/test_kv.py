@@ -346,10 +346,25 @@ def test_wrong_flags_are_usage_errors(models, tmp_path):
     for args in (
         ("generate", path, "--kv-bits", "5"),
         ("generate", path, "--kv-bits", "8", "--kv-group-size", "48"),
+        ("generate", path, "--kv-layers", "full"),  # of what?
+        ("bench", path, "--no-kv-rotate"),
+        ("generate", path, "--pipeline"),
+        ("bench", path, "--pipeline"),
+        ("inspect", path, "--pipeline"),
+        ("doctor", path, "--pipeline"),
         ("perplexity", path, "-f", text, "--kld"),
         ("perplexity", path),
     ):
-        assert run(*args).exit_code == 2, args
+        result = run(*args)
+        assert result.exit_code == 2, args
+        assert len(args) > 3 or args[-1] == path or args[2] in result.output
+    for wrong, said in (
+        ({"pipeline": True}, "give their group as well"),
+        ({"kv_layers": "full"}, "about compressed caches: give kv_bits too"),
+        ({"context_length": 0}, "context_length is 0; expected at least one token"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            load(path, **wrong)
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
     for file in (tmp_path / "nosuch.txt", tmp_path / "bytes.txt"):
         assert run("perplexity", path, "-f", file).exit_code == 1

@@ -215,7 +215,7 @@ def norm(
     *,
     added: bool = True,
     weighted: bool = True,
-    post: bool = False,
+    post: bool | float = False,
     **more: Any,
 ) -> Variant:
     """`rms_norm` of random rows, with residual and weight by default, for all its outputs."""
@@ -223,11 +223,12 @@ def norm(
     x, residual, weight, after = _normal(dtype, *shapes)
     options = {"offset": 0.0, "outputs": rms_norm.OUTPUTS, **more}
     given = residual if added else None, options["offset"], options["outputs"]
-    before = rms_norm.Post(after, 1e-3, 1.0) if post else None
+    before = rms_norm.Post(after, 1e-3, 1.0) if post is True else post or None
     call = rms_norm._Call(x, weight if weighted else None, 1e-5, *given, before)
     call.check(call.outputs)
     outputs = ("h",) * added + call.outputs
-    kind = f"{'post ' * post}{rows} x {columns} {', '.join(outputs)}"
+    of = {True: "post ", False: ""}.get(post, "multiplied ")
+    kind = f"{of}{rows} x {columns} {', '.join(outputs)}"
     kind += " no weight" * (not weighted)
     return Variant(f"rms_norm {kind} {_short(dtype)}", rms_norm.KERNEL, (call,))
 
@@ -264,6 +265,8 @@ def norms() -> Iterator[Variant]:
     yield norm(2, 31, bfloat, outputs=("y",))
     yield norm(2, 576, half, post=True)
     yield norm(2, 2880, bfloat, post=True, weighted=False, outputs=())
+    yield norm(2, 576, half, post=0.22)
+    yield norm(2, 2880, bfloat, post=0.22, weighted=False, outputs=())
     yield norm(2, 576, half, added=False, outputs=("y",))
     yield norm(2, 576, half, added=False, outputs=("int8",))
     yield quantize(4, 512, half)

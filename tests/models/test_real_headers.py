@@ -1,23 +1,34 @@
-"""Files with the shapes of released models, all of them a hole: planned by their headers alone.
+"""Files with the shapes of released models, nearly all of them a hole.
 
-The numbers of parameters are the published ones, which tells that the shapes are.
+The numbers of parameters are the published ones, which tells that the shapes are. They are
+inspected and planned by their headers alone, which have no vocabulary, as reading one takes longer
+than all the rest. Then one layer of each kind runs, with weights of 0, which add nothing to what
+comes in; of experts only those are read that a token uses.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx_lm.models import qwen3
+from mlx_lm.models.cache import make_prompt_cache
 
 from mlxfuse.formats import BY_NAME
 from mlxfuse.gguf.reader import GGUFFile, open_gguf
+from mlxfuse.inspect.header import inspect, render
 from mlxfuse.inspect.needs import needs
+from mlxfuse.models import build as building
 from mlxfuse.models.config import read_config
-from mlxfuse.models.plan import plan
+from mlxfuse.models.part import parent_of
+from mlxfuse.models.plan import Plan, plan
 from tests.gguf import make
 from tests.models import tiny
 from tests.models.case import QKV, Case, shapes
@@ -156,6 +167,21 @@ REAL: dict[str, tuple[int, int, Case]] = {
     ),
 }
 
+CONTEXT = 8192
+NOT_ZERO = {"ssm_a": -1, "rope_freqs": 1}  # minus an exponential; what frequencies are divided by
+MEMORY = 32  # GB of a Mac, of which Metal recommends two thirds
+FITTING = {
+    *("Llama-3.1-8B", "Qwen2.5-7B", "Qwen3-0.6B", "Qwen3-14B", "Gemma-2-9B", "Gemma-3-4B"),
+    *("SmolLM3-3B", "OLMo-2-7B"),
+}
+# Layers that read more than 70 million values take longer than half a second each.
+SMALL = {"Qwen3-0.6B", "Qwen3-30B-A3B", "Qwen3-Coder-Next"}
+# With a window and without, with rotary positions and without, or with attention and a recurrence.
+TWO_KINDS = {
+    *("Qwen3-Coder-Next", "Qwen3.6-27B", "gpt-oss-120b", "Gemma-2-9B", "Gemma-3-4B", "SmolLM3-3B"),
+}
+TOKENS = 3  # of the prompt that a layer runs with
+
 
 def written(folder: Path, name: str) -> Path:
     """In Q8_0, and F32 where a vector or a router is."""
@@ -167,13 +193,18 @@ def written(folder: Path, name: str) -> Path:
         placed.append(make.T(tensor, form.name, shape, data=b"", offset=offset))
         nbytes = prod(shape) // form.block_size * form.type_size
         offset += nbytes + -nbytes % 32
-    keys = tiny._metadata(model) | {f"{model.arch}.context_length": 8192}
+    keys = tiny._metadata(model) | {f"{model.arch}.context_length": CONTEXT}
     values = {k: np.array(v, np.int32) if isinstance(v, list) else v for k, v in keys.items()}
     header = make.gguf({"general.architecture": model.arch, **values}, placed)
     path = folder / f"{name}.gguf"
     with path.open("wb") as file:
         file.write(header)
         file.truncate(len(header) + offset)
+        for tensor in placed:
+            short = str(tensor.name).removesuffix(".weight").split(".")[-1]
+            if short in NOT_ZERO:
+                file.seek(len(header) + (tensor.offset or 0))
+                file.write(np.full(tensor.shape, NOT_ZERO[short], np.float32).tobytes())
     return path
 
 
@@ -198,3 +229,150 @@ def test_a_released_models_header_is_planned(
         rest = sum(prod(file.tensors[n].shape) for n in names if "ssm_dt" not in n)
         assert filled == parameters - rest
         assert needs(file).weights >= 0.9 * parameters
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_it_is_inspected_by_its_header(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it takes is worked out here from the shapes: 34 bytes for 32 values, and 4 for 1."""
+    monkeypatch.setenv("MLXFUSE_MEMORY", str(MEMORY))
+    monkeypatch.setattr("mlxfuse.inspect.header.read_vocab", lambda *_: None)
+    vocabulary, parameters, model = REAL[name]
+    path = written(tmp_path, name)
+    on_disk = path.stat().st_blocks
+    found = inspect(path)
+    assert path.stat().st_blocks == on_disk
+    assert found["supported"] is True, found["unsupported"]
+    assert (found["architecture"], found["layers"]) == (model.arch, model.layers)
+    assert (found["parameters"], found["size"]) == (parameters, path.stat().st_size)
+    with open_gguf(path) as file:
+        tensors = {n: t for n, t in file.tensors.items() if not n.startswith("rope_")}
+        sizes = {
+            n: prod(t.shape) * 34 // 32 if t.format.name == "Q8_0" else prod(t.shape) * 4
+            for n, t in tensors.items()
+        }
+    assert found["size"] - sum(sizes.values()) < 200_000  # the header
+    memory, active = found["memory"], 0
+    for n, size in sizes.items():
+        part = model.used if "_exps." in n else 1
+        whole = model.experts if "_exps." in n else 1
+        whole = vocabulary if n == "token_embd.weight" and model.untied else whole
+        active += size * part // whole
+    assert memory["weights"] == sum(sizes.values())
+    assert memory["active"] == active
+    assert memory["context"] == CONTEXT
+    assert memory["budget"] == (MEMORY << 30) * 2 // 3
+    assert memory["fits"] is (name in FITTING)
+    text = render(found)
+    fits = "fits" if name in FITTING else "does not fit"
+    assert f"this machine  {fits}: weights {memory['held'] / 1e9:.2f} GB" in text or (
+        f"this machine  {fits}: weights {memory['held'] / 1e6:.2f} MB" in text
+    )
+    assert f"parameters    {parameters:,} in {model.layers} layers" in text
+
+
+def kinds(weights: Plan) -> list[int]:
+    """The first layer of each kind: of other tensors, another window or other positions."""
+    config, found = weights.config, {}
+    for i, layer in enumerate(weights.layers):
+        tensors = [(w.of.module, w.shape, w.weight[0].format.name, bool(w.bias)) for w in layer]
+        found.setdefault(repr((tensors, config.sizes_of(i), config.rope_of(i))), i)
+    return list(found.values())
+
+
+class Nothing(nn.Module):
+    """In the place of what stands before and after the layers."""
+
+    def __init__(self, given: mx.array | None = None) -> None:
+        super().__init__()
+        self._given = given
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x if self._given is None else self._given
+
+
+def skip(layer: nn.Module) -> None:
+    """Let a layer give what it is given; what the model asks of it stays."""
+    skipped = {"__call__": lambda self, x, *rest, **options: x}
+    layer.__class__ = type("Skipped", (type(layer),), skipped)
+
+
+def run(
+    file: GGUFFile, weights: Plan, i: int, monkeypatch: pytest.MonkeyPatch
+) -> tuple[mx.array, mx.array]:
+    """The model with layer ``i`` alone: what comes into it, and what comes out of it.
+
+    Its weights stay in the file and are dequantised, a few rows at a time, when they are used.
+    """
+    config = weights.config
+    check = building._check_parameters
+    with monkeypatch.context() as patched:
+        # mlx-lm's class has all weights of the file; those of one layer are filled.
+        patched.setattr(building, "_check_parameters", lambda model, _: check(model, weights))
+        one = replace(weights, outer=(), layers=(weights.layers[i],))
+        model = building.build(file, one, mx.float32, budget=0)
+    for j, layer in enumerate(model.layers):
+        if j != i:
+            skip(layer)
+    x = mx.random.normal((1, TOKENS, config.sizes["embd"]), key=mx.random.key(0))
+    embedding, at = parent_of(model, config.architecture.outer["token_embd"].module)
+    setattr(embedding, at, Nothing(x))
+    norm, at = parent_of(model, config.architecture.outer["output_norm"].module)
+    setattr(norm, at, Nothing())
+    inner = parent_of(model, config.architecture.layers_at)[0]
+    return x, inner(mx.zeros((1, TOKENS), mx.int32), cache=make_prompt_cache(model))
+
+
+def scale(config: Any) -> float:
+    """What the embedding is multiplied by."""
+    return config.sizes["embd"] ** 0.5 if config.architecture.name.startswith("gemma") else 1.0
+
+
+def wanted(weights: Plan, i: int, used: int) -> Counter[tuple[str, int]]:
+    """Rows that layer ``i`` reads of each weight and bias, by its first tensor and row there."""
+    found = Counter[tuple[str, int]]()
+    for weight in weights.layers[i]:
+        rows = weight.shape[0] if len(weight.shape) < 3 else used * weight.shape[-2]
+        found[weight.weight[0].tensor.name, weight.weight[0].start] += rows
+        if weight.bias:
+            found[weight.bias[0].tensor.name, weight.bias[0].start] += weight.shape[0]
+    return found
+
+
+def examine(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a layer of each kind; raises AssertionError where not all of its tensors are read."""
+    model, read = REAL[name][2], Counter[tuple[str, int]]()
+    rows = building.FileRows.__call__
+
+    def counted(self: building.FileRows, start: int, stop: int) -> np.ndarray:
+        first = self._parts[0][0]
+        read[first.tensor.name, first.start] += stop - start
+        return rows(self, start, stop)
+
+    monkeypatch.setattr(building.FileRows, "__call__", counted)
+    with open_gguf(written(folder, name)) as file:
+        weights = plan(file, read_config(file))
+        assert len(kinds(weights)) == 1 + (name in TWO_KINDS)
+        for i in kinds(weights):
+            read.clear()
+            x, y = run(file, weights, i, monkeypatch)
+            assert y.shape == (1, TOKENS, model.hidden)
+            assert mx.allclose(y, x * scale(weights.config), rtol=1e-5, atol=0)
+            assert read == wanted(weights, i, model.used), "other rows were read"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in SMALL else pytest.mark.slow) for n in REAL]
+)
+def test_a_layer_of_each_kind_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examine(name, tmp_path, monkeypatch)
+
+
+def test_a_part_that_does_not_run_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control: an MLP that adds nothing either, but reads nothing."""
+    monkeypatch.setattr(qwen3.MLP, "__call__", lambda self, x: mx.zeros_like(x))
+    with pytest.raises(AssertionError, match="other rows were read"):
+        examine("Qwen3-0.6B", tmp_path, monkeypatch)

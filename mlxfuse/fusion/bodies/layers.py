@@ -1,4 +1,6 @@
-"""The `__call__` bodies of decoder layers that norm what their halves give: see `bodies`."""
+"""The `__call__` bodies of decoder layers that norm or multiply what their halves give: see
+`bodies`.
+"""
 
 from __future__ import annotations
 
@@ -65,10 +67,21 @@ _AFTER_ADDED = f"""
     r = self.MLP(h)
     return h + self.POST2(r)
 """
+# granite, granitemoe
+_MULTIPLIED = f"""
+{_CALL}
+    r = self.ATTENTION(self.NORM1(x), mask, cache)
+    h = x + r * self.FACTOR
+    r = self.MLP(self.NORM2(h))
+    return h + r * self.FACTOR
+"""
+# minicpm, minicpm3
+_BY_DEPTH = _MULTIPLIED.replace("self.FACTOR", "(self.FACTOR / self.PARTS**0.5)")
 
 LAYERS: tuple[Body, ...] = (
     *(Body("post_norm", text) for text in (_FOUR, _AT_ONCE, _REASSIGNED, _STEPS)),
     *(Body("post_norm", text) for text in (_AFTER, _AFTER_ADDED)),
+    *(Body("post_norm", text) for text in (_MULTIPLIED, _BY_DEPTH)),
     Body(
         "post_norm",
         _CLIPPED,

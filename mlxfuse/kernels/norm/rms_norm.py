@@ -52,16 +52,17 @@ def rms_norm(
     residual: mx.array | None = None,
     offset: float = 0.0,
     outputs: Collection[str] = ("y",),
-    post: Post | None = None,
+    post: Post | float | None = None,
 ) -> NormResult:
     """``y = h / sqrt(mean(h^2) + eps) * (offset + weight)`` with ``h = x + residual``.
 
-    With ``post``, ``h = norm(x) + residual``, and that norm is rounded to T as y is. h
-    is rounded to its type T, and all else follows from the rounded h; mean and root are
-    float32. As by `mx.fast.rms_norm`, the normalised value, ``offset + weight`` and their product
-    are each rounded to T; mlx-lm's classes for gemma do the same. ``int8`` are the codes of y
-    rounded to T, whether or not y is asked for. Arguments of different types promote, as in MLX,
-    and run without the kernel.
+    With ``post``, ``h = norm(x) + residual``, and that norm is rounded to T as y is; or, where
+    it is a number, ``h = x * post + residual``, of which the number and the product are rounded
+    to T, as MLX rounds them. h is rounded to its type T, and all else follows from the rounded h;
+    mean and root are float32. As by `mx.fast.rms_norm`, the normalised value, ``offset + weight``
+    and their product are each rounded to T; mlx-lm's classes for gemma do the same. ``int8`` are
+    the codes of y rounded to T, whether or not y is asked for. Arguments of different types
+    promote, as in MLX, and run without the kernel.
 
     Args:
         x: ``[..., K]``, float16, bfloat16 or float32.
@@ -71,7 +72,7 @@ def rms_norm(
         offset: 1 for the weights of gemma.
         outputs: any of `OUTPUTS`; ``int8`` needs K to be a multiple of 32. With ``post`` there
             may be none, and h is all.
-        post: needs a residual.
+        post: what is done to x before the residual is added, which there must be.
 
     Raises:
         ValueError: arguments that do not fit together.
@@ -96,7 +97,7 @@ class _Call:
     residual: mx.array | None
     offset: float
     outputs: tuple[str, ...]
-    post: Post | None = None
+    post: Post | float | None = None
 
     @property
     def columns(self) -> int:
@@ -110,7 +111,7 @@ class _Call:
     @property
     def given(self) -> dict[str, mx.array]:
         """The inputs besides x."""
-        post = None if self.post is None else self.post.weight
+        post = self.post.weight if isinstance(self.post, Post) else None
         found = {"residual": self.residual, "weight": self.weight, "post": post}
         return {n: a for n, a in found.items() if a is not None}
 
@@ -131,9 +132,9 @@ class _Call:
             raise ValueError(f"residual: expected {x.shape}, found {self.residual.shape}")
         if self.post is not None and self.residual is None:
             raise ValueError("post: expected a residual to add to, found none")
-        if self.post is not None and self.post.weight.shape != (self.columns,):
+        if isinstance(self.post, Post) and self.post.weight.shape != (self.columns,):
             raise ValueError(f"post: expected ({self.columns},), found {self.post.weight.shape}")
-        if not (self.outputs or self.post) or set(outputs) - set(OUTPUTS):
+        if not (self.outputs or self.post is not None) or set(outputs) - set(OUTPUTS):
             raise ValueError(f"outputs: expected some of {OUTPUTS}, found {tuple(outputs)}")
         if self.columns % GROUP and self.outputs not in ((), ("y",)):
             raise ValueError(
@@ -166,7 +167,7 @@ def _launch(call: _Call) -> Launch:
     dtypes = {"h": x.dtype, "y": x.dtype, "codes": mx.int8}
     whole = call.columns % 4 == 0
     return Launch(
-        program=_program(pieces, whole, ("x", *given), call.names),
+        program=_program(pieces, whole, ("x", *given), call.names, isinstance(call.post, float)),
         arrays=(x, *given.values(), *_numbers(call.columns, call.eps, call.offset, call.post)),
         grid=(x.size // call.columns * threads, 1, 1),
         threadgroup=(threads, 1, 1),
@@ -184,14 +185,19 @@ def _constants(columns: int, *numbers: float) -> tuple[mx.array, mx.array]:
 
 
 def _numbers(
-    columns: int, eps: float, offset: float, post: Post | None
+    columns: int, eps: float, offset: float, post: Post | float | None
 ) -> tuple[mx.array, mx.array]:
-    return _constants(columns, eps, offset, *(() if post is None else (post.eps, post.offset)))
+    more = (post.eps, post.offset) if isinstance(post, Post) else (post,)
+    return _constants(columns, eps, offset, *(() if post is None else more))
 
 
 @cache
 def _program(
-    pieces: int, whole: bool, inputs: tuple[str, ...], outputs: tuple[str, ...]
+    pieces: int,
+    whole: bool,
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    multiplied: bool,
 ) -> Program:
     held = f"T, {pieces}"
     moved = f"{held}, {str(whole).lower()}"
@@ -212,6 +218,9 @@ def _program(
             f"const float scale = inverse_rms<{held}>(v, row, numbers[2], before);",
             f"{weigh}(post, numbers[3], row, scale, v);",
         ]
+    if multiplied:
+        sections += ["plain"]
+        lines += [f"scale_row<{held}>(float(static_cast<T>(numbers[2])), v);"]
     if "residual" in inputs:
         sections += ["add"]
         lines += [f"add_row<{moved}>(residual, row, v);", f"store_row<{moved}>(v, row, h);"]
@@ -239,7 +248,11 @@ def _program(
 
 
 def _reference(call: _Call) -> list[mx.array]:
-    h = call.x if call.post is None else _normed(call, call.x, *call.post)
+    h = call.x
+    if isinstance(call.post, Post):
+        h = _normed(call, h, *call.post)
+    elif call.post is not None:
+        h = h * call.post
     h = h if call.residual is None else h + call.residual
     if not call.outputs:
         return [h]
@@ -268,7 +281,7 @@ def _small(call: _Call) -> tuple[_Call]:
         small = replace(small, residual=draw(*shape))
     if call.weight is not None:
         small = replace(small, weight=draw(call.columns))
-    if call.post is not None:
+    if isinstance(call.post, Post):
         small = replace(small, post=call.post._replace(weight=draw(call.columns)))
     return (small,)
 

@@ -62,6 +62,21 @@ class KVOptions:
             raise ValueError(f"kv_layers is {' or '.join(LAYERS)}; found {layers!r}")
         return cls(k_bits, v_bits, group_size, rotate, layers=layers)
 
+    @classmethod
+    def asked(
+        cls, kv_bits: int | str | None, group_size: int = 64, layers: str = "all"
+    ) -> KVOptions | None:
+        """`parse`, or None for plain caches.
+
+        Raises:
+            ValueError: as of `parse`, or layers are chosen although none is to be compressed.
+        """
+        if kv_bits is not None:
+            return cls.parse(kv_bits, group_size, layers=layers)
+        if layers != "all":
+            raise ValueError(f"kv_layers={layers!r} is about compressed caches: give kv_bits too")
+        return None
+
     def cache(self) -> dict[str, Any]:
         """The arguments of `CompressedKVCache`."""
         return {name: value for name, value in asdict(self).items() if name != "layers"}

@@ -130,6 +130,21 @@ def test_a_norm_before_the_addition(dtype: mx.Dtype, kernels: str) -> None:
         rms_norm(x, weight, EPS, residual=residual, post=Post(mx.ones((64,)), 1e-3))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_product_before_the_addition(dtype: mx.Dtype, kernels: str) -> None:
+    """To the bit what MLX's product with a number, its addition and a norm are."""
+    for columns, outputs in ((31, ()), (4096, ("y",))):
+        x, residual = rows_of(columns, dtype)
+        for factor in (0.22, 0.0):
+            h = residual + x * factor
+            options = {"residual": residual, "outputs": outputs, "post": factor}
+            before = _kernel.launches["rms_norm"]
+            got = rms_norm(x, None, EPS, **options)
+            assert _kernel.launches["rms_norm"] - before == 1
+            assert mx.array_equal(got.h, h)
+    assert mx.array_equal(got.y, rms_norm(h, None, EPS).y)
+
+
 OPTIONS = [
     ({}, ("int8",)),
     ({"offset": 1.0}, ("int8",)),
