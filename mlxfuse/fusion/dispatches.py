@@ -44,11 +44,12 @@ def dispatches(function: Callable[[], Any], *, fused: bool = True) -> Counter[st
         fused: of patched modules as they are patched, or else by their own code.
     """
     counted: Counter[str] = Counter()
-    with using(Counting(counted, fused=fused)), _stand_ins(counted):
+    orders: list[object] = []
+    with using(Counting(counted, fused=fused)), _stand_ins(counted, orders):
         graph = io.StringIO()
         mx.export_to_dot(graph, function())
     names = Counter(_NODE.findall(graph.getvalue()))
-    kernels = names.pop("Depends", 0)
+    kernels = names.pop("Depends", 0) - len(orders)
     if kernels != counted.total():
         raise ValueError("what the function uses must be evaluated, and what it launches used")
     for name, n in names.items():
@@ -74,17 +75,23 @@ def per_token(model: nn.Module) -> tuple[int, int]:
 
 
 @contextmanager
-def _stand_ins(counted: Counter[str]) -> Iterator[None]:
-    """While `mx.fast` would decompose: opaque operations for this thread, the real for others."""
-    if mx.default_device() == mx.gpu:
-        yield
-        return
+def _stand_ins(counted: Counter[str], orders: list[object]) -> Iterator[None]:
+    """While `mx.fast` would decompose: opaque operations for this thread, the real for others.
+
+    A model's own ``mx.depends``, which launches nothing, is noted in ``orders``.
+    """
     me = threading.get_ident()
 
-    def stand_in(name: str, real: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    def order(*arguments: Any, **options: Any) -> Any:
+        if threading.get_ident() == me:
+            orders.append(None)
+        return real["depends"](*arguments, **options)
+
+    def stand_in(name: str) -> Callable[..., mx.array]:
         def call(*arguments: Any, **options: Any) -> mx.array:
             if threading.get_ident() != me:
-                return real(*arguments, **options)
+                found: mx.array = real[name](*arguments, **options)
+                return found
             counted[name] += 1
             arrays = [a for a in (*arguments, *options.values()) if isinstance(a, mx.array)]
             shape, dtype = arrays[0].shape, arrays[0].dtype
@@ -99,12 +106,14 @@ def _stand_ins(counted: Counter[str]) -> Iterator[None]:
         return call
 
     with _lock:
-        places = [(mx.fast, name) for name in _FAST.values()] + [(mx, "dequantize")]
-        real = [getattr(place, name) for place, name in places]
+        places: dict[str, Any] = {"depends": mx}
+        if mx.default_device() != mx.gpu:
+            places |= dict.fromkeys(_FAST.values(), mx.fast) | {"dequantize": mx}
+        real = {name: getattr(place, name) for name, place in places.items()}
         try:
-            for (place, name), function in zip(places, real, strict=True):
-                setattr(place, name, stand_in(name, function))
+            for name, place in places.items():
+                setattr(place, name, order if name == "depends" else stand_in(name))
             yield
         finally:
-            for (place, name), function in zip(places, real, strict=True):
-                setattr(place, name, function)
+            for name, place in places.items():
+                setattr(place, name, real[name])

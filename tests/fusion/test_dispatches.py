@@ -190,6 +190,12 @@ def test_what_is_counted() -> None:
     assert dispatches(lambda: mx.fast.rms_norm(x, None, 1e-5) @ mx.eye(8))["Matmul"] == 1
     with pytest.raises(ValueError, match="what it launches used"):
         dispatches(lambda: (mx.fast.rms_norm(x, None, 1e-5), x)[1])
+
+    # What a model orders itself launches nothing.
+    def ordered() -> mx.array:
+        return mx.depends(mx.fast.rms_norm(x, None, 1e-5), x + 1)
+
+    assert dispatches(ordered) == {"rms_norm": 1, "Add": 1}
     # Nothing is left behind.
     assert mx.fast.rms_norm(x, None, 1e-5).tolist()[0][0][0] == pytest.approx(1, abs=1e-4)
 

@@ -77,6 +77,9 @@ def examine(name: str, form: str) -> None:
     assert contents(model) == before, "unpatching leaves other parameters"
     assert np.array_equal(zoo.logits(model), want)
     assert live(held) <= held, "unpatching leaves something behind"
+    if name in zoo.LOADED and form in ("float32", "affine4"):
+        stock, fused = patch_model(model, fuse="all").dispatches or (0, 0)
+        assert 0 < fused <= stock, "a token takes more dispatches"
 
 
 @pytest.mark.parametrize(("name", "form"), CASES)
@@ -102,11 +105,36 @@ def test_patched_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not fallbacks
 
 
+# Of a recurrence without any attention or MLP nothing is fused that these tokens go through.
+REST = sorted(zoo.LOADED - {*EMULATED, "mamba", "mamba2"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REST)
+def test_patched_kernels_of_every_architecture(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
+    model = zoo.build(name, "affine4")
+    want = zoo.logits(model)
+    patch_model(model, fuse="all")
+    launches.clear()
+    fallbacks.clear()
+    with msl.installed(build="fast"):
+        got = zoo.logits(model)
+    assert zoo.apart(got, want) <= BOUND
+    assert launches.total() > 0
+    assert not fallbacks
+
+
 def test_the_golden_file_has_every_class_once() -> None:
     lines = [line.split(":")[0] for line in GOLDEN if line.startswith("mlx-lm")]
     assert sorted(lines) == sorted(f"mlx-lm {name} {form}" for name, form in CASES), NEW
     assert len(CONFIGS) >= 60
     assert len(USED) == 31
+
+
+def test_every_architectures_class_is_tried_in_four_bits() -> None:
+    assert len(zoo.LOADED) == 59
+    assert [n for n in zoo.LOADED if (n, "affine4") not in CASES] == []
 
 
 def test_fusions_of_gguf_files_are_those_of_the_golden_file() -> None:
@@ -124,6 +152,13 @@ def test_a_lost_fusion_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: mlx-lm computes something else in a new version."""
     monkeypatch.setattr(qwen3.MLP, "__call__", lambda self, x: self.down_proj(self.up_proj(x)))
     with pytest.raises(AssertionError, match="read the difference"):
+        examine("qwen3", "float32")
+
+
+def test_more_dispatches_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control: the model's own code is counted as less than what is fused."""
+    monkeypatch.setattr("mlxfuse.fusion.patch.per_token", lambda model: (40, 41))
+    with pytest.raises(AssertionError, match="more dispatches"):
         examine("qwen3", "float32")
 
 

@@ -28,6 +28,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlxfuse.fusion import PatchReport, patch_model
 from mlxfuse.loader import load
+from mlxfuse.models import ARCHITECTURES
+from mlxfuse.models.table import Architecture
 from tests.fusion.configs import CONFIGS, FORMS, USED, VOCABULARY, build
 from tests.models import tiny
 
@@ -43,16 +45,37 @@ GGUF_MIXED = (
     *("gemma4", "gemma4-e4b", "gemma4-a4b"),
     *("qwen35", "qwen35-k-quants", "qwen35moe"),
 )
-# Classes that are not among the most used, but GGUF files are loaded as them, or their router
-# reads the norm in another shape.
+# Classes that are not among the most used, but whose router reads the norm in another shape.
 EXPERTS = ("qwen2_moe", "olmoe")
+# mlx-lm's own classes where GGUF files are loaded as one of ours, and what those are for.
+_OWN = {
+    "ernie_moe_model": "ernie4_5_moe",
+    "gemma3_model": "gemma3_text",
+    "glm_dsa_model": "glm_moe_dsa",
+    "hunyuan_moe_model": "hunyuan",
+    "qwen3next_model": "qwen3_next",
+    "qwen35_model": "qwen3_5",
+    "selective_model": "mamba",
+}
+
+
+def class_of(row: Architecture) -> str:
+    """The class of mlx-lm that computes what an architecture's files hold."""
+    short = row.module.rpartition(".")[2]
+    return _OWN.get(short, short.removesuffix("_model"))
+
+
+# The class of every architecture whose files are loaded.
+LOADED = frozenset(map(class_of, ARCHITECTURES.values()))
 
 
 def forms(name: str) -> tuple[str, ...]:
     """Of a class's weights, which are tried."""
     if name in EXPERTS:
         return "float32", "affine4", "affine4-g32"
-    return tuple(FORMS) if name in USED else ("float32",)
+    if name in USED:
+        return tuple(FORMS)
+    return ("float32", "affine4") if name in LOADED else ("float32",)
 
 
 def logits(model: nn.Module) -> np.ndarray:
