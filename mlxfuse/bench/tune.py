@@ -15,6 +15,7 @@ import mlx.nn as nn
 from ..fusion import unpatch_model
 from ..fusion.candidates import Candidate, Tree, site
 from ..fusion.patch import patch_model
+from ..kernels.matmul.product import Experts
 from ..kernels.matmul.quantized_matmul import KERNEL, run_call
 from ..kernels.runtime import self_test, tuning
 from ..kernels.runtime.tuning import FUSED, SEPARATE, VARIANTS, Tuning
@@ -125,14 +126,29 @@ def cases(model: nn.Module, rows: Mapping[str, int] = ROWS) -> dict[str, list[An
 
 
 def _with_rows(call: Any, *lead: int) -> Any:
-    """The call with random x; what is recorded is zeros, of which every variant makes zeros."""
+    """The call with random x and scores, and other experts for each row.
+
+    What is recorded is zeros, of which every variant makes zeros, with one expert's weights.
+    """
     x = mx.random.normal((*lead, call.weight.columns), key=mx.random.key(lead[0]))
     made = replace(call, x=x.astype(call.x.dtype), variant="")
+    if call.experts is not None:
+        made = replace(made, experts=_spread(call.experts, call.weight.experts))
     end = call.epilogue
     if end.residual is not None:
         zeros = mx.zeros((*made.lead, made.widths[0]), end.residual.dtype)
         made = replace(made, epilogue=replace(end, residual=zeros))
     return made
+
+
+def _spread(experts: Experts, count: int) -> Experts:
+    """Other experts of ``count`` for each row, with random scores if there are any."""
+    ids = (mx.arange(experts.ids.size) % count).reshape(experts.ids.shape)
+    scores = experts.scores
+    if scores is not None:
+        drawn = mx.random.uniform(0.1, 1, scores.shape, key=mx.random.key(1))
+        scores = drawn.astype(scores.dtype)
+    return replace(experts, ids=ids.astype(experts.ids.dtype), scores=scores)
 
 
 def _right(call: Any, names: Sequence[str], *, emulated: bool) -> list[str]:

@@ -469,7 +469,7 @@ def test_json_lines_and_csv_are_the_same_rows(model):
         (("--fuse", "everything"), 2, "found everything"),
         (("--kv-bits", "5"), 2, "kv_bits is 4 or 8"),
         (("--report", "/nowhere/report.json"), 2, "no folder"),
-        (("--compare", "/nowhere.json"), 1, "No such file"),
+        (("--compare", "/nowhere.json"), 1, "no such file"),
         (("--llama-bench",), 1, "needs llama-bench"),
     ],
 )
