@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from mlxfuse.hub.demo import demo_path
 from tests import msl
 
 METAL = mx.metal.is_available()
+
+# A shell that starts the tests in the background has it ignored, by what the tests start as well.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What kernels are held to is float32: on newer GPUs MLX's products are TF32 unless they are told.
 os.environ["MLX_ENABLE_TF32"] = "0"

@@ -169,8 +169,8 @@ class Ranks:
             peer.tell("end", code)
 
     def settle(self) -> None:
-        """Wait a moment, in which this rank is ended where another one is lost or has failed."""
-        time.sleep(2 * GRACE)
+        """Wait some seconds, in which this rank is ended where another is lost or has failed."""
+        time.sleep(10 * GRACE)
 
     def _accepted(self) -> list[tuple[int, Peer]]:
         host, key = _address(), secrets.token_hex(16)

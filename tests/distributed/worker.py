@@ -56,7 +56,7 @@ class Job:
 def loaded(job: Job, group: mx.distributed.Group | None = None) -> Any:
     """The model of a job."""
     how = {"fuse": job.fuse, "kv_bits": job.kv_bits, "dtype": job.dtype}
-    return load(job.path, **how, group=group, pipeline=job.pipeline)[0]
+    return load(job.path, **how, group=group, pipeline=job.pipeline and group is not None)[0]
 
 
 def logits(model: Any, prompt: list[int]) -> np.ndarray:

@@ -177,10 +177,8 @@ def test_the_report_says_what_is_mixed(tmp_path: Path) -> None:
     model, _ = load(write(tmp_path, "gemma3"), fuse="all")
     assert str(model.load_report.patch) == "qkv 7/7, gate/up 7/7, norm+rope 7/7, norm+add 7/7"
     model, _ = load(write(tmp_path, "gemma4"), fuse="all")
-    assert str(model.load_report.patch).splitlines() == [
-        "qkv 4/4 (3 mixed: q4_0, q8_0), gate/up 4/4, residual 0/4, norm+rope 4/4",
-        "residual not fused in 4: gemma4_text.DecoderLayer.__call__ is not a body that is known",
-    ]
+    lines = "qkv 4/4 (3 mixed: q4_0, q8_0), gate/up 4/4, norm+rope 4/4, norm+add 4/4"
+    assert str(model.load_report.patch) == lines
 
 
 def test_the_choice_of_fusions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

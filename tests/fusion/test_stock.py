@@ -427,7 +427,7 @@ def two_types(model: nn.Module) -> None:
     [
         (wider_up, "gate_up", [1], "gate has 256 rows and up 192"),
         (deeper_k, "qkv", [1], "its linears have different inputs"),
-        (lora, "qkv", [1], "its linears are LoRALinear and quantised"),
+        (lora, "qkv", [], ""),
         (hooked, "qkv", [1], "its linears are Hooked and quantised"),
         (subclass, "gate_up", [1], ".Louder is not the class that its module has under this name"),
         (used_twice, "gate_up", [0, 1], "it is used in several places"),

@@ -347,7 +347,7 @@ def test_small_cases_use_experts_from_the_first_to_the_last(tmp_path: Path) -> N
     assert products
     for kernel, (call,) in products:
         (small,) = kernel.small(call)
-        ids = np.array(small.experts).reshape(-1)
+        ids = np.array(small.experts.ids).reshape(-1)
         assert ids.min() == 0
         assert len(set(ids.tolist())) == min(ids.size, call.weight.experts)
         assert ids.max() >= call.weight.experts * (ids.size - 1) // ids.size
