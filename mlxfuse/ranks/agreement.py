@@ -45,7 +45,11 @@ def group() -> mx.distributed.Group | None:
 
 
 def all_values(value: Any, of: mx.distributed.Group) -> list[Any]:
-    """The ``value`` of every rank, which goes through JSON. All ranks must call it."""
+    """The ``value`` of every rank, which goes through JSON. All ranks must call it.
+
+    Raises:
+        RanksError: what came is no value: a rank has ended meanwhile.
+    """
     import mlx.core as mx
     import numpy as np
 
@@ -55,7 +59,10 @@ def all_values(value: Any, of: mx.distributed.Group) -> list[Any]:
     room = np.zeros((1, max(found)), np.uint8)
     room[0, : data.size] = data
     rows = np.array(mx.distributed.all_gather(mx.array(room), group=of, stream=mx.cpu))
-    return [json.loads(row[:n].tobytes()) for row, n in zip(rows, found, strict=True)]
+    try:
+        return [json.loads(row[:n].tobytes()) for row, n in zip(rows, found, strict=True)]
+    except ValueError:  # MLX gives zeros where it has lost a rank
+        raise RanksError("what another rank sent is incomplete: it has probably ended") from None
 
 
 def agreed(

@@ -116,6 +116,8 @@ def test_a_conversation(terminal, tmp_path):
     again.type("/system")
     again.wait("be brief")
     again.tmux("send-keys", "C-c")
+    again.wait("Ctrl-C again", 2)
+    time.sleep(0.5)  # the prompt is there again
     again.tmux("send-keys", "C-c")
     again.wait("ended")
 
