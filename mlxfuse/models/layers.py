@@ -20,6 +20,11 @@ def layer_types(slides: Iterable[bool]) -> list[str]:
     return [SLIDING if slide else FULL for slide in slides]
 
 
+def with_router(key: Keys, layers: int) -> list[bool]:
+    """For each layer, whether it has experts: a router among its tensors."""
+    return [f"blk.{i}.ffn_gate_inp.weight" in key.file.tensors for i in range(layers)]
+
+
 def windows(key: Keys, layers: int, default: int | None = None) -> list[bool]:
     """For each layer, whether it sees a window of the context only.
 

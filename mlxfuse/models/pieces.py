@@ -31,14 +31,6 @@ GROUPS = QKV | {"gate_up": ("ffn_gate", "ffn_up")}
 SHARED = {"shared_gate_up": ("ffn_gate_shexp", "ffn_up_shexp")}
 EXPERT_GROUPS = QKV | {"gate_up": ("ffn_gate_exps", "ffn_up_exps")}
 
-SHARED_EXPERT = {
-    "ffn_gate_inp_shexp": Weight("mlp.shared_expert_gate", ("one", "embd")),
-    "ffn_gate_shexp": Weight("mlp.shared_expert.gate_proj", ("shared_ff", "embd")),
-    "ffn_up_shexp": Weight("mlp.shared_expert.up_proj", ("shared_ff", "embd")),
-    "ffn_down_shexp": Weight("mlp.shared_expert.down_proj", ("embd", "shared_ff")),
-}
-"""Beside the chosen experts, with a gate of its own."""
-
 
 def attention(bias: str = "no", output_bias: str = "no") -> dict[str, Weight]:
     """Queries, keys, values and the output projection; see `Weight.bias`."""
@@ -50,13 +42,29 @@ def attention(bias: str = "no", output_bias: str = "no") -> dict[str, Weight]:
     }
 
 
-def mlp(bias: str = "no") -> dict[str, Weight]:
-    """A gated MLP; see `Weight.bias`."""
+def mlp(bias: str = "no", at: str = "mlp") -> dict[str, Weight]:
+    """A gated MLP at a path below a layer; see `Weight.bias`."""
     return {
-        "ffn_gate": Weight("mlp.gate_proj", ("ff", "embd"), bias),
-        "ffn_up": Weight("mlp.up_proj", ("ff", "embd"), bias),
-        "ffn_down": Weight("mlp.down_proj", ("embd", "ff"), bias),
+        "ffn_gate": Weight(f"{at}.gate_proj", ("ff", "embd"), bias),
+        "ffn_up": Weight(f"{at}.up_proj", ("ff", "embd"), bias),
+        "ffn_down": Weight(f"{at}.down_proj", ("embd", "ff"), bias),
     }
+
+
+def shared_expert(at: str) -> dict[str, Weight]:
+    """An expert that every token uses, at a path below a layer."""
+    return {
+        "ffn_gate_shexp": Weight(f"{at}.gate_proj", ("shared_ff", "embd")),
+        "ffn_up_shexp": Weight(f"{at}.up_proj", ("shared_ff", "embd")),
+        "ffn_down_shexp": Weight(f"{at}.down_proj", ("embd", "shared_ff")),
+    }
+
+
+SHARED_EXPERT = {
+    "ffn_gate_inp_shexp": Weight("mlp.shared_expert_gate", ("one", "embd")),
+    **shared_expert("mlp.shared_expert"),
+}
+"""Beside the chosen experts, with a gate of its own."""
 
 
 def experts(router: str, switch: str, bias: str = "no") -> dict[str, Weight]:
@@ -80,16 +88,13 @@ def biased_experts(
         bias: path of the array that is added to them for the choice alone.
         switch, shared: paths of the stacked matrices, and of the other experts'.
     """
-    up, down = ("shared_ff", "embd"), ("embd", "shared_ff")
     return {
         **experts(router.module, switch),
         "ffn_gate_inp": router,
         "exp_probs_b": Weight(
             bias, ("experts",), bare=True, float32=True, suffix=".bias", zero=True
         ),
-        "ffn_gate_shexp": Weight(f"{shared}.gate_proj", up),
-        "ffn_up_shexp": Weight(f"{shared}.up_proj", up),
-        "ffn_down_shexp": Weight(f"{shared}.down_proj", down),
+        **shared_expert(shared),
     }
 
 

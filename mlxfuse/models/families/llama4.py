@@ -7,7 +7,7 @@ from dataclasses import replace
 from ...errors import UnsupportedError
 from ..keys import Keys
 from ..layers import without_rope
-from ..pieces import EXPERT_GROUPS, GROUPS, NORMS, SHARED, attention, experts, mlp
+from ..pieces import EXPERT_GROUPS, GROUPS, NORMS, SHARED, attention, experts, mlp, shared_expert
 from ..table import OUTER, Architecture, Config
 
 # llama.cpp takes this whatever length of chunks the file gives; published models have no other.
@@ -42,10 +42,6 @@ def _llama4(key: Keys, config: Config) -> Config:
 
 
 _AT = "language_model"
-_MLP = {
-    name: replace(weight, module=weight.module.replace("mlp.", "feed_forward."))
-    for name, weight in mlp().items()
-}
 
 ROWS = (
     Architecture(
@@ -59,16 +55,9 @@ ROWS = (
         layer={
             **NORMS,
             **attention(),
-            **_MLP,
+            **mlp(at="feed_forward"),
             **experts("feed_forward.router", "feed_forward.experts"),
-            **{
-                f"{name}_shexp": replace(
-                    weight,
-                    module=weight.module.replace("forward.", "forward.shared_expert."),
-                    shape=tuple("shared_ff" if size == "ff" else size for size in weight.shape),
-                )
-                for name, weight in _MLP.items()
-            },
+            **shared_expert("feed_forward.shared_expert"),
         },
         groups=GROUPS | SHARED | {"experts_gate_up": EXPERT_GROUPS["gate_up"]},
         rope_layout="interleaved",

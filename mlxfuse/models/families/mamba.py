@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from ...errors import GGUFError, UnsupportedError
 from ..keys import Keys
-from ..layers import check_kv_heads
+from ..layers import check_kv_heads, with_router
 from ..pieces import EXPERT_GROUPS, GROUPS, NORMS, QKV, attention, experts, mlp
 from ..table import OUTER, Architecture, Config, Weight
 from .llama import GRANITE
@@ -105,8 +105,7 @@ def _nemotron_h(key: Keys, config: Config) -> Config:
     attends = key.each("attention.head_count_kv", layers)
     widths = key.each("feed_forward_length", layers)
     kinds = []
-    for i, (kv_heads, width) in enumerate(zip(attends, widths, strict=True)):
-        routed = f"blk.{i}.ffn_gate_inp.weight" in key.file.tensors
+    for kv_heads, width, routed in zip(attends, widths, with_router(key, layers), strict=True):
         kinds.append("" if kv_heads else "experts" if routed else "mlp" if width else "mamba")
     letters = {"": "*", "experts": "E", "mlp": "-", "mamba": "M"}
     latent = key("moe_latent_size", int, 0)

@@ -20,6 +20,7 @@ from ..pieces import (
     biased_experts,
     experts,
     mlp,
+    shared_expert,
 )
 from ..rope import Rope
 from ..table import OUTER, Architecture, Config, Weight
@@ -229,9 +230,7 @@ ROWS = (
             "attn_q_norm": Weight("self_attn.query_layernorm", ("head",)),
             "attn_k_norm": Weight("self_attn.key_layernorm", ("head",)),
             **experts("mlp.gate.wg", "mlp.switch_mlp"),
-            "ffn_gate_shexp": Weight("mlp.shared_mlp.gate_proj", ("shared_ff", "embd")),
-            "ffn_up_shexp": Weight("mlp.shared_mlp.up_proj", ("shared_ff", "embd")),
-            "ffn_down_shexp": Weight("mlp.shared_mlp.down_proj", ("embd", "shared_ff")),
+            **shared_expert("mlp.shared_mlp"),
         },
         groups=EXPERT_GROUPS | SHARED,
         args={

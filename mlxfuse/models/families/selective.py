@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from ...errors import GGUFError, UnsupportedError
 from ..keys import Keys
+from ..layers import with_router
 from ..pieces import EXPERT_GROUPS, GROUPS, attention, experts, mlp
 from ..table import OUTER, Architecture, Config, Weight
 from .mamba import mamba, mixer, with_kinds
@@ -99,7 +100,7 @@ def _jamba(key: Keys, config: Config) -> Config:
             f"{key.name}.ssm.inner_size is {sizes['ssm_inner']}; expected a multiple of "
             f"embedding_length, {config.sizes['embd']}",
         )
-    routed = [f"blk.{i}.ffn_gate_inp.weight" in key.file.tensors for i in range(layers)]
+    routed = with_router(key, layers)
     args = {
         "attn_layer_offset": 0,
         "attn_layer_period": 1,
@@ -128,10 +129,7 @@ def _jamba(key: Keys, config: Config) -> Config:
 _JAMBA = {
     "attn_norm": Weight("input_layernorm", ("embd",)),
     "ffn_norm": Weight("pre_ff_layernorm", ("embd",)),
-    **{
-        name: replace(weight, module=weight.module.replace("mlp.", "feed_forward."))
-        for name, weight in mlp().items()
-    },
+    **mlp(at="feed_forward"),
     **experts("feed_forward.router", "feed_forward.switch_mlp"),
 }
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ...errors import GGUFError, UnsupportedError
 from ..keys import Keys
-from ..layers import check_kv_heads, layer_types, windows, with_windows
+from ..layers import check_kv_heads, layer_types, windows, with_router, with_windows
 from ..pieces import (
     BARE_ROUTER,
     EXPERT_GROUPS,
@@ -30,11 +30,6 @@ SIGMOID = 2
 _HEADS = ("attention.head_count", "attention.head_count_kv")
 _MIMO_GROUPS = GROUPS | {"experts_gate_up": EXPERT_GROUPS["gate_up"]}
 _GROUPS = _MIMO_GROUPS | SHARED
-
-
-def _routed(key: Keys, config: Config) -> list[bool]:
-    """Which layers have experts: those with a router."""
-    return [f"blk.{i}.ffn_gate_inp.weight" in key.file.tensors for i in range(config.layers)]
 
 
 def _by_layer(key: Keys, config: Config, routed: Sequence[bool]) -> Config:
@@ -97,7 +92,7 @@ def _sinks(key: Keys, slides: Sequence[bool], kind: bool) -> bool:
 
 def _mimo2(key: Keys, config: Config) -> Config:
     """Windows see with sinks; values are scaled."""
-    routed, slides = _routed(key, config), windows(key, config.layers)
+    routed, slides = with_router(key, config.layers), windows(key, config.layers)
     _both(key, slides)
     config = _by_layer(key, config, routed)
     window, rope = key.count("attention.sliding_window"), config.rope
@@ -140,7 +135,7 @@ def _limits(key: Keys, name: str, layers: int) -> list[float]:
 
 def _step35(key: Keys, config: Config) -> Config:
     """Layers that see everything rotate half of what the others do."""
-    routed, slides = _routed(key, config), windows(key, config.layers)
+    routed, slides = with_router(key, config.layers), windows(key, config.layers)
     config = _by_layer(key, config, routed)
     window, rope = key.count("attention.sliding_window"), config.rope
     heads, kv_heads = (_of_kind(key, config, slides, size) for size in ("heads", "kv_heads"))
@@ -189,7 +184,7 @@ def _laguna(key: Keys, config: Config) -> Config:
         slides = [i % period > 0 for i in range(layers)]
     if all(slides):
         raise UnsupportedError(f"{key.name} whose layers all have a sliding window")
-    routed = _routed(key, config)
+    routed = with_router(key, config.layers)
     config = _by_layer(key, config, routed)
     heads = [sizes["heads"] for sizes in config.by_layer]
     gate = key.file.tensors.get("blk.0.attn_gate.weight")
