@@ -47,16 +47,16 @@ def sdpa(
     each = max(1, SCRATCH // (batch * heads * keys.shape[2] * queries.dtype.size))
     outputs = []
     for first in range(0, length, each):
-        some = slice(first, first + each)
-        chosen, seen = mask, keys.shape[2]
+        some, seen = slice(first, first + each), keys.shape[2]
         if isinstance(mask, str):
             seen = min(past + first + each, seen)
-            chosen = create_causal_mask(seen - past - first, past + first)
-        elif mask is not None and mask.ndim > 1 and mask.shape[-2] > 1:
-            chosen = mask[..., some, :]
+            rows = create_causal_mask(seen - past - first, past + first)
+        else:
+            rows = mask
+            if mask is not None and mask.ndim > 1 and mask.shape[-2] > 1:
+                rows = mask[..., some, :]
         made = _of_capped(
-            *(queries[:, :, some], keys[:, :, :seen], values[:, :, :seen]),
-            *(scale, chosen, sinks, softcap),
+            queries[:, :, some], keys[:, :, :seen], values[:, :, :seen], scale, rows, sinks, softcap
         )
         outputs.append(made)
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
