@@ -137,9 +137,9 @@ class _Call:
     def names(self) -> tuple[str, ...]:
         """The kernel's outputs."""
         of = {"y": ("y",), "int8": quantize_int8.OUTPUTS}
-        found = ("h",) if self.residual is not None else ()
-        found += tuple(n for o in self.outputs for n in of[o])
-        return found + tuple(f"y_{name}" for name in self.weights)
+        found = ["h"] if self.residual is not None else []
+        found += [n for o in self.outputs for n in of[o]]
+        return (*found, *(f"y_{name}" for name in self.weights))
 
     def check(self, outputs: Collection[str]) -> None:
         x = self.x
