@@ -94,7 +94,7 @@ def attention(
     kv_heads: int = 1,
 ) -> Launch:
     """A decoded token's, with first and last tokens; ``rows`` queries share a KV head."""
-    scheme = KVScheme(*(KVSide(dim, b, 64, rotate=True) for b in (8, 4)), HALF)
+    scheme = KVScheme(*(KVSide(dim, b, 64, rotate=True) for b in bits), HALF)
     heads = min(rows, 16)
     queries = rows // heads
     new = mx.zeros((1, kv_heads, queries, dim), HALF)

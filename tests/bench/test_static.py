@@ -92,6 +92,12 @@ def test_the_table_is_of_the_programs_there_are(programs) -> None:
     assert sorted(BEFORE) == sorted(programs)
 
 
+def test_what_attention_holds_is_in_registers() -> None:
+    found = [f for name, f in BEFORE.items() if "sdpa" in name or "_kv" in name]
+    assert len(found) > 20
+    assert not [f for f in found if f["stack"] or f["spilled"]]
+
+
 # What another version of clang or ptxas may make of the same text.
 SLACK = {"registers": 8, "loads": 0.02, "stores": 0.02, "table_loads": 0.02}
 
