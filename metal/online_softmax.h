@@ -327,4 +327,23 @@ struct Softmax {
       stats[2 * own + 1] = total;
     }
   }
+
+  // Writes the results of the rows, of which `left` are there, where no other part has tokens.
+  template <typename T>
+  METAL_FUNC void finish_whole(device T* out, uint left, uint lane) thread {
+    const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+    UNROLL
+    for (int r = 0; r < rows; r++) {
+      const float own = simd_shuffle(inverse, ushort(lane_of(0, r)));
+      UNROLL
+      for (int i = 0; i < 8 * Values::each; i++) {
+        o[r][i] *= own;
+      }
+      const bool here = uint(r) < left && lane < uint(Values::lanes);
+      UNROLL
+      for (int j = 0; j < Values::each; j++) {
+        write_unit<Values>(out + r * dv, o[r] + 8 * j, j, here, lane);
+      }
+    }
+  }
 };

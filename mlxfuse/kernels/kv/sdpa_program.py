@@ -108,6 +108,25 @@ def _packed(scheme: KVScheme, places: tuple[str, ...]) -> _Source:
     )
 
 
+def _held(scheme: KVScheme) -> _Source:
+    """Plain keys and values of the length's tokens, in arrays of their own."""
+    dk, dv = scheme.k.dim, scheme.v.dim
+    none = "(const device uint*)q"
+    arrays = (
+        f"(const device uint*)({name} + ulong(at.z) * h.capacity * {dim})"
+        for name, dim in (("keys", dk), ("values", dv))
+    )
+    kind = f"Plain<{NAMES[scheme.dtype]}, {dk}, {dv}, true>"
+    return _Source(
+        name="plain",
+        types=plain_sides(scheme),
+        words=(dk + dv) * scheme.dtype.size // 4,
+        tokens=f"const {kind} source{{{none}, {none}, {', '.join(arrays)}, 0, 0, 0}};",
+        span="span_of(size, h, at.x)",
+        blocks=(1, 1),
+    )
+
+
 def _plain(scheme: KVScheme, given: tuple[str, ...]) -> _Source:
     dk, dv = scheme.k.dim, scheme.v.dim
     fresh = "k" in given
@@ -144,19 +163,23 @@ def _plain(scheme: KVScheme, given: tuple[str, ...]) -> _Source:
 
 
 @cache
-def parts_program(scheme: KVScheme, given: tuple[str, ...], shape: Geometry) -> Program:
+def parts_program(
+    scheme: KVScheme, given: tuple[str, ...], shape: Geometry, *, whole: bool = False
+) -> Program:
     """Softmax and sums of each part of the keys.
 
     Args:
         given: which of ``rows tail sink k v mask`` there are, in this order; ``rows`` may be
-            ``rows0 rows1 ...``, an array for each sequence.
+            ``rows0 rows1 ...``, an array for each sequence, or ``keys values``.
+        whole: there is one part, whose result is the call's.
     """
     dv = scheme.v.dim
     places = tuple(name for name in given if name.startswith("rows"))
-    sources = [_packed(scheme, places)] if places else []
+    held = "keys" in given
+    sources = [_packed(scheme, places)] if places else [_held(scheme)] if held else []
     if {"tail", "sink", "k"} & set(given):
         sources.append(_plain(scheme, given))
-    more = int(len(sources) == 2 or not places)
+    more = int(len(sources) == 2 or not (places or held))
     fresh, mask = "k" in given, "mask" if "mask" in given else ""
     # `join` needs for the rows of a SIMD-group the sums of all lanes, a largest score and a total.
     room = shape.rows * (8 * _units(dv) + 2)
@@ -175,15 +198,17 @@ def parts_program(scheme: KVScheme, given: tuple[str, ...], shape: Geometry) -> 
         lines.append(
             f"if (at.x < uint(size[3])) {{\nstate.template turn<{scheme.v_block}>(lane);\n}}"
         )
-    lines += [
-        f"const ulong part = ulong(at.z * (uint(size[3]) + {more}) + at.x) * h.rows + first;",
-        f"state.finish(sums + part * {dv}, stats + part * 2, left, lane);",
-        "}",
-    ]
+    lines.append(
+        f"const ulong part = ulong(at.z * (uint(size[3]) + {more}) + at.x) * h.rows + first;"
+    )
+    finish = f"state.finish(sums + part * {dv}, stats + part * 2, left, lane);"
+    if whole:
+        finish = f"state.finish_whole(out + part * {dv}, left, lane);"
+    lines += [finish, "}"]
     return Program(
         op="compressed_sdpa",
         inputs=("q", *given, "counts", "size", "numbers"),
-        outputs=("sums", "stats", *(["fresh"] if fresh else [])),
+        outputs=("out",) if whole else ("sums", "stats", *(["fresh"] if fresh else [])),
         body="\n".join(lines) + "\n",
         parts=(
             *sections(scheme),
