@@ -83,7 +83,7 @@ def test_rm_removes_one_model_and_no_shared_content(machine):
 
 
 def test_a_model_of_an_older_revision_is_listed_and_removed(machine):
-    folder, snapshot, _ = machine
+    _, snapshot, _ = machine
     repo = snapshot.parents[1]
     newer = repo / "snapshots" / ("b" * 40)
     (newer / "big").mkdir(parents=True)
