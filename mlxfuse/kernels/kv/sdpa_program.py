@@ -10,7 +10,8 @@ from .scheme import KVScheme
 from .source import NAMES, plain_sides, sections, sides
 
 MAX_ROWS = 32
-"""Queries of all heads that share a KV head which one reading of the cache serves."""
+"""Queries of all heads that share a KV head which one reading of the cache serves; half as many
+for heads of more than 256 elements, so that all of them are in registers."""
 
 _RUN = 8  # tokens that a SIMD-group scores at once, as in the Metal source
 _TILE_BYTES = 8192  # of threadgroup memory for tokens, where a run of them fits
@@ -41,10 +42,9 @@ class Geometry:
 
 
 def geometry(rows: int, scheme: KVScheme) -> Geometry:
-    each = next(n for n in (1, 2, 4) if n >= min(rows, 4))
-    if max(scheme.k.dim, scheme.v.dim) > 256 and rows <= MAX_ROWS // 2:
-        each = min(each, 2)  # a row takes twice the registers
-    groups = next(n for n in (1, 2, 4, 8) if n * each >= min(rows, MAX_ROWS))
+    most = 4 if max(scheme.k.dim, scheme.v.dim) <= 256 else 2  # as many as registers hold
+    each = next(n for n in (1, 2, 4) if n >= min(rows, most))
+    groups = next(n for n in (1, 2, 4, 8) if n * each >= min(rows, MAX_ROWS) or n == 8)
     return Geometry(each, groups, max(1, 4 // groups))
 
 
@@ -185,7 +185,7 @@ def parts_program(
     room = shape.rows * (8 * _units(dv) + 2)
     joined = room * shape.groups // 4 + 1 if shape.slices > 1 else 0
     scratch = max(joined, *(s.scratch for s in sources)) if shape.staged else joined
-    lines = _begun(scheme, shape, scratch, more, fresh)
+    lines = _begun(scheme, shape, scratch, fresh)
     which = "if (at.x < uint(size[3])) {{\n{}\n}} else {{\n{}\n}}"
     blocks = [_looked_at(s, shape, mask) for s in sources]
     lines.append(which.format(*blocks) if len(blocks) == 2 else blocks[0])
@@ -198,9 +198,12 @@ def parts_program(
         lines.append(
             f"if (at.x < uint(size[3])) {{\nstate.template turn<{scheme.v_block}>(lane);\n}}"
         )
-    finish = f"state.finish(sums + part * {dv}, stats + part * 2, first, h.rows, lane);"
+    lines.append(
+        f"const ulong part = ulong(at.z * (uint(size[3]) + {more}) + at.x) * h.rows + first;"
+    )
+    finish = f"state.finish(sums + part * {dv}, stats + part * 2, left, lane);"
     if whole:
-        finish = f"state.finish_whole(out + part * {dv}, first, h.rows, lane);"
+        finish = f"state.finish_whole(out + part * {dv}, left, lane);"
     lines += [finish, "}"]
     return Program(
         op="compressed_sdpa",
@@ -218,12 +221,11 @@ def parts_program(
     )
 
 
-def _begun(scheme: KVScheme, shape: Geometry, scratch: int, more: int, fresh: bool) -> list[str]:
+def _begun(scheme: KVScheme, shape: Geometry, scratch: int, fresh: bool) -> list[str]:
     """Statements that say which rows a SIMD-group has, and load its queries.
 
     Args:
         scratch: elements of threadgroup memory, of 16 bytes each.
-        more: 1 if there is a part of plain tokens besides the packed ones.
     """
     dk, dv = scheme.k.dim, scheme.v.dim
     return [
@@ -237,10 +239,9 @@ def _begun(scheme: KVScheme, shape: Geometry, scratch: int, more: int, fresh: bo
         f"const Head h = head_of(size, at.z, {str(fresh).lower()}, counts);",
         f"const uint first = (at.y * {shape.groups} + group) * {shape.rows};",
         "const Row row = row_of(size, h, first + State::row(lane));",
-        f"const ulong part = ulong(at.z * (uint(size[3]) + {more}) + at.x) * h.rows;",
         "State state;",
-        "state.start();",
-        f"state.load(q + ulong(at.z) * h.rows * {dk}, first, h.rows, numbers[0], lane);",
+        "const uint left = h.rows - metal::min(first, h.rows);",
+        f"state.load(q + (ulong(at.z) * h.rows + first) * {dk}, left, numbers[0], lane);",
     ]
 
 
@@ -249,6 +250,7 @@ def _looked_at(source: _Source, shape: Geometry, mask: str) -> str:
     return "\n".join(
         (
             f"state.template prepare<{source.blocks[0]}>(lane);",
+            "state.start();",
             source.tokens.replace("THREADS", str(shape.threads)),
             f"const uint2 span = {source.span};",
             source.attend(shape, mask),
