@@ -11,7 +11,7 @@ import numpy as np
 
 from mlxfuse.bench.cases import sample
 from mlxfuse.formats import BY_NAME
-from mlxfuse.kernels import route
+from mlxfuse.kernels import causal_conv, route
 from mlxfuse.kernels.activations import Int8Activations
 from mlxfuse.kernels.kv import dequantize_kv, quantize_kv
 from mlxfuse.kernels.kv.compressed_sdpa import compressed_sdpa
@@ -222,11 +222,13 @@ def norm(
     shapes = (rows, columns), (rows, columns), (columns,), (columns,)
     x, residual, weight, after = _normal(dtype, *shapes)
     options = {"offset": 0.0, "outputs": rms_norm.OUTPUTS, **more}
+    others = (after, weight) if options.get("others") else ()
+    factor = mx.array([0.5], dtype) if others else None
     given = residual if added else None, options["offset"], options["outputs"]
-    before = rms_norm.Post(after, 1e-3, 1.0) if post is True else post or None
-    call = rms_norm._Call(x, weight if weighted else None, 1e-5, *given, before)
+    before = rms_norm.Post(after, 1e-3, 1.0, factor) if post is True else post or None
+    call = rms_norm._Call(x, weight if weighted else None, 1e-5, *given, before, others)
     call.check(call.outputs)
-    outputs = ("h",) * added + call.outputs
+    outputs = ("h",) * added + call.outputs + ("others",) * bool(others)
     of = {True: "post ", False: ""}.get(post, "multiplied ")
     kind = f"{of}{rows} x {columns} {', '.join(outputs)}"
     kind += " no weight" * (not weighted)
@@ -265,6 +267,7 @@ def norms() -> Iterator[Variant]:
     yield norm(2, 31, bfloat, outputs=("y",))
     yield norm(2, 576, half, post=True)
     yield norm(2, 2880, bfloat, post=True, weighted=False, outputs=())
+    yield norm(2, 576, half, post=True, outputs=("y",), others=True)
     yield norm(2, 576, half, post=0.22)
     yield norm(2, 2880, bfloat, post=0.22, weighted=False, outputs=())
     yield norm(2, 576, half, added=False, outputs=("y",))
@@ -278,6 +281,13 @@ def norms() -> Iterator[Variant]:
     yield Variant("route 128", route.KERNEL, (logits, 8, False, gate))
     (logits,) = _normal(single, (2, 300))
     yield Variant("route 300 whole", route.KERNEL, (logits, 5, True, None))
+    x, state, weight = _normal(half, (2, 3, 40), (2, 3, 40), (40, 4))
+    lengths = mx.array([3, 1])
+    call = causal_conv._Call(x, state, weight, weight[:, 0], x[..., 0] > 0, lengths)
+    yield Variant("causal_conv of 4", causal_conv.KERNEL, (call,))
+    x, state, weight = _normal(bfloat, (1, 1, 40), (1, 2, 40), (40, 3))
+    call = causal_conv._Call(x, state, weight, None, None, None)
+    yield Variant("causal_conv of 3", causal_conv.KERNEL, (call,))
 
 
 def _normal(dtype: mx.Dtype, *shapes: tuple[int, ...]) -> list[mx.array]:
