@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -23,20 +22,17 @@ from .hub.resolve import resolve
 from .inspect.needs import PLAIN, KVBits
 from .inspect.room import Asked, machine, room_for
 from .kernels import unavailable
-from .kernels.runtime import self_test
 from .kernels.weight import type_name
 from .models import Architecture
 from .models.adapters import apply_adapter
 from .models.build import build
 from .models.checkpoint import load_checkpoint
 from .models.config import read_config
-from .models.part import Part
-from .models.plan import Plan, plan, stored_rows
+from .models.plan import plan, stored_rows
 from .models.sampling import recommended
-from .models.shard import shares, stages
 from .models.streams import Account
 from .nn.kv.options import KVOptions
-from .ranks import expect_same, same_run
+from .sharing import Sharing
 from .tokenizer.load import load_tokenizer
 
 if TYPE_CHECKING:
@@ -167,8 +163,7 @@ def load(
         raise UnsupportedError("trust_remote_code: mlxfuse never runs code that comes with a model")
     if context_length is not None and context_length < 1:
         raise ValueError(f"context_length is {context_length}; expected at least one token")
-    if pipeline and group is None:
-        raise ValueError("pipeline: several machines have the layers; give their group as well")
+    sharing = Sharing.among(group, pipeline)
     kv: dict[str, Any] = {
         "kv_bits": kv_bits,
         "kv_group_size": kv_group_size,
@@ -178,41 +173,27 @@ def load(
     account = Account(progress=progress)
     path = _on_this_machine(path_or_hf_repo, revision)
     changes = Changes(dict(tokenizer_config or {}), dict(model_config or {}))
-    if group is not None and group.size() < 2:
-        group = None
-    if group is not None and adapter_path is not None:
-        raise UnsupportedError("adapter_path: machines that share a model cannot have an adapter")
-    if group is not None:
-        fuse = fuse if isinstance(fuse, str) else ",".join(sorted(fuse))
-        told = (dtype, context_length, fuse, act_quant, kv, changes, pipeline)
-        expect_same(same_run(path, str(told)), group)
+    if not isinstance(fuse, str) and isinstance(fuse, Iterable):
+        fuse = ",".join(sorted(map(str, fuse)))  # the same on all machines
+    if sharing is not None:
+        if adapter_path is not None:
+            raise UnsupportedError("adapter_path: machines that share a model cannot have one")
+        sharing.begin(path, (dtype, context_length, fuse, act_quant, kv, changes))
     if is_checkpoint(path):
         if context_length is not None:
             raise UnsupportedError(f"{path}: context_length is for GGUF files; leave it out")
-        if pipeline and group is not None:
-            raise UnsupportedError(f"{path}: a pipeline is for GGUF files and exports of them")
-        opened = _open_checkpoint(path, dtype, changes, lazy, account, group)
+        opened = _open_checkpoint(path, dtype, changes, lazy, account, sharing)
     else:
         quantized = unavailable() is None or bool(chosen(fuse))
-        shared = None if group is None else Sharing(group, pipeline)
-        opened = _open_gguf(path, dtype, changes, asked, quantized, account, shared)
+        opened = _open_gguf(path, dtype, changes, asked, quantized, account, sharing)
     if adapter_path is not None:
         apply_adapter(opened.model, Path(adapter_path))
     patch = patch_model(opened.model, fuse=fuse, act_quant=act_quant, **kv)
-    if group is not None:
-        patch.disabled |= {program.op: why for program, why in self_test.agree(group).items()}
-    if group is not None and not pipeline:
-        _expect_same_sums(patch, group)
+    if sharing is not None:
+        sharing.end(patch)
     opened.model.load_report = _report(account, opened, patch)
     pair = (opened.model, opened.tokenizer)
     return (*pair, opened.config) if return_config else pair
-
-
-def _expect_same_sums(patch: PatchReport, group: mx.distributed.Group) -> None:
-    """Compare where rank 0 adds the residual before a sum: the others must know of it."""
-    places = sorted(place.path for place in patch.fused if place.name == "residual")
-    digest = zlib.crc32(" ".join(places).encode())
-    expect_same({"the fusion `residual`": f"{len(places)} places ({digest:08x})"}, group)
 
 
 def _cache_bits(kv_bits: int | str | None, kv_group_size: int, kv_layers: str) -> KVBits:
@@ -247,22 +228,6 @@ class Changes:
 
 
 @dataclass(frozen=True, slots=True)
-class Sharing:
-    """How machines share a model: a part of each layer, or in a pipeline some layers."""
-
-    group: mx.distributed.Group
-    pipeline: bool
-
-    def part(self, path: Path, weights: Plan) -> Part:
-        """This machine's part of a file's model."""
-        split = stages if self.pipeline else shares
-        try:
-            return Part(split(weights, self.group.size())[self.group.rank()], self.group)
-        except UnsupportedError as error:
-            raise UnsupportedError(f"{path}: {error}") from None
-
-
-@dataclass(frozen=True, slots=True)
 class Opened:
     """A model that is not fused yet; see `LoadReport` for the last two."""
 
@@ -279,8 +244,9 @@ def _open_checkpoint(
     changes: Changes,
     lazy: bool,
     account: Account,
-    group: mx.distributed.Group | None,
+    sharing: Sharing | None,
 ) -> Opened:
+    group = None if sharing is None else sharing.of_checkpoint(path)
     wanted = None if dtype is None else named_dtype(dtype)
     with account.time("read"):
         model, tokenizer, config = load_checkpoint(
@@ -303,7 +269,7 @@ def _open_gguf(
     asked: Asked,
     quantized: bool,
     account: Account,
-    shared: Sharing | None,
+    sharing: Sharing | None,
 ) -> Opened:
     with ExitStack() as stack:
         with account.time("header"):
@@ -315,7 +281,7 @@ def _open_gguf(
             except UnsupportedError as error:
                 named = str(path) in str(error)
                 raise (error if named else UnsupportedError(f"{path}: {error}")) from None
-            part = None if shared is None else shared.part(path, weights)
+            part = None if sharing is None else sharing.part(path, weights)
             own = weights if part is None else part.share.plan
             room = room_for(file, own, machine(quantized), asked)
             if isinstance(file, ExportedFile):

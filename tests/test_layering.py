@@ -23,6 +23,7 @@ LAYERS = (
     ("tokenizer", "hub", "nn"),
     ("models", "fusion"),
     ("inspect",),
+    ("sharing",),
     ("loader", "export"),
     ("generate",),
     ("server",),

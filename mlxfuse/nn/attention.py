@@ -17,7 +17,7 @@ from .fused import Form, FusedModule, Run, plus, project, rounded, split
 from .norm import Given, floats
 from .projection import Projection
 from .rotation import Rotation, position
-from .sdpa import sdpa
+from .sdpa import capped_sdpa
 
 
 @dataclass
@@ -215,7 +215,8 @@ class FusedAttention(FusedModule):
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
         if form.softcap:
-            return sdpa(queries, keys, values, scale=form.scale, mask=mask, softcap=form.softcap)
+            how: Any = {"scale": form.scale, "mask": mask, "softcap": form.softcap}
+            return capped_sdpa(queries, keys, values, cache, **how)
         dtype = queries.dtype
         if dtype in form.widened:
             queries = queries.astype(mx.float32)

@@ -11,7 +11,7 @@ import numpy as np
 
 from mlxfuse.bench.cases import sample
 from mlxfuse.formats import BY_NAME
-from mlxfuse.kernels import route
+from mlxfuse.kernels import causal_conv, route
 from mlxfuse.kernels.activations import Int8Activations
 from mlxfuse.kernels.kv import dequantize_kv, quantize_kv
 from mlxfuse.kernels.kv.compressed_sdpa import compressed_sdpa
@@ -282,6 +282,13 @@ def norms() -> Iterator[Variant]:
     yield Variant("route 128", route.KERNEL, (logits, 8, False, gate))
     (logits,) = _normal(single, (2, 300))
     yield Variant("route 300 whole", route.KERNEL, (logits, 5, True, None))
+    x, state, weight = _normal(half, (2, 3, 40), (2, 3, 40), (40, 4))
+    lengths = mx.array([3, 1])
+    call = causal_conv._Call(x, state, weight, weight[:, 0], x[..., 0] > 0, lengths)
+    yield Variant("causal_conv of 4", causal_conv.KERNEL, (call,))
+    x, state, weight = _normal(bfloat, (1, 1, 40), (1, 2, 40), (40, 3))
+    call = causal_conv._Call(x, state, weight, None, None, None)
+    yield Variant("causal_conv of 3", causal_conv.KERNEL, (call,))
 
 
 def _normal(dtype: mx.Dtype, *shapes: tuple[int, ...]) -> list[mx.array]:
