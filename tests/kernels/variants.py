@@ -222,11 +222,13 @@ def norm(
     shapes = (rows, columns), (rows, columns), (columns,), (columns,)
     x, residual, weight, after = _normal(dtype, *shapes)
     options = {"offset": 0.0, "outputs": rms_norm.OUTPUTS, **more}
+    others = (after, weight) if options.get("others") else ()
+    factor = mx.array([0.5], dtype) if others else None
     given = residual if added else None, options["offset"], options["outputs"]
-    before = rms_norm.Post(after, 1e-3, 1.0) if post is True else post or None
-    call = rms_norm._Call(x, weight if weighted else None, 1e-5, *given, before)
+    before = rms_norm.Post(after, 1e-3, 1.0, factor) if post is True else post or None
+    call = rms_norm._Call(x, weight if weighted else None, 1e-5, *given, before, others)
     call.check(call.outputs)
-    outputs = ("h",) * added + call.outputs
+    outputs = ("h",) * added + call.outputs + ("others",) * bool(others)
     of = {True: "post ", False: ""}.get(post, "multiplied ")
     kind = f"{of}{rows} x {columns} {', '.join(outputs)}"
     kind += " no weight" * (not weighted)
@@ -265,6 +267,7 @@ def norms() -> Iterator[Variant]:
     yield norm(2, 31, bfloat, outputs=("y",))
     yield norm(2, 576, half, post=True)
     yield norm(2, 2880, bfloat, post=True, weighted=False, outputs=())
+    yield norm(2, 576, half, post=True, outputs=("y",), others=True)
     yield norm(2, 576, half, post=0.22)
     yield norm(2, 2880, bfloat, post=0.22, weighted=False, outputs=())
     yield norm(2, 576, half, added=False, outputs=("y",))
