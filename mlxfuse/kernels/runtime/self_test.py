@@ -31,8 +31,8 @@ from .backend import Recorder, disabled, trials, using
 from .kernel import Kernel, Launch, Program, Recorded
 from .source import header
 
-# Rows of x of which a model's calls use every variant, for ranks, which try all of them at once: one
-# by one up to a whole batch, tiles of every height, and so many that the weight is dequantised.
+# Rows of x of which a model's calls use every variant, for ranks, which try all of them at once:
+# one by one up to a whole batch, tiles of every height, and so many that the weight is dequantised.
 LENGTHS = (1, 2, 4, MAX_BATCH, 16, 32, 64, 128, 192, 257)
 
 # Largest error, of the largest value: sums in another order, then one rounding to the type.
@@ -54,7 +54,7 @@ def calls(run: Callable[[], object]) -> list[Recorded]:
     return found
 
 
-_seen: set[object] = set()  # variants that were tried in this process
+_tried: set[object] = set()  # variants that were tried in this process
 
 
 def on_first_use() -> None:
@@ -68,9 +68,7 @@ def on_first_use() -> None:
 
 
 def _first(kernel: Kernel[Any], arguments: tuple[Any, ...], launch: Launch) -> None:
-    variant = _variant(launch)
-    if variant not in _seen:
-        _seen.add(variant)
+    if _variant(launch) not in _tried:
         check([(kernel, arguments)])
 
 
@@ -102,6 +100,8 @@ def check(recorded: Iterable[Recorded], *, emulated: bool = False) -> dict[Progr
         if variant in seen:
             continue
         seen.add(variant)
+        if not emulated:
+            _tried.add(variant)
         key = _key(launch)
         if key in passed:
             continue
