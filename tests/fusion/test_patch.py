@@ -107,7 +107,10 @@ def test_the_decode_is_bit_identical_but_for_the_activation(name: str, tmp_path:
         model, _ = load(write(tmp_path, name), fuse="qkv")
         got = logits(model, 1, 1)
         unpatch_model(model)
-        assert np.array_equal(got, logits(model, 1, 1))
+        want = logits(model, 1, 1)
+        # Capped scores have a kernel of their own.
+        assert np.array_equal(got, want) == (name != "gemma2")
+        assert apart(got, want) <= BOUND
 
 
 def test_a_wrong_fusion_is_noticed(mode: str, tmp_path: Path) -> None:
