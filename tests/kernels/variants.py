@@ -128,7 +128,7 @@ def _product(
 ) -> Variant:
     rng = np.random.default_rng(rows)
     x = mx.array(rng.normal(0, 0.01, (rows, weight.columns)), mx.float32).astype(dtype)
-    call = flat.call_of(x, weight, **more, large="tiles")
+    call = flat.call_of(x, weight, **more)
     call.check()
     return Variant(f"quantized_matmul {name}", quantized_matmul.KERNEL, (call,))
 
@@ -158,10 +158,10 @@ def _int8_variants() -> Iterator[Variant]:
         yield Variant(f"int8_matmul {formats} M = {rows}", int8_matmul.KERNEL, (call,))
 
 
-def product(name: str, rows: int, columns: int, dtype: mx.Dtype) -> Variant:
-    """One row of x times a weight of one format, of any size."""
+def product(name: str, rows: int, columns: int, dtype: mx.Dtype, many: int = 1) -> Variant:
+    """One row of x, or ``many``, times a weight of one format, of any size."""
     weight = QuantizedWeight.whole(segment(name, rows, columns))
-    return _product(f"{name} {rows} x {columns}", weight, 1, dtype)
+    return _product(f"{name} {rows} x {columns}", weight, many, dtype)
 
 
 def variants() -> Iterator[Variant]:
