@@ -336,6 +336,8 @@ def _post_norm(tree: Tree, path: str, module: nn.Module, form: PostNormForm) -> 
         after = tuple(fused_norm(module, name) for name in posts)
     both, of = {"before": before, "after": after}, post_norm_class(form)
     pieces = [Piece(module, of, form, name, _same(value)) for name, value in both.items()]
+    if (following := tree.after(path)) is not None:
+        pieces.append(Piece(module, of, form, "following", _same(following)))
     explain = f"{', '.join(names)} of {path} with the additions"
     return candidate("post_norm", 45, path, names, pieces, explain)
 

@@ -128,7 +128,7 @@ def _product(
 ) -> Variant:
     rng = np.random.default_rng(rows)
     x = mx.array(rng.normal(0, 0.01, (rows, weight.columns)), mx.float32).astype(dtype)
-    call = flat.call_of(x, weight, **more, large="tiles")
+    call = flat.call_of(x, weight, **more)
     call.check()
     return Variant(f"quantized_matmul {name}", quantized_matmul.KERNEL, (call,))
 
@@ -158,10 +158,10 @@ def _int8_variants() -> Iterator[Variant]:
         yield Variant(f"int8_matmul {formats} M = {rows}", int8_matmul.KERNEL, (call,))
 
 
-def product(name: str, rows: int, columns: int, dtype: mx.Dtype) -> Variant:
-    """One row of x times a weight of one format, of any size."""
+def product(name: str, rows: int, columns: int, dtype: mx.Dtype, many: int = 1) -> Variant:
+    """One row of x, or ``many``, times a weight of one format, of any size."""
     weight = QuantizedWeight.whole(segment(name, rows, columns))
-    return _product(f"{name} {rows} x {columns}", weight, 1, dtype)
+    return _product(f"{name} {rows} x {columns}", weight, many, dtype)
 
 
 def variants() -> Iterator[Variant]:
@@ -222,11 +222,13 @@ def norm(
     shapes = (rows, columns), (rows, columns), (columns,), (columns,)
     x, residual, weight, after = _normal(dtype, *shapes)
     options = {"offset": 0.0, "outputs": rms_norm.OUTPUTS, **more}
+    others = (after, weight) if options.get("others") else ()
+    factor = mx.array([0.5], dtype) if others else None
     given = residual if added else None, options["offset"], options["outputs"]
-    before = rms_norm.Post(after, 1e-3, 1.0) if post is True else post or None
-    call = rms_norm._Call(x, weight if weighted else None, 1e-5, *given, before)
+    before = rms_norm.Post(after, 1e-3, 1.0, factor) if post is True else post or None
+    call = rms_norm._Call(x, weight if weighted else None, 1e-5, *given, before, others)
     call.check(call.outputs)
-    outputs = ("h",) * added + call.outputs
+    outputs = ("h",) * added + call.outputs + ("others",) * bool(others)
     of = {True: "post ", False: ""}.get(post, "multiplied ")
     kind = f"{of}{rows} x {columns} {', '.join(outputs)}"
     kind += " no weight" * (not weighted)
@@ -265,6 +267,7 @@ def norms() -> Iterator[Variant]:
     yield norm(2, 31, bfloat, outputs=("y",))
     yield norm(2, 576, half, post=True)
     yield norm(2, 2880, bfloat, post=True, weighted=False, outputs=())
+    yield norm(2, 576, half, post=True, outputs=("y",), others=True)
     yield norm(2, 576, half, post=0.22)
     yield norm(2, 2880, bfloat, post=0.22, weighted=False, outputs=())
     yield norm(2, 576, half, added=False, outputs=("y",))
