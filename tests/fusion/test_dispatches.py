@@ -86,6 +86,37 @@ def test_gemmas_norms_and_additions_take_three(name: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        *(("olmo2", 10), ("olmo3", 10), ("exaone4", 10), ("glm4", 11)),
+        ("muse_glimmer", 12),  # one for the gate of its attention
+        *(("cohere2", 9), ("phi", 9)),  # one norm, which attention and MLP read
+    ],
+)
+def test_a_dense_layer_takes_twelve_at_most(name: str, count: int) -> None:
+    """Norms of q and k and their rotation are one; additions are in the products before them."""
+    model = zoo.build(name, "affine4")
+    before = of_layer(model)
+    patch_model(model, fuse="all")
+    found = of_layer(model)
+    assert (found.total(), found["rope"]) == (count, 0)
+    assert before.total() > count + 5
+
+
+@pytest.mark.parametrize("name", ["muse_glimmer", "exaone4"])
+def test_norms_of_heads_that_are_not_turned(name: str) -> None:
+    """They are one dispatch too; exaone4's last layer in four turns nothing."""
+    model = zoo.build(name, "affine4")
+    patch_model(model, fuse="all")
+    attention = model.layers[3].self_attn
+    assert not attention._fused.rope
+    x = mx.zeros((1, 1, model.args.hidden_size))
+    mx.eval(x)
+    found = dispatches(lambda: attention(x))
+    assert (found["norm_rope"], found["rms_norm"], found["rope"]) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(
     ("name", "count"), [("qwen3_moe", 12), ("gpt_oss", 12), ("mixtral", 12), ("qwen2_moe", 14)]
 )
 def test_a_layer_of_experts(name: str, count: int) -> None:
