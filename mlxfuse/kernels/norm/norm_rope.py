@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..runtime.backend import backend
 from ..runtime.kernel import Kernel, Launch, Prepared, Program, normal
 from ..weight import FLOATS
 
@@ -133,6 +134,7 @@ def prepare(
     if _refuse(call) is not None:
         return None
     launch = _launch(call)
+    backend().expect(KERNEL, (call,), launch)
     given = {"q": q, "k": k, "v": v}
     free = (*(name for name, array in given.items() if array is not None), "offset")
     return Prepared(launch, free, launch.shapes)
