@@ -236,18 +236,27 @@ def norm(
 
 
 def rope(
-    columns: int, dims: int, dtype: mx.Dtype, *, length: int = 3, normed: bool = True, **more: Any
+    columns: int,
+    dims: int,
+    dtype: mx.Dtype,
+    *,
+    length: int = 3,
+    normed: bool = True,
+    values: bool = False,
+    **more: Any,
 ) -> Variant:
     """`norm_rope` of 6 heads of q and 2 of k."""
-    shapes = (1, length, 6 * columns), (1, length, 2 * columns), (columns,), (columns,)
+    of_q, of_k = (6, 2) if more.get("wide") else (1, 1)
+    shapes = *((1, length, n * columns) for n in (6, 2)), (of_q * columns,), (of_k * columns,)
     q, k, *weights = _normal(dtype, *shapes)
     offset = more.pop("offset", mx.array(7))
     if normed:
         more |= zip(("q_weight", "k_weight"), weights, strict=True)
     how = norm_rope.RopeOptions(heads=6, kv_heads=2, dims=dims, **{"base": 1e4, **more})
-    call = norm_rope._Call(q, k, offset, how)
+    call = norm_rope._Call(q, k, offset, how, k if values else None)
     call.check()
     kind = f"{columns} of which {dims}{' traditional' if how.traditional else ''}"
+    kind += " wide" if how.wide else " no weight" if how.q_scale else ""
     name = f"norm_rope {kind}{'' if normed else ' without norm'} {_short(dtype)}"
     return Variant(name, norm_rope.KERNEL, (call,))
 
@@ -276,7 +285,9 @@ def norms() -> Iterator[Variant]:
     yield quantize(4, 512, bfloat)
     yield rope(128, 128, half)
     yield rope(256, 64, bfloat, normed=False, traditional=True)
-    yield rope(80, 20, single)
+    yield rope(80, 20, single, values=True)
+    yield rope(128, 128, bfloat, wide=True)
+    yield rope(128, 128, half, normed=False, q_scale=3.87)
     logits, gate = _normal(half, (2, 128), (2, 1))
     yield Variant("route 128", route.KERNEL, (logits, 8, False, gate))
     (logits,) = _normal(single, (2, 300))
