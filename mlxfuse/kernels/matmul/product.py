@@ -15,7 +15,7 @@ from ..runtime import tuning
 from ..runtime.kernel import Launch
 from ..weight import FLOATS, AffineSegment, Part, QuantizedWeight, type_name
 from .dequantize import bind
-from .shapes import MAX_BATCH, bucket, columns, route
+from .shapes import MAX_BATCH, bucket, columns, route, tensors
 from .tile_program import ACTIVATIONS, GATED, Tile, tile_program
 
 X = TypeVar("X", mx.array, Int8Activations)
@@ -125,11 +125,13 @@ class Call(Generic[X]):
         names = tuning.VARIANTS["quantized_matmul"].get(self.kind, ())
         if self.kind == "prompt" and self.rows > MAX_BATCHED_ROWS:
             names = tuple(n for n in names if n != "batch")
+        if not tensors() or self.x.dtype == mx.float32:
+            names = tuple(n for n in names if n != "tensor")
         return tuple(sorted(names, key=lambda n: n != self.usual))
 
     @property
     def route(self) -> str:
-        """``vector``, ``batch``, ``tiles``, ``dequantize``, ``grouped`` or ``summed``."""
+        """``vector``, ``batch``, ``tiles``, ``tensor``, ``dequantize``, ``grouped``, ``summed``."""
         if self.kind != "prompt":
             return self.kind
         return (self.variant or self.usual).rstrip("0123456789")
