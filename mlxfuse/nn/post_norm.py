@@ -65,9 +65,8 @@ class FusedPostNormBlock(FusedBlock):
             run = run._replace(rounds=True)
         mixer, mlp = self[form.mixer], self[form.mlp]
         if isinstance(mixer, FusedAttention) and mixer.holds(run.on, counted=False):
-            heads = self.part(
-                mixer.entering(run), self.enter, self.children_read, x, mixer.place(run, cache)
-            )
+            places = mixer.places(run, x, cache)
+            heads = self.part(mixer.entering(run), self.enter, self.children_read, x, *places)
             output = mixer.attend(heads, mask, cache)
             if isinstance(mlp, FusedMLP) and mlp.holds(run.on, counted=False):
                 return self.part(run, self.leave, self.children_read, output, x)
