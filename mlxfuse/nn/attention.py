@@ -16,7 +16,7 @@ from .fused import Form, FusedModule, Run, plus, project, rounded, split
 from .norm import Given, floats
 from .projection import Projection
 from .rotation import Rotation, position
-from .sdpa import sdpa
+from .sdpa import capped_sdpa
 
 
 @dataclass
@@ -213,7 +213,8 @@ class FusedAttention(FusedModule):
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
         if form.softcap:
-            return sdpa(queries, keys, values, scale=form.scale, mask=mask, softcap=form.softcap)
+            how: Any = {"scale": form.scale, "mask": mask, "softcap": form.softcap}
+            return capped_sdpa(queries, keys, values, cache, **how)
         return scaled_dot_product_attention(
             queries, keys, values, cache=cache, scale=form.scale, mask=mask, sinks=sinks
         )

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
+from mlx_lm.models.cache import BatchKVCache, BatchRotatingKVCache, KVCache, RotatingKVCache
+
+from ..kernels import backend
+from ..kernels.kv.compressed_sdpa import MAX_QUERIES, plain_sdpa, refuse_plain
+from ..kernels.kv.sdpa_call import Scores
 
 Mask = mx.array | str | None
 """As mlx-lm's models have it: an array, ``causal``, or None where all is seen."""
+
+SCRATCH = 64 << 20
+"""Bytes of capped scores that are written at once, if the keys are not too many for a query of
+each head; not measured on a Mac."""
+
+# What they give are the first rows of their arrays.
+_PLAIN = (KVCache, RotatingKVCache, BatchKVCache, BatchRotatingKVCache)
 
 
 def sdpa(
@@ -21,22 +34,50 @@ def sdpa(
     sinks: mx.array | None = None,
     softcap: float | None = None,
 ) -> mx.array:
-    """``mx.fast.scaled_dot_product_attention``; with ``softcap`` c, and then without ``sinks``,
-    scores go through ``c * tanh(score / c)`` before they are masked (Gemma 2).
+    """``mx.fast.scaled_dot_product_attention``; with ``softcap`` c scores go through
+    ``c * tanh(score / c)`` before they are masked (Gemma 2), for some queries after others where
+    they would take more than `SCRATCH` bytes.
     """
     if softcap is None:
         return mx.fast.scaled_dot_product_attention(
             queries, keys, values, scale=scale, mask=mask, sinks=sinks
         )
+    batch, heads, length, _ = queries.shape
+    past = keys.shape[2] - length
+    each = max(1, SCRATCH // (batch * heads * keys.shape[2] * queries.dtype.size))
+    outputs = []
+    for first in range(0, length, each):
+        some, seen = slice(first, first + each), keys.shape[2]
+        if isinstance(mask, str):
+            seen = min(past + first + each, seen)
+            rows = create_causal_mask(seen - past - first, past + first)
+        else:
+            rows = mask
+            if mask is not None and mask.ndim > 1 and mask.shape[-2] > 1:
+                rows = mask[..., some, :]
+        made = _of_capped(
+            queries[:, :, some], keys[:, :, :seen], values[:, :, :seen], scale, rows, sinks, softcap
+        )
+        outputs.append(made)
+    return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=2)
+
+
+def _of_capped(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    scale: float,
+    mask: mx.array | None,
+    sinks: mx.array | None,
+    softcap: float,
+) -> mx.array:
     batch, heads, length, size = queries.shape
     queries = queries.reshape(batch, keys.shape[1], -1, length, size) * scale
     scores = queries @ keys[:, :, None].swapaxes(-1, -2)
     scores = _capped(scores, softcap).reshape(batch, heads, length, -1)
-    if isinstance(mask, str):
-        mask = create_causal_mask(length, keys.shape[2] - length)
-    if isinstance(mask, mx.array) and mask.dtype == mx.bool_:
+    if mask is not None and mask.dtype == mx.bool_:
         scores = mx.where(mask, scores, mx.array(mx.finfo(scores.dtype).min, scores.dtype))
-    elif isinstance(mask, mx.array):
+    elif mask is not None:
         scores = scores + mask
     if sinks is not None:
         column = mx.broadcast_to(sinks.astype(scores.dtype)[:, None, None], (*scores.shape[:3], 1))
@@ -44,6 +85,31 @@ def sdpa(
     weights = mx.softmax(scores, precise=True, axis=-1)[..., : keys.shape[2]]
     output = weights.reshape(batch, keys.shape[1], -1, length, keys.shape[2]) @ values[:, :, None]
     return output.reshape(batch, heads, length, -1)
+
+
+def capped_sdpa(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: Any,
+    *,
+    scale: float,
+    mask: Mask,
+    softcap: float,
+) -> mx.array:
+    """`sdpa` with a cap, in one kernel where there are few queries.
+
+    Args:
+        cache: what gave keys and values; the kernel reads its arrays where they lie.
+    """
+    many = queries.shape[2] > MAX_QUERIES
+    if many or not backend().takes("compressed_sdpa", refuse_plain(keys, values)):
+        return sdpa(queries, keys, values, scale=scale, mask=mask, softcap=softcap)
+    length = keys.shape[2]
+    if type(cache) in _PLAIN:
+        keys, values = cache.keys, cache.values
+    scores = Scores.of(mask, scale, softcap)
+    return plain_sdpa(queries, keys, values, length, scores=scores)
 
 
 @partial(mx.compile, shapeless=True)

@@ -8,6 +8,10 @@ import mlx.core as mx
 
 from .scheme import FLOATS, KVScheme
 
+WHOLE_TOKENS = 256
+"""Tokens of capacity up to which plain keys and values are not split, so that one dispatch gives
+the result. Not measured on a Mac."""
+
 
 @dataclass(frozen=True, slots=True)
 class Scores:
@@ -67,7 +71,11 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """The arguments of one attention."""
+    """The arguments of one attention.
+
+    held  plain keys and values in arrays of their own, ``[B, Hkv, capacity, dim]`` each, in the
+          place of ``rows``.
+    """
 
     q: mx.array
     scheme: KVScheme
@@ -77,12 +85,25 @@ class Call:
     sink: mx.array | None
     fresh: tuple[mx.array, mx.array] | None
     scores: Scores
+    held: tuple[mx.array, mx.array] | None = None
 
     @property
     def kv_heads(self) -> int:
-        held = (*self.rows, self.tail, self.sink, *(self.fresh or ()))
+        held = (*self.rows, *(self.held or ()), self.tail, self.sink, *(self.fresh or ()))
         found: int = next(a.shape[1] for a in held if a is not None)
         return found
+
+    @property
+    def whole(self) -> bool:
+        """Whether one dispatch gives the result."""
+        held = self.held is not None and self.scores.sinks is None
+        return held and max(self.capacities) <= WHOLE_TOKENS
+
+    @property
+    def capacities(self) -> list[int]:
+        """Tokens that there is room for in what is split: one number, or one of each sequence."""
+        keys = self.rows if self.held is None else self.held[:1]
+        return [array.shape[2] for array in keys] or [0]
 
     def check(self) -> None:
         """ValueError: shapes or types do not fit together."""
@@ -94,7 +115,10 @@ class Call:
         batch, heads, queries, _ = q.shape
         plain = scheme.k.dim + scheme.v.dim
         k, v = self.fresh or (None, None)
+        keys, values = self.held or (None, None)
         held = (
+            ("keys", keys, scheme.dtype, scheme.k.dim),
+            ("values", values, scheme.dtype, scheme.v.dim),
             *(("rows", rows, mx.uint32, scheme.row_words) for rows in self.rows),
             ("tail", self.tail, scheme.dtype, plain),
             ("sink", self.sink, scheme.dtype, plain),
@@ -107,6 +131,8 @@ class Call:
             if array is None:
                 continue
             many = queries if name in "kv" else array.shape[2] if array.ndim == 4 else "rows"
+            if name == "values" and keys is not None and keys.ndim == 4:
+                many = keys.shape[2]
             of = 1 if name == "rows" and len(self.rows) > 1 else batch
             expected = (of, self.kv_heads, many, width)
             if array.dtype != dtype or array.shape != expected:

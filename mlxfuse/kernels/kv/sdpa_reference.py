@@ -66,6 +66,8 @@ def _tokens(call: Call) -> Iterator[_Tokens]:
 
     if call.sink is not None:
         yield plain(call.sink, counts[:, 2])
+    if call.held is not None:
+        yield plain(mx.concatenate(list(call.held), axis=-1), counts[:, 0])
     if call.rows:
         capacity = max(rows.shape[2] for rows in call.rows)
         room = [[(0, 0), (0, 0), (0, capacity - rows.shape[2]), (0, 0)] for rows in call.rows]
