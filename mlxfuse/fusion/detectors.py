@@ -26,7 +26,7 @@ from ..nn.norm import FusedFactor, FusedNorm
 from ..nn.post_norm import PostNormForm
 from .candidates import Candidate, Skip, Tree, register_detector
 from .certify import Match, certify, inputs, is_known
-from .emit import Piece, candidate
+from .emit import Piece, candidate, same
 from .forms import (
     attention_class,
     attention_form,
@@ -45,7 +45,7 @@ from .forms import (
     row_count,
     together,
 )
-from .places import alone, joined, joined_experts, matched, places, same
+from .places import alone, joined, joined_experts, matched, places
 
 
 def _inputs(tree: Tree, path: str, module: nn.Module) -> Candidate:
@@ -222,7 +222,7 @@ def _residual(tree: Tree, path: str, module: nn.Module, form: BlockForm) -> Cand
             continue
         absorbed.append(f"{child}.{output}")
         pieces += [piece, Piece(module, block_class(form), form, flag, same(True))]
-    if not pieces:
+    if not pieces or (form.parallel and reasons):
         raise NotFusible("; ".join(reasons))
     explain = f"residual of {path} added in {' and '.join(absorbed)}"
     return candidate("residual", 50, path, absorbed, pieces, explain)
@@ -231,13 +231,14 @@ def _residual(tree: Tree, path: str, module: nn.Module, form: BlockForm) -> Cand
 @places("norm_rope", "attention", attention_form)
 def _norm_rope(tree: Tree, path: str, module: nn.Module, form: AttentionForm) -> Candidate | None:
     """The norms of q and k and the rotary embedding of both in one dispatch."""
-    if not form.rope:
-        return None
     tree.check_alone(module)
     made = rotation(module, form)
+    if made is None:
+        return None
     piece = Piece(module, attention_class(form), form, "rotation", same(made))
-    names = [*(form.norms if form.norm else ()), form.rope]
-    explain = f"{', '.join(names)} of {path} in one dispatch"
+    names = [*form.norms, *([form.rope] if form.rope else [])]
+    what = ", ".join(names) or "norms of q and k"
+    explain = f"{what} of {path} in one dispatch"
     return candidate("norm_rope", 65, path, names, [piece], explain)
 
 
@@ -255,6 +256,8 @@ def _post_norm(tree: Tree, path: str, module: nn.Module, form: PostNormForm) -> 
         after = tuple(fused_norm(module, name) for name in posts)
     both, of = {"before": before, "after": after}, post_norm_class(form)
     pieces = [Piece(module, of, form, name, same(value)) for name, value in both.items()]
+    if (following := tree.after(path)) is not None:
+        pieces.append(Piece(module, of, form, "following", same(following)))
     explain = f"{', '.join(names)} of {path} with the additions"
     return candidate("post_norm", 45, path, names, pieces, explain)
 
@@ -270,7 +273,7 @@ def _can_add(tree: Tree, module: nn.Module, name: str) -> bool:
 @places("add_rms_norm", "block", block_form)
 def _add_rms_norm(tree: Tree, path: str, module: nn.Module, form: BlockForm) -> Candidate | None:
     """The first addition of a decoder layer with the norm behind it, where attention cannot add."""
-    if form.scaled or _can_add(tree, module, form.mixer):
+    if form.scaled or form.parallel or _can_add(tree, module, form.mixer):
         return None
     name = form.norms[1]
     tree.check_alone(module, [name])

@@ -35,8 +35,8 @@ from mlxfuse.formats import BY_NAME, Format
 from mlxfuse.kernels.kv.compressed_sdpa import compressed_sdpa
 from mlxfuse.kernels.kv.scheme import KVScheme, KVSide
 from mlxfuse.kernels.kv.sdpa_call import Scores
-from mlxfuse.kernels.matmul.product import Epilogue
-from mlxfuse.kernels.matmul.quantized_matmul import quantized_matmul
+from mlxfuse.kernels.matmul.product import Call, Epilogue
+from mlxfuse.kernels.matmul.quantized_matmul import KERNEL
 from mlxfuse.kernels.runtime import kernel as _kernel
 from mlxfuse.kernels.runtime.kernel import Launch
 from mlxfuse.kernels.runtime.self_test import calls
@@ -104,18 +104,16 @@ def attention(
     return launch
 
 
-def product(name: str, rows: int, *, gated: bool = False) -> Launch:
+def product(name: str, rows: int, *, gated: bool = False, variant: str = "") -> Launch:
     """``rows`` rows of x times a weight; gate and up at once where ``gated``."""
     parts = [Part(segment(name, 32, 512), 0, 32) for _ in range(1 + gated)]
-    ((kernel, arguments),) = calls(
-        lambda: quantized_matmul(
-            mx.zeros((rows, 512), HALF),
-            QuantizedWeight(tuple(parts)),
-            Epilogue(activation="swiglu" if gated else None),
-        )
+    call = Call(
+        mx.zeros((rows, 512), HALF),
+        QuantizedWeight(tuple(parts)),
+        Epilogue(activation="swiglu" if gated else None),
+        variant=variant,
     )
-    launch: Launch = kernel.launch(*arguments)
-    return launch
+    return KERNEL.launch(call)
 
 
 def programs(formats: list[Format]) -> Iterator[tuple[str, Launch]]:
@@ -134,6 +132,11 @@ def programs(formats: list[Format]) -> Iterator[tuple[str, Launch]]:
             yield f"quantized_matmul {format.name} batch of {rows}", product(format.name, rows)
             gated = product(format.name, rows, gated=True)
             yield f"quantized_matmul {format.name} swiglu batch of {rows}", gated
+        for rows, columns in ((16, 32), (64, 64), (128, 64), (192, 32)):
+            name = f"quantized_matmul {format.name} tiles of {rows} x {columns}"
+            yield name, product(format.name, rows, variant=f"tiles{columns}")
+        gated = product(format.name, 64, gated=True, variant="tiles64")
+        yield f"quantized_matmul {format.name} swiglu tiles of 64 x 64", gated
     for dim in _DIMS:
         for rows in (1, 4, 8, 32):
             yield f"compressed_sdpa k8v4 {dim} rows {rows}", attention(rows, dim)

@@ -335,7 +335,6 @@ def build(name: str, form: str = "float32", **own: Any) -> nn.Module:
             array = mx.array(random.uniform(low, high, array.shape).astype(np.float32))
         weights.append((path, array))
     model.update(tree_unflatten(weights))
-    model.eval()
     if FORMS[form]:
         group = FORMS[form]["group_size"]
         nn.quantize(
@@ -345,5 +344,6 @@ def build(name: str, form: str = "float32", **own: Any) -> nn.Module:
                 hasattr(m, "to_quantized") and m.weight.shape[-1] % group == 0
             ),
         )
+    model.eval()
     mx.eval(model.parameters())
     return model

@@ -24,15 +24,15 @@ from ... import env
 from ...errors import KernelError
 from ...files import write_text
 from ...ranks import all_values
-from ..matmul.product import MAX_BATCH, MAX_VECTOR_ROWS
+from ..matmul.shapes import MAX_BATCH
 from . import kernel as _kernel
 from .backend import Recorder, disabled, using
 from .kernel import Kernel, Launch, Program, Recorded
 from .source import header
 
-# Rows of x of which a model's calls use every variant: one by one up to a whole batch, and so
-# many that the weight is dequantised.
-LENGTHS = (1, 2, 4, MAX_BATCH, MAX_VECTOR_ROWS + 1)
+# Rows of x of which a model's calls use every variant: one by one up to a whole batch, tiles of
+# every height, and so many that the weight is dequantised.
+LENGTHS = (1, 2, 4, MAX_BATCH, 16, 32, 64, 128, 192, 257)
 
 # Largest error, of the largest value: sums in another order, then one rounding to the type.
 _BOUNDS: dict[object, float] = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}
