@@ -39,6 +39,7 @@ from ..nn.projection import Projection
 from .candidates import Candidate, Skip, Tree, register_detector
 from .certify import Match, certify, inputs, is_known
 from .emit import Piece, candidate
+from .emit import same as _same
 from .forms import (
     attention_class,
     attention_form,
@@ -106,10 +107,6 @@ def _places(
 
 def _match(_: nn.Module, match: Match) -> Match:
     return match
-
-
-def _same(value: Any) -> Callable[[], Any]:
-    return lambda: value
 
 
 def _joined(tree: Tree, module: nn.Module, names: tuple[str, ...], rows: Any = None) -> _Made:

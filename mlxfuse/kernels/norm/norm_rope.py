@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..runtime.backend import backend
 from ..runtime.kernel import Kernel, Launch, Prepared, Program, normal
 from ..weight import FLOATS
 
@@ -123,6 +124,7 @@ def prepare(
     if _refuse(call) is not None:
         return None
     launch = _launch(call)
+    backend().expect(KERNEL, (call,), launch)
     free = ("q", "offset") if k is None else ("q", "k", "offset")
     return Prepared(launch, free, launch.shapes)
 
