@@ -47,12 +47,13 @@ METAL_FUNC Factors<P> factors(P values) {
 }
 
 // Where results go, and what is done to a sum before; `fa` and `fb` belong to the rows of a and b.
+// `add`: 1 where the residual is added, 2 where it multiplies, 0 where there is none.
 template <
-    typename A, bool shift, bool add, typename T, typename B, typename R, typename M, typename N>
+    typename A, bool shift, int add, typename T, typename B, typename R, typename M, typename N>
 struct Output {
   static constexpr constant bool gated = A::gated;
   static constexpr constant bool biased = shift;
-  static constexpr constant bool added = add;
+  static constexpr constant int added = add;
   using Activation = A;
   using Result = T;
   Part a, b;
@@ -63,7 +64,7 @@ struct Output {
   device T* out;
 };
 template <
-    typename A, bool biased, bool added, typename T, typename B, typename R, typename M, typename N>
+    typename A, bool biased, int added, typename T, typename B, typename R, typename M, typename N>
 METAL_FUNC Output<A, biased, added, T, B, R, M, N> output(
     Part a, Part b, M fa, N fb, B bias, R residual, device T* out) {
   return Output<A, biased, added, T, B, R, M, N>{a, b, fa, fb, bias, residual, out};
@@ -80,7 +81,11 @@ METAL_FUNC float shifted(Y y, Part part, M factors, float v, uint n) {
 template <typename Y>
 METAL_FUNC void store(Y y, float v, uint n, uint to) {
   const ulong at = ulong(to) * y.a.stride + y.a.column + n;
-  y.out[at] = static_cast<typename Y::Result>(Y::added ? v + float(y.residual[at]) : v);
+  if constexpr (Y::added != 0) {
+    const float r = float(y.residual[at]);
+    v = Y::added == 1 ? v + r : v * r;
+  }
+  y.out[at] = static_cast<typename Y::Result>(v);
 }
 
 // Sum v of row n of the part (gated: and the sum of up's) for row `to` of the outputs.

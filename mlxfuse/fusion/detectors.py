@@ -48,6 +48,7 @@ from .forms import (
     experts_form,
     fused_norm,
     has,
+    input_gate,
     mlp_form,
     moe_form,
     post_norm_class,
@@ -334,6 +335,8 @@ def _post_norm(tree: Tree, path: str, module: nn.Module, form: PostNormForm) -> 
         after = tuple(fused_norm(module, name) for name in posts)
     both, of = {"before": before, "after": after}, post_norm_class(form)
     pieces = [Piece(module, of, form, name, _same(value)) for name, value in both.items()]
+    if (gate := input_gate(module, form)) is not None:
+        pieces.append(Piece(module, of, form, "gate", _same(gate)))
     if (following := tree.after(path)) is not None:
         pieces.append(Piece(module, of, form, "following", _same(following)))
     explain = f"{', '.join(names)} of {path} with the additions"

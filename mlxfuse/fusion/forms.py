@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -20,11 +21,12 @@ from ..nn.attention import (
 )
 from ..nn.block import BlockForm, FusedBlock, FusedParallelBlock, FusedScaledBlock
 from ..nn.fused import Form
-from ..nn.join_linears import describe
+from ..nn.join_linears import describe, single
 from ..nn.mlp import MLPForm
 from ..nn.moe import Choosing, ExpertsForm, MoEForm
 from ..nn.norm import FusedNorm
 from ..nn.post_norm import FusedGatedPostNormBlock, FusedPostNormBlock, PostNormForm
+from ..nn.projection import KernelProjection
 from ..nn.rope import FrequencyRoPE, NoRoPE
 from ..nn.rotation import Rotation
 from .certify import Match, certify, is_known
@@ -215,6 +217,16 @@ def post_norm_form(module: nn.Module, match: Match) -> PostNormForm:
 
 def post_norm_class(form: PostNormForm) -> type[FusedPostNormBlock]:
     return FusedGatedPostNormBlock if form.gated else FusedPostNormBlock
+
+
+def input_gate(module: nn.Module, form: PostNormForm) -> KernelProjection | None:
+    """The gate of what is given for the layer, if there is one and it has a kernel."""
+    if not (form.gated and has(module, form.gated[0])):
+        return None
+    with suppress(NotFusible):
+        found = single(module, form.gated[0])
+        return found if isinstance(found, KernelProjection) else None
+    return None
 
 
 def fused_norm(module: nn.Module, name: str) -> FusedNorm:

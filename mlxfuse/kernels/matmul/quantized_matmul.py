@@ -105,7 +105,8 @@ def prepare(
     alike = residual is None or residual.dtype == x.dtype
     if refuse(call) is not None or not alike or call.route in ("dequantize", "grouped"):
         return None
-    given = {"residual": residual, "experts": experts, "scores": call.scores}
+    added = "times" if epilogue.times else "residual"
+    given = {added: residual, "experts": experts, "scores": call.scores}
     free = ("x", *(name for name, value in given.items() if value is not None))
     launched = _launch(call)
     backend().expect(KERNEL, (call,), launched)
