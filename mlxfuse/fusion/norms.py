@@ -16,7 +16,6 @@ from ..nn.post_norm import PostNormForm
 from ..nn.router import FusedRouter
 from .candidates import Candidate, Skip, Tree, register_detector
 from .certify import certify, is_known
-from .detectors import _places
 from .emit import Piece, candidate, same
 from .forms import (
     fused_norm,
@@ -27,6 +26,7 @@ from .forms import (
     post_norm_form,
     router_form,
 )
+from .places import places
 
 # What has norms of which other fusions tell.
 _OTHERS = ("attention", "post_norm")
@@ -54,7 +54,7 @@ def _offset_norms(tree: Tree) -> Iterator[Candidate | Skip]:
         yield candidate("offset_norm", 35, parent, [name], [piece], explain)
 
 
-@_places("post_norm", "post_norm", post_norm_form, lambda _: False)
+@places("post_norm", "post_norm", post_norm_form, lambda _: False)
 def _post_norm(tree: Tree, path: str, module: nn.Module, form: PostNormForm) -> Candidate:
     """The norms of a decoder layer that norms or multiplies what its halves give, with the
     additions.

@@ -151,6 +151,18 @@ def test_a_layer_of_experts(name: str, count: int) -> None:
     assert before - outside > 26 * len(model.layers)
 
 
+@pytest.mark.parametrize(
+    ("name", "net", "attention"), [("qwen3_5", 8, 11), ("qwen3_5_moe", 12, 15)]
+)
+def test_a_layer_of_a_delta_net(name: str, net: int, attention: int) -> None:
+    """A convolution, and the step with all norms; attention's gate takes one of its own."""
+    model = zoo.build(name, "affine4")
+    report = patch_model(model, fuse="all")
+    before, after = report.dispatches or (0, 0)
+    assert after == 3 + 3 * net + attention
+    assert before > 2 * after
+
+
 def test_a_layer_of_ministral() -> None:
     """What multiplies the queries is one of eleven; a token's numbers for that take ten."""
     model = zoo.build("ministral3", "affine4")
