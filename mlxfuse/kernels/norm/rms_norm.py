@@ -228,25 +228,15 @@ def _numbers(call: _Call) -> tuple[mx.array, mx.array]:
     return _constants(call.columns, call.eps, call.offset, *numbers)
 
 
-@cache
-def _program(
-    pieces: int,
-    whole: bool,
-    inputs: tuple[str, ...],
-    outputs: tuple[str, ...],
-    multiplied: bool,
-) -> Program:
-    held = f"T, {pieces}"
-    moved = f"{held}, {str(whole).lower()}"
-    sections = ["store"] if {"h", "y"} & set(outputs) else []
-    lines = [
-        "threadgroup float partial[8];",
-        "const ulong first = ulong(threadgroup_position_in_grid.x) * uint(columns);",
-        "const Row row = {uint(columns), simdgroups_per_threadgroup, "
-        "simdgroup_index_in_threadgroup, thread_index_in_simdgroup, first};",
-        f"vec<T, 4> v[{pieces}];",
-        f"load_row<{moved}>(x, row, v);",
-    ]
+def _before_the_norm(
+    held: str, moved: str, inputs: tuple[str, ...], multiplied: bool
+) -> tuple[list[str], list[str]]:
+    """Statements that make h of x, and the sections that they need.
+
+    Args:
+        held, moved: template arguments of what computes, and of what loads and stores.
+    """
+    lines, sections = list[str](), list[str]()
     weigh = f"weight_row<{moved}>"
     if "beside" in inputs:
         sections += ["weighted", "add"]
@@ -273,6 +263,31 @@ def _program(
             sections += ["plain"]
             lines += [f"scale_row<{held}>(float(factor[0]), v);"]
         lines += [f"store_row<{moved}>(v, row, h);"]
+    return lines, sections
+
+
+@cache
+def _program(
+    pieces: int,
+    whole: bool,
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+    multiplied: bool,
+) -> Program:
+    held = f"T, {pieces}"
+    moved = f"{held}, {str(whole).lower()}"
+    sections = ["store"] if {"h", "y"} & set(outputs) else []
+    lines = [
+        "threadgroup float partial[8];",
+        "const ulong first = ulong(threadgroup_position_in_grid.x) * uint(columns);",
+        "const Row row = {uint(columns), simdgroups_per_threadgroup, "
+        "simdgroup_index_in_threadgroup, thread_index_in_simdgroup, first};",
+        f"vec<T, 4> v[{pieces}];",
+        f"load_row<{moved}>(x, row, v);",
+    ]
+    weigh = f"weight_row<{moved}>"
+    before, needed = _before_the_norm(held, moved, inputs, multiplied)
+    lines, sections = lines + before, sections + needed
     if outputs != ("h",):
         lines += [f"const float inverse = inverse_rms<{held}>(v, row, numbers[0], partial);"]
         for name in (name for name in outputs if name.startswith("y_")):
