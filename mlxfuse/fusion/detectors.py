@@ -242,13 +242,15 @@ def _chosen(tree: Tree, module: nn.Module, form: MoEForm) -> Iterator[Piece]:
     """
     assert form.choosing is not None
     tree.check_alone(module)
+    holder = form.choosing.holder(module)
+    tree.check_alone(holder)
     yield Piece(module, FusedMoE, form, "chooses", _same(True))
     router, shared = form.choosing.router, form.choosing.shared
     with suppress(NotFusible):  # what cannot be fused is called as it is
         if shared:
             make = _joined(tree, module, (router, *shared[1:]))[0]
         else:
-            make = _same(_single(tree, module, router))
+            make = _same(_single(tree, holder, router))
         yield Piece(module, FusedMoE, form, "router", make)
     if shared:
         with suppress(NotFusible):
