@@ -14,6 +14,7 @@ from mlx_lm.models.base import scaled_dot_product_attention
 from ..kernels import Backend
 from ..kernels.kv.sdpa_call import Scores
 from .fused import Form, FusedModule, Run, plus, project, rounded, split
+from .kv.quantized import attend, attends
 from .norm import Given, floats
 from .projection import Projection
 from .rotation import Rotation, position
@@ -204,14 +205,9 @@ class FusedAttention(FusedModule):
     ) -> mx.array:
         form = self._fused
         sinks = self[form.sinks] if form.sinks else None
-        if hasattr(cache, "attend"):
-            output: mx.array = cache.attend(
-                queries,
-                keys,
-                values,
-                Scores.of(mask, form.scale, form.softcap or None, sinks),
-            )
-            return output
+        if attends(cache):
+            scores = Scores.of(mask, form.scale, form.softcap or None, sinks)
+            return attend(queries, keys, values, cache, scores)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
         if form.softcap:
@@ -283,7 +279,7 @@ class FusedSharedAttention(FusedAttention):
         queries, *both = self.part(entering, self.enter, self.children_read, x, place)
         keys, values = both if shared_kv is None else shared_kv
         kept = None
-        if own and hasattr(cache, "attend") and not form.read:
+        if own and attends(cache) and not form.read:
             output = self._attend(queries, keys, values, mask, cache)
         else:
             if cache is not None:

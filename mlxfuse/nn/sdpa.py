@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -118,7 +119,37 @@ def _capped(scores: mx.array, softcap: float) -> mx.array:
     return mx.tanh(scores / softcap) * softcap
 
 
-def mask_of(mask: Mask, heads: slice) -> Mask:
+def heads_in_turn(
+    queries: mx.array,
+    kv_heads: int,
+    each: int,
+    held: Callable[[slice], tuple[mx.array, mx.array]],
+    scores: Scores,
+) -> mx.array:
+    """`sdpa` of ``each`` KV heads after others: heads know nothing of each other.
+
+    Args:
+        held: the keys and values of some KV heads.
+        scores: without a window.
+    """
+    shared = queries.shape[1] // kv_heads
+    mask: Mask = "causal" if scores.causal and scores.mask is None else scores.mask
+    outputs = []
+    for first in range(0, kv_heads, each):
+        rows = slice(first * shared, (first + each) * shared)
+        made = sdpa(
+            queries[:, rows],
+            *held(slice(first, first + each)),
+            scale=scores.scale,
+            mask=_mask_of(mask, rows),
+            sinks=None if scores.sinks is None else scores.sinks[rows],
+            softcap=scores.softcap,
+        )
+        outputs.append(made)
+    return mx.concatenate(outputs, axis=1)
+
+
+def _mask_of(mask: Mask, heads: slice) -> Mask:
     """The mask of some heads, if it has one for each."""
     if isinstance(mask, mx.array) and mask.ndim > 2 and mask.shape[-3] > 1:
         return mask[..., heads, :, :]

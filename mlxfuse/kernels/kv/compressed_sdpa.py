@@ -10,7 +10,7 @@ import mlx.core as mx
 from ..runtime.kernel import Kernel, Launch
 from . import small
 from .scheme import FLOATS, KVScheme, KVSide
-from .sdpa_call import Call, Scores
+from .sdpa_call import HELD, Call, Scores
 from .sdpa_program import geometry, merge_program, parts_program
 from .sdpa_reference import reference
 from .source import constants, refuse_dims
@@ -31,6 +31,7 @@ MAX_PLACES = 16
 _THREADGROUPS = {"p": 128, "g": 256, "s": 512, "c": 512, "d": 1024}
 
 Length = mx.array | int | list[int]
+Quantised = tuple[mx.array, mx.array, mx.array]
 Rows = mx.array | Sequence[mx.array | None] | None
 
 
@@ -142,6 +143,46 @@ def refuse_plain(keys: mx.array, values: mx.array) -> str | None:
     return refuse_dims(_plain_scheme(keys, values))
 
 
+def quantized_sdpa(
+    q: mx.array,
+    keys: Quantised,
+    values: Quantised,
+    length: Length,
+    *,
+    group_size: int,
+    bits: int,
+    scores: Scores,
+) -> mx.array:
+    """`compressed_sdpa` over what `mx.quantize` made of keys and values, in its arrays.
+
+    Args:
+        keys, values: codes, scales and biases, ``[B, Hkv, capacity, ...]``: whole arrays of a
+            cache, of which the first ``length`` rows are in use; none is copied.
+        group_size, bits: as of `mx.quantize`: 32, 64 or 128; 2, 3, 4, 5, 6 or 8.
+
+    Returns:
+        ``[B, Hq, L, v_dim]`` in ``q.dtype``.
+
+    Raises:
+        ValueError: arguments whose shapes or types do not fit together.
+    """
+    k, v = (KVSide(of[1].shape[-1] * group_size, bits, group_size) for of in (keys, values))
+    call = Call(
+        q=q,
+        scheme=KVScheme(k, v, keys[1].dtype),
+        rows=(),
+        counts=_counts(q, length, 0, 0, None),
+        tail=None,
+        sink=None,
+        fresh=None,
+        scores=scores,
+        held=(*keys, *values),
+    )
+    call.check()
+    (output,) = KERNEL(call)
+    return output
+
+
 def _plain_scheme(keys: mx.array, values: mx.array) -> KVScheme:
     return KVScheme(KVSide(keys.shape[-1], 16), KVSide(values.shape[-1], 16), keys.dtype)
 
@@ -204,7 +245,8 @@ def _inputs(call: Call) -> dict[str, mx.array]:
     """What is given of the program's inputs that change from token to token."""
     k, v = call.fresh or (None, None)
     held = [a for a in call.rows if a.size]
-    given = {"q": call.q, **dict(zip(("keys", "values"), call.held or (), strict=False))}
+    own = call.held or ()
+    given = {"q": call.q, **dict(zip(HELD.get(len(own), ()), own, strict=True))}
     for i, rows in enumerate(call.rows if held else ()):
         # A sequence without rows has some other's, as Metal binds small arrays elsewhere.
         given["rows" if len(call.rows) == 1 else f"rows{i}"] = rows if rows.size else held[0]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
 from ..runtime.kernel import Program
 from .scheme import KVScheme
+from .sdpa_call import HELD
 from .source import NAMES, plain_sides, sections, sides
 
 MAX_ROWS = 32
@@ -108,6 +110,28 @@ def _packed(scheme: KVScheme, places: tuple[str, ...]) -> _Source:
     )
 
 
+def _quantized(scheme: KVScheme) -> _Source:
+    """Keys and values as MLX quantises them: codes, scales and biases in arrays of their own."""
+    types, widths, members, words = [], [], [], 0
+    for side, names in ((scheme.k, HELD[6][:3]), (scheme.v, HELD[6][3:])):
+        codes, groups = side.code_words(scheme.dtype), side.groups
+        types.append(f"Apart<Codes<{side.bits}>, {side.group}, {math.gcd(codes, 4)}>")
+        widths += [str(codes), str(groups)]
+        each = zip(names, (codes, groups, groups), strict=True)
+        pointers = (f"{name} + ulong(at.z) * h.capacity * {width}" for name, width in each)
+        members.append(f"{{{', '.join(pointers)}}}")
+        words += codes + 2 * groups * scheme.dtype.size // 4
+    kind = f"Quantized<{', '.join(widths)}, {NAMES[scheme.dtype]}>"
+    return _Source(
+        name="apart",
+        types=(types[0], types[1]),
+        words=words,
+        tokens=f"const {kind} source{{{{{', '.join(members)}}}}};",
+        span="span_of(size, h, at.x)",
+        blocks=(1, 1),
+    )
+
+
 def _held(scheme: KVScheme) -> _Source:
     """Plain keys and values of the length's tokens, in arrays of their own."""
     dk, dv = scheme.k.dim, scheme.v.dim
@@ -170,13 +194,15 @@ def parts_program(
 
     Args:
         given: which of ``rows tail sink k v mask`` there are, in this order; ``rows`` may be
-            ``rows0 rows1 ...``, an array for each sequence, or ``keys values``.
+            ``rows0 rows1 ...``, an array for each sequence, or the names in `HELD`.
         whole: there is one part, whose result is the call's.
     """
     dv = scheme.v.dim
     places = tuple(name for name in given if name.startswith("rows"))
     held = "keys" in given
-    sources = [_packed(scheme, places)] if places else [_held(scheme)] if held else []
+    sources = [_packed(scheme, places)] if places else []
+    if held:
+        sources.append(_quantized(scheme) if HELD[6][1] in given else _held(scheme))
     if {"tail", "sink", "k"} & set(given):
         sources.append(_plain(scheme, given))
     more = int(len(sources) == 2 or not (places or held))

@@ -40,8 +40,12 @@ def attention(call: Attention) -> tuple[Attention]:
         small = replace(small, rows=(pack(scheme, k, v),) * len(call.rows))
     if call.held is not None:  # of a split call enough to be split again
         many = _PACKED if call.whole else WHOLE_TOKENS + _PACKED
-        k, v = (normal(scheme.dtype, *lead, many, dim) for dim in dims)
-        small = replace(small, held=(k, v))
+        held: list[mx.array] = []
+        for side in (scheme.k, scheme.v):
+            x = normal(scheme.dtype, *lead, many, side.dim)
+            codes = side.quantized
+            held += mx.quantize(x, group_size=side.group, bits=side.bits) if codes else [x]
+        small = replace(small, held=tuple(held))
     if call.tail is not None:
         small = replace(small, tail=normal(scheme.dtype, *lead, _PLAIN, sum(dims)))
     if call.sink is not None:
