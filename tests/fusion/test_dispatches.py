@@ -131,6 +131,17 @@ def test_a_layer_of_experts(name: str, count: int) -> None:
     assert before - outside > 26 * len(model.layers)
 
 
+@pytest.mark.parametrize(
+    ("name", "net", "attention"), [("qwen3_5", 8, 12), ("qwen3_5_moe", 12, 16)]
+)
+def test_a_layer_of_a_delta_net(name: str, net: int, attention: int) -> None:
+    """A convolution, and the step with all norms; attention's gate takes two of its own."""
+    model = zoo.build(name, "affine4")
+    report = patch_model(model, fuse="all")
+    assert report.dispatches == (report.dispatches[0], 6 + 3 * net + attention)
+    assert report.dispatches[0] > 2 * report.dispatches[1]
+
+
 def test_a_layer_of_ministral() -> None:
     """What multiplies the queries is one of eleven; a token's numbers for that take ten."""
     model = zoo.build("ministral3", "affine4")

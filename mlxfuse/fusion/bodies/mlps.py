@@ -24,7 +24,7 @@ class Body:
 
     kind      what stands for it: ``attention``, ``mlp``, ``block``, ``post_norm``, ``experts``,
               ``experts_sum``, ``moe``, ``router``, ``norm``, ``rope``, ``delta_net``,
-              ``activation``.
+              ``gated_norm``, ``activation``.
     source    the method.
     names     global name -> the module, or the object of a module, that it must be.
     form      what the fused class has to know about it.

@@ -114,7 +114,9 @@ class Call:
 
     def _held(self) -> Iterator[tuple[str, mx.array, mx.Dtype, int]]:
         """Name, array, type and last axis of each of ``held``."""
-        scheme, held = self.scheme, self.held or ()
+        scheme, held = self.scheme, self.held
+        if held is None:
+            return
         kinds = []
         for side in (scheme.k, scheme.v):
             words = side.code_words(scheme.dtype)
