@@ -26,7 +26,7 @@ from ..nn.norm import FusedFactor, FusedNorm
 from ..nn.post_norm import PostNormForm
 from .candidates import Candidate, Skip, Tree, register_detector
 from .certify import Match, certify, inputs, is_known
-from .emit import Piece, candidate
+from .emit import Piece, candidate, same
 from .forms import (
     attention_class,
     attention_form,
@@ -45,7 +45,7 @@ from .forms import (
     row_count,
     together,
 )
-from .places import alone, joined, joined_experts, matched, places, same
+from .places import alone, joined, joined_experts, matched, places
 
 
 def _inputs(tree: Tree, path: str, module: nn.Module) -> Candidate:

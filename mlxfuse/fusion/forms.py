@@ -22,6 +22,7 @@ from ..nn.attention import (
 )
 from ..nn.block import BlockForm, FusedBlock, FusedParallelBlock, FusedScaledBlock
 from ..nn.delta_net import GatedDeltaForm
+from ..nn.fused import Form
 from ..nn.join_linears import describe
 from ..nn.mlp import MLPForm
 from ..nn.moe import Choosing, ExpertsForm, MoEForm
@@ -275,7 +276,8 @@ def fused_norm(module: nn.Module, name: str) -> FusedNorm:
 
 def norm_options(norm: nn.Module) -> dict[str, float]:
     """Epsilon and offset of an RMSNorm."""
-    match = certify(type(norm), "norm")
+    held = vars(norm).get("_fused")
+    match = certify(held.original if isinstance(held, Form) else type(norm), "norm")
     return {"eps": getattr(norm, match.names["EPS"]), "offset": match.form["offset"]}
 
 

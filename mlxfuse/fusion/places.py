@@ -22,6 +22,7 @@ from ..nn.join_linears import (
 from ..nn.projection import Projection
 from .candidates import Candidate, Skip, Tree, register_detector
 from .certify import Match, certify, is_known
+from .emit import same
 
 # What makes a projection, and the formats of its weights.
 Made = tuple[Callable[[], Projection], tuple[str, ...]]
@@ -75,11 +76,6 @@ def places(
 def matched(_: nn.Module, match: Match) -> Match:
     """What a place is found from where its body alone tells."""
     return match
-
-
-def same(value: Any) -> Callable[[], Any]:
-    """What makes a value that there is already."""
-    return lambda: value
 
 
 def joined(tree: Tree, module: nn.Module, names: tuple[str, ...], rows: Any = None) -> Made:

@@ -75,7 +75,7 @@ def _of_capped(
     batch, heads, length, size = queries.shape
     queries = queries.reshape(batch, keys.shape[1], -1, length, size) * scale
     scores = queries @ keys[:, :, None].swapaxes(-1, -2)
-    scores = _capped(scores, softcap).reshape(batch, heads, length, -1)
+    scores = capped(scores, softcap).reshape(batch, heads, length, -1)
     if mask is not None and mask.dtype == mx.bool_:
         scores = mx.where(mask, scores, mx.array(mx.finfo(scores.dtype).min, scores.dtype))
     elif mask is not None:
@@ -114,8 +114,8 @@ def capped_sdpa(
 
 
 @partial(mx.compile, shapeless=True)
-def _capped(scores: mx.array, softcap: float) -> mx.array:
-    """One dispatch, whose shape grows with every token."""
+def capped(scores: mx.array, softcap: float) -> mx.array:
+    """``softcap * tanh(scores / softcap)`` in one dispatch, of a shape that may grow."""
     return mx.tanh(scores / softcap) * softcap
 
 

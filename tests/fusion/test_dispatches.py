@@ -86,6 +86,26 @@ def test_gemmas_norms_and_additions_take_three(name: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("name", "layer", "outside"), [("gemma", 10, 4), ("gemma2", 10, 8), ("gemma3_text", 10, 6)]
+)
+def test_gemmas_add_nothing_to_their_norms(name: str, layer: int, outside: int) -> None:
+    """Outside: the embedding and its scale, the last norm and the head; the first norm of a layer,
+    which the one before gives, of the first one; a cap, and a scale in another type.
+    """
+    model = zoo.build(name, "affine4")
+    norm, want = model.model.norm, zoo.logits(model)
+    report = patch_model(model, fuse="all")
+    assert (report.dispatches or (0, 0))[1] == layer * len(model.layers) + outside
+    assert len(report.tallies["offset_norm"].fused) == (9 if name == "gemma" else 1)
+    assert zoo.apart(zoo.logits(model), want) < 1e-5
+    norm.weight = norm.weight[::-1] + 1
+    changed = zoo.logits(model)
+    assert zoo.apart(changed, want) > 1e-2
+    unpatch_model(model)
+    assert zoo.apart(changed, zoo.logits(model)) < 1e-5
+
+
+@pytest.mark.parametrize(
     ("name", "count"),
     [
         *(("olmo2", 10), ("olmo3", 10), ("exaone4", 10), ("glm4", 11)),

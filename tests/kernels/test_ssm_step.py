@@ -26,9 +26,7 @@ CASES = [
 ]
 
 
-def call_of(
-    batch: int, heads: int, groups: int, size: int, columns: int, dtype: mx.Dtype
-) -> _Call:
+def call_of(batch: int, heads: int, groups: int, size: int, columns: int, dtype: mx.Dtype) -> _Call:
     """Random arguments; some steps lie outside of their limits."""
     rng = np.random.default_rng([heads, size, columns])
 
