@@ -36,6 +36,7 @@ from .forms import (
     fused_norm,
     gated_delta_form,
     has,
+    input_gate,
     mlp_form,
     moe_form,
     post_norm_class,
@@ -258,6 +259,8 @@ def _post_norm(tree: Tree, path: str, module: nn.Module, form: PostNormForm) -> 
         after = tuple(fused_norm(module, name) for name in posts)
     both, of = {"before": before, "after": after}, post_norm_class(form)
     pieces = [Piece(module, of, form, name, same(value)) for name, value in both.items()]
+    if (gate := input_gate(module, form)) is not None:
+        pieces.append(Piece(module, of, form, "gate", same(gate)))
     if (following := tree.after(path)) is not None:
         pieces.append(Piece(module, of, form, "following", same(following)))
     explain = f"{', '.join(names)} of {path} with the additions"

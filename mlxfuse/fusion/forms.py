@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -23,11 +24,12 @@ from ..nn.attention import (
 from ..nn.block import BlockForm, FusedBlock, FusedParallelBlock, FusedScaledBlock
 from ..nn.delta_net import GatedDeltaForm
 from ..nn.fused import Form
-from ..nn.join_linears import describe
+from ..nn.join_linears import describe, single
 from ..nn.mlp import MLPForm
 from ..nn.moe import Choosing, ExpertsForm, MoEForm
 from ..nn.norm import FusedNorm
 from ..nn.post_norm import FusedGatedPostNormBlock, FusedPostNormBlock, PostNormForm
+from ..nn.projection import KernelProjection
 from ..nn.rope import FrequencyRoPE, NoRoPE
 from ..nn.rotation import Rotation
 from ..nn.snapshot import Snapshot
@@ -269,6 +271,16 @@ def post_norm_class(form: PostNormForm) -> type[FusedPostNormBlock]:
     return FusedGatedPostNormBlock if form.gated else FusedPostNormBlock
 
 
+def input_gate(module: nn.Module, form: PostNormForm) -> KernelProjection | None:
+    """The gate of what is given for the layer, if there is one and it has a kernel."""
+    if not (form.gated and has(module, form.gated[0])):
+        return None
+    with suppress(NotFusible):
+        found = single(module, form.gated[0])
+        return found if isinstance(found, KernelProjection) else None
+    return None
+
+
 def fused_norm(module: nn.Module, name: str) -> FusedNorm:
     """The norm that a module has under this name."""
     return FusedNorm(module, name, **norm_options(module[name]))
@@ -311,7 +323,18 @@ def rotation(module: nn.Module, form: AttentionForm) -> Rotation | None:
     parts = {name: module[name] for name in (*form.norms, *([form.rope] if turned else []))}
     wide = form.norm == "width"
     how = RopeOptions(heads=form.heads, kv_heads=form.kv_heads, wide=wide, **options)
-    return Rotation(module, parts, how)
+    values = norms and form.values_norm and _norms_plainly(module[form.values_norm], how.eps)
+    if values:
+        parts[form.values_norm] = module[form.values_norm]
+    return Rotation(module, parts, how, values=bool(values))
+
+
+def _norms_plainly(norm: nn.Module, eps: float) -> bool:
+    """Whether it is an RMSNorm without a weight, with such an epsilon."""
+    if not is_known(type(norm), "plain_norm"):
+        return False
+    found = getattr(norm, certify(type(norm), "plain_norm").names["EPS"])
+    return bool(found == eps)
 
 
 def _rope_options(rope: nn.Module) -> dict[str, Any]:

@@ -158,8 +158,9 @@ def test_a_layer_of_a_delta_net(name: str, net: int, attention: int) -> None:
     """A convolution, and the step with all norms; attention's gate takes one of its own."""
     model = zoo.build(name, "affine4")
     report = patch_model(model, fuse="all")
-    assert report.dispatches == (report.dispatches[0], 3 + 3 * net + attention)
-    assert report.dispatches[0] > 2 * report.dispatches[1]
+    before, after = report.dispatches or (0, 0)
+    assert after == 3 + 3 * net + attention
+    assert before > 2 * after
 
 
 def test_a_layer_of_ministral() -> None:
@@ -203,7 +204,7 @@ def test_a_layer_of_gemma4() -> None:
     """Its norms, additions and the scalar are one each; the scalar is the one it has now."""
     model = zoo.build("gemma4_text", "affine4")
     report = patch_model(model, fuse="all")
-    assert report.dispatches == (128, 75)
+    assert report.dispatches == (128, 61)
     before = zoo.logits(model)
     model.layers[1].layer_scalar = model.layers[1].layer_scalar * 3
     changed = zoo.logits(model)
