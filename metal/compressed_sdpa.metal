@@ -82,12 +82,11 @@ template <typename K, typename V, bool has_mask, int slices, int tile, typename 
 METAL_FUNC void attend(
     thread A& state, Source source, uint first, uint end, Row row, M mask, float softcap,
     threadgroup uint4* scratch, uint me, uint threads, uint slice, uint lane) {
-  const Rows<Source::words, Source::v, const threadgroup uint*> tokens{
-      (const threadgroup uint*)scratch};
+  const auto tokens = source.template staged<tile>((const threadgroup uint*)scratch);
   for (uint base = first; base < end; base += tile) {
     const uint count = metal::min(uint(tile), end - base);
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    source.stage(base, count, scratch, me, threads);
+    source.template stage<tile>(base, count, scratch, me, threads);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (uint t = run * slice; t < count; t += run * slices) {
       attend_run<K, V, has_mask>(
@@ -178,12 +177,113 @@ struct Packed {
     return keys(t);
   }
   // `first` is a multiple of 4.
+  template <int tile>
   METAL_FUNC void stage(
       uint first, uint count, threadgroup uint4* to, uint me, uint threads) const thread {
     const device uint4* from = elements<uint4>(keys(first));
     for (uint i = me; i < (count * words + 3) / 4; i += threads) {
       to[i] = from[i];
     }
+  }
+  template <int tile>
+  METAL_FUNC Rows<words, v, const threadgroup uint*> staged(
+      const threadgroup uint* from) const thread {
+    return {from};
+  }
+};
+
+//@ apart:
+// Codes, scales and biases in arrays of their own, as MLX quantises: those of one token.
+template <typename P, typename N>
+struct Pieces {
+  P codes;
+  N scales;
+  N biases;
+};
+
+// A side of such tokens, for the others see kv_rows.h.
+template <typename C, int group, int align>
+struct Apart {
+  static constexpr constant bool scaled = true;
+  template <typename P>
+  static METAL_FUNC void load(P token, uint unit, thread float* v) {
+    C::template load<align>(token.codes, unit, v);
+  }
+  template <typename P>
+  static METAL_FUNC float2 scale(P token, uint unit) {
+    const uint g = unit * 8 / group;
+    return float2(float(token.scales[g]), float(token.biases[g]));
+  }
+};
+
+// Keys or values, with `words` words of codes and `groups` scales for each token.
+template <int words, int groups, typename P, typename N>
+struct Array {
+  P codes;
+  N scales;
+  N biases;
+  METAL_FUNC Pieces<P, N> at(uint t) const thread {
+    return {codes + ulong(t) * words, scales + ulong(t) * groups, biases + ulong(t) * groups};
+  }
+};
+
+template <typename K, typename V>
+struct Arrays {
+  K k;
+  V v;
+  METAL_FUNC auto keys(uint t) const thread {
+    return k.at(t);
+  }
+  METAL_FUNC auto values(uint t) const thread {
+    return v.at(t);
+  }
+};
+
+template <typename P, typename T>
+METAL_FUNC void copy_all(P from, threadgroup T* to, uint count, uint me, uint threads) {
+  for (uint i = me; i < count; i += threads) {
+    to[i] = from[i];
+  }
+}
+
+template <int k_words, int k_groups, int v_words, int v_groups, typename S>
+struct Quantized {
+  template <typename P, typename N>
+  using Both = Arrays<Array<k_words, k_groups, P, N>, Array<v_words, v_groups, P, N>>;
+  Both<const device uint*, const device S*> held;
+  METAL_FUNC uint key(uint i) const thread {
+    return i;
+  }
+  METAL_FUNC auto keys(uint t) const thread {
+    return held.keys(t);
+  }
+  METAL_FUNC auto values(uint t) const thread {
+    return held.values(t);
+  }
+  // Each of the arrays has room for `tile` tokens there.
+  template <int tile, typename U, typename N>
+  static METAL_FUNC Both<U, N> placed(U words, N) {
+    const U v = words + tile * k_words;
+    const N numbers = (N)(v + tile * v_words);
+    const N more = numbers + 2 * tile * k_groups;
+    return {{words, numbers, numbers + tile * k_groups}, {v, more, more + tile * v_groups}};
+  }
+  template <int tile>
+  METAL_FUNC auto staged(const threadgroup uint* from) const thread {
+    return placed<tile>(from, (const threadgroup S*)from);
+  }
+  template <int tile>
+  METAL_FUNC void stage(
+      uint first, uint count, threadgroup uint4* scratch, uint me, uint threads) const thread {
+    const auto to = placed<tile>((threadgroup uint*)scratch, (threadgroup S*)scratch);
+    const auto k = held.keys(first);
+    const auto v = held.values(first);
+    copy_all(k.codes, to.k.codes, count * k_words, me, threads);
+    copy_all(v.codes, to.v.codes, count * v_words, me, threads);
+    copy_all(k.scales, to.k.scales, count * k_groups, me, threads);
+    copy_all(k.biases, to.k.biases, count * k_groups, me, threads);
+    copy_all(v.scales, to.v.scales, count * v_groups, me, threads);
+    copy_all(v.biases, to.v.biases, count * v_groups, me, threads);
   }
 };
 
@@ -219,11 +319,17 @@ struct Plain {
   METAL_FUNC uint4 four(uint t, uint at) const thread {
     return at < v / 4 ? elements<uint4>(keys(t))[at] : elements<uint4>(values(t))[at - v / 4];
   }
+  template <int tile>
   METAL_FUNC void stage(
       uint first, uint count, threadgroup uint4* to, uint me, uint threads) const thread {
     for (uint i = me; i < count * (words / 4); i += threads) {
       to[i] = four(first + i / (words / 4), i % (words / 4));
     }
+  }
+  template <int tile>
+  METAL_FUNC Rows<words, v, const threadgroup uint*> staged(
+      const threadgroup uint* from) const thread {
+    return {from};
   }
   // Puts what is not in the tail yet, of `count` tokens, side by side.
   METAL_FUNC void put(uint count, device uint4* to, uint me, uint threads) const thread {

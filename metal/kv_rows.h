@@ -149,6 +149,30 @@ struct Codes<4> {
   }
 };
 
+//@ codes:
+// Codes one behind the other, the first in the lowest bits: a unit begins at a byte, and lies in
+// two words at most.
+template <int bits>
+struct Codes {
+  template <int align, typename P>
+  static METAL_FUNC void load(P words, uint unit, thread float* v) {
+    const uint at = unit * bits;
+    const uint shift = at % 4 * 8;
+    const uint first = words[at / 4];
+    const uint last = words[(at + bits - 1) / 4];
+    const uint low = first >> shift | last << 1 << (31 - shift);
+    const uint high = last >> shift;
+    UNROLL
+    for (int e = 0; e < 8; e++) {
+      const int bit = e * bits;
+      const uint code = bit + bits <= 32 ? low >> bit
+                        : bit >= 32      ? high >> (bit - 32)
+                                         : low >> bit | high << (32 - bit);
+      v[e] = float(code & ((1u << bits) - 1));
+    }
+  }
+};
+
 //@ affine:
 struct Affine {
   template <typename N, typename P>

@@ -1,12 +1,11 @@
-// Rotary embedding of q and k, behind an RMSNorm of each head where they have one:
+// Rotary embedding of q and k, behind an RMSNorm of each head or of all heads where they have one:
 // [B, L, heads D] to [B, heads, L, D].
 //
-// A SIMD-group has one position and up to `heads_each` heads of q and k, which share its angles.
-// `size` holds the heads of q, those of k, D, the pairs that turn, L, and what to advance in the
-// offsets for each row of B: 0 if they share one. `numbers` holds the scale of positions, what
-// rotated values are multiplied by, eps of the norm and what is added to its weights.
-
-constant constexpr uint heads_each = 4;
+// A SIMD-group has one position and some heads of q and k, which share its angles. `size` holds the
+// heads of q, those of k, D, the pairs that turn, L, what to advance in the offsets for each row of
+// B, which is 0 if they share one, and the heads of a SIMD-group. `numbers` holds the scale of
+// positions, what rotated values are multiplied by, eps of the norm, what is added to its weights,
+// and what q is multiplied by if it has none.
 
 // Lane i holds both sides of the pairs i + 32 j of a head in slots j and pairs + j, and in those
 // after them the values i + 32 j of the rest.
@@ -52,8 +51,9 @@ METAL_FUNC void norm_rope(
     cosine[j] = metal::precise::cos(turn);
     sine[j] = metal::precise::sin(turn);
   }
-  const uint first = thread_at.x / 32 * heads_each;
-  const uint last = metal::min(first + heads_each, heads + kv_heads);
+  const uint each = uint(size[6]);
+  const uint first = thread_at.x / 32 * each;
+  const uint last = metal::min(first + each, heads + kv_heads);
   for (uint head = first; head < last; head++) {
     const bool is_q = head < heads;
     const uint h = is_q ? head : head - heads;
@@ -65,7 +65,7 @@ METAL_FUNC void norm_rope(
     for (int s = 0; s < count; s++) {
       v[s] = slots.inside(s) ? x[slots.at(s)] : T(0);
     }
-    norm.template apply<count>(slots, is_q, numbers, v);
+    norm.template apply<count>(slots, is_q, h, numbers, v);
     UNROLL
     for (int j = 0; j < pairs; j++) {
       const float factor = numbers[1];
@@ -86,31 +86,101 @@ METAL_FUNC void norm_rope(
 //@ NoNorm:
 struct NoNorm {
   template <int count, typename L, typename M, typename T>
-  void apply(L, bool, M, thread T*) const {}
+  void apply(L, bool, uint, M, thread T*) const {}
 };
 
-//@ Norm:
+//@ inverse:
+template <int count, typename T>
+METAL_FUNC float inverse_rms(const thread T* v, uint columns, float eps) {
+  float sum = 0.0f;
+  UNROLL
+  for (int s = 0; s < count; s++) {
+    sum = fma(float(v[s]), float(v[s]), sum);
+  }
+  return metal::precise::rsqrt(simd_sum(sum) / float(columns) + eps);
+}
+
+//@ PlainNorm: inverse
+// Without weights; q is multiplied by a number, which is of type T.
+struct PlainNorm {
+  template <int count, typename L, typename M, typename T>
+  void apply(L slots, bool is_q, uint, M numbers, thread T* v) const {
+    const float inverse = inverse_rms<count>(v, slots.columns, numbers[2]);
+    const float factor = is_q ? numbers[4] : 1.0f;
+    UNROLL
+    for (int s = 0; s < count; s++) {
+      v[s] = static_cast<T>(float(static_cast<T>(float(v[s]) * inverse)) * factor);
+    }
+  }
+};
+
+//@ weigh:
 // Rounds where mx.fast.rms_norm does.
+template <int count, typename L, typename T>
+METAL_FUNC void weigh(L slots, float inverse, const device T* w, float offset, thread T* v) {
+  UNROLL
+  for (int s = 0; s < count; s++) {
+    if (slots.inside(s)) {
+      const T weight = static_cast<T>(offset + float(w[slots.at(s)]));
+      v[s] = static_cast<T>(float(static_cast<T>(float(v[s]) * inverse)) * float(weight));
+    }
+  }
+}
+
+//@ Norm: inverse weigh
 template <typename T>
 struct Norm {
   const device T* q_weight;
   const device T* k_weight;
   template <int count, typename L, typename M>
-  void apply(L slots, bool is_q, M numbers, thread T* v) const {
-    float sum = 0.0f;
-    UNROLL
-    for (int s = 0; s < count; s++) {
-      sum = fma(float(v[s]), float(v[s]), sum);
-    }
-    const float inverse =
-        metal::precise::rsqrt(simd_sum(sum) / float(slots.columns) + numbers[2]);
-    const device T* w = is_q ? q_weight : k_weight;
-    UNROLL
-    for (int s = 0; s < count; s++) {
-      if (slots.inside(s)) {
-        const T weight = static_cast<T>(numbers[3] + float(w[slots.at(s)]));
-        v[s] = static_cast<T>(float(static_cast<T>(float(v[s]) * inverse)) * float(weight));
-      }
-    }
+  void apply(L slots, bool is_q, uint, M numbers, thread T* v) const {
+    const float inverse = inverse_rms<count>(v, slots.columns, numbers[2]);
+    weigh<count>(slots, inverse, is_q ? q_weight : k_weight, numbers[3], v);
   }
 };
+
+//@ WideNorm: weigh
+// Of all heads of q together, and of all heads of k: a threadgroup has a whole position.
+template <typename T>
+struct WideNorm {
+  const device T* q_weight;
+  const device T* k_weight;
+  float q_inverse;
+  float k_inverse;
+  template <int count, typename L, typename M>
+  void apply(L slots, bool is_q, uint h, M numbers, thread T* v) const {
+    const device T* w = (is_q ? q_weight : k_weight) + h * slots.columns;
+    weigh<count>(slots, is_q ? q_inverse : k_inverse, w, numbers[3], v);
+  }
+};
+
+// The norm of the position `row`; `partial` holds two numbers for each of the SIMD-groups.
+template <typename T, typename S, typename M>
+METAL_FUNC WideNorm<T> wide_norm(
+    const device T* q, const device T* k, const device T* q_weight, const device T* k_weight,
+    S size, M numbers, uint row, uint lane, uint group, uint groups, threadgroup float* partial) {
+  const uint of_q = uint(size[0]) * uint(size[2]);
+  const uint of_k = uint(size[1]) * uint(size[2]);
+  float a = 0.0f;
+  for (uint i = 32 * group + lane; i < of_q; i += 32 * groups) {
+    const float x = float(q[ulong(row) * of_q + i]);
+    a = fma(x, x, a);
+  }
+  float b = 0.0f;
+  for (uint i = 32 * group + lane; i < of_k; i += 32 * groups) {
+    const float x = float(k[ulong(row) * of_k + i]);
+    b = fma(x, x, b);
+  }
+  a = simd_sum(a);
+  b = simd_sum(b);
+  if (lane == 0) {
+    partial[group] = a;
+    partial[groups + group] = b;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  a = simd_sum(lane < groups ? partial[lane] : 0.0f);
+  b = simd_sum(lane < groups ? partial[groups + lane] : 0.0f);
+  const float q_inverse = metal::precise::rsqrt(a / float(of_q) + numbers[2]);
+  const float k_inverse = metal::precise::rsqrt(b / float(of_k) + numbers[2]);
+  return {q_weight, k_weight, q_inverse, k_inverse};
+}

@@ -32,6 +32,9 @@ struct Softmax {
   typedef Spread<dv> Values;
   static constexpr constant int n = run / Keys::tokens * rows;
   static constexpr constant int same = Keys::lanes / n;
+  // Whether a key's bias multiplies the sum of the queries; with many rows, that costs more
+  // registers than it saves.
+  static constexpr constant bool many = rows * Keys::each > 2;
   float q[rows][8 * Keys::each];
   float q_sum[rows][Keys::each];
   float o[rows][8 * Values::each];
@@ -62,19 +65,20 @@ struct Softmax {
     }
   }
 
+  // The queries, of which `left` are there.
   template <typename T>
-  METAL_FUNC void load(const device T* from, uint first, uint end, float scale, uint lane) thread {
+  METAL_FUNC void load(const device T* from, uint left, float scale, uint lane) thread {
     UNROLL
     for (int r = 0; r < rows; r++) {
       UNROLL
       for (int j = 0; j < Keys::each; j++) {
         const uint unit = Keys::unit(lane, j);
-        const bool here = first + r < end && unit < uint(Keys::units);
+        const bool here = uint(r) < left && unit < uint(Keys::units);
         UNROLL
         for (int i = 0; i < 2; i++) {
           float4 four = float4(0.0f);
           if (here) {
-            four = float4(*(const device vec<T, 4>*)(from + (first + r) * dk + 8 * unit + 4 * i));
+            four = float4(*(const device vec<T, 4>*)(from + r * dk + 8 * unit + 4 * i));
           }
           UNROLL
           for (int e = 0; e < 4; e++) {
@@ -92,7 +96,7 @@ struct Softmax {
     for (int r = 0; r < rows; r++) {
       hadamard<dk, block>(q[r], lane);
       UNROLL
-      for (int j = 0; j < Keys::each; j++) {
+      for (int j = 0; j < (many ? 0 : Keys::each); j++) {
         q_sum[r][j] = 0.0f;
         UNROLL
         for (int e = 0; e < 8; e++) {
@@ -129,6 +133,12 @@ struct Softmax {
           if constexpr (K::scaled) {
             scale = K::scale(tokens.keys(t), unit);
           }
+          if constexpr (K::scaled && many) {
+            UNROLL
+            for (int e = 0; e < 8; e++) {
+              v[e] = fma(scale.x, v[e], scale.y);
+            }
+          }
           UNROLL
           for (int r = 0; r < rows; r++) {
             float sum = 0.0f;
@@ -136,7 +146,7 @@ struct Softmax {
             for (int e = 0; e < 8; e++) {
               sum = fma(v[e], q[r][8 * j + e], sum);
             }
-            if constexpr (K::scaled) {
+            if constexpr (K::scaled && !many) {
               sum = fma(scale.x, sum, scale.y * q_sum[r][j]);
             }
             part[r] += sum;
@@ -150,14 +160,26 @@ struct Softmax {
   template <typename K, typename Rows>
   METAL_FUNC float score(Rows tokens, uint first, uint end, uint lane) const thread {
     constexpr int count = run / Keys::tokens;
-    float part[rows];
-    dots<K, count, Keys::lanes / 2>(tokens, first + lane / Keys::lanes, end, lane, part);
-    float sum = folded<rows, Keys::lanes / count / 2>(part, lane);
-    UNROLL
-    for (int bit = same / 2; bit >= 1; bit /= 2) {
-      sum += simd_shuffle_xor(sum, ushort(bit));
+    // Of many rows there are few tokens at once, so that their parts are in registers.
+    constexpr int few = many ? 1 : count;
+    float found = 0.0f;
+    _Pragma("clang loop unroll(disable)")
+    for (int i = 0; i < count; i += few) {
+      float part[rows];
+      const uint t = first + i * Keys::tokens + lane / Keys::lanes;
+      dots<K, few, same * rows * few / 2>(tokens, t, end, lane, part);
+      float sum = folded<rows, same * rows / 2>(part, lane);
+      UNROLL
+      for (int bit = same / 2; bit >= 1; bit /= 2) {
+        sum += simd_shuffle_xor(sum, ushort(bit));
+      }
+      UNROLL
+      for (int bit = same * rows * few; bit < Keys::lanes; bit *= 2) {
+        sum += simd_shuffle_xor(sum, ushort(bit));
+      }
+      found = lane % Keys::lanes / (same * rows * few) == uint(i / few) ? sum : found;
     }
-    return sum;
+    return found;
   }
 
   // The weight of a lane's score. Where it is larger than all before, in any row, the sums so far
@@ -190,7 +212,7 @@ struct Softmax {
   // The values of the run from `first` on, times a lane's weight p of its token and row.
   template <typename V, typename Rows>
   METAL_FUNC void add(Rows tokens, uint first, uint end, float p, uint lane) thread {
-    UNROLL
+    _Pragma("clang loop unroll(disable)")
     for (int i = 0; i < run / Values::tokens; i++) {
       const uint token = i * Values::tokens + lane / Values::lanes;
       float weight[rows];
@@ -288,21 +310,40 @@ struct Softmax {
     }
   }
 
-  // Writes the sums of the rows from `first` to `end`.
+  // Writes the sums of the rows, of which `left` are there.
   METAL_FUNC void finish(
-      device float* sums, device float* stats, uint first, uint end, uint lane) const thread {
+      device float* sums, device float* stats, uint left, uint lane) const thread {
     UNROLL
     for (int r = 0; r < rows; r++) {
-      const bool here = first + r < end && lane < uint(Values::lanes);
+      const bool here = uint(r) < left && lane < uint(Values::lanes);
       UNROLL
       for (int j = 0; j < Values::each; j++) {
-        write_unit<Values>(sums + (first + r) * dv, o[r] + 8 * j, j, here, lane);
+        write_unit<Values>(sums + r * dv, o[r] + 8 * j, j, here, lane);
       }
     }
     const uint own = row(lane);
-    if (lane == lane_of(0, own) && first + own < end) {
-      stats[2 * (first + own)] = most;
-      stats[2 * (first + own) + 1] = total;
+    if (lane == lane_of(0, own) && own < left) {
+      stats[2 * own] = most;
+      stats[2 * own + 1] = total;
+    }
+  }
+
+  // Writes the results of the rows, of which `left` are there, where no other part has tokens.
+  template <typename T>
+  METAL_FUNC void finish_whole(device T* out, uint left, uint lane) thread {
+    const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+    UNROLL
+    for (int r = 0; r < rows; r++) {
+      const float own = simd_shuffle(inverse, ushort(lane_of(0, r)));
+      UNROLL
+      for (int i = 0; i < 8 * Values::each; i++) {
+        o[r][i] *= own;
+      }
+      const bool here = uint(r) < left && lane < uint(Values::lanes);
+      UNROLL
+      for (int j = 0; j < Values::each; j++) {
+        write_unit<Values>(out + r * dv, o[r] + 8 * j, j, here, lane);
+      }
     }
   }
 };

@@ -497,9 +497,9 @@ METAL_FUNC float batch_dots(
 }
 
 //@ tiles: decoded
-// `many` rows of x, 16 or 32, by 64 rows of W (gated: 32 of the gate, 32 of up) for 4 SIMD-groups,
-// K in steps of 64. Each thread decodes the 32 weights of one row of the tile.
-constant constexpr int tile_pitch = 72;
+// `many` rows of x by `across` rows of W (gated: half of them the gate's, half up's) for `groups`
+// SIMD-groups: two side by side along the rows of W, all pairs along those of x. A step of K is
+// decoded and copied to threadgroup memory by all threads, or by some each, and then multiplied.
 
 // Weights k to k + 31 of row n of W, zeros if that is outside.
 template <typename F, typename T, typename P>
@@ -523,99 +523,124 @@ METAL_FUNC void decode_run(
   }
 }
 
+template <typename T, int many>
+struct Step {
+  static constexpr constant int depth = many > 64 || sizeof(T) == 4 ? 32 : 64;
+  static constexpr constant int pitch = depth + 8;
+};
+
 // Rows `to` to `rows` - 1 of x, `many` at most.
-template <typename F, typename G, int many, typename Y, typename T, typename P, typename Q>
+template <
+    typename F, typename G, int many, int across, int groups, typename Y, typename T, typename P,
+    typename Q>
 METAL_FUNC void matrix_rows(
-    P p, Q q, const device T* x, uint columns, Y y, uint across, uint to, uint rows, uint group,
-    uint me, threadgroup float* scratch) {
-  constexpr uint count = Y::gated ? 32 : 64;
-  const uint row = (across - y.a.tile) * count;
+    P p, Q q, const device T* x, uint columns, Y y, uint tile, uint to, uint rows, uint group,
+    uint me, threadgroup float4* scratch) {
+  constexpr int depth = Step<T, many>::depth;
+  constexpr int pitch = Step<T, many>::pitch;
+  constexpr uint count = Y::gated ? across / 2 : across;  // of a part's rows
+  constexpr uint runs = across * depth / 32;              // to decode, by the first threads
+  constexpr uint busy = runs < 32 * groups ? runs : 0;    // threads that copy nothing of x
+  constexpr uint piece = 16 / sizeof(T);
+  constexpr uint pieces = depth / piece;
+  constexpr int down = many / (4 * groups);  // matrices of 8 x 8 of a SIMD-group: along x
+  constexpr int wide = across / 16;          // and along W
+  constexpr uint width = count / 2;          // columns of a SIMD-group's results
+  constexpr uint result_pitch = across / 2 + 8;
+  const uint row = (tile - y.a.tile) * count;
+  const uint here = rows - to;
+  const uint filled = metal::min((here + 7) / 8 * 8, uint(many));
+  x += ulong(to) * columns;
   threadgroup T* xs = (threadgroup T*)scratch;
-  threadgroup T* ws = xs + many * tile_pitch;
-  constexpr uint lanes = 128 / many;  // of a row of x
-  constexpr int frags = many / 16;    // of 8 rows, for each SIMD-group
-  const uint m = me / lanes;
-  const uint from = 64 / lanes * (me % lanes);
-  const uint at = 32 * (me % 2);
-  const uint n = row + me / 2 % count;
-  const uint sm = many / 2 * (group / 2);
-  const uint sn = 32 * (group % 2);
-  const bool busy = to + sm < rows;  // of the SIMD-group's rows, there are some
-  simdgroup_matrix<float, 8, 8> sums[frags][4];
+  threadgroup T* ws = xs + many * pitch;
+  simdgroup_matrix<float, 8, 8> sums[down][wide];
   UNROLL
-  for (int i = 0; i < frags; i++) {
+  for (int i = 0; i < down; i++) {
     UNROLL
-    for (int j = 0; j < 4; j++) {
+    for (int j = 0; j < wide; j++) {
       sums[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
     }
   }
-  for (uint k = 0; k < columns; k += 64) {
+  for (uint k = 0; k < columns; k += depth) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    threadgroup vec<T, 4>* px = (threadgroup vec<T, 4>*)(xs + m * tile_pitch + from);
-    const bool x_inside = to + m < rows && k + from < columns;
-    UNROLL
-    for (int i = 0; i < int(16 / lanes); i++) {
-      px[i] = x_inside ? *(const device vec<T, 4>*)(x + ulong(to + m) * columns + k + from + 4 * i)
-                       : vec<T, 4>(T(0));
+    if (me < runs) {
+      const uint r = me / (depth / 32);
+      const uint at = 32 * (me % (depth / 32));
+      const uint n = row + r % count;
+      const bool inside = n < y.a.rows && k + at < columns;
+      threadgroup vec<T, 4>* run = (threadgroup vec<T, 4>*)(ws + r * pitch + at);
+      if (Y::gated && r >= count) {
+        decode_run<G, T>(q, y.b.first + n, k + at, columns, inside, run);
+      } else {
+        decode_run<F, T>(p, y.a.first + n, k + at, columns, inside, run);
+      }
     }
-    threadgroup vec<T, 4>* pw = (threadgroup vec<T, 4>*)(ws + me / 2 * tile_pitch + at);
-    const bool w_inside = n < y.a.rows && k + at < columns;
-    if (Y::gated && group >= 2) {
-      decode_run<G, T>(q, y.b.first + n, k + at, columns, w_inside, pw);
-    } else {
-      decode_run<F, T>(p, y.a.first + n, k + at, columns, w_inside, pw);
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    if (busy) {
+    if (me >= busy) {
       UNROLL
-      for (int kk = 0; kk < 64; kk += 8) {
-        simdgroup_matrix<T, 8, 8> mx[frags];
-        simdgroup_matrix<T, 8, 8> mw[4];
-        UNROLL
-        for (int i = 0; i < frags; i++) {
-          simdgroup_load(mx[i], xs + (sm + 8 * i) * tile_pitch + kk, tile_pitch);
+      for (uint e = me - busy; e < many * pieces; e += 32 * groups - busy) {
+        const uint m = e / pieces;
+        const uint from = e % pieces * piece;
+        if (m < filled) {
+          const bool inside = m < here && k + from < columns;
+          *(threadgroup uint4*)(xs + m * pitch + from) =
+              inside ? *(const device uint4*)(x + m * columns + k + from) : uint4(0);
         }
-        UNROLL
-        for (int j = 0; j < 4; j++) {
-          simdgroup_load(
-              mw[j], ws + (sn + 8 * j) * tile_pitch + kk, tile_pitch, ulong2(0, 0), true);
-        }
-        UNROLL
-        for (int i = 0; i < frags; i++) {
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    UNROLL
+    for (int kk = 0; kk < depth; kk += 8) {
+      simdgroup_matrix<T, 8, 8> mw[wide];
+      UNROLL
+      for (int j = 0; j < wide; j++) {
+        const uint n = Y::gated ? j / (wide / 2) * count + group % 2 * width + j % (wide / 2) * 8
+                                : group % 2 * width + j * 8;
+        simdgroup_load(mw[j], ws + n * pitch + kk, pitch, ulong2(0, 0), true);
+      }
+      UNROLL
+      for (int i = 0; i < down; i++) {
+        const uint m = 8 * (i * (groups / 2) + group / 2);
+        if (m < here) {
+          simdgroup_matrix<T, 8, 8> mx;
+          simdgroup_load(mx, xs + m * pitch + kk, pitch);
           UNROLL
-          for (int j = 0; j < 4; j++) {
-            simdgroup_multiply_accumulate(sums[i][j], mx[i], mw[j], sums[i][j]);
+          for (int j = 0; j < wide; j++) {
+            simdgroup_multiply_accumulate(sums[i][j], mx, mw[j], sums[i][j]);
           }
         }
       }
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
+  // Eight rows at a time, by way of the SIMD-group's own memory.
+  threadgroup float* mine = (threadgroup float*)scratch + group * 8 * result_pitch;
   UNROLL
-  for (int i = 0; i < frags; i++) {
+  for (int i = 0; i < down; i++) {
+    const uint m = 8 * (i * (groups / 2) + group / 2);
+    simdgroup_barrier(mem_flags::mem_threadgroup);
     UNROLL
-    for (int j = 0; j < 4; j++) {
-      simdgroup_store(
-          sums[i][j], scratch + (sm + 8 * i) * tile_pitch + sn + 8 * j, tile_pitch);
+    for (int j = 0; j < wide; j++) {
+      simdgroup_store(sums[i][j], mine + 8 * j, result_pitch);
     }
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (uint e = me; e < many * count; e += 128) {
-    const uint ym = e / count;
-    const uint yn = e % count;
-    if (to + ym < rows && row + yn < y.a.rows) {
-      const threadgroup float* sum = scratch + ym * tile_pitch + yn;
-      put(y, sum[0], Y::gated ? sum[32] : 0.0f, row + yn, to + ym);
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint e = me % 32; e < 8 * width; e += 32) {
+      const threadgroup float* sum = mine + e / width * result_pitch + e % width;
+      const uint n = row + group % 2 * width + e % width;
+      if (m + e / width < here && n < y.a.rows) {
+        put(y, sum[0], Y::gated ? sum[width] : 0.0f, n, to + m + e / width);
+      }
     }
   }
 }
 
 //@ matrix: tiles
-template <typename F, typename G, int many, typename Y, typename T, typename P, typename Q>
+template <
+    typename F, typename G, int many, int across, int groups, typename Y, typename T, typename P,
+    typename Q>
 METAL_FUNC void matrix_tile(
     P p, Q q, const device T* x, const device Size* size, Y y, uint3 tile, uint group, uint me,
-    threadgroup float* scratch) {
-  matrix_rows<F, G, many>(
+    threadgroup float4* scratch) {
+  matrix_rows<F, G, many, across, groups>(
       p, q, x, size->columns, y, tile.x, tile.y * many, size->rows, group, me, scratch);
 }
 
@@ -635,10 +660,12 @@ METAL_FUNC Sorted<X, I> sorted(
 }
 
 // Tile `tile.y` has rows of one expert only: the first whose tiles end after it.
-template <typename F, typename G, int many, typename Y, typename X, typename P, typename Q>
+template <
+    typename F, typename G, int many, int across, int groups, typename Y, typename X, typename P,
+    typename Q>
 METAL_FUNC void grouped_tile(
     P p, Q q, X x, const device Size* size, Y y, uint3 tile, uint group, uint me,
-    threadgroup float* scratch) {
+    threadgroup float4* scratch) {
   uint expert = 0;
   uint last = x.experts;
   while (expert < last) {
@@ -655,6 +682,7 @@ METAL_FUNC void grouped_tile(
     const uint to = rows + (tile.y - tiles) * many;
     const uint end = metal::min(to + many, uint(x.row_ends[expert]));
     choose(y, x, expert);
-    matrix_rows<F, G, many>(p, q, x.x, size->columns, y, tile.x, to, end, group, me, scratch);
+    matrix_rows<F, G, many, across, groups>(
+        p, q, x.x, size->columns, y, tile.x, to, end, group, me, scratch);
   }
 }

@@ -110,6 +110,20 @@ METAL_FUNC void weight_row(P w, float offset, Row row, float inverse, thread vec
   }
 }
 
+//@ other: weighted store
+// The row by another weight; v stays as it is.
+template <typename T, int pieces, bool whole, typename P>
+METAL_FUNC void other_row(
+    P w, float offset, Row row, float inverse, const thread vec<T, 4>* v, device T* y) {
+  vec<T, 4> other[pieces];
+  UNROLL
+  for (int p = 0; p < pieces; p++) {
+    other[p] = v[p];
+  }
+  weight_row<T, pieces, whole>(w, offset, row, inverse, other);
+  store_row<T, pieces, whole>(other, row, y);
+}
+
 //@ codes:
 template <typename T, int pieces>
 METAL_FUNC void quantize_row(

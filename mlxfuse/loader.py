@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
+_LONG = 5.0  # seconds of relayout
+
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
@@ -50,6 +52,9 @@ class LoadReport:
     dequantized  quantised type without a kernel -> [matrices, bytes in the file, bytes in memory];
                  0 bytes in memory if they are dequantised at every call.
     patch        what was fused.
+    ways         ``mapped``, ``read`` or ``relaid`` -> bytes of weights: over the pages of an
+                 exported folder's files, without a copy; read from them into memory, where MLX
+                 maps nothing; or laid out anew from the blocks of a GGUF file.
     sampling     the sampling options that the file recommends, under mlx-lm's names.
     notes        what the file asks for and does not get.
     """
@@ -59,6 +64,7 @@ class LoadReport:
     patch: PatchReport
     sampling: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    ways: dict[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -66,6 +72,7 @@ class LoadReport:
         return {
             "seconds": seconds,
             "dequantized": self.dequantized,
+            "ways": self.ways,
             "patch": self.patch.as_dict(),
             "sampling": self.sampling,
             "notes": self.notes,
@@ -73,11 +80,20 @@ class LoadReport:
 
     def lines(self) -> list[str]:
         """What takes more memory than its file, or is slow, or is not as the file asks."""
-        return self.notes + [
-            f"{name} has no kernel: {count} matrices of {stored / 1e6:.1f} MB "
-            + (f"take {held / 1e6:.1f} MB" if held else "are dequantised at every call")
-            for name, (count, stored, held) in self.dequantized.items()
-        ]
+        relayout = self.seconds.get("relayout", 0.0)
+        offer = (
+            f"Laying out the weights took {relayout:.0f} s; `mlxfuse export MODEL FOLDER` stores "
+            "them so that loading FOLDER does without"
+        )
+        return (
+            self.notes
+            + [offer] * (relayout > _LONG)
+            + [
+                f"{name} has no kernel: {count} matrices of {stored / 1e6:.1f} MB "
+                + (f"take {held / 1e6:.1f} MB" if held else "are dequantised at every call")
+                for name, (count, stored, held) in self.dequantized.items()
+            ]
+        )
 
 
 def load(
@@ -216,7 +232,8 @@ def _report(account: Account, opened: Opened, patch: PatchReport) -> LoadReport:
     seconds = dict(account.seconds)
     if patch.self_test_seconds:
         seconds["self-test"] = patch.self_test_seconds
-    return LoadReport(seconds, account.dequantized, patch, opened.sampling, opened.notes)
+    ways = dict(account.ways)
+    return LoadReport(seconds, account.dequantized, patch, opened.sampling, opened.notes, ways)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,12 @@ from functools import partial
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from ..formats import BY_NAME, Format
 from ..gguf.relayout import allocate, relayout
+from ..kernels.causal_conv import causal_conv
 from ..kernels.kv.compressed_sdpa import compressed_sdpa
 from ..kernels.kv.dequantize_kv import dequantize_kv
 from ..kernels.kv.quantize_kv import quantize_kv
@@ -88,6 +90,7 @@ def cases(sizes: Sizes, formats: Sequence[Format] | None = None) -> Iterator[Cas
             yield from _chosen_experts(format, sizes)
     yield from _activations(sizes)
     yield from _router(sizes)
+    yield from _recurrent(sizes)
     yield from _attention(sizes)
 
 
@@ -305,6 +308,27 @@ def _router(sizes: Sizes) -> Iterator[Case]:
             f"router of {number}, {_plural(rows, 'row')}",
             "softmax, argpartition, take_along_axis, sum, divide, sigmoid",
             [partial(route, given[0], chosen, whole=False, gate=given[1])] * repeat,
+            [partial(theirs, *given)] * repeat,
+        )
+
+
+def _recurrent(sizes: Sizes) -> Iterator[Case]:
+    """What layers with a state do besides products: a convolution of each channel."""
+    channels = sizes.matrices[0][0] * 2
+    weight = _normal(channels, 4, 1)
+
+    def theirs(x: mx.array, state: mx.array) -> list[mx.array]:
+        padded = mx.concatenate([state, x], axis=1)
+        y = nn.silu(mx.conv1d(padded, weight, groups=channels))
+        return [y, mx.contiguous(padded[:, -3:])]
+
+    for rows in sizes.rows:
+        given = _normal(1, rows, channels), _normal(1, 3, channels)
+        repeat = 16
+        yield Case(
+            f"convolution of {channels} channels, {_plural(rows, 'token')}",
+            "concatenate, conv1d, silu, contiguous",
+            [partial(causal_conv, *given, weight)] * repeat,
             [partial(theirs, *given)] * repeat,
         )
 

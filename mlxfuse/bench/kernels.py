@@ -19,10 +19,13 @@ from ..kernels.matmul.product import Call
 from ..kernels.runtime import kernel as _kernel
 from ..kernels.runtime import self_test
 from ..kernels.runtime.kernel import Launch, Recorded
+from . import static
 from .cases import Case, Sizes, cases
 from .floor import floor
 from .machine import environment
 from .measure import alternate, seconds
+
+_MESSAGES = 20_000  # characters that are kept of a compiler's messages
 
 
 def bench_kernels(
@@ -34,8 +37,12 @@ def bench_kernels(
 ) -> dict[str, Any]:
     """Compare, then time, every kernel; everything as plain data, ready for JSON.
 
+    ``rows`` has what was timed, with the static figures of each dispatch and what the time says
+    of them. ``refused`` has what does not compile or is wrong, with the compiler's messages or
+    how the result differs: it is not timed.
+
     Raises:
-        KernelError: there is no Metal device, or a kernel's result is wrong: nothing is timed.
+        KernelError: there is no Metal device.
     """
     on_device("kernels are timed")
     say("measuring the machine's bandwidth")
@@ -44,11 +51,16 @@ def bench_kernels(
         "environment": environment(),
         "repetitions": repetitions,
         "pause": pause,
+        "notes": list(static.NOTES),
         "rows": [],
+        "refused": [],
     }
     for case in cases(sizes):
         say(f"timing {case.name}")
-        row = measure(case, repetitions, pause=pause)
+        row, failure = measure(case, repetitions, pause=pause)
+        if failure:
+            found["refused"].append({**row, "failure": failure})
+            continue
         row["share"] = row["gb_s"] * 1e9 / found["environment"]["bandwidth"]
         found["rows"].append(row)
     return found
@@ -73,16 +85,43 @@ def measure(
     pause: float = 0.0,
     emulated: bool = False,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], str]:
     """One row: the kernel, its floor and MLX's operation, in turns; times of one launch.
 
-    Raises:
-        KernelError: the kernel's result is not the reference's.
+    Also why there are no times: the compiler's messages, or how the result differs from the
+    reference's; else an empty text.
     """
     recorded = [r for call in case.ours for r in self_test.calls(call)]
     kernel, arguments = recorded[0]
+    dispatches = static.figures(kernel.launch(*arguments).chain())
+    row: dict[str, Any] = {
+        "kernel": kernel.name,
+        "case": case.name,
+        "mlx": case.against,
+        "variant": getattr(arguments[0], "variant", "") or "default",
+        "programs": dispatches,
+    }
+    small = kernel.launch(*kernel.small(*arguments))
+    try:
+        first = seconds(lambda: self_test.attempt(small, emulated=emulated), clock)
+    except KernelError as error:
+        return row, str(error)[:_MESSAGES]
     if wrong := self_test.compare(kernel, arguments, emulated=emulated):
-        raise KernelError(f"{kernel.name}, {case.name} is not timed: {wrong}")
+        return row, wrong
+    times = _times(case, recorded, repetitions, pause, emulated, clock)
+    times["estimate"] = static.judge(dispatches, times["floor_ratio"])
+    return {**row, "first_ms": first * 1e3, **times}, ""
+
+
+def _times(
+    case: Case,
+    recorded: list[Recorded],
+    repetitions: int,
+    pause: float,
+    emulated: bool,
+    clock: Callable[[], float],
+) -> dict[str, Any]:
+    """Of one launch, in turns."""
     launches = [k.launch(*a) for k, a in recorded]
     floors = [f for r in recorded for f in floors_of(r)]
 
@@ -100,10 +139,6 @@ def measure(
     each = {name: statistics.median(times) / len(launches) for name, times in taken.items()}
     moved = nbytes(recorded[0])
     return {
-        "kernel": kernel.name,
-        "case": case.name,
-        "mlx": case.against,
-        "variant": getattr(arguments[0], "variant", "") or "default",
         "bytes": moved,
         "median_ns": each["kernel"] * 1e9,
         "floor_ns": each["floor"] * 1e9 if "floor" in each else None,

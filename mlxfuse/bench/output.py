@@ -19,7 +19,9 @@ def render(found: dict[str, Any], form: str) -> str:
         return _kernels(found) if found["bench"] == "kernels" else _model(found)
     rows = [_flat(found) | row for row in found["rows"]]
     if form == "jsonl":
-        return "\n".join(json.dumps(row) for row in rows)
+        refused = [_flat(found) | row for row in found.get("refused", [])]
+        return "\n".join(json.dumps(row) for row in rows + refused)
+    rows = [{k: v for k, v in row.items() if k != "programs"} for row in rows]
     out = io.StringIO()
     writer = csv.DictWriter(out, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
@@ -77,7 +79,7 @@ def _kernels(found: dict[str, Any]) -> str:
             _number(row["floor_ratio"], ".2f"),
             _number(row["mlx_ratio"], ".2f"),
             row["mlx"],
-            "yes",
+            row["estimate"],
         )
         for row in found["rows"]
     ]
@@ -86,8 +88,12 @@ def _kernels(found: dict[str, Any]) -> str:
         "that of moving all their bytes once",
         "of MLX: time by that of the operation of MLX named beside it",
     ]
-    table = _table((*header, "MLX's operation", "match"), rows)
-    return "\n".join([*_machine(found), "", table, "", *notes])
+    table = _table((*header, "MLX's operation", "static figures"), rows)
+    refused = [
+        f"{row['kernel']}, {row['case']}, is not timed: {one_line(row['failure'], 2000)}"
+        for row in found["refused"]
+    ]
+    return "\n".join([*_machine(found), "", table, "", *refused, *notes, *found["notes"]])
 
 
 def _machine(found: dict[str, Any]) -> list[str]:

@@ -17,13 +17,14 @@ from ..fusion.candidates import Candidate, Tree, site
 from ..fusion.patch import patch_model
 from ..kernels.matmul.product import Experts
 from ..kernels.matmul.quantized_matmul import KERNEL, run_call
+from ..kernels.matmul.shapes import BUCKETS
 from ..kernels.runtime import self_test, tuning
-from ..kernels.runtime.tuning import FUSED, SEPARATE, VARIANTS, Tuning
+from ..kernels.runtime.tuning import FUSED, SEPARATE, Tuning
 from .kernels import on_device
 from .measure import alternate, seconds
 
-# Rows of x of each kind of call.
-ROWS = {"vector": 1, "batch": 4, "large": 512}
+# Rows of x that are measured, of every kind of call and of prompts of every length.
+ROWS = (1, 4, *BUCKETS)
 # What another variant must be faster by, and what the model's own code must: no noise.
 MARGIN = 0.02
 _LAYERS = 8  # of which the weights are more than a cache holds
@@ -83,7 +84,7 @@ def tune_kernels(
     repetitions: int,
     *,
     pause: float = 0.0,
-    rows: Mapping[str, int] = ROWS,
+    rows: Sequence[int] = ROWS,
     emulated: bool = False,
     clock: Callable[[], float] = time.perf_counter,
     say: Say = lambda text: None,
@@ -96,7 +97,7 @@ def tune_kernels(
     chosen = result.winners.variants.setdefault(KERNEL.name, {})
     for case, calls in cases(model, rows).items():
         say(f"timing {case}")
-        names = _right(calls[0], VARIANTS[KERNEL.name][calls[0].kind], emulated=emulated)
+        names = _right(calls[0], calls[0].variants, emulated=emulated)
         turns = {
             name: partial(seconds, partial(_run, calls, name, emulated=emulated), clock)
             for name in names
@@ -110,7 +111,7 @@ def tune_kernels(
     return result
 
 
-def cases(model: nn.Module, rows: Mapping[str, int] = ROWS) -> dict[str, list[Any]]:
+def cases(model: nn.Module, rows: Sequence[int] = ROWS) -> dict[str, list[Any]]:
     """The model's products by case, each with other numbers of rows of x."""
     recorded = self_test.calls(lambda: model(mx.zeros((1, 1), mx.int32)))
     found: dict[str, list[Any]] = {}
@@ -118,7 +119,7 @@ def cases(model: nn.Module, rows: Mapping[str, int] = ROWS) -> dict[str, list[An
         if kernel is not KERNEL:
             continue
         # Of experts, what a decoded token runs; prompts of theirs have one form.
-        lead = [(n,) for n in rows.values()] if call.experts is None else [call.x.shape[:-1]]
+        lead = [(n,) for n in rows] if call.experts is None else [call.x.shape[:-1]]
         for shape in lead:
             made = _with_rows(call, *shape)
             found.setdefault(made.case, []).append(made)

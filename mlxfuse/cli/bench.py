@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import env
-from ..errors import MLXFuseError
+from ..errors import KernelError, MLXFuseError
 from ..files import write_bytes, write_text
 from ..process import fail
 from ..terminal import one_line
@@ -278,6 +278,8 @@ def bench_command(
     if out.plot is not None:
         _draw(found, out.plot)
     print(render(found, form))
+    if refused := found.get("refused"):
+        raise KernelError(f"{len(refused)} kernels do not compile or are wrong")
 
 
 def _of_model(

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from .. import __version__
 from ..errors import MLXFuseError
-from ..gguf.exported import CONFIG, LAYOUT, ExportedFile, header_bytes, open_model, stream_name
+from ..gguf.exported import (
+    CONFIG,
+    LAYOUT,
+    SAFETENSORS,
+    ExportedFile,
+    header_bytes,
+    open_model,
+    stream_name,
+)
 from ..gguf.relayout import allocate
 from ..models.config import read_config
+from ..models.mapped import ALIGNMENT
 from ..models.plan import fill, first_rows, groups, plan
 from .folder import new_folder
 
@@ -26,6 +34,9 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 2 << 30
 """Bytes of arrays after which a safetensors file is full; it is held in memory while written."""
+
+PAGE = 1 << 14
+"""Bytes of a page of memory of Apple's processors; a multiple of others'."""
 
 Progress = Callable[[int, int], None]
 
@@ -123,3 +134,25 @@ def write_shards(
                 progress(done, total)
         name = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
         save_file(arrays, folder / name, metadata)
+
+
+def save_file(arrays: Mapping[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file that can be mapped: what the library writes is aligned to 8 bytes only.
+
+    Arrays of whole multiples of `ALIGNMENT` begin at such, and the file ends where a page ends,
+    or less than `ALIGNMENT` bytes before: memory that lacks no part of a page is what Metal takes.
+    """
+    in_order = sorted(arrays.items(), key=lambda item: item[1].nbytes % ALIGNMENT > 0)
+    header: dict[str, object] = {"__metadata__": metadata}
+    at = 0
+    for name, array in in_order:
+        ends = [at, at + array.nbytes]
+        dtype = SAFETENSORS[array.dtype.name]
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": ends}
+        at = ends[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text) + at + -at % ALIGNMENT) % PAGE)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, array in in_order:
+            file.write(np.ascontiguousarray(array).data)

@@ -99,6 +99,12 @@ class Tree:
             if arrays and any(self._holders[id(a)] > 1 for a in held):
                 raise NotFusible(f"{name} shares its weight with another module")
 
+    def after(self, path: str) -> nn.Module | None:
+        """The next module of the list that a path is in, if there is one."""
+        parent, _, place = path.rpartition(".")
+        wanted = f"{parent}.{int(place) + 1}" if place.isdigit() else None
+        return next((module for other, module in self.modules if other == wanted), None)
+
     def holders(self, module: nn.Module) -> int:
         """How many modules have the weight that this one has."""
         return max(self._holders[id(a)] for a in module.values() if isinstance(a, mx.array))

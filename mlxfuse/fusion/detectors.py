@@ -39,6 +39,7 @@ from ..nn.projection import Projection
 from .candidates import Candidate, Skip, Tree, register_detector
 from .certify import Match, certify, inputs, is_known
 from .emit import Piece, candidate
+from .emit import same as _same
 from .forms import (
     attention_class,
     attention_form,
@@ -106,10 +107,6 @@ def _places(
 
 def _match(_: nn.Module, match: Match) -> Match:
     return match
-
-
-def _same(value: Any) -> Callable[[], Any]:
-    return lambda: value
 
 
 def _joined(tree: Tree, module: nn.Module, names: tuple[str, ...], rows: Any = None) -> _Made:
@@ -303,7 +300,7 @@ def _residual(tree: Tree, path: str, module: nn.Module, form: BlockForm) -> Cand
             continue
         absorbed.append(f"{child}.{output}")
         pieces += [piece, Piece(module, block_class(form), form, flag, _same(True))]
-    if not pieces:
+    if not pieces or (form.parallel and reasons):
         raise NotFusible("; ".join(reasons))
     explain = f"residual of {path} added in {' and '.join(absorbed)}"
     return candidate("residual", 50, path, absorbed, pieces, explain)
@@ -312,13 +309,14 @@ def _residual(tree: Tree, path: str, module: nn.Module, form: BlockForm) -> Cand
 @_places("norm_rope", "attention", attention_form)
 def _norm_rope(tree: Tree, path: str, module: nn.Module, form: AttentionForm) -> Candidate | None:
     """The norms of q and k and the rotary embedding of both in one dispatch."""
-    if not form.rope:
-        return None
     tree.check_alone(module)
     made = rotation(module, form)
+    if made is None:
+        return None
     piece = Piece(module, attention_class(form), form, "rotation", _same(made))
-    names = [*(form.norms if form.norm else ()), form.rope]
-    explain = f"{', '.join(names)} of {path} in one dispatch"
+    names = [*form.norms, *([form.rope] if form.rope else [])]
+    what = ", ".join(names) or "norms of q and k"
+    explain = f"{what} of {path} in one dispatch"
     return candidate("norm_rope", 65, path, names, [piece], explain)
 
 
@@ -336,6 +334,8 @@ def _post_norm(tree: Tree, path: str, module: nn.Module, form: PostNormForm) -> 
         after = tuple(fused_norm(module, name) for name in posts)
     both, of = {"before": before, "after": after}, post_norm_class(form)
     pieces = [Piece(module, of, form, name, _same(value)) for name, value in both.items()]
+    if (following := tree.after(path)) is not None:
+        pieces.append(Piece(module, of, form, "following", _same(following)))
     explain = f"{', '.join(names)} of {path} with the additions"
     return candidate("post_norm", 45, path, names, pieces, explain)
 
@@ -351,7 +351,7 @@ def _can_add(tree: Tree, module: nn.Module, name: str) -> bool:
 @_places("add_rms_norm", "block", block_form)
 def _add_rms_norm(tree: Tree, path: str, module: nn.Module, form: BlockForm) -> Candidate | None:
     """The first addition of a decoder layer with the norm behind it, where attention cannot add."""
-    if form.scaled or _can_add(tree, module, form.mixer):
+    if form.scaled or form.parallel or _can_add(tree, module, form.mixer):
         return None
     name = form.norms[1]
     tree.check_alone(module, [name])

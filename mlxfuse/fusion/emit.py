@@ -27,6 +27,11 @@ class Piece(NamedTuple):
     make: Callable[[], Any]
 
 
+def same(value: Any) -> Callable[[], Any]:
+    """What makes a value that there is."""
+    return lambda: value
+
+
 def candidate(
     name: str,
     score: float,

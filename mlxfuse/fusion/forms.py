@@ -18,13 +18,14 @@ from ..nn.attention import (
     FusedScaledAttention,
     FusedSharedAttention,
 )
-from ..nn.block import BlockForm, FusedBlock, FusedScaledBlock
+from ..nn.block import BlockForm, FusedBlock, FusedParallelBlock, FusedScaledBlock
+from ..nn.fused import Form
 from ..nn.join_linears import describe
 from ..nn.mlp import MLPForm
 from ..nn.moe import Choosing, ExpertsForm, MoEForm
 from ..nn.norm import FusedNorm
 from ..nn.post_norm import FusedGatedPostNormBlock, FusedPostNormBlock, PostNormForm
-from ..nn.rope import FrequencyRoPE
+from ..nn.rope import FrequencyRoPE, NoRoPE
 from ..nn.rotation import Rotation
 from .certify import Match, certify
 
@@ -48,15 +49,14 @@ def attention_form(module: nn.Module, match: Match) -> AttentionForm:
 
     shares, own = "HAS_KV" in names, bool(value("HAS_KV", True))
     slots = ["Q", *(["K"] if own else []), *(["V"] if own and not value("K_IS_V", False) else [])]
+    slots += ["GATE"] if "GATE" in names else []
     linears = tuple(names[n] for n in (["QKV"] if "QKV" in names else slots))
     norm = match.form.get("norm", "") if value("USE_NORM", True) else ""
-    norms = (names["Q_NORM"], *([names["K_NORM"]] if own else [])) if norm else ()
+    weighted = norm and norm != "plain"
+    norms = (names["Q_NORM"], *([names["K_NORM"]] if own else [])) if weighted else ()
     values_norm = names["V_NORM"] if shares and own else ""
     rope = names["ROPE"] if value("USE_ROPE", True) else ""
     _check_modules(module, *linears, names["O"], *norms, *filter(None, (values_norm, rope)))
-    scale, softcap = value("SCALE"), value("SOFTCAP", 0.0)
-    if not _positive(scale) or ("SOFTCAP" in names and not _positive(softcap)):
-        raise NotFusible("its scale is not a positive number")
     size = value("HEAD_DIM")
     if "QKV" in names:
         rows = tuple(value(n) * size for n in ("HEADS", "KV_HEADS", "KV_HEADS"))
@@ -64,6 +64,11 @@ def attention_form(module: nn.Module, match: Match) -> AttentionForm:
         rows = tuple(row_count(module[name]) for name in linears)
     heads = value("HEADS") or rows[0] // size
     kv_heads = (value("KV_HEADS") or rows[1] // size) if own else 0
+    # phi has no number for it.
+    scale, softcap = value("SCALE", math.sqrt(heads / (rows[0] or 1))), value("SOFTCAP", 0.0)
+    numbers = [value(slot) for slot in ("SOFTCAP", "EPS", "Q_SCALE") if slot in names]
+    if not all(map(_positive, (scale, *numbers))):
+        raise NotFusible("its scale is not a positive number")
     return AttentionForm(
         type(module),
         linears,
@@ -82,6 +87,9 @@ def attention_form(module: nn.Module, match: Match) -> AttentionForm:
         shares,
         shares and own and _read(module),
         match.form.get("scaled", False),
+        value("EPS", 0.0),
+        value("Q_SCALE", 1.0),
+        tuple(getattr(mx, dtype) for dtype in match.form.get("widened", ())),
     )
 
 
@@ -172,13 +180,15 @@ def block_form(module: nn.Module, match: Match) -> BlockForm:
         other = "IS_OTHER" in names
         flag = getattr(module, names["IS_OTHER" if other else "IS_ATTENTION"])
         mixer = names["OTHER"] if bool(flag) == other else mixer
-    norms = (names["NORM1"], names["NORM2"])
+    norms = tuple(names[n] for n in ("NORM1", "NORM2") if n in names)
     _check_modules(module, mixer, names["MLP"], *norms)
-    keywords, scaled = (match.form.get(name, False) for name in ("keywords", "scaled"))
-    return BlockForm(type(module), norms, mixer, names["MLP"], keywords, scaled)
+    how = {name: match.form.get(name, False) for name in ("keywords", "scaled", "parallel")}
+    return BlockForm(type(module), norms, mixer, names["MLP"], **how)
 
 
 def block_class(form: BlockForm) -> type[FusedBlock]:
+    if form.parallel:
+        return FusedParallelBlock
     return FusedScaledBlock if form.scaled else FusedBlock
 
 
@@ -214,20 +224,25 @@ def fused_norm(module: nn.Module, name: str) -> FusedNorm:
 
 def norm_options(norm: nn.Module) -> dict[str, float]:
     """Epsilon and offset of an RMSNorm."""
-    match = certify(type(norm), "norm")
+    held = vars(norm).get("_fused")
+    match = certify(held.original if isinstance(held, Form) else type(norm), "norm")
     return {"eps": getattr(norm, match.names["EPS"]), "offset": match.form["offset"]}
 
 
-def rotation(module: nn.Module, form: AttentionForm) -> Rotation:
-    """The rotary embedding of an attention, with its norms."""
-    options = _rope_options(module[form.rope])
-    if form.norm == "width":
-        raise NotFusible("its norms act on the width")
+def rotation(module: nn.Module, form: AttentionForm) -> Rotation | None:
+    """The rotary embedding of an attention, with its norms; None if it has neither."""
     if form.norm == "rotated":
         raise NotFusible("its norms act after the rotation")
     if not all(form.rows):
         kinds = sorted({describe(module[name]) for name in form.linears})
         raise NotFusible("its linears are " + " and ".join(kinds))
+    size = form.rows[0] // form.heads // (1 + form.gated)
+    turned = form.rope and not isinstance(module[form.rope], NoRoPE)
+    if not (turned or form.norm):
+        return None
+    # Without a rotation all angles are zero.
+    unturned = {"dims": size, "base": 1.0, "scale": 0.0}
+    options = _rope_options(module[form.rope]) if turned else unturned
     norms = []
     for name in form.norms:
         found = norm_options(module[name])
@@ -237,11 +252,13 @@ def rotation(module: nn.Module, form: AttentionForm) -> Rotation:
     if norms:
         weights = zip(("q_weight", "k_weight"), form.norms, strict=False)
         options = {**options, **norms[0], **{n: module[name].weight for n, name in weights}}
-    size = form.rows[0] // form.heads // (1 + form.gated)
+    if form.norm == "plain":
+        options |= {"eps": form.eps, "q_scale": form.q_scale}
     if options["dims"] > size or any(n != size * form.kv_heads for n in form.rows[1:2]):
         raise NotFusible("its heads of q and k have different sizes")
-    parts = {name: module[name] for name in (*form.norms, form.rope)}
-    how = RopeOptions(heads=form.heads, kv_heads=form.kv_heads, **options)
+    parts = {name: module[name] for name in (*form.norms, *([form.rope] if turned else []))}
+    wide = form.norm == "width"
+    how = RopeOptions(heads=form.heads, kv_heads=form.kv_heads, wide=wide, **options)
     return Rotation(module, parts, how)
 
 

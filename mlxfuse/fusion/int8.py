@@ -38,6 +38,9 @@ def places(tree: Tree) -> Iterator[Candidate | Skip]:
         if isinstance(form, PostNormForm) and form.gated:
             yield Skip(NAME, path, "its attention also gives keys and values")
             continue
+        if form.parallel:
+            yield Skip(NAME, path, "its attention and its MLP read one norm")
+            continue
         mixer, mlp = module[form.mixer], module[form.mlp]
         halves = form.mixer_adds or isinstance(form, PostNormForm)
         attention = mixer._fused if isinstance(mixer, FusedAttention) and halves else None

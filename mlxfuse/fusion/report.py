@@ -16,6 +16,7 @@ LABELS = {
     "norm_rope": "norm+rope",
     "post_norm": "norm+add",
     "add_rms_norm": "add+norm",
+    "offset_norm": "1+norm",
 }
 
 

@@ -39,7 +39,10 @@ LAYOUT = hashlib.sha256(
     repr([(f.name, f.streams) for f in FORMATS.values() if f.streams]).encode()
 ).hexdigest()[:16]
 
-_NUMPY = {"U8": "uint8", "U16": "uint16", "U32": "uint32", "F16": "float16"}
+SAFETENSORS = {"uint8": "U8", "uint16": "U16", "uint32": "U32", "float16": "F16"}
+"""Names of numpy's types in safetensors files."""
+
+_NUMPY = {name: dtype for dtype, name in SAFETENSORS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,7 @@ class ExportedFile(GGUFFile):
         self.folder = folder
         self._stored: Mapping[str, Sequence[Stored]] = {}
         self._files: dict[str, tuple[Path, Any]] = {}
+        self._starts: dict[Path, dict[str, int]] = {}
         for path in sorted(folder.glob("model-*-of-*.safetensors")):
             try:
                 handle: Any = safe_open(path, framework="numpy")
@@ -112,9 +116,12 @@ class ExportedFile(GGUFFile):
         if surplus := sorted(self._files.keys() - expected.keys()):
             raise ExportError(f"{self.folder}: {surplus[0]!a} has no place in the model")
 
-    def path_of(self, name: str) -> Path:
-        """The safetensors file that has an array."""
-        return self._files[name][0]
+    def place(self, name: str) -> tuple[Path, int]:
+        """The safetensors file that has an array, and the byte at which it begins there."""
+        path, _ = self._files[name]
+        if path not in self._starts:
+            self._starts[path] = _starts(path)
+        return path, self._starts[path][name]
 
     def view(self, tensor: Tensor) -> NDArray[np.uint8]:
         """The tensor's bytes, as ``read`` gives them."""
@@ -159,6 +166,19 @@ class ExportedFile(GGUFFile):
 def stream_name(key: str, format: Format, stream: str) -> str:
     """The name of an array of streams in a folder's files."""
     return f"{key}.{format.name}.{stream}"
+
+
+def _starts(path: Path) -> dict[str, int]:
+    """Where each array of a safetensors file begins; its header was checked when it was opened."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        return {
+            n: 8 + size + a["data_offsets"][0] for n, a in header.items() if n != "__metadata__"
+        }
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ExportError(f"{path}: changed while it was read: {error}") from error
 
 
 def is_export(path: Path) -> bool:

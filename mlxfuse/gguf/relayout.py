@@ -108,10 +108,12 @@ def _run(
     pool: Executor | None,
 ) -> None:
     """Call ``work`` on chunks of blocks, one scratch buffer a thread."""
-    step = max(1, _CHUNK // format.type_size)
+    # TQ1_0 takes more room in its streams than in the file.
+    nbytes = max(format.type_size, sum(s.nbytes for s in format.streams))
+    step = max(1, _CHUNK // nbytes)
 
     def many(begin: int, end: int) -> None:
-        scratch = np.empty(step * format.type_size // 8 * 8 + 8, np.uint8)
+        scratch = np.empty(step * nbytes // 8 * 8 + 8, np.uint8)
         for at in range(begin, end, step):
             part = slice(at, min(at + step, end))
             work(blocks[part], [s[part] for s in streams], format, scratch)

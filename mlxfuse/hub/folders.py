@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -149,31 +149,37 @@ def choose(place: str, choice: str | None, names: Sequence[str]) -> tuple[str, .
         matches = [m for m in models if m.quant == wanted] or (models if len(models) == 1 else [])
     else:
         wanted = choice
-        # A draft model is there for who names its file: --draft-model needs it.
-        named = [n for n in names if is_safe(n) and n.lower().endswith(".gguf")]
-        matches = [m for m in models if (m.quant or "").lower() == wanted.lower()]
-        matches = matches or [m for m in models if _has_file(m, wanted)]
-        matches = matches or [
-            Candidate(None, (n,)) for n in named if _has_file(Candidate(None, (n,)), wanted)
-        ]
+        matches = _named(wanted.lower(), models, names)
     if len(matches) == 1:
         return matches[0].files
     if not models:
         raise ModelRefError(f"{place} has no complete GGUF model")
-    listed = sorted({_label(m, models) for m in (matches or models)}, key=str.lower)
+    listed = sorted({label(m, models) for m in (matches or models)}, key=str.lower)
     problem = "names several models" if matches else "is not there"
     raise ModelRefError(
         f"{place}: {one_line(wanted)} {problem}; choose with {place}:NAME among\n  "
-        + "\n  ".join(one_line(label) for label in listed)
+        + "\n  ".join(map(one_line, listed))
     )
 
 
-def _has_file(model: Candidate, wanted: str) -> bool:
-    first = model.files[0].lower()
-    return wanted.lower() in (first, first.rpartition("/")[2])
+def _named(wanted: str, models: Sequence[Candidate], names: Sequence[str]) -> list[Candidate]:
+    """The models of a quantisation or, if there are none, of a file's path or its name."""
+    # A draft model is there for who names its file: --draft-model needs it.
+    files = [n for n in names if is_safe(n) and n.lower().endswith(".gguf")]
+    every = [
+        *models,
+        *(Candidate(None, (n,)) for n in files if not any(n in m.files for m in models)),
+    ]
+    tries: tuple[Callable[[Candidate], str | None], ...] = (
+        lambda model: model.quant,
+        lambda model: model.files[0],
+        lambda model: model.files[0].rpartition("/")[2],
+    )
+    found = ([m for m in every if (name(m) or "").lower() == wanted] for name in tries)
+    return next(filter(None, found), [])
 
 
-def _label(model: Candidate, models: Sequence[Candidate]) -> str:
+def label(model: Candidate, models: Sequence[Candidate]) -> str:
     """The quantisation where it is enough to name the model, else its first file."""
     if model.quant and sum(m.quant == model.quant for m in models) == 1:
         return model.quant

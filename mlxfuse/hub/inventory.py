@@ -13,7 +13,7 @@ from ..errors import ModelRefError
 from ..gguf.exported import is_export
 from ..terminal import one_line
 from .demo import demo_path
-from .folders import candidates, checkpoint_files, choose, is_checkpoint, is_complete
+from .folders import candidates, checkpoint_files, choose, is_checkpoint, is_complete, label
 from .resolve import parse
 
 if TYPE_CHECKING:
@@ -38,11 +38,12 @@ class Found:
 
 def installed() -> list[Found]:
     """The models in Hugging Face's cache, ours, and the folders of LM Studio and llama.cpp."""
-    found = [
-        Found(repo.repo_id + (f":{choice}" if choice else ""), path, "Hugging Face")
-        for repo, revision in _cached()
-        for path, choice in _models_of(revision)
-    ]
+    cached: dict[str, Found] = {}
+    for repo, revision in _cached():
+        for path, choice in _models_of(revision):
+            ref = repo.repo_id + (f":{choice}" if choice else "")
+            cached.setdefault(ref, Found(ref, path, "Hugging Face"))
+    found = list(cached.values())
     if demo_path().is_file():
         found.append(Found("the demo model", demo_path(), "mlxfuse"))
     for place, folder in _folders():
@@ -73,7 +74,7 @@ def _in_folder(folder: Path, depth: int = _DEPTH) -> Iterator[Path]:
 
 
 def _cached() -> Iterator[tuple[CachedRepoInfo, CachedRevisionInfo]]:
-    """The newest revision of each model's repository in Hugging Face's cache."""
+    """The revisions of each model's repository in Hugging Face's cache, the newest first."""
     from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
@@ -82,8 +83,9 @@ def _cached() -> Iterator[tuple[CachedRepoInfo, CachedRevisionInfo]]:
     except CacheNotFound:
         return
     for repo in sorted(repos, key=lambda r: r.repo_id.lower()):
-        if repo.repo_type == "model" and repo.revisions:
-            yield repo, max(repo.revisions, key=lambda r: r.last_modified)
+        if repo.repo_type == "model":
+            for revision in sorted(repo.revisions, key=lambda r: r.last_modified, reverse=True):
+                yield repo, revision
 
 
 def _names(revision: CachedRevisionInfo) -> dict[str, Path]:
@@ -94,10 +96,11 @@ def _names(revision: CachedRevisionInfo) -> dict[str, Path]:
 def _models_of(revision: CachedRevisionInfo) -> Iterator[tuple[Path, str | None]]:
     """Paths, and what is behind the colon to name each; None for a checkpoint."""
     names = _names(revision)
-    for model in candidates(names):
-        yield names[model.files[0]], model.quant or model.files[0]
+    models = candidates(names)
+    for model in models:
+        yield names[model.files[0]], label(model, models)
     folder = Path(revision.snapshot_path)
-    if checkpoint_files(names) and not candidates(names) and is_complete(folder, names):
+    if checkpoint_files(names) and not models and is_complete(folder, names):
         yield folder, None
 
 
@@ -117,7 +120,7 @@ def removal(ref: str) -> Removal:
         ref: ``org/repo`` for all of it, ``org/repo:choice`` for one model; ``demo``.
 
     Raises:
-        ModelRefError: nothing in these caches has that name.
+        ModelRefError: nothing in these caches has that name, or it names a revision.
     """
     if ref == "demo":
         if not demo_path().is_file():
@@ -129,6 +132,11 @@ def removal(ref: str) -> Removal:
             "(mlxfuse ls); remove other files yourself"
         )
     wanted = parse(ref)
+    if wanted.revision:
+        raise ModelRefError(
+            f"{one_line(ref)}: a model is removed with all its revisions; leave out "
+            f"@{wanted.revision}"
+        )
     from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
@@ -144,12 +152,14 @@ def removal(ref: str) -> Removal:
     (repo,) = repos
     if wanted.choice is None:
         return Removal((), (Path(repo.repo_path),), repo.size_on_disk)
-    links = [
-        names[name]
-        for names in map(_names, repo.revisions)
-        if candidates(names)
-        for name in choose(wanted.repo, wanted.choice, list(names))
-    ]
+    links, missing = [], None
+    for names in map(_names, repo.revisions):
+        try:
+            links += [names[name] for name in choose(wanted.repo, wanted.choice, list(names))]
+        except ModelRefError as error:  # another revision may have it
+            missing = error
+    if missing and not links:
+        raise missing
     blobs = {link.resolve() for link in links}
     others = {f.file_path for r in repo.revisions for f in r.files} - set(links)
     blobs -= {other.resolve() for other in others}

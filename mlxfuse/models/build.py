@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing
 from dataclasses import replace
 from importlib import import_module
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -62,7 +64,8 @@ def build(
         part: what of it this rank holds, if several machines share the model.
 
     Host memory above the model itself: of the weight (with ``quantized``, the fused group) being
-    made, the file's bytes or one chunk in float32 and, if it has several chunks, a copy.
+    made, the file's bytes or one chunk in float32 and, if it has several chunks, a copy; and the
+    file's bytes of the next group.
     """
     config = weights.config
     account = account or Account()
@@ -77,35 +80,61 @@ def build(
         part.narrow(model)
         weights = part.share.plan
     left = memory.available() // 2 if budget is None else budget
-    loader = StreamLoader(file, account)
     in_order = list(groups(weights))
     sizes = [sum(math.prod(w.shape) for w in group.weights) for group in in_order]
-    for i, group in enumerate(in_order):
-        if account.progress is not None:
-            account.progress(sum(sizes[:i]) / sum(sizes))
-        if quantized and group.has_kernel:
-            _place_quantized(loader, model, group, dtype)
-            continue
-        for weight in group.weights:
-            parent, name = parent_of(model, weight.module)
-            nbytes = math.prod(weight.shape) * dtype.size
-            dense = weight.dense or nbytes <= left
-            left -= nbytes if dense else 0
-            with account.time("dequantize"):
-                made = make_module(file, weight, dtype, getattr(parent, name), dense=dense)
-                setattr(parent, name, made)
-                mx.eval(made if isinstance(made, mx.array) else made.parameters())
-            if quantized:
-                _note(account, weight, nbytes if dense else 0)
+    streamed = [group for group in in_order if quantized and group.has_kernel]
+    after: dict[int, Group | None] = {id(g): h for g, h in pairwise([*streamed, None]) if g}
+    with closing(StreamLoader(file, account)) as loader:
+        for i, group in enumerate(in_order):
+            if account.progress is not None:
+                account.progress(sum(sizes[:i]) / sum(sizes))
+            if id(group) in after:
+                _place_quantized(loader, model, group, after[id(group)], dtype)
+                continue
+            for weight in group.weights:
+                nbytes = _place_dense(file, model, weight, dtype, left, account)
+                left -= nbytes
+                if quantized:
+                    _note(account, weight, nbytes)
+    model.mapped_files = loader.mapped
     if part is not None:
         part.join(model)
     model.eval()
     return model
 
 
-def _place_quantized(loader: StreamLoader, model: nn.Module, group: Group, dtype: mx.Dtype) -> None:
-    """One `QuantizedWeight` for the group, and a layer over its rows for each member."""
-    whole = loader.weight(group)
+def _place_dense(
+    file: GGUFFile,
+    model: nn.Module,
+    weight: WeightPlan,
+    dtype: mx.Dtype,
+    left: int,
+    account: Account,
+) -> int:
+    """A weight in ``dtype``, or in the mapped file if that is more than the ``left`` bytes.
+
+    Returns:
+        the bytes that it takes in memory.
+    """
+    parent, name = parent_of(model, weight.module)
+    nbytes = math.prod(weight.shape) * dtype.size
+    dense = weight.dense or nbytes <= left
+    with account.time("dequantize"):
+        made = make_module(file, weight, dtype, getattr(parent, name), dense=dense)
+        setattr(parent, name, made)
+        mx.eval(made if isinstance(made, mx.array) else made.parameters())
+    return nbytes if dense else 0
+
+
+def _place_quantized(
+    loader: StreamLoader, model: nn.Module, group: Group, after: Group | None, dtype: mx.Dtype
+) -> None:
+    """One `QuantizedWeight` for the group, and a layer over its rows for each member.
+
+    Args:
+        after: the group that is placed next.
+    """
+    whole = loader.weight(group, after)
     for i, weight in enumerate(group.weights):
         parent, name = parent_of(model, weight.module)
         if isinstance(getattr(parent, name), nn.Embedding):

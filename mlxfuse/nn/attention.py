@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -13,10 +14,11 @@ from mlx_lm.models.base import scaled_dot_product_attention
 from ..kernels import Backend
 from ..kernels.kv.sdpa_call import Scores
 from .fused import Form, FusedModule, Run, plus, project, rounded, split
+from .kv.quantized import attend, attends
 from .norm import Given, floats
 from .projection import Projection
 from .rotation import Rotation, position
-from .sdpa import sdpa
+from .sdpa import capped_sdpa
 
 
 @dataclass
@@ -24,17 +26,20 @@ class AttentionForm(Form):
     """The variant of attention that a module has, and what is fused of it.
 
     linears          names of q, k and v, or of the one that is all of them; of q and k where values
-                     are the keys' product, of q where keys and values are another layer's.
+                     are the keys' product, of q where keys and values are another layer's; after
+                     them that of the gate, if it has a linear of its own.
     output           name of o.
     rows             of each product.
     heads, kv_heads  how many there are of each.
     norms            names of q's and k's norm, or empty.
     norm             where they act: on each ``head``, on the whole ``width``, or on each head
-                     when it is ``rotated``.
+                     when it is ``rotated``; or ``plain``, on each head without weights.
     rope             name of the rotary embedding, or empty.
     softcap          scores go through ``softcap * tanh(scores / softcap)``, unless it is 0.
     sinks            name of the attention sinks, or empty.
     gated            each head of q is followed by a gate, whose sigmoid multiplies its result.
+    eps, q_scale     of plain norms, and what q is multiplied by behind its own.
+    widened          types of queries that are cast to float32 for MLX's own attention.
     values_norm      name of the norm of values, or empty.
     shares           it is a `FusedSharedAttention`.
     scaled           it is a `FusedScaledAttention`.
@@ -60,6 +65,9 @@ class AttentionForm(Form):
     shares: bool = False
     read: bool = False
     scaled: bool = False
+    eps: float = 0.0
+    q_scale: float = 1.0
+    widened: tuple[mx.Dtype, ...] = ()
     qkv: Projection | None = None
     o: Projection | None = None
     rotation: Rotation | None = None
@@ -128,16 +136,16 @@ class FusedAttention(FusedModule):
     def enter(self, run: Run, x: Given, offset: int | mx.array) -> tuple[mx.array, ...]:
         """x [B, L, hidden_size] -> q, k, v and any gate, [B, heads, L, D], normed and rotated."""
         form = self._fused
-        queries, keys, values = self._projected(x, run.on)
-        gate: tuple[mx.array, ...] = ()
+        queries, keys, values, *gates = self._projected(x, run.on)
         if form.gated:
             heads = queries.reshape(*queries.shape[:2], form.heads, -1)
-            queries, gates = mx.split(heads, 2, axis=-1)
-            queries, gate = queries.flatten(2), (gates.transpose(0, 2, 1, 3),)
+            queries, gate = mx.split(heads, 2, axis=-1)
+            queries, gates = queries.flatten(2), [gate]
         rotated = None if form.rotation is None else form.rotation(queries, keys, offset, run.on)
         queries, keys = rotated or self._rotated(queries, keys, offset)
         values = values.reshape(*values.shape[:2], form.kv_heads, -1).transpose(0, 2, 1, 3)
-        return queries, keys, values, *gate
+        gates = [g.reshape(*g.shape[:2], form.heads, -1).transpose(0, 2, 1, 3) for g in gates]
+        return queries, keys, values, *gates
 
     def leave(self, run: Run, output: mx.array, residual: mx.array | None = None) -> mx.array:
         """What `attend` gives -> [B, L, hidden_size], with ``residual`` added."""
@@ -168,6 +176,9 @@ class FusedAttention(FusedModule):
         keys = keys.reshape(*keys.shape[:2], form.kv_heads, -1)
         if form.norm == "head":
             queries, keys = self[form.norms[0]](queries), self[form.norms[1]](keys)
+        elif form.norm == "plain":
+            queries = mx.fast.rms_norm(queries, None, form.eps) * form.q_scale
+            keys = mx.fast.rms_norm(keys, None, form.eps)
         queries, keys = queries.transpose(0, 2, 1, 3), keys.transpose(0, 2, 1, 3)
         if form.rope:
             rope = self[form.rope]
@@ -182,7 +193,7 @@ class FusedAttention(FusedModule):
         """What `enter` gives -> [B, heads, L, D]; this part changes with every token."""
         queries, keys, values, *gate = heads
         output = self._attend(queries, keys, values, mask, cache)
-        return output * mx.sigmoid(gate[0]) if gate else output
+        return gated(output, gate[0]) if gate else output
 
     def _attend(
         self,
@@ -194,21 +205,26 @@ class FusedAttention(FusedModule):
     ) -> mx.array:
         form = self._fused
         sinks = self[form.sinks] if form.sinks else None
-        if hasattr(cache, "attend"):
-            output: mx.array = cache.attend(
-                queries,
-                keys,
-                values,
-                Scores.of(mask, form.scale, form.softcap or None, sinks),
-            )
-            return output
+        if attends(cache):
+            scores = Scores.of(mask, form.scale, form.softcap or None, sinks)
+            return attend(queries, keys, values, cache, scores)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
         if form.softcap:
-            return sdpa(queries, keys, values, scale=form.scale, mask=mask, softcap=form.softcap)
+            how: Any = {"scale": form.scale, "mask": mask, "softcap": form.softcap}
+            return capped_sdpa(queries, keys, values, cache, **how)
+        dtype = queries.dtype
+        if dtype in form.widened:
+            queries = queries.astype(mx.float32)
         return scaled_dot_product_attention(
             queries, keys, values, cache=cache, scale=form.scale, mask=mask, sinks=sinks
-        )
+        ).astype(dtype)
+
+
+@partial(mx.compile, shapeless=True)
+def gated(output: mx.array, gate: mx.array) -> mx.array:
+    """What attention gives, times the sigmoid of its gate, in one dispatch."""
+    return output * mx.sigmoid(gate)
 
 
 def scaled(heads: Sequence[mx.array], scale: mx.array | None) -> Sequence[mx.array]:
@@ -263,7 +279,7 @@ class FusedSharedAttention(FusedAttention):
         queries, *both = self.part(entering, self.enter, self.children_read, x, place)
         keys, values = both if shared_kv is None else shared_kv
         kept = None
-        if own and hasattr(cache, "attend") and not form.read:
+        if own and attends(cache) and not form.read:
             output = self._attend(queries, keys, values, mask, cache)
         else:
             if cache is not None:

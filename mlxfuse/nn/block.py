@@ -23,23 +23,25 @@ READERS = FusedAttention | FusedDeltaNet | FusedMLP | FusedMoE | FusedExperts
 class BlockForm(Form):
     """A decoder layer that norms, mixes and adds, then norms, multiplies and adds.
 
-    norms          names of both.
+    norms          names of both; of one, if it is a `FusedParallelBlock`.
     mixer          name of the attention or of what is in its place.
     mlp            name of the MLP or of what is in its place.
     keywords       whether the mixer gets mask and cache by name.
     mixer_adds     whether the mixer is a `FusedAttention` whose o adds the residual.
     mlp_adds       whether the MLP is a `FusedMLP` whose down adds the residual.
     scaled         it is a `FusedScaledBlock`.
+    parallel       it is a `FusedParallelBlock`.
     second         the first addition together with the second norm.
     int8           its norms and last linears, by path, that give or take int8 activations; the
                    latter say so themselves too.
     """
 
-    norms: tuple[str, str]
+    norms: tuple[str, ...]
     mixer: str
     mlp: str
     keywords: bool = False
     scaled: bool = False
+    parallel: bool = False
     mixer_adds: bool = False
     mlp_adds: bool = False
     second: FusedNorm | None = None
@@ -199,3 +201,39 @@ class FusedScaledBlock(FusedBlock):
             own: mx.array = form.original.__call__(self, x, attn_scale, mask, cache)
             return own
         return self._attended(run, x, mask, cache, attn_scale)
+
+
+class FusedParallelBlock(FusedBlock):
+    """A layer that adds what attention and MLP give of one norm: both add, one after the other.
+
+    mlx-lm's code adds the two to each other first.
+    """
+
+    def __call__(
+        self, x: mx.array, mask: mx.array | str | None = None, cache: Any = None
+    ) -> mx.array:
+        """x [B, L, hidden_size] -> the same shape."""
+        form, run = self._fused, Run.of(x)
+        mixer, mlp = self[form.mixer], self[form.mlp]
+        adds = self._adds(mixer, form.mixer_adds, run) and self._adds(mlp, form.mlp_adds, run)
+        if not adds or not self.fusible(run.on):
+            own: mx.array = form.original.__call__(self, x, mask, cache)
+            return own
+        *heads, normed = self.part(
+            mixer.entering(run), self.enter, self.children_read, x, mixer.place(run, cache)
+        )
+        output = mixer.attend(heads, mask, cache)
+        found: mx.array = self.part(run, self.leave, self.children_read, output, x, normed)
+        return found
+
+    def enter(self, run: Run, x: mx.array, place: int | mx.array) -> tuple[mx.array, ...]:
+        form = self._fused
+        normed = self[form.norms[0]](x)
+        return *self[form.mixer].enter(run, normed, place), normed
+
+    def leave(  # type: ignore[override]
+        self, run: Run, output: mx.array, x: mx.array, normed: mx.array
+    ) -> mx.array:
+        form = self._fused
+        y: mx.array = self[form.mlp].whole(run, normed, self[form.mixer].leave(run, output, x))
+        return y

@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from ..kernels import Backend, backend, fallbacks
 from ..kernels.activations import Int8Activations
-from ..kernels.matmul.product import MAX_BATCH
+from ..kernels.matmul.shapes import MAX_BATCH
 from ..kernels.norm.quantize_int8 import quantize_int8
 from .kept_graph import Piece
 from .norm import FusedNorm, Given, Normed, floats

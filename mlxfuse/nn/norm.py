@@ -66,7 +66,8 @@ class FusedNorm:
         x: mx.array,
         residual: mx.array | None = None,
         outputs: Collection[str] = ("y",),
-        post: FusedNorm | FusedFactor | None = None,
+        post: Post | float | None = None,
+        others: tuple[mx.array, ...] = (),
     ) -> NormResult:
         """x [..., K] -> its norm, or that of x + residual, or of post(x) + residual; see
         `rms_norm`.
@@ -78,22 +79,23 @@ class FusedNorm:
             residual=residual,
             offset=self._offset,
             outputs=outputs,
-            post=None if post is None else post.before(),
+            post=post,
+            others=others,
         )
 
-    def added(self, x: mx.array, residual: mx.array) -> mx.array:
-        """The norm of x, plus the residual."""
-        return _added(x, residual, self.before())
+    def before(self, factor: mx.array | None = None) -> Post:
+        """What `rms_norm` is told where this norm precedes its addition.
 
-    def before(self) -> Post:
-        """What `rms_norm` is told where this norm precedes its addition."""
-        return Post(self._norm.weight, self._eps, self._offset)
+        Args:
+            factor: ``[1]``, multiplies the sum.
+        """
+        return Post(self._norm.weight, self._eps, self._offset, factor)
 
     def normed(
         self,
         x: mx.array,
         residual: mx.array | None = None,
-        post: FusedNorm | FusedFactor | None = None,
+        post: Post | float | None = None,
     ) -> tuple[mx.array, Normed]:
         """x, or its sum with the residual, and the norm of that as floats and codes."""
         found = self(x, residual, ("y", "int8"), post)
@@ -124,17 +126,14 @@ class FusedFactor:
         """Whether the parent still has these numbers."""
         return self._now() == self._values
 
-    def added(self, x: mx.array, residual: mx.array) -> mx.array:
-        """The product of x and the number, plus the residual."""
-        return _added(x, residual, self.before())
-
-    def before(self) -> float:
+    def before(self, factor: None = None) -> float:
         """What `rms_norm` is told where the product precedes its addition."""
         number, *parts = self._values
         return float(number / parts[0] ** 0.5 if parts else number)
 
 
-def _added(x: mx.array, residual: mx.array, post: Post | float) -> mx.array:
+def added(x: mx.array, residual: mx.array, post: Post | float) -> mx.array:
+    """x normed or multiplied, plus the residual."""
     found = rms_norm(x, None, 0.0, residual=residual, outputs=(), post=post)
     assert found.h is not None
     return found.h

@@ -4,18 +4,19 @@ add it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..env import switched_off
+from ..kernels.norm.rms_norm import Post
 from .attention import FusedAttention
 from .block import READERS, BlockForm, FusedBlock
 from .fused import Run
 from .mlp import FusedMLP
-from .norm import FusedFactor, FusedNorm, Given, Normed, floats
+from .norm import FusedFactor, FusedNorm, Given, Normed, added, floats
 
 
 @dataclass
@@ -24,14 +25,17 @@ class PostNormForm(BlockForm):
 
     ``norms`` of `BlockForm` are empty where a half does not norm its input.
 
-    posts   names of the norms of what the halves give, or empty.
-    gated   of a `FusedGatedPostNormBlock`, names of the gate of what is given for each layer, of
-            the linear behind it, of its norm, of what multiplies the layer, and of the flag that
-            says that there are experts. Its norm is the third of ``after``, if it is there.
-    factor  names of the attributes that tell what multiplies it instead; see `FusedFactor`.
-    clips   sums are clipped in float16, where the layer's own code is run instead.
-    before  the norms of ``norms``, fused; None for those that are not there.
-    after   the norms of ``posts``, fused; or the factor.
+    posts      names of the norms of what the halves give, or empty.
+    gated      of a `FusedGatedPostNormBlock`, names of the gate of what is given for each layer,
+               of the linear behind it, of its norm, of what multiplies the layer, and of the flag
+               that says that there are experts. Its norm is the third of ``after``, if it is there.
+    factor     names of the attributes that tell what multiplies it instead; see `FusedFactor`.
+    clips      sums are clipped in float16, where the layer's own code is run instead.
+    before     the norms of ``norms``, fused; None for those that are not there.
+    after      the norms of ``posts``, fused; or the factor.
+    following  the next layer of the same kind, whose first norm is given along with the result.
+    given      by the layer before: the result, and its norm. That layer cannot know who gets its
+               result, so the norm is used by a layer that gets that very array, and by no other.
     """
 
     posts: tuple[str, str] = ("", "")
@@ -40,6 +44,8 @@ class PostNormForm(BlockForm):
     clips: bool = False
     before: tuple[FusedNorm | None, ...] = ()
     after: tuple[FusedNorm | FusedFactor, ...] = ()
+    following: nn.Module | None = field(default=None, repr=False, compare=False)
+    given: tuple[mx.array, mx.array] | None = field(default=None, repr=False, compare=False)
     pieces = ("before", "after")
 
     def norms_hold(self) -> bool:
@@ -56,33 +62,41 @@ class FusedPostNormBlock(FusedBlock):
     ) -> mx.array:
         """x [B, L, hidden_size] -> the same shape."""
         form = self._fused
-        run = Run.of(x)
+        run, given = Run.of(x), self._given(x)
         clipped = form.clips and x.dtype == mx.float16
         if clipped or not self.fusible(run.on) or not form.norms_hold():
             own: mx.array = form.original.__call__(self, x, mask, cache)
             return own
         if form.int8 and not switched_off("int8"):
-            run = run._replace(rounds=True)
+            run, given = run._replace(rounds=True), None
         mixer, mlp = self[form.mixer], self[form.mlp]
         if isinstance(mixer, FusedAttention) and mixer.holds(run.on, counted=False):
-            heads = self.part(
-                mixer.entering(run), self.enter, self.children_read, x, mixer.place(run, cache)
-            )
+            entering, place = mixer.entering(run), mixer.place(run, cache)
+            if given is None:
+                heads = self.part(entering, self.enter, self.children_read, x, place)
+            else:
+                heads = mixer.part(entering, mixer.enter, mixer.children_read, given, place)
             output = mixer.attend(heads, mask, cache)
             if isinstance(mlp, FusedMLP) and mlp.holds(run.on, counted=False):
-                return self.part(run, self.leave, self.children_read, output, x)
+                return self._give(self.part(run, self.finish, self.children_read, output, x))
             h, normed = self.part(run, self.between, self.children_read, output, x)
         else:
-            r = mixer(self._plain(0, x), mask, cache)
+            r = mixer(self._plain(0, x) if given is None else given, mask, cache)
             h, normed = self.part(run, self.add_norm, self.children_read, r, x)
         y = mlp(normed if isinstance(mlp, READERS) else floats(normed))
-        return self.part(run, self.add_last, self.children_read, y, h)
+        return self._give(self.part(run, self.add_last, self.children_read, y, h))
 
     def children_read(self) -> list[tuple[nn.Module, str]]:
+        form = self._fused
         own = [(parent, name) for parent, name in super().children_read() if name]
-        return [*own, *((self, name) for name in self._fused.posts if name)]
+        posts = [(self, name) for name in form.posts if name]
+        following = form.following
+        if isinstance(following, FusedPostNormBlock) and following._fused.norms[0]:
+            posts.append((following, following._fused.norms[0]))
+        return [*own, *posts]
 
-    def leave(self, run: Run, output: mx.array, x: mx.array) -> mx.array:
+    def finish(self, run: Run, output: mx.array, x: mx.array) -> tuple[mx.array, ...]:
+        """All that comes after attention."""
         h, normed = self.between(run, output, x)
         return self.add_last(run, self[self._fused.mlp].whole(run, normed), h)
 
@@ -96,17 +110,47 @@ class FusedPostNormBlock(FusedBlock):
     ) -> tuple[mx.array, mx.array | Normed]:
         """h, which is x normed or multiplied with the residual, and what the MLP gets."""
         assert residual is not None
-        norm, post = self._fused.before[1], self._fused.after[0]
+        norm, post = self._fused.before[1], self._fused.after[0].before()
         rounding = self._rounding(1, run)
         if rounding is not None:
             return rounding.normed(x, residual, post)
         if norm is None:
-            h = post.added(x, residual)
+            h = added(x, residual, post)
             return h, h
         found = norm(x, residual, post=post)
         assert found.h is not None
         assert found.y is not None
         return found.h, Normed(found.y) if run.rounds else found.y
+
+    def add_last(self, run: Run, y: mx.array, h: mx.array) -> tuple[mx.array, ...]:
+        """h with what the MLP gives, normed or multiplied; and its norm for the next layer."""
+        return self._ended(run, y, h, self._fused.after[1].before())
+
+    def _ended(
+        self, run: Run, y: mx.array, h: mx.array, post: Post | float
+    ) -> tuple[mx.array, ...]:
+        following = self._fused.following
+        norm = None
+        if isinstance(following, FusedPostNormBlock) and not run.rounds:
+            norm = following._fused.before[0] if following._fused.before else None
+        if norm is None or not norm.holds():
+            return (added(y, h, post),)
+        found = norm(y, h, post=post)
+        assert found.h is not None
+        assert found.y is not None
+        return found.h, found.y
+
+    def _give(self, ended: tuple[mx.array, ...]) -> mx.array:
+        """The layer's result; its norm, if it is there, is handed to the next layer."""
+        following = self._fused.following
+        if len(ended) == 2 and isinstance(following, FusedPostNormBlock):
+            following._fused.given = ended[0], ended[1]
+        return ended[0]
+
+    def _given(self, x: mx.array) -> mx.array | None:
+        """The norm of x, if the layer before has given it."""
+        given, self._fused.given = self._fused.given, None
+        return given[1] if given is not None and given[0] is x else None
 
     def _for_one(self, which: int, run: Run, x: mx.array) -> Given:
         if self._rounding(which, run) is not None:
@@ -121,10 +165,6 @@ class FusedPostNormBlock(FusedBlock):
         y = norm(x).y
         assert y is not None
         return y
-
-    def add_last(self, run: Run, y: mx.array, h: mx.array) -> mx.array:
-        """h with what the MLP gives, normed or multiplied."""
-        return self._fused.after[1].added(y, h)
 
 
 class FusedGatedPostNormBlock(FusedPostNormBlock):
@@ -145,7 +185,7 @@ class FusedGatedPostNormBlock(FusedPostNormBlock):
             per_layer_input: ``[B, L, size]``, is multiplied by a gate, and added.
         """
         form = self._fused
-        run = Run.of(x)
+        run, given = Run.of(x), self._given(x)
         *gate, norm, scalar, experts = (getattr(self, name) for name in form.gated)
         alike = (norm is not None) == (len(form.after) == 3) and not experts
         if not alike or not self.fusible(run.on) or not form.norms_hold():
@@ -154,12 +194,38 @@ class FusedGatedPostNormBlock(FusedPostNormBlock):
             )
             return own
         r, shared_kv, offset = self[form.mixer](
-            self._plain(0, x), mask, cache, shared_kv=shared_kv, offset=offset
+            self._plain(0, x) if given is None else given,
+            *(mask, cache),
+            shared_kv=shared_kv,
+            offset=offset,
         )
         h, normed = self.part(run, self.add_norm, self.children_read, r, x)
-        h = self.part(run, self.add_last, self.children_read, self[form.mlp](normed), h)
+        y, last = self[form.mlp](normed), self.multiply_last
         if None not in (*gate, norm) and per_layer_input is not None:
+            h = added(y, h, form.after[1].before())
             enter, leave = gate
             y = leave(mx.multiply(nn.gelu_approx(enter(h)), per_layer_input))
-            h = form.after[2].added(y, h)
-        return (h if scalar is None else h * scalar), shared_kv, offset
+            last = self.multiply_input
+        arrays = (y, h) if scalar is None else (y, h, scalar)
+        return self._give(self.part(run, last, self.children_read, *arrays)), shared_kv, offset
+
+    def multiply_last(
+        self, run: Run, y: mx.array, h: mx.array, *scalar: mx.array
+    ) -> tuple[mx.array, ...]:
+        """`add_last`, times what multiplies the layer."""
+        return self._multiplied(run, y, h, 1, *scalar)
+
+    def multiply_input(
+        self, run: Run, y: mx.array, h: mx.array, *scalar: mx.array
+    ) -> tuple[mx.array, ...]:
+        """`multiply_last` where y is of the layer's own input."""
+        return self._multiplied(run, y, h, 2, *scalar)
+
+    def _multiplied(
+        self, run: Run, y: mx.array, h: mx.array, which: int, scalar: mx.array | None = None
+    ) -> tuple[mx.array, ...]:
+        norm = self._fused.after[which]
+        assert isinstance(norm, FusedNorm)
+        if scalar is None or scalar.shape == (1,):
+            return self._ended(run, y, h, norm.before(scalar))
+        return (added(y, h, norm.before()) * scalar,)

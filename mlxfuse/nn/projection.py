@@ -12,8 +12,9 @@ import mlx.nn as nn
 from ..kernels import Backend, Prepared
 from ..kernels.activations import Int8Activations
 from ..kernels.matmul.int8_matmul import int8_matmul, unsupported
-from ..kernels.matmul.product import MAX_BATCH, MAX_VECTOR_ROWS, Epilogue, Experts
+from ..kernels.matmul.product import MAX_BATCHED_ROWS, Epilogue, Experts
 from ..kernels.matmul.quantized_matmul import prepare, quantized_matmul
+from ..kernels.matmul.shapes import MAX_BATCH
 from ..kernels.norm.quantize_int8 import quantize_int8
 from ..kernels.weight import AffineSegment, QuantizedWeight, type_name
 from .activations import GATED, PLAIN
@@ -110,7 +111,7 @@ class KernelProjection(Projection):
         reason = None
         ids = None if experts is None else experts.ids
         # Not for prompts, which have lengths of every kind.
-        if on.prepares and x.size <= MAX_VECTOR_ROWS * x.shape[-1]:
+        if on.prepares and x.size <= MAX_BATCHED_ROWS * x.shape[-1]:
             scores = None if experts is None else experts.scores
             free = [a for a in (x, epilogue.residual, ids, scores) if a is not None]
             key = (epilogue.activation, split, *[(a.shape, a.dtype) for a in free])

@@ -8,7 +8,7 @@ import json
 import socket
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -64,14 +64,13 @@ class Gate:
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         host = headers.get("host", "")
-        name = urlsplit(f"//{host}").hostname if host else None
-        if host and not self._ours(name or ""):
+        if host and not self._ours(_split(f"//{host}").hostname or ""):
             raise RequestError(
                 f"Host: {host[:100]!r} is not a name of this server; use its address, or localhost",
                 status=403,
             )
         origin = headers.get("origin")
-        same = origin is not None and urlsplit(origin).netloc == host
+        same = origin is not None and _split(origin).netloc == host
         if origin is not None and not same and not {origin, "*"} & set(self._origins):
             raise RequestError(
                 f"web pages of {origin[:100]!r} may not call this server; --cors-origin allows it",
@@ -108,6 +107,14 @@ class Gate:
         headers.append((b"content-length", str(len(body)).encode()))
         await send({"type": "http.response.start", "status": error.status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
+
+
+def _split(url: str) -> SplitResult:
+    """Its parts; those of no address where it is none."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
 
 
 def _too_long() -> RequestError:

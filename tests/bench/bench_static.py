@@ -13,9 +13,8 @@ The first table is of programs, ours and MLX's own where they compile on the ben
 The second is of attention at real lengths: threadgroups, and how often over the cores of GPUs with
 10, 20, 40 and 80 cores are filled, and rows computed over rows wanted.
 
-Limits of a GPU core: 208 KiB of registers, some 60 KiB of threadgroup memory and 3,072 threads
-(github.com/philipturner/metal-benchmarks, measured on M1 and M2, not Apple's figures); later GPUs
-share one memory among the three. ``--golden`` writes what `test_static.py` compares with.
+``--golden`` writes what `mlxfuse bench kernels --report` puts beside a Mac's times, and
+`test_static.py` compares with; a text that has not changed is not read again.
 """
 
 from __future__ import annotations
@@ -25,18 +24,19 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlxfuse.bench.cases import SMALL, cases
+from mlxfuse.bench.cases import Sizes, cases
+from mlxfuse.bench.static import TABLE, digest, resident
+from mlxfuse.files import write_text
 from mlxfuse.formats import BY_NAME, Format
 from mlxfuse.kernels.kv.compressed_sdpa import compressed_sdpa
 from mlxfuse.kernels.kv.scheme import KVScheme, KVSide
 from mlxfuse.kernels.kv.sdpa_call import Scores
-from mlxfuse.kernels.matmul.product import Epilogue
-from mlxfuse.kernels.matmul.quantized_matmul import quantized_matmul
+from mlxfuse.kernels.matmul.product import Call, Epilogue
+from mlxfuse.kernels.matmul.quantized_matmul import KERNEL
 from mlxfuse.kernels.runtime import kernel as _kernel
 from mlxfuse.kernels.runtime.kernel import Launch
 from mlxfuse.kernels.runtime.self_test import calls
@@ -47,12 +47,12 @@ from tests.kernels.variants import capture, segment
 from tests.msl import mlx_kernels
 from tests.msl.registers import registers
 
-GOLDEN = Path(__file__).with_name("static.json")
 CORES = (10, 20, 40, 80)
-REGISTER_FILE, THREADGROUP_MEMORY, THREADS = 208 << 10, 60 << 10, 3072
 HALF = mx.float16
 GOLDEN_FORMATS = ("Q4_K", "MXFP4")
 _DIMS = (64, 128, 256, 512)
+REPORTED = Sizes(((32, 4096),), (64, 8, 16, 512), (32, 8, 128), (96,), (1, 4, 33), 0)
+"""As small as they can be to run the programs of the sizes that `mlxfuse bench kernels` has."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,6 @@ def threadgroups(launch: Launch) -> int:
     return math.prod(-(-g // t) for g, t in zip(launch.grid, launch.threadgroup, strict=True))
 
 
-def resident(used: int, memory: int, threads: int) -> int:
-    """Threads that a GPU core holds at once, of threadgroups of ``threads``."""
-    groups = min(
-        REGISTER_FILE // (4 * used * threads),
-        THREADGROUP_MEMORY // memory if memory else THREADS,
-        THREADS // threads,
-    )
-    return threads * groups
-
-
 def attention(
     rows: int,
     dim: int = 128,
@@ -94,7 +84,7 @@ def attention(
     kv_heads: int = 1,
 ) -> Launch:
     """A decoded token's, with first and last tokens; ``rows`` queries share a KV head."""
-    scheme = KVScheme(*(KVSide(dim, b, 64, rotate=True) for b in (8, 4)), HALF)
+    scheme = KVScheme(*(KVSide(dim, b, 64, rotate=True) for b in bits), HALF)
     heads = min(rows, 16)
     queries = rows // heads
     new = mx.zeros((1, kv_heads, queries, dim), HALF)
@@ -114,24 +104,22 @@ def attention(
     return launch
 
 
-def product(name: str, rows: int, *, gated: bool = False) -> Launch:
+def product(name: str, rows: int, *, gated: bool = False, variant: str = "") -> Launch:
     """``rows`` rows of x times a weight; gate and up at once where ``gated``."""
     parts = [Part(segment(name, 32, 512), 0, 32) for _ in range(1 + gated)]
-    ((kernel, arguments),) = calls(
-        lambda: quantized_matmul(
-            mx.zeros((rows, 512), HALF),
-            QuantizedWeight(tuple(parts)),
-            Epilogue(activation="swiglu" if gated else None),
-        )
+    call = Call(
+        mx.zeros((rows, 512), HALF),
+        QuantizedWeight(tuple(parts)),
+        Epilogue(activation="swiglu" if gated else None),
+        variant=variant,
     )
-    launch: Launch = kernel.launch(*arguments)
-    return launch
+    return KERNEL.launch(call)
 
 
 def programs(formats: list[Format]) -> Iterator[tuple[str, Launch]]:
     """Each program of `bench kernels`, and what its sizes leave out."""
     seen = set()
-    for case in cases(SMALL, formats):
+    for case in cases(REPORTED, formats):
         for kernel, arguments in calls(case.ours[0]):
             for launch in kernel.launch(*arguments).chain():
                 key = launch.program, launch.template
@@ -144,6 +132,11 @@ def programs(formats: list[Format]) -> Iterator[tuple[str, Launch]]:
             yield f"quantized_matmul {format.name} batch of {rows}", product(format.name, rows)
             gated = product(format.name, rows, gated=True)
             yield f"quantized_matmul {format.name} swiglu batch of {rows}", gated
+        for rows, columns in ((16, 32), (64, 64), (128, 64), (192, 32)):
+            name = f"quantized_matmul {format.name} tiles of {rows} x {columns}"
+            yield name, product(format.name, rows, variant=f"tiles{columns}")
+        gated = product(format.name, 64, gated=True, variant="tiles64")
+        yield f"quantized_matmul {format.name} swiglu tiles of 64 x 64", gated
     for dim in _DIMS:
         for rows in (1, 4, 8, 32):
             yield f"compressed_sdpa k8v4 {dim} rows {rows}", attention(rows, dim)
@@ -227,23 +220,48 @@ def print_launches() -> None:
             print(f"| {rows} rows, {tokens} tokens | {groups} | {' | '.join(waves)} |")
 
 
-def golden() -> dict[str, dict[str, Any]]:
-    """Of the programs that the test looks at: name -> figures."""
-    chosen = [f for f in BY_NAME.values() if f.name in GOLDEN_FORMATS]
-    found = {name: asdict(figures(launch)) for name, launch in programs(chosen)}
-    return {name: {k: v for k, v in f.items() if v is not None} for name, f in found.items()}
+Table = dict[str, dict[str, Any]]
+
+
+def golden(before: Table, formats: list[Format]) -> Table:
+    """The table anew: name -> figures, and the digest of the text that they were read off.
+
+    Args:
+        before: the table so far; what was read off a text that is still the same stays.
+        formats: what is read anew where its text changed; of others, what was there stays.
+    """
+    every = dict(programs([f for f in BY_NAME.values() if f.kernel]))
+    wanted = {name for name, _ in programs(formats)}
+    found = {}
+    for name, launch in every.items():
+        row = before.get(name, {})
+        if row.get("text") != digest(launch) and name in wanted:
+            print(name, flush=True)
+            read = asdict(figures(launch))
+            rounded = {k: round(v, 3) for k, v in read.items() if v is not None}
+            row = {"text": digest(launch), **rounded}
+        if row:
+            found[name] = row
+    return found
+
+
+def write(table: Table) -> None:
+    """One line for each program."""
+    lines = (f"{json.dumps(k)}: {json.dumps(v, sort_keys=True)}" for k, v in sorted(table.items()))
+    write_text(TABLE, "{\n" + ",\n".join(lines) + "\n}\n", 0o644)
 
 
 def _main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("formats", nargs="*", metavar="FORMAT")
-    parser.add_argument("--golden", action="store_true", help=f"write {GOLDEN.name}")
+    parser.add_argument("--golden", action="store_true", help=f"write {TABLE.name}")
     arguments = parser.parse_args()
-    if arguments.golden:
-        GOLDEN.write_text(json.dumps(golden(), indent=0, sort_keys=True) + "\n", encoding="utf-8")
-        return
     wanted = arguments.formats or [f.name for f in BY_NAME.values() if f.kernel]
-    print_programs([BY_NAME[name] for name in wanted])
+    formats = [BY_NAME[name] for name in wanted]
+    if arguments.golden:
+        write(golden(json.loads(TABLE.read_text("utf-8")), formats))
+        return
+    print_programs(formats)
     print()
     print_launches()
 

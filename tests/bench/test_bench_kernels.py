@@ -1,5 +1,6 @@
 """`mlxfuse bench kernels`: what is timed beside what, and that a floor has the kernel's loads."""
 
+import json
 from dataclasses import replace
 from functools import partial
 
@@ -7,10 +8,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxfuse.bench import cases, kernels, output
+from mlxfuse.bench import cases, kernels, output, static
 from mlxfuse.bench.cases import SMALL
 from mlxfuse.bench.floor import floor
-from mlxfuse.errors import KernelError
 from mlxfuse.formats import BY_NAME
 from mlxfuse.kernels.matmul.dequantize import dequantize
 from mlxfuse.kernels.matmul.int8_matmul import int8_matmul
@@ -22,6 +22,7 @@ from mlxfuse.kernels.runtime.source import metal_dir
 from mlxfuse.kernels.weight import QuantizedWeight
 
 from .. import msl
+from ..cli.test_cli import invoke
 from ..kernels.variants import MLX, NAMES, capture, segment
 from ..msl.instructions import largest_loop
 
@@ -139,8 +140,10 @@ def test_a_row(monkeypatch):
         clock.now += 8e-6
         return mx.zeros(1)
 
-    row = kernels.measure(replace(case, mlx=[mlx]), 2, clock=clock)
-    assert clock.turns == ["kernel", "floor", "mlx"] * 2 + ["mlx", "floor", "kernel"]
+    row, failure = kernels.measure(replace(case, mlx=[mlx]), 2, clock=clock)
+    turns = ["kernel", "kernel", "floor", "mlx", "kernel", "floor", "mlx"]
+    assert clock.turns == [*turns, "mlx", "floor", "kernel"]
+    assert (failure, row["first_ms"]) == ("", pytest.approx(4e-3))
     # 16 x 512 weights of 4.5 bits, 512 float16 of x, 9 numbers of sizes, 16 float16 of y.
     assert row["bytes"] == 16 * 512 * 9 // 16 + 1024 + 36 + 32
     assert (row["median_ns"], row["floor_ns"]) == (pytest.approx(4000), pytest.approx(2000))
@@ -160,14 +163,15 @@ def test_a_row(monkeypatch):
 def test_every_kernel_is_right_before_it_is_timed(name, monkeypatch):
     case = next(c for (k, _), c in TABLE if k.name == name or name in c.name)
     with msl.installed(build="fast"):
-        row = kernels.measure(case, 1, emulated=True)
+        row, _ = kernels.measure(case, 1, emulated=True)
         assert row["median_ns"] > 0
         assert (row["floor_ns"] or 0) > 0 or name == "17 rows"
         real = _kernel.run
         wrong = partial(map, lambda y: y ^ 1 if mx.issubdtype(y.dtype, mx.integer) else y * 1.1)
         monkeypatch.setattr(_kernel, "run", lambda *a, **k: list(wrong(real(*a, **k))))
-        with pytest.raises(KernelError, match=r"is not timed: (largest error|100.0% of the words)"):
-            kernels.measure(case, 1, emulated=True)
+        row, failure = kernels.measure(case, 1, emulated=True)
+        assert "median_ns" not in row
+        assert failure.startswith(("largest error", "100.0% of the words"))
 
 
 def test_the_table_has_every_kernel_in_every_format():
@@ -225,23 +229,91 @@ def test_arrays_are_read_again_only_when_caches_have_forgotten_them():
     assert all(mx.array_equal(a, arrays[0]) for a in arrays)
 
 
+MESSAGES = """[metal::Device] Unable to build metal library from source
+program_source:7:3: warning: unused variable 'a'
+program_source:9:3: error: no member named 'b' in 'c'
+"""
+
+
+def test_a_report_has_the_figures_the_messages_and_what_is_wrong(tmp_path, monkeypatch):
+    """One kernel that Metal refuses does not keep the others from being timed."""
+    table = [case for _, case in TABLE if case.name in ("Q4_0 16x512, 1 row", "Q4_0 16x512")]
+    for name, stand_in in {
+        "on_device": lambda what: None,
+        "environment": lambda: ENVIRONMENT,
+        "cases": lambda sizes: table,
+        "_times": lambda *_: {**TIMES, "floor_ratio": 1.3},
+    }.items():
+        monkeypatch.setattr(kernels, name, stand_in)
+    real = self_test.compare
+    monkeypatch.setattr(self_test, "compare", lambda *a, **k: "")
+
+    def run(launch, *, emulated=False):
+        if launch.program.op == "dequantize":
+            raise RuntimeError(MESSAGES)
+        return launch.blank()
+
+    monkeypatch.setattr(_kernel, "run", run)
+    monkeypatch.setattr(static, "table", lambda: {})
+    result = invoke("bench", "kernels", "--report", tmp_path / "report.json", "-r", "1")
+    assert result.exit_code != 0
+    assert "1 kernels do not compile or are wrong" in result.stderr
+    found = json.loads((tmp_path / "report.json").read_text())
+    (refused,), rows = found["refused"], found["rows"]
+    assert (refused["kernel"], refused["failure"]) == ("dequantize", MESSAGES.strip())
+    assert {r["kernel"] for r in rows} == {"quantized_matmul"}
+    assert rows[0]["estimate"] == "no figures of this text"
+    assert "is not timed: [metal::Device] Unable to build" in result.stdout
+    (recorded,) = self_test.calls(table[0].ours[0])
+    assert (
+        real(*recorded, emulated=False) == "program_source:9:3: error: no member named 'b' in 'c'"
+    )
+
+
+FIGURES = {
+    **{"program": "p", "text": "0", "registers": 40, "memory": 0, "threads": 64},
+    **{"stack": 0, "spilled": 0, "loads": 1.0, "stores": 1.0, "barriers": 0.0, "table_loads": 0.0},
+    "resident": 1024,
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "ratio", "estimate"),
+    [
+        ({}, 1.1, "as its figures say"),
+        ({}, 1.2, "SLOWER than its figures explain"),
+        ({"spilled": 84}, 1.2, "slow, as its figures say: 84 bytes spilled"),
+        ({"spilled": 84}, 1.0, "faster than its figures: 84 bytes spilled"),
+        ({"resident": 256}, 1.2, "slow, as its figures say: 256 threads to a core"),
+        ({"stores": 4.0}, None, "no floor to compare with; figures: 4 times the fewest pieces st"),
+        ({"program": None}, 1.0, "no figures of this text"),
+    ],
+)
+def test_what_a_time_says_of_the_figures(changed, ratio, estimate):
+    assert static.judge([FIGURES, {**FIGURES, **changed}], ratio).startswith(estimate)
+
+
+ENVIRONMENT = {
+    **{"device": {"name": "Apple M9", "kind": "metal"}, "system": "macOS", "date": "today"},
+    **{"mlxfuse": "1", "mlx": "2", "mlx_lm": "3", "bandwidth": 376e9, "thermal": "hot\n"},
+    "kernels": {"source": "abc"},
+}
+TIMES = {"median_ns": 1500.0, "gb_s": 321.04, "floor_ratio": 1.004, "mlx_ratio": None}
+
+
 def test_the_table():
     row = {
-        **{"kernel": "quantized_matmul", "case": "Q4_K", "variant": "rows8", "median_ns": 1500.0},
-        **{"gb_s": 321.04, "share": 0.854, "floor_ratio": 1.004, "mlx_ratio": None},
-        "mlx": "rms_norm",
+        **{"kernel": "quantized_matmul", "case": "Q4_K", "variant": "rows8", "share": 0.854},
+        **{**TIMES, "mlx": "rms_norm", "estimate": "as its figures say"},
     }
-    env = {
-        **{"device": {"name": "Apple M9", "kind": "metal"}, "system": "macOS", "date": "today"},
-        **{"mlxfuse": "1", "mlx": "2", "mlx_lm": "3", "bandwidth": 376e9, "thermal": "hot\n"},
-        "kernels": {"source": "abc"},
-    }
-    lines = output.render({"bench": "kernels", "environment": env, "rows": [row]}, "md")
+    given = {"bench": "kernels", "environment": ENVIRONMENT, "rows": [row]}
+    lines = output.render({**given, "refused": [], "notes": ["a note"]}, "md")
     cells = [c.strip() for c in next(x for x in lines.splitlines() if "Q4_K" in x).split("|")]
     assert cells[1:-1] == [
         *("quantized_matmul", "Q4_K", "rows8", "1.5", "321.0", "85%", "1.00", "", "rms_norm"),
-        "yes",
+        "as its figures say",
     ]
+    assert lines.endswith("\na note")
     assert "thermal: hot\\x0a" in lines
     assert "376.0 GB/s" in lines
     assert "On the CPU" not in lines

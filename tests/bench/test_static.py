@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import mlx.core as mx
 import pytest
 
+from mlxfuse.bench import static
+from mlxfuse.bench.cases import Sizes, cases
 from mlxfuse.formats import BY_NAME
+from mlxfuse.kernels.runtime.self_test import calls
 from tests import msl
 from tests.bench import bench_static
 from tests.msl import ptx
@@ -73,23 +76,86 @@ def test_registers_stack_and_spills_are_seen() -> None:
 
 
 def test_a_core_holds_what_fits() -> None:
-    assert bench_static.resident(32, 0, 64) == 1664 - 1664 % 64
-    assert bench_static.resident(16, 0, 128) == 3072
-    assert bench_static.resident(128, 0, 128) == 384
-    assert bench_static.resident(32, 20 << 10, 128) == 3 * 128
+    assert static.resident(32, 0, 64) == 1664 - 1664 % 64
+    assert static.resident(16, 0, 128) == 3072
+    assert static.resident(128, 0, 128) == 384
+    assert static.resident(32, 20 << 10, 128) == 3 * 128
 
 
-BEFORE = json.loads(bench_static.GOLDEN.read_text("utf-8"))
+BEFORE = json.loads(static.TABLE.read_text("utf-8"))
+CHOSEN = [BY_NAME[name] for name in bench_static.GOLDEN_FORMATS]
+# Of the other formats, whose programs differ in how a unit is decoded.
+OTHERS = re.compile("|".join(f.name for f in BY_NAME.values() if f.kernel and f not in CHOSEN))
 
 
 @pytest.fixture(scope="module")
 def programs():
-    chosen = [f for f in BY_NAME.values() if f.name in bench_static.GOLDEN_FORMATS]
-    return dict(bench_static.programs(chosen))
+    return dict(bench_static.programs([f for f in BY_NAME.values() if f.kernel]))
 
 
-def test_the_table_is_of_the_programs_there_are(programs) -> None:
-    assert sorted(BEFORE) == sorted(programs)
+def _stale(programs, formats) -> list[str]:
+    names = [name for name, _ in bench_static.programs(formats)]
+    return [n for n in names if BEFORE.get(n, {}).get("text") != static.digest(programs[n])]
+
+
+@pytest.mark.parametrize(
+    "formats",
+    [CHOSEN, pytest.param([f for f in BY_NAME.values() if f.kernel], marks=pytest.mark.slow)],
+    ids=["chosen", "every"],
+)
+def test_the_table_is_of_the_programs_there_are(programs, formats) -> None:
+    """`python -m tests.bench.bench_static --golden` makes it so."""
+    assert not _stale(programs, formats)
+    assert BEFORE.keys() <= programs.keys()
+
+
+def test_a_text_that_changed_is_seen(programs) -> None:
+    name = "dequantize Q4_K 32x4096 out"
+    launch = programs[name]
+    body = launch.program.body.replace(";", ";;", 1)
+    other = replace(launch, program=replace(launch.program, body=body))
+    assert _stale({**programs, name: other}, CHOSEN) == [name]
+    assert static.figures([launch])[0]["program"]
+    assert static.figures([other]) == [{"program": None, "text": static.digest(other)}]
+
+
+def test_what_is_timed_is_in_the_table(programs) -> None:
+    """Shapes choose a program; the small ones of the table must choose those of the real ones."""
+    sizes = replace(Sizes(), matrices=Sizes().matrices[:1], cold=0)
+    timed = {
+        static.digest(launch)
+        for case in cases(sizes, CHOSEN[:1])
+        for kernel, arguments in calls(case.ours[0])
+        for launch in kernel.launch(*arguments).chain()
+    }
+    assert timed <= {static.digest(launch) for launch in programs.values()}
+
+
+def test_only_what_changed_is_read_again(programs, monkeypatch) -> None:
+    """And only of the formats that are asked for."""
+    read = []
+
+    def figures(launch):
+        read.append(launch)
+        return bench_static.Figures(1, 2, 3)
+
+    monkeypatch.setattr(bench_static, "figures", figures)
+    names = [n for n, _ in bench_static.programs(CHOSEN[:1])]
+    before = {n: {"text": static.digest(programs[n]), "registers": 9} for n in names}
+    before[names[0]]["text"] = "other"
+    before |= {"gone": {"text": ""}, "quantized_matmul Q5_0 32x4096, 1 row out0": {"text": "old"}}
+    found = bench_static.golden(before, CHOSEN[:1])
+    assert read == [programs[names[0]]]
+    first = {"text": static.digest(programs[names[0]]), "registers": 1, "stack": 2, "spilled": 3}
+    assert found.pop(names[0]) == first
+    del before[names[0]], before["gone"]
+    assert found == before
+
+
+def test_what_attention_holds_is_in_registers() -> None:
+    found = [f for name, f in BEFORE.items() if "sdpa" in name or "_kv" in name]
+    assert len(found) > 20
+    assert not [f for f in found if f["stack"] or f["spilled"]]
 
 
 # What another version of clang or ptxas may make of the same text.
@@ -97,7 +163,7 @@ SLACK = {"registers": 8, "loads": 0.02, "stores": 0.02, "table_loads": 0.02}
 
 
 # What takes ptxas long, and what is as the others.
-_SLOW = re.compile(r"MXFP4|(256|512) rows|rows 32|k8v8|k4v4")
+_SLOW = re.compile(rf"MXFP4|{OTHERS.pattern}|(256|512) rows|rows 32|33 rows|k8v8|k4v4")
 
 
 @pytest.mark.parametrize(
@@ -110,6 +176,6 @@ def test_no_program_got_worse(name, programs) -> None:
     worse = {
         key: (value, found[key])
         for key, value in before.items()
-        if key != "threads" and found[key] > value + SLACK.get(key, 0)
+        if key not in ("threads", "text") and found[key] > value + SLACK.get(key, 0)
     }
     assert not worse

@@ -76,13 +76,12 @@ def test_the_fastest_variant_of_each_case_wins(model, monkeypatch):
         if call.kind == "vector":
             fast = call.split
             return {"rows4": 2.0, "rows8": 1.0 if fast else 1.97, "rows2": 3.0}[call.variant]
-        return {"tiles": 1.0}.get(call.variant, 2.0)
+        return {"tiles64": 1.0}.get(call.variant, 2.0)
 
     patch_model(model, fuse="all")
     clock = Clock(monkeypatch, cost)
     monkeypatch.setattr(self_test, "compare", lambda *a, **k: "")
-    rows = {"vector": 1, "batch": 2, "large": 33}
-    found = tune.tune_kernels(model, 2, rows=rows, emulated=True, clock=clock)
+    found = tune.tune_kernels(model, 2, rows=(1, 2, 33, 65), emulated=True, clock=clock)
     winners = found.winners.variants["quantized_matmul"]
     kinds = Counter((case.split()[0], name) for case, name in winners.items())
     assert winners[CASE] == "rows8"
@@ -92,7 +91,7 @@ def test_the_fastest_variant_of_each_case_wins(model, monkeypatch):
         ("vector", "rows8"): 1,
         ("vector", "rows4"): 4,
         ("batch", "rows2"): 5,
-        ("large", "tiles"): 5,
+        ("prompt", "tiles64"): 10,  # of 33 rows and of 65, which are cases of their own
     }
     # Warmed up once, then twice in turns, each time for the 3 layers.
     assert clock.seen["vector", "rows2"] == 3 * (4 * 3 + 1)
@@ -108,7 +107,7 @@ def test_a_wrong_variant_is_not_timed(model, monkeypatch):
     patch_model(model, fuse="all")
     monkeypatch.setattr(_kernel, "run", planted)
     clock = Clock(monkeypatch, lambda call: 1.0 if call.variant == "rows8" else 2.0)
-    found = tune.tune_kernels(model, 1, rows={"vector": 1}, emulated=True, clock=clock)
+    found = tune.tune_kernels(model, 1, rows=(1,), emulated=True, clock=clock)
     assert {tuple(times) for times in found.times.values()} == {("rows4", "rows2")}
     assert set(found.winners.variants["quantized_matmul"].values()) == {"rows4"}
 
@@ -126,7 +125,7 @@ def test_products_of_experts_are_measured(tmp_path, monkeypatch):
     patch_model(model, fuse="all")
     monkeypatch.setattr(_kernel, "run", planted)
     clock = Clock(monkeypatch, lambda call: float(call.variant[4:]))
-    found = tune.tune_kernels(model, 1, rows={}, emulated=True, clock=clock)
+    found = tune.tune_kernels(model, 1, rows=(), emulated=True, clock=clock)
     gathered, summed = "vector Q4_0:32+Q4_0:32 x64 float32", "summed Q5_0:64 x32 float32"
     assert found.winners.variants["quantized_matmul"] == {gathered: "rows2", summed: "rows2"}
     assert found.times == {
@@ -182,14 +181,14 @@ def test_best():
         ("vector", "checked", -1),  # the head, whose 259 rows fill no last tile
         ("batch", "fast", 0),
         ("batch", "checked", -1),
-        ("large", "fast", 0),
+        ("prompt", "fast", 0),
     ],
 )
 def test_every_variant_computes_the_same(kind, build, place, model):
     """Through the public function, by the stored winner; the launches differ."""
     patch_model(model, fuse="all")
-    rows = {"vector": 1, "batch": 3, "large": 33}[kind]
-    call = list(tune.cases(model, {kind: rows}).values())[place][0]
+    rows = {"vector": 1, "batch": 3, "prompt": 9}[kind]
+    call = list(tune.cases(model, (rows,)).values())[place][0]
     with msl.installed(build=build):
         check_variants(call, kind)
 
@@ -197,7 +196,8 @@ def test_every_variant_computes_the_same(kind, build, place, model):
 def check_variants(call, kind):
     (want,) = [np.concatenate([np.array(y) for y in quantized_matmul.KERNEL.reference(call)], -1)]
     bodies = set()
-    for name in tuning.VARIANTS["quantized_matmul"][kind]:
+    assert set(call.variants) == set(tuning.VARIANTS["quantized_matmul"][kind])
+    for name in call.variants:
         tuning.store(Tuning({"quantized_matmul": {call.case: name}}))
         (y,) = quantized_matmul.quantized_matmul(call.x, call.weight)
         np.testing.assert_allclose(np.array(y), want, rtol=1e-4, atol=1e-4)
@@ -205,7 +205,7 @@ def check_variants(call, kind):
         assert chosen.variant == name
         if chosen.route != "dequantize":
             bodies.add(quantized_matmul.KERNEL.launch(chosen).program.body)
-    assert len(bodies) == (1 if kind == "large" else len(tuning.VARIANTS["quantized_matmul"][kind]))
+    assert len(bodies) == len(call.variants) - (kind == "prompt")
 
 
 # --- the file -----------------------------------------------------------------------------
@@ -328,7 +328,7 @@ def test_the_whole_of_it(model, monkeypatch):
     """As on a device, with the test bench in its place."""
     monkeypatch.setattr(tune, "on_device", lambda what: None)
     real, fusions = tune.tune_kernels, tune.tune_fusions
-    small = {"rows": {"vector": 1}, "emulated": True}
+    small = {"rows": (1,), "emulated": True}
     monkeypatch.setattr(tune, "tune_kernels", lambda *a, **k: real(*a, **k, **small))
     monkeypatch.setattr(tune, "tune_fusions", lambda m, f, *a, **k: fusions(m, f[:1], *a, **k))
     said = []

@@ -2,6 +2,7 @@
 
 import json
 import math
+import mmap
 import shutil
 import subprocess
 import sys
@@ -20,9 +21,10 @@ from mlxfuse.export.mlx_checkpoint import EXACT, affine, export_mlx
 from mlxfuse.export.streams import export
 from mlxfuse.formats import BY_NAME
 from mlxfuse.gguf.blocks import dequantize
-from mlxfuse.gguf.exported import CONFIG, open_model
+from mlxfuse.gguf.exported import CONFIG, _starts, open_model
 from mlxfuse.gguf.reader import open_gguf
 from mlxfuse.loader import load
+from mlxfuse.models import mapped
 from mlxfuse.nn.quantized import QuantizedLinear
 
 from ..cli.test_cli import REPOSITORY, TEMPLATE, invoke
@@ -108,6 +110,88 @@ def test_several_safetensors_files(made, tmp_path, monkeypatch):
     export(path, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("model-*"))) > 2
     assert np.array_equal(logits(tmp_path / "out")[0], logits(path)[0])
+
+
+@pytest.fixture
+def shared(monkeypatch):
+    """As on Metal, where MLX takes whole pages that are not its own; gives what it was given."""
+    taken = []
+
+    def from_dlpack(array, *, copy):
+        assert copy is False
+        assert array.ctypes.data % mmap.PAGESIZE == array.nbytes % mmap.PAGESIZE == 0
+        taken.append(array)
+        return mx.array(array)
+
+    monkeypatch.setattr(mx, "from_dlpack", from_dlpack)
+    monkeypatch.setattr(mapped, "shares", lambda: True)
+    return taken
+
+
+@pytest.mark.parametrize("name", ["llama-q4", "llama-k-quants", "qwen3moe"])
+def test_mapped_weights_are_the_files(made, tmp_path, shared, monkeypatch, name):
+    path, target = made(name), tmp_path / "out"
+    export(path, target)
+    want, _, relaid = logits(path, fuse="all")
+    got, _, model = logits(target, fuse="all")
+    assert np.array_equal(got, want)
+    assert model.load_report.ways.keys() <= {"mapped", "read"}
+    assert sum(model.load_report.ways.values()) == relaid.load_report.ways["relaid"]
+    assert model.load_report.ways["mapped"] > 0.9 * relaid.load_report.ways["relaid"]
+    assert [a.flags.writeable for a in shared] == [False] * len(shared)
+    # Each file once, and the model keeps its pages.
+    assert len(shared) == len(list(target.glob("model-*"))) == len(model.mapped_files._words)
+    assert not any("mapped" in name for name, _ in tree_flatten(model.parameters()))
+
+
+def test_what_mlx_does_not_take_is_read(made, folder, shared, monkeypatch):
+    def refuse(array, *, copy):
+        raise ValueError("larger than a buffer may be")
+
+    monkeypatch.setattr(mx, "from_dlpack", refuse)
+    got, _, model = logits(folder, fuse="all")
+    assert model.load_report.ways.keys() == {"read"}
+    assert np.array_equal(got, logits(made("llama-q4"), fuse="all")[0])
+    # Nor are arrays that the library wrote, which does not align them.
+    path = next(folder.glob("model-*"))
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    text = data[8 : 8 + size].rstrip(b" ") + b" "
+    path.write_bytes((len(text)).to_bytes(8, "little") + text + data[8 + size :])
+    monkeypatch.setattr(mx, "from_dlpack", lambda array, *, copy: mx.array(array))
+    got, _, model = logits(folder, fuse="all")
+    aligned = (8 + len(text)) % mapped.ALIGNMENT == 0
+    assert model.load_report.ways.keys() == ({"mapped", "read"} if aligned else {"read"})
+
+
+def test_memory_is_shared_only_where_it_is(monkeypatch):
+    """Tried by writing; a copy that MLX calls none is seen."""
+    assert mapped.shares.__wrapped__() is mx.metal.is_available()
+    monkeypatch.setattr(mx, "from_dlpack", lambda array, *, copy: mx.array(array))
+    assert mapped.shares.__wrapped__() is False
+    monkeypatch.setattr(mx, "from_dlpack", lambda array, *, copy: array)
+    assert mapped.shares.__wrapped__() is True
+
+
+def test_files_are_whole_pages_and_others_read_them(tmp_path):
+    """The library's reader and MLX's; arrays of an odd size come last."""
+    arrays = {
+        "a": np.arange(7, dtype=np.uint8).reshape(7, 1),
+        "b": np.arange(64, dtype=np.uint32).reshape(4, 16),
+        "c": np.arange(16, dtype=np.float16).reshape(2, 8),
+    }
+    path = tmp_path / "model.safetensors"
+    exporting.save_file(arrays, path, {"format": "mlxfuse"})
+    size = path.stat().st_size
+    assert -size % exporting.PAGE < mapped.ALIGNMENT
+    starts = _starts(path)
+    assert [starts[name] % mapped.ALIGNMENT for name in ("b", "c")] == [0, 0]
+    assert starts["a"] == size - 7
+    for found in (load_file(path), {n: np.array(a) for n, a in mx.load(str(path)).items()}):
+        assert found.keys() == arrays.keys()
+        for name, array in arrays.items():
+            assert found[name].dtype == array.dtype
+            assert np.array_equal(found[name], array)
 
 
 def test_the_command(made, tmp_path):

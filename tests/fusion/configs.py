@@ -163,7 +163,7 @@ LONGCAT = {
 
 # The 31 that are used most.
 _PLAIN_USED = """
-    ernie4_5 falcon_h1 gemma gemma2 glm4 glm4_moe gpt_oss granite internlm2
+    ernie4_5 falcon_h1 gemma glm4 glm4_moe gpt_oss granite internlm2
     mamba2 mixtral olmo2 phi3 qwen2 qwen3 qwen3_5_moe qwen3_moe qwen3_next smollm3
     starcoder2
 """
@@ -173,6 +173,7 @@ USED: dict[str, dict[str, Any]] = {name: {} for name in _PLAIN_USED.split()} | {
     "deepseek_v2": {"topk_method": "group_limited_greedy", "n_group": 2, "rope_scaling": YARN},
     "deepseek_v3": {"n_group": 2},
     "exaone4": {"sliding_window_pattern": "LG"},
+    "gemma2": {"head_dim": 32},  # the least that the kernel for capped scores takes
     "gemma3_text": GEMMA3,
     "gemma4_text": GEMMA4,
     "lfm2": LFM2,
@@ -334,7 +335,6 @@ def build(name: str, form: str = "float32", **own: Any) -> nn.Module:
             array = mx.array(random.uniform(low, high, array.shape).astype(np.float32))
         weights.append((path, array))
     model.update(tree_unflatten(weights))
-    model.eval()
     if FORMS[form]:
         group = FORMS[form]["group_size"]
         nn.quantize(
@@ -344,5 +344,6 @@ def build(name: str, form: str = "float32", **own: Any) -> nn.Module:
                 hasattr(m, "to_quantized") and m.weight.shape[-1] % group == 0
             ),
         )
+    model.eval()
     mx.eval(model.parameters())
     return model

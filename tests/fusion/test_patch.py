@@ -107,7 +107,10 @@ def test_the_decode_is_bit_identical_but_for_the_activation(name: str, tmp_path:
         model, _ = load(write(tmp_path, name), fuse="qkv")
         got = logits(model, 1, 1)
         unpatch_model(model)
-        assert np.array_equal(got, logits(model, 1, 1))
+        want = logits(model, 1, 1)
+        # Capped scores have a kernel of their own.
+        assert np.array_equal(got, want) == (name != "gemma2")
+        assert apart(got, want) <= BOUND
 
 
 def test_a_wrong_fusion_is_noticed(mode: str, tmp_path: Path) -> None:
@@ -175,7 +178,9 @@ def test_the_report_says_what_is_mixed(tmp_path: Path) -> None:
     lines = "qkv 3/3 (3 mixed: q4_0, q8_0), gate/up 3/3, residual 3/3, norm+rope 3/3"
     assert str(model.load_report.patch) == lines
     model, _ = load(write(tmp_path, "gemma3"), fuse="all")
-    assert str(model.load_report.patch) == "qkv 7/7, gate/up 7/7, norm+rope 7/7, norm+add 7/7"
+    assert str(model.load_report.patch) == (
+        "qkv 7/7, gate/up 7/7, norm+rope 7/7, norm+add 7/7, 1+norm 1/1"
+    )
     model, _ = load(write(tmp_path, "gemma4"), fuse="all")
     lines = "qkv 4/4 (3 mixed: q4_0, q8_0), gate/up 4/4, norm+rope 4/4, norm+add 4/4"
     assert str(model.load_report.patch) == lines

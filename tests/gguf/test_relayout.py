@@ -105,6 +105,20 @@ def test_bit_planes_are_where_the_table_says(name: str) -> None:
     np.testing.assert_array_equal(planes(format, streams), expected)
 
 
+def test_more_rows_than_are_worked_on_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of TQ1_0 grows, so that fewer of them are a piece."""
+    monkeypatch.setattr(module, "_CHUNK", 1 << 12)
+    module._masks.cache_clear()
+    data = random_rows(BY_NAME["TQ1_0"], 96, 512)
+    data.reshape(-1, 54)[:, 52:] = ONE
+    streams = allocate(BY_NAME["TQ1_0"], 96, 512)
+    relayout(data, BY_NAME["TQ1_0"], streams)
+    two = np.empty((96, 2 * 66), np.uint8)
+    restore(streams, BY_NAME["TQ2_0"], two)
+    np.testing.assert_array_equal(decoded(two, "TQ2_0"), decoded(data, "TQ1_0"))
+    module._masks.cache_clear()
+
+
 def test_trits_are_stored_as_two_bits_and_restored() -> None:
     format = BY_NAME["TQ1_0"]
     quantised = gguf.quants.quantize(

@@ -1,6 +1,7 @@
 """`ls` finds what other programs keep, `rm` removes only what is in the caches."""
 
 import json
+import os
 
 import pytest
 from huggingface_hub import constants
@@ -81,6 +82,31 @@ def test_rm_removes_one_model_and_no_shared_content(machine):
     assert not demo_path().exists()
 
 
+def test_a_model_of_an_older_revision_is_listed_and_removed(machine):
+    _, snapshot, _ = machine
+    repo = snapshot.parents[1]
+    newer = repo / "snapshots" / ("b" * 40)
+    (newer / "big").mkdir(parents=True)
+    (repo / "blobs" / "3").write_bytes((repo / "blobs" / "1").read_bytes())
+    for name, blob in (("m-Q8_0.gguf", "2"), ("m-Q5_0.gguf", "3"), ("big/m-Q5_0.gguf", "3")):
+        (newer / name).symlink_to(repo / "blobs" / blob)
+    os.utime(repo / "blobs" / "3", (2e9, 2e9))
+    rows = {row["ref"]: row["path"] for row in json.loads(invoke("ls", "--json").stdout)}
+    assert rows["org/repo:Q4_0"] == str(snapshot / "m-Q4_0.gguf")
+    assert rows["org/repo:Q8_0"] == str(newer / "m-Q8_0.gguf")
+    # Two have this type: each has the name by which it can be asked for.
+    named = {ref for ref in rows if "5_0" in ref}
+    assert named == {"org/repo:m-Q5_0.gguf", "org/repo:big/m-Q5_0.gguf"}
+    assert invoke("rm", "org/repo:m-Q5_0.gguf", "-y").exit_code == 0
+    assert (newer / "big" / "m-Q5_0.gguf").is_symlink()
+    assert not (newer / "m-Q5_0.gguf").is_symlink()
+    assert invoke("rm", "org/repo:Q4_0", "-y").exit_code == 0
+    assert not (snapshot / "m-Q4_0.gguf").is_symlink()
+    assert invoke("rm", "org/repo:Q8_0", "-y").exit_code == 0
+    assert not (snapshot / "m-Q8_0.gguf").is_symlink()
+    assert not (newer / "m-Q8_0.gguf").is_symlink()
+
+
 def test_what_rm_does_not_remove(machine):
     folder, _, files = machine
     before = sorted(p for p in folder.rglob("*"))
@@ -89,6 +115,8 @@ def test_what_rm_does_not_remove(machine):
         (folder, "is a path"),
         ("org/other", "is not in Hugging Face's cache"),
         ("org/repo:Q2_K", "is not there"),
+        ("org/repo@main", "leave out @main"),
+        ("org/repo@main:Q4_0", "leave out @main"),
         ("../x", "no such file"),
     ):
         result = invoke("rm", ref, "--yes")

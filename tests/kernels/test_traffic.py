@@ -70,6 +70,25 @@ def test_ragged_rows_read_the_rest_once():
     assert {t.times_read for t in found.codes + found.scales} == {1.0}
 
 
+@pytest.mark.parametrize(("name", "many"), [("Q4_K", 33), ("Q6_K", 130), ("Q4_K", 192)])
+def test_prompts_read_codes_once_and_load_less_than_mlx(name, many):
+    """Beside affine_qmm_t of 4 bits, which reads them again for every 32 rows of x."""
+    case = mlx_kernels.qmm_t(mx.zeros((many, 512), mx.float16), traffic.affine(ROWS, 512))
+    ours, mlx = traffic.moved(name, ROWS, 512, many=many), traffic.moved_by(case)
+    assert {t.times_read for t in ours.codes} == {1.0}
+    # The scales of 256 weights are needed in each step of K.
+    assert ours.scale_fetches <= 256 // (64 if many <= 64 else 32)
+    assert 1.0 <= ours.distinct_ratio <= 1.001  # nothing else is read, and only results written
+    assert mlx.code_reads >= -(-many // 32)  # control
+    buffers, theirs = ours.counts.buffers, mlx.counts.buffers
+    assert sum(b.loads for b in buffers.values()) <= 0.2 * sum(b.loads for b in theirs.values())
+    for loads in ("x_loads_per_weight", "threadgroup_loads"):
+        assert getattr(ours, loads) <= getattr(mlx, loads)
+    out = buffers["out0"]
+    assert out.times_written == 1.0
+    assert out.store_segments <= 1.1 * out.store_ideal
+
+
 @pytest.fixture
 def overlapping(monkeypatch):
     """The kernel with passes over a row that overlap by half."""

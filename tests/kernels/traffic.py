@@ -1,4 +1,4 @@
-"""What one row of x times a quantised weight moves, on the test bench: ours beside MLX's own."""
+"""What rows of x times a quantised weight move, on the test bench: ours beside MLX's own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SLOTS = 4  # rows of W that a SIMD-group multiplies at once, here and in affine_
 
 @dataclass(frozen=True)
 class Moved:
-    """Figures of one product ``[1, K] x [N, K]``.
+    """Figures of one product ``[M, K] x [N, K]``, M mostly 1.
 
     Attributes:
         codes: traffic of each stream of code bits, ``scales`` of each stream of scales.
@@ -82,9 +82,11 @@ def launch_of(name: str, rows: int, columns: int, dtype: mx.Dtype) -> _kernel.La
     return product(name, rows, columns, dtype).launch
 
 
-def moved(name: str, rows: int, columns: int, dtype: mx.Dtype = mx.float16) -> Moved:
-    """Our vector kernel."""
-    launch = launch_of(name, rows, columns, dtype)
+def moved(
+    name: str, rows: int, columns: int, dtype: mx.Dtype = mx.float16, *, many: int = 1
+) -> Moved:
+    """What ``many`` rows of x take by default: our vector kernel, batches or tiles."""
+    launch = product(name, rows, columns, dtype, many).launch
     with msl.installed(), msl.counting() as found:
         _kernel.run(launch)
     (counts,) = found
@@ -97,7 +99,7 @@ def moved(name: str, rows: int, columns: int, dtype: mx.Dtype = mx.float16) -> M
         counts,
         tuple(streams[n] for n in codes),
         tuple(t for n, t in streams.items() if n not in codes),
-        held.nbytes + grid + (columns + rows) * dtype.size,
+        held.nbytes + grid + many * (columns + rows) * dtype.size,
         rows * columns,
     )
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from mlxfuse.bench.cases import sample
 from mlxfuse.formats import BY_NAME
-from mlxfuse.kernels import route
+from mlxfuse.kernels import causal_conv, route
 from mlxfuse.kernels.activations import Int8Activations
 from mlxfuse.kernels.kv import dequantize_kv, quantize_kv
 from mlxfuse.kernels.kv.compressed_sdpa import compressed_sdpa
@@ -128,7 +128,7 @@ def _product(
 ) -> Variant:
     rng = np.random.default_rng(rows)
     x = mx.array(rng.normal(0, 0.01, (rows, weight.columns)), mx.float32).astype(dtype)
-    call = flat.call_of(x, weight, **more, large="tiles")
+    call = flat.call_of(x, weight, **more)
     call.check()
     return Variant(f"quantized_matmul {name}", quantized_matmul.KERNEL, (call,))
 
@@ -158,10 +158,10 @@ def _int8_variants() -> Iterator[Variant]:
         yield Variant(f"int8_matmul {formats} M = {rows}", int8_matmul.KERNEL, (call,))
 
 
-def product(name: str, rows: int, columns: int, dtype: mx.Dtype) -> Variant:
-    """One row of x times a weight of one format, of any size."""
+def product(name: str, rows: int, columns: int, dtype: mx.Dtype, many: int = 1) -> Variant:
+    """One row of x, or ``many``, times a weight of one format, of any size."""
     weight = QuantizedWeight.whole(segment(name, rows, columns))
-    return _product(f"{name} {rows} x {columns}", weight, 1, dtype)
+    return _product(f"{name} {rows} x {columns}", weight, many, dtype)
 
 
 def variants() -> Iterator[Variant]:
@@ -222,11 +222,13 @@ def norm(
     shapes = (rows, columns), (rows, columns), (columns,), (columns,)
     x, residual, weight, after = _normal(dtype, *shapes)
     options = {"offset": 0.0, "outputs": rms_norm.OUTPUTS, **more}
+    others = (after, weight) if options.get("others") else ()
+    factor = mx.array([0.5], dtype) if others else None
     given = residual if added else None, options["offset"], options["outputs"]
-    before = rms_norm.Post(after, 1e-3, 1.0) if post is True else post or None
-    call = rms_norm._Call(x, weight if weighted else None, 1e-5, *given, before)
+    before = rms_norm.Post(after, 1e-3, 1.0, factor) if post is True else post or None
+    call = rms_norm._Call(x, weight if weighted else None, 1e-5, *given, before, others)
     call.check(call.outputs)
-    outputs = ("h",) * added + call.outputs
+    outputs = ("h",) * added + call.outputs + ("others",) * bool(others)
     of = {True: "post ", False: ""}.get(post, "multiplied ")
     kind = f"{of}{rows} x {columns} {', '.join(outputs)}"
     kind += " no weight" * (not weighted)
@@ -237,7 +239,8 @@ def rope(
     columns: int, dims: int, dtype: mx.Dtype, *, length: int = 3, normed: bool = True, **more: Any
 ) -> Variant:
     """`norm_rope` of 6 heads of q and 2 of k."""
-    shapes = (1, length, 6 * columns), (1, length, 2 * columns), (columns,), (columns,)
+    of_q, of_k = (6, 2) if more.get("wide") else (1, 1)
+    shapes = *((1, length, n * columns) for n in (6, 2)), (of_q * columns,), (of_k * columns,)
     q, k, *weights = _normal(dtype, *shapes)
     offset = more.pop("offset", mx.array(7))
     if normed:
@@ -246,6 +249,7 @@ def rope(
     call = norm_rope._Call(q, k, offset, how)
     call.check()
     kind = f"{columns} of which {dims}{' traditional' if how.traditional else ''}"
+    kind += " wide" if how.wide else " no weight" if how.q_scale else ""
     name = f"norm_rope {kind}{'' if normed else ' without norm'} {_short(dtype)}"
     return Variant(name, norm_rope.KERNEL, (call,))
 
@@ -265,6 +269,7 @@ def norms() -> Iterator[Variant]:
     yield norm(2, 31, bfloat, outputs=("y",))
     yield norm(2, 576, half, post=True)
     yield norm(2, 2880, bfloat, post=True, weighted=False, outputs=())
+    yield norm(2, 576, half, post=True, outputs=("y",), others=True)
     yield norm(2, 576, half, post=0.22)
     yield norm(2, 2880, bfloat, post=0.22, weighted=False, outputs=())
     yield norm(2, 576, half, added=False, outputs=("y",))
@@ -274,10 +279,19 @@ def norms() -> Iterator[Variant]:
     yield rope(128, 128, half)
     yield rope(256, 64, bfloat, normed=False, traditional=True)
     yield rope(80, 20, single)
+    yield rope(128, 128, bfloat, wide=True)
+    yield rope(128, 128, half, normed=False, q_scale=3.87)
     logits, gate = _normal(half, (2, 128), (2, 1))
     yield Variant("route 128", route.KERNEL, (logits, 8, False, gate))
     (logits,) = _normal(single, (2, 300))
     yield Variant("route 300 whole", route.KERNEL, (logits, 5, True, None))
+    x, state, weight = _normal(half, (2, 3, 40), (2, 3, 40), (40, 4))
+    lengths = mx.array([3, 1])
+    call = causal_conv._Call(x, state, weight, weight[:, 0], x[..., 0] > 0, lengths)
+    yield Variant("causal_conv of 4", causal_conv.KERNEL, (call,))
+    x, state, weight = _normal(bfloat, (1, 1, 40), (1, 2, 40), (40, 3))
+    call = causal_conv._Call(x, state, weight, None, None, None)
+    yield Variant("causal_conv of 3", causal_conv.KERNEL, (call,))
 
 
 def _normal(dtype: mx.Dtype, *shapes: tuple[int, ...]) -> list[mx.array]:

@@ -2,6 +2,8 @@
 
 import gc
 import os
+import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ from mlxfuse.gguf.relayout import restore
 from mlxfuse.kernels.matmul.dequantize import dequantize
 from mlxfuse.loader import load
 from mlxfuse.models import streams
+from mlxfuse.models.rows import RowSource
 from mlxfuse.nn.experts import QuantizedSwitchLinear
 from mlxfuse.nn.quantized import QuantizedEmbedding, QuantizedLinear
 from tests.models import tiny
@@ -166,6 +169,70 @@ def test_a_file_that_shrinks_while_it_loads_is_an_error(
     monkeypatch.setattr(streams, "fill", shrink)
     with pytest.raises(GGUFError, match="changed while open"):
         quantised(path)
+
+
+def test_the_next_groups_bytes_are_read_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one group and no more, which bounds the memory; nobody has asked for them yet."""
+    path = tiny.write(tmp_path / "m.gguf", tiny.build("llama-k-quants", 0))
+    plain = quantised(path)
+    loaders: list[streams.StreamLoader] = []
+    ahead: list[int] = []
+    real, real_init = streams.fill, streams.StreamLoader.__init__
+
+    def fill(*arguments: object) -> None:
+        reading = loaders[0]._ahead[1]
+        assert not streams.wait(reading, timeout=60).not_done
+        ahead.append(len(reading))
+        real(*arguments)
+
+    def made(self: streams.StreamLoader, *arguments: object) -> None:
+        real_init(self, *arguments)
+        loaders.append(self)
+
+    monkeypatch.setattr(streams, "fill", fill)
+    monkeypatch.setattr(streams.StreamLoader, "__init__", made)
+    model = quantised(path)
+    assert max(ahead) == 3  # q, k and v
+    assert ahead[-1] == 0
+    assert len(loaders) == 1
+    for (name, a), (_, b) in zip(
+        tree_flatten(model.parameters()), tree_flatten(plain.parameters()), strict=True
+    ):
+        assert mx.array_equal(a, b), name
+
+
+def test_no_reader_is_left_when_loading_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is closed then, and its number may be another file's."""
+    path = tiny.write(tmp_path / "m.gguf", tiny.build("llama-k-quants", 0))
+    real, running = RowSource.bytes, []
+
+    def slow(self: RowSource, *arguments: object, **options: object) -> np.ndarray:
+        running.append(self)
+        threading.Event().wait(0.05)
+        found = real(self, *arguments, **options)
+        running.remove(self)
+        return found
+
+    def fail(*arguments: object) -> None:
+        raise ValueError("no")
+
+    monkeypatch.setattr(RowSource, "bytes", slow)
+    monkeypatch.setattr(streams, "fill", fail)
+    with pytest.raises(ValueError, match="no"):
+        quantised(path)
+    assert running == []
+
+
+def test_a_long_relayout_offers_an_export(tmp_path: Path) -> None:
+    report = quantised(tiny.write(tmp_path / "m.gguf", tiny.build("llama-q4", 0))).load_report
+    assert report.as_dict()["ways"] == {"relaid": report.ways["relaid"]}
+    assert not any("export" in line for line in report.lines())
+    (line,) = replace(report, seconds={"relayout": 5.6}).lines()
+    assert line.startswith("Laying out the weights took 6 s; `mlxfuse export MODEL FOLDER`")
 
 
 def test_relayout_time_has_the_arrays_it_fills(

@@ -88,7 +88,7 @@ def test_a_sum_over_experts_loads_their_bytes_once(monkeypatch: pytest.MonkeyPat
 def dense_tiles(x: mx.array, weight: QuantizedWeight, **options: object) -> mx.array:
     """Rows of x in tiles of the dense kernel."""
     call = Call(x, weight)
-    (y,) = KERNEL(replace(call, variant="tiles", **options))
+    (y,) = KERNEL(replace(call, variant="tiles64", **options))
     return y
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, load_prompt_cache, sav
 from mlxfuse.fusion import patch_model
 from mlxfuse.kernels.kv.sdpa_call import Scores
 from mlxfuse.kernels.matmul import quantized_matmul
+from mlxfuse.kernels.matmul.product import MAX_BATCHED_ROWS
 from mlxfuse.kernels.runtime import backend as _backend
 from mlxfuse.loader import load
 from mlxfuse.nn.kv.batch_cache import BatchCompressedKVCache
@@ -115,15 +117,19 @@ def stand_in(**_: Any) -> Any:
     return launch
 
 
-@pytest.mark.parametrize("large", ["dequantize", "tiles"])
+@pytest.mark.parametrize("variant", ["dequantize", "tiles64"])
 def test_nothing_of_a_prompt_is_alive(
-    large: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On Metal, after prompts of several lengths, also where `tune` chose tiles."""
     model, _ = load(tiny.write(tmp_path / "m.gguf", tiny.build("llama-q4", 0)), fuse="all")
     monkeypatch.setattr(mx.fast, "metal_kernel", stand_in)
     monkeypatch.setattr(_backend, "_no_device", lambda: None)
-    monkeypatch.setattr(quantized_matmul, "LARGE", large)
+    monkeypatch.setattr(
+        quantized_matmul,
+        "tuned",
+        lambda call: replace(call, variant=variant) if call.rows > MAX_BATCHED_ROWS else call,
+    )
     monkeypatch.setenv("MLXFUSE_KERNELS", "metal")
 
     def ran(*lengths: int) -> tuple[int, int]:

@@ -126,30 +126,21 @@ def pieces(model: nn.Module) -> list[Piece]:
     return [piece for f in forms(model) for piece in f.kept.values()]
 
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-
-
 @pytest.mark.parametrize(
-    ("name", "parts", "own"),
+    ("name", "parts"),
     [
-        ("llama", {"enter", "leave"}, {}),  # of the layer
-        ("qwen3", {"enter", "leave"}, {}),
-        ("gemma2", {"enter", "leave"}, {}),
-        ("olmo2", {"enter", "leave"}, {}),
-        ("mixtral", {"enter", "between", "whole"}, {}),  # of the layer and its experts
+        ("llama", {"enter", "leave"}),  # of the layer
+        ("qwen3", {"enter", "leave"}),
+        ("gemma2", {"enter", "finish"}),
+        ("olmo2", {"enter", "finish"}),
+        ("mixtral", {"enter", "between", "whole"}),  # of the layer and its experts
         # Other modules that rotate may need the offset's value.
-        ("olmo2", {"leave"}, {"rope_scaling": LLAMA3}),
+        ("hunyuan_v1_dense", {"leave"}),
     ],
 )
-def test_kept_graphs_give_the_same(name: str, parts: set[str], own: dict[str, Any]) -> None:
-    model = patched(name, **own)
-    want = zoo.logits(stock(name, **own))
+def test_kept_graphs_give_the_same(name: str, parts: set[str]) -> None:
+    model = patched(name)
+    want = zoo.logits(stock(name))
     assert zoo.apart(zoo.logits(model), want) <= BOUND
     builds = [piece._builds for piece in pieces(model)]
     assert builds == [1] * len(builds)
@@ -157,6 +148,45 @@ def test_kept_graphs_give_the_same(name: str, parts: set[str], own: dict[str, An
     assert {name for f in forms(model) for name in f.kept} == parts
     zoo.logits(model)
     assert [piece._builds for piece in pieces(model)] == builds
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma4_text"])
+def test_a_norm_that_the_layer_before_gives(name: str) -> None:
+    """It is that of the weight that the norm has now, and of no other input than that result."""
+    model = patched(name, num_hidden_layers=4)
+    first, second, third, _ = model.layers
+    assert (first._fused.following, second._fused.following) == (second, third)
+    want = zoo.logits(model)
+    for layer in (first, second):
+        layer._fused.following = None
+    assert np.array_equal(zoo.logits(model), want)
+    first._fused.following, second._fused.following = second, third
+    assert np.array_equal(zoo.logits(model), want)
+    norm = second.input_layernorm
+    for layer in model.layers:
+        layer._fused.kept.clear()
+    found = zoo.logits(model)
+    norm.weight = norm.weight[::-1] * 2
+    changed = zoo.logits(model)
+    unpatch_model(model)
+    assert np.array_equal(found, want)
+    assert zoo.apart(changed, want) > 1e-2
+    assert zoo.apart(changed, zoo.logits(model)) <= BOUND
+
+
+def test_a_norm_of_another_result_is_not_used() -> None:
+    model = patched("gemma3_text")
+    first, second = model.layers
+    x = mx.random.normal((1, 2, model.args.hidden_size), key=mx.random.key(0))
+    h = first(x)
+    assert second._fused.given[0] is h
+    other = mx.array(h[..., ::-1])
+    want = second(other)  # what was given is forgotten
+    assert second._fused.given is None
+    # Control: the norm of another array, as if it were of this one, is seen.
+    first(x)
+    second._fused.given = other, second._fused.given[1]
+    assert not mx.allclose(second(other), want, atol=1e-3)
 
 
 def test_a_token_asks_four_times_a_layer_whether_its_arrays_are_the_same(

@@ -61,6 +61,8 @@ def send(server, body=ASK, path="/v1/completions", method="POST", **headers):
         ({"Host": "localhost.evil.example"}, 403),
         ({"Host": "127.0.0.1.evil.example"}, 403),
         ({"Host": "a.local"}, 403),
+        ({"Host": "["}, 403),
+        ({"Origin": "http://["}, 403),
         ({"Origin": "http://evil.example"}, 403),
         ({"Origin": "null"}, 403),
         ({"Origin": "http://evil.example", "Content_Type": "text/plain"}, 403),

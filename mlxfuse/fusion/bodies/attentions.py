@@ -92,6 +92,76 @@ _ROPE_OR_NOT = """
         queries = self.ROPE(queries)
         keys = self.ROPE(keys)
 """
+# olmo3
+_NORMED_AT_ONCE = """
+    queries = self.Q_NORM(self.Q(x))
+    keys = self.K_NORM(self.K(x))
+    values = self.V(x)
+"""
+# cohere2
+_ROPE_IN_WINDOWS = """
+    if self.USE_ROPE:
+        if cache is None:
+            queries = self.ROPE(queries)
+            keys = self.ROPE(keys)
+        else:
+            queries = self.ROPE(queries, offset=cache.offset)
+            keys = self.ROPE(keys, offset=cache.offset)
+    if cache is not None:
+        keys, values = cache.update_and_fetch(keys, values)
+"""
+_ATTEND_IN_FLOAT32 = """
+    sdpa_type = mx.float32 if queries.dtype == mx.float16 else queries.dtype
+    output = scaled_dot_product_attention(
+        queries.astype(sdpa_type), keys, values, cache=cache, scale=self.SCALE, mask=mask
+    ).astype(queries.dtype)
+    output = output.transpose(0, 2, 1, 3).reshape(B, L, -1)
+    return self.O(output)
+"""
+_PHI = """
+def __call__(self, x, mask=None, cache=None):
+    queries, keys, values = self.Q(x), self.K(x), self.V(x)
+    B, L, D = queries.shape
+    n_heads, n_kv_heads = self.HEADS, self.KV_HEADS
+    queries = queries.reshape(B, L, n_heads, -1).moveaxis(1, 2)
+    keys = keys.reshape(B, L, n_kv_heads, -1).moveaxis(1, 2)
+    values = values.reshape(B, L, n_kv_heads, -1).moveaxis(1, 2)
+    if cache is not None:
+        queries = self.ROPE(queries, offset=cache.offset)
+        keys = self.ROPE(keys, offset=cache.offset)
+        keys, values = cache.update_and_fetch(keys, values)
+    else:
+        queries = self.ROPE(queries)
+        keys = self.ROPE(keys)
+    scale = math.sqrt(1 / queries.shape[-1])
+    output = scaled_dot_product_attention(
+        queries.astype(mx.float32), keys, values, cache=cache, scale=scale, mask=mask
+    ).astype(values.dtype)
+    output = output.moveaxis(2, 1).reshape(B, L, -1)
+    return self.O(output)
+"""
+_MUSE_GLIMMER = """
+def __call__(self, x, mask=None, cache=None):
+    B, L, _ = x.shape
+    q = self.Q(x).reshape(B, L, self.HEADS, self.HEAD_DIM)
+    k = self.K(x).reshape(B, L, self.KV_HEADS, self.HEAD_DIM)
+    v = self.V(x).reshape(B, L, self.KV_HEADS, self.HEAD_DIM)
+    q = mx.fast.rms_norm(q, None, self.EPS) * self.Q_SCALE
+    k = mx.fast.rms_norm(k, None, self.EPS)
+    q = q.transpose(0, 2, 1, 3)
+    k = k.transpose(0, 2, 1, 3)
+    v = v.transpose(0, 2, 1, 3)
+    if self.USE_ROPE:
+        offset = cache.offset if cache is not None else 0
+        q = self.ROPE(q, offset=offset)
+        k = self.ROPE(k, offset=offset)
+    if cache is not None:
+        k, v = cache.update_and_fetch(k, v)
+    out = scaled_dot_product_attention(q, k, v, cache=cache, scale=self.SCALE, mask=mask)
+    out = out.transpose(0, 2, 1, 3).reshape(B, L, -1)
+    out = out * mx.sigmoid(self.GATE(x))
+    return self.O(out)
+"""
 _ROPE_THEN_NORM = """
     queries = queries.reshape(B, L, self.HEADS, self.HEAD_DIM).transpose(0, 2, 1, 3)
     keys = keys.reshape(B, L, self.KV_HEADS, self.HEAD_DIM).transpose(0, 2, 1, 3)
@@ -211,6 +281,18 @@ ATTENTIONS: tuple[Body, ...] = (
     _attention(_CALL, _QKV, _NORMED_HEADS, _VALUES, _ROPE_OR_NOT, _ATTEND, norm="head"),
     # olmo2, olmoe
     _attention(_CALL, _QKV, _NORM, _HEADS, _VALUES, _ROPE, _ATTEND, norm="width"),
+    # olmo3
+    _attention(_CALL, _NORMED_AT_ONCE, _HEADS, _VALUES, _ROPE, _ATTEND, norm="width"),
+    # cohere2
+    _attention(
+        *(_CALL, _QKV, _HEADS, _VALUES, _ROPE_IN_WINDOWS, _ATTEND_IN_FLOAT32),
+        names=MX | _SDPA,
+        widened=("float16",),
+    ),
+    # phi
+    _attention(_PHI, names=MX | _SDPA | {"math": "math"}, widened=("float16", "bfloat16")),
+    # muse_glimmer
+    _attention(_MUSE_GLIMMER, names=MX | _SDPA, norm="plain"),
     # hunyuan_v1_dense
     _attention(_CALL, _QKV, _ROPE_THEN_NORM, _ATTEND, norm="rotated"),
     # phi3

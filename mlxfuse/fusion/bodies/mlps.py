@@ -101,6 +101,14 @@ def __call__(self, x, mask=None, cache=None):
     h = x + r
     return h + self.MLP(self.NORM2(h))
 """
+# cohere, cohere2
+_AT_ONCE = """
+def __call__(self, x, mask=None, cache=None):
+    h = self.NORM1(x)
+    attn_h = self.ATTENTION(h, mask, cache)
+    ff_h = self.MLP(h)
+    return attn_h + ff_h + x
+"""
 # olmoe, glm_moe_dsa
 _OVERWRITTEN = """
 def __call__(self, x, mask=None, cache=None):
@@ -171,6 +179,8 @@ def __call__(self, x):
     Body("block", _ADDED_AT_ONCE),
     Body("block", _REASSIGNED),
     Body("block", _OVERWRITTEN),
+    Body("block", _AT_ONCE, form={"parallel": True}),
+    Body("block", _AT_ONCE.replace("=None", ""), form={"parallel": True}),  # phi
     Body("block", _CONV_OR_ATTENTION, form={"keywords": True}),
     Body("block", _LINEAR_OR_ATTENTION),
     Body(

@@ -9,8 +9,8 @@ import mlx.core as mx
 
 from ..runtime.kernel import Kernel, Launch
 from . import small
-from .scheme import KVScheme
-from .sdpa_call import Call, Scores
+from .scheme import FLOATS, KVScheme, KVSide
+from .sdpa_call import HELD, Call, Scores
 from .sdpa_program import geometry, merge_program, parts_program
 from .sdpa_reference import reference
 from .source import constants, refuse_dims
@@ -31,6 +31,7 @@ MAX_PLACES = 16
 _THREADGROUPS = {"p": 128, "g": 256, "s": 512, "c": 512, "d": 1024}
 
 Length = mx.array | int | list[int]
+Quantised = tuple[mx.array, mx.array, mx.array]
 Rows = mx.array | Sequence[mx.array | None] | None
 
 
@@ -95,6 +96,97 @@ def compressed_sdpa(
     return tuple(KERNEL(call))
 
 
+def plain_sdpa(
+    q: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    length: Length,
+    *,
+    scores: Scores,
+    left_padding: mx.array | None = None,
+) -> mx.array:
+    """`compressed_sdpa` over keys and values that are not compressed, for scores that
+    `mx.fast.scaled_dot_product_attention` cannot weigh: those with a cap.
+
+    Args:
+        keys, values: ``[B, Hkv, capacity, dim]`` of the type of q: whole arrays of a cache, of
+            which the first ``length`` rows are in use; none is copied.
+
+    Returns:
+        ``[B, Hq, L, v_dim]`` in ``q.dtype``.
+
+    Raises:
+        ValueError: arguments whose shapes or types do not fit together.
+    """
+    call = Call(
+        q=q,
+        scheme=_plain_scheme(keys, values),
+        rows=(),
+        counts=_counts(q, length, 0, 0, left_padding),
+        tail=None,
+        sink=None,
+        fresh=None,
+        scores=scores,
+        held=(keys, values),
+    )
+    call.check()
+    (output,) = KERNEL(call)
+    return output
+
+
+def refuse_plain(keys: mx.array, values: mx.array) -> str | None:
+    """Why `plain_sdpa` has no kernel for such keys and values, or None."""
+    if keys.dtype != values.dtype or keys.dtype not in FLOATS:
+        return f"keys are {keys.dtype} and values {values.dtype}"
+    if odd := [dim for dim in (keys.shape[-1], values.shape[-1]) if dim % 8]:
+        return f"heads of {odd[0]} elements, which is no multiple of 8"
+    return refuse_dims(_plain_scheme(keys, values))
+
+
+def quantized_sdpa(
+    q: mx.array,
+    keys: Quantised,
+    values: Quantised,
+    length: Length,
+    *,
+    group_size: int,
+    bits: int,
+    scores: Scores,
+) -> mx.array:
+    """`compressed_sdpa` over what `mx.quantize` made of keys and values, in its arrays.
+
+    Args:
+        keys, values: codes, scales and biases, ``[B, Hkv, capacity, ...]``: whole arrays of a
+            cache, of which the first ``length`` rows are in use; none is copied.
+        group_size, bits: as of `mx.quantize`: 32, 64 or 128; 2, 3, 4, 5, 6 or 8.
+
+    Returns:
+        ``[B, Hq, L, v_dim]`` in ``q.dtype``.
+
+    Raises:
+        ValueError: arguments whose shapes or types do not fit together.
+    """
+    k, v = (KVSide(of[1].shape[-1] * group_size, bits, group_size) for of in (keys, values))
+    call = Call(
+        q=q,
+        scheme=KVScheme(k, v, keys[1].dtype),
+        rows=(),
+        counts=_counts(q, length, 0, 0, None),
+        tail=None,
+        sink=None,
+        fresh=None,
+        scores=scores,
+        held=(*keys, *values),
+    )
+    call.check()
+    (output,) = KERNEL(call)
+    return output
+
+
+def _plain_scheme(keys: mx.array, values: mx.array) -> KVScheme:
+    return KVScheme(KVSide(keys.shape[-1], 16), KVSide(values.shape[-1], 16), keys.dtype)
+
+
 def _places(rows: Rows) -> tuple[mx.array, ...]:
     """None, one array for all sequences, or one for each."""
     if rows is None or isinstance(rows, mx.array):
@@ -153,7 +245,8 @@ def _inputs(call: Call) -> dict[str, mx.array]:
     """What is given of the program's inputs that change from token to token."""
     k, v = call.fresh or (None, None)
     held = [a for a in call.rows if a.size]
-    given = {"q": call.q}
+    own = call.held or ()
+    given = {"q": call.q, **dict(zip(HELD.get(len(own), ()), own, strict=True))}
     for i, rows in enumerate(call.rows if held else ()):
         # A sequence without rows has some other's, as Metal binds small arrays elsewhere.
         given["rows" if len(call.rows) == 1 else f"rows{i}"] = rows if rows.size else held[0]
@@ -168,8 +261,10 @@ def _launch(call: Call) -> Launch:
     rows = heads // call.kv_heads * queries
     shape = geometry(rows, scheme)
     inputs = _inputs(call)
-    capacities = [a.shape[2] for a in call.rows] or [0]
+    capacities = call.capacities
     splits = [_splits(n, call.kv_heads) if any(capacities) else 0 for n in capacities]
+    if call.whole:
+        splits = [1]
     parts = max(splits) + any(n in inputs for n in ("tail", "sink", "k"))
     sizes = (
         *(queries, rows, call.kv_heads, max(splits), int(how.causal), how.window or 0),
@@ -197,15 +292,17 @@ def _launch(call: Call) -> Launch:
         )
 
     numbers = constants((how.scale, how.softcap or 0.0), mx.float32)
+    names = tuple(n for n in inputs if n not in ("q", "counts"))
+    outputs = (held, parts, rows, scheme.v.dim), (held, parts, rows, 2)
     return Launch(
-        program=parts_program(scheme, tuple(n for n in inputs if n not in ("q", "counts")), shape),
+        program=parts_program(scheme, names, shape, whole=call.whole),
         arrays=(*inputs.values(), constants(sizes), numbers),
         grid=(parts * shape.threads, -(-rows // (shape.rows * shape.groups)), held),
         threadgroup=(shape.threads, 1, 1),
         template=(("T", q.dtype),),
-        shapes=((held, parts, rows, scheme.v.dim), (held, parts, rows, 2), *fresh),
-        dtypes=(mx.float32, mx.float32, *[scheme.dtype] * len(fresh)),
-        then=merge,
+        shapes=((batch, heads, queries, scheme.v.dim),) if call.whole else (*outputs, *fresh),
+        dtypes=(q.dtype,) if call.whole else (mx.float32,) * 2 + (scheme.dtype,) * len(fresh),
+        then=None if call.whole else merge,
         extra=len(fresh),
     )
 

@@ -18,7 +18,7 @@ from itertools import pairwise
 import mlx.core as mx
 
 FLOATS = (mx.float16, mx.bfloat16, mx.float32)
-BITS = (4, 8, 16)
+BITS = (2, 3, 4, 5, 6, 8, 16)
 KINDS = ("affine", "symmetric", "zero_point")
 GROUPS = (32, 64, 128)
 
@@ -31,7 +31,8 @@ class KVSide:
     """K or V of one head.
 
     dim     elements; a multiple of 8.
-    bits    4 or 8: codes; 16: plain values of the scheme's type.
+    bits    4 or 8: codes; 16: plain values of the scheme's type. Arrays of MLX's own, which are
+            no packed rows, may also have codes of 2, 3, 5 or 6 bits.
     group   consecutive elements that share a scale: 32, 64 or 128 that divides ``dim``, or
             ``dim`` itself. 0 stands for ``dim``; of no meaning with 16 bits.
     kind    what a code c stands for, with unsigned c and the group's scale s:
@@ -115,7 +116,13 @@ class KVScheme:
 
     @property
     def offsets(self) -> tuple[int, int, int, int]:
-        """First word of K's codes, V's codes, K's scales and V's scales."""
+        """First word of K's codes, V's codes, K's scales and V's scales.
+
+        Raises:
+            ValueError: packed rows have no such codes.
+        """
+        for side in (self.k, self.v):
+            _check_packed(side)
         v = self.k.code_words(self.dtype)
         k_scales = v + self.v.code_words(self.dtype)
         return 0, v, k_scales, k_scales + self.k.scale_words(self.dtype)
@@ -128,6 +135,11 @@ class KVScheme:
     @property
     def row_bytes(self) -> int:
         return 4 * self.row_words
+
+
+def _check_packed(side: KVSide) -> None:
+    if side.bits not in (4, 8, 16):
+        raise ValueError(f"packed rows have codes of 4 or 8 bits, not of {side.bits}")
 
 
 def rotated(x: mx.array, block: int) -> mx.array:
@@ -162,6 +174,7 @@ def _quantized(side: KVSide, x: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx
 
 def code_words(side: KVSide, codes: mx.array) -> mx.array:
     """Unsigned codes ``[..., dim]`` as words."""
+    _check_packed(side)
     per = 32 // side.bits
     places = mx.arange(per, dtype=mx.uint32) * side.bits
     words = codes.astype(mx.uint32).reshape(*codes.shape[:-1], -1, per) << places

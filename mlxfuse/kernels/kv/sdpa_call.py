@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from .scheme import FLOATS, KVScheme
+
+WHOLE_TOKENS = 256
+"""Tokens of capacity up to which plain keys and values are not split, so that one dispatch gives
+the result. Not measured on a Mac."""
+
+HELD: dict[int, tuple[str, ...]] = {
+    2: ("keys", "values"),
+    6: ("keys", "key_scales", "key_biases", "values", "value_scales", "value_biases"),
+}
+"""Names of the arrays of `Call.held`, by their number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +78,11 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """The arguments of one attention."""
+    """The arguments of one attention.
+
+    held  keys and values in arrays of their own, in the place of ``rows``: two plain ones,
+          ``[B, Hkv, capacity, dim]``, or codes, scales and biases of each; see `HELD`.
+    """
 
     q: mx.array
     scheme: KVScheme
@@ -77,12 +92,38 @@ class Call:
     sink: mx.array | None
     fresh: tuple[mx.array, mx.array] | None
     scores: Scores
+    held: tuple[mx.array, ...] | None = None
 
     @property
     def kv_heads(self) -> int:
-        held = (*self.rows, self.tail, self.sink, *(self.fresh or ()))
+        held = (*self.rows, *(self.held or ()), self.tail, self.sink, *(self.fresh or ()))
         found: int = next(a.shape[1] for a in held if a is not None)
         return found
+
+    @property
+    def whole(self) -> bool:
+        """Whether one dispatch gives the result."""
+        held = self.held is not None and self.scores.sinks is None
+        return held and max(self.capacities) <= WHOLE_TOKENS
+
+    @property
+    def capacities(self) -> list[int]:
+        """Tokens that there is room for in what is split: one number, or one of each sequence."""
+        keys = self.rows if self.held is None else self.held[:1]
+        return [array.shape[2] for array in keys] or [0]
+
+    def _held(self) -> Iterator[tuple[str, mx.array, mx.Dtype, int]]:
+        """Name, array, type and last axis of each of ``held``."""
+        scheme, held = self.scheme, self.held or ()
+        kinds = []
+        for side in (scheme.k, scheme.v):
+            words = side.code_words(scheme.dtype)
+            plain, codes = (scheme.dtype, side.dim), (mx.uint32, words)
+            kinds += [codes, *[(scheme.dtype, side.groups)] * 2] if side.quantized else [plain]
+        for name, array, kind in zip(HELD.get(len(held), ()), held, kinds, strict=True):
+            if array.ndim != 4:
+                raise ValueError(f"{name}: expected four axes, found {array.shape}")
+            yield name, array, *kind
 
     def check(self) -> None:
         """ValueError: shapes or types do not fit together."""
@@ -95,6 +136,7 @@ class Call:
         plain = scheme.k.dim + scheme.v.dim
         k, v = self.fresh or (None, None)
         held = (
+            *self._held(),
             *(("rows", rows, mx.uint32, scheme.row_words) for rows in self.rows),
             ("tail", self.tail, scheme.dtype, plain),
             ("sink", self.sink, scheme.dtype, plain),
@@ -107,6 +149,8 @@ class Call:
             if array is None:
                 continue
             many = queries if name in "kv" else array.shape[2] if array.ndim == 4 else "rows"
+            if self.held is not None and name in HELD[len(self.held)]:
+                many = self.held[0].shape[2]
             of = 1 if name == "rows" and len(self.rows) > 1 else batch
             expected = (of, self.kv_heads, many, width)
             if array.dtype != dtype or array.shape != expected:

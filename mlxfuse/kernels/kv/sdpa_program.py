@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
 from ..runtime.kernel import Program
 from .scheme import KVScheme
+from .sdpa_call import HELD
 from .source import NAMES, plain_sides, sections, sides
 
 MAX_ROWS = 32
-"""Queries of all heads that share a KV head which one reading of the cache serves."""
+"""Queries of all heads that share a KV head which one reading of the cache serves; half as many
+for heads of more than 256 elements, so that all of them are in registers."""
 
 _RUN = 8  # tokens that a SIMD-group scores at once, as in the Metal source
 _TILE_BYTES = 8192  # of threadgroup memory for tokens, where a run of them fits
@@ -41,10 +44,9 @@ class Geometry:
 
 
 def geometry(rows: int, scheme: KVScheme) -> Geometry:
-    each = next(n for n in (1, 2, 4) if n >= min(rows, 4))
-    if max(scheme.k.dim, scheme.v.dim) > 256 and rows <= MAX_ROWS // 2:
-        each = min(each, 2)  # a row takes twice the registers
-    groups = next(n for n in (1, 2, 4, 8) if n * each >= min(rows, MAX_ROWS))
+    most = 4 if max(scheme.k.dim, scheme.v.dim) <= 256 else 2  # as many as registers hold
+    each = next(n for n in (1, 2, 4) if n >= min(rows, most))
+    groups = next(n for n in (1, 2, 4, 8) if n * each >= min(rows, MAX_ROWS) or n == 8)
     return Geometry(each, groups, max(1, 4 // groups))
 
 
@@ -108,6 +110,47 @@ def _packed(scheme: KVScheme, places: tuple[str, ...]) -> _Source:
     )
 
 
+def _quantized(scheme: KVScheme) -> _Source:
+    """Keys and values as MLX quantises them: codes, scales and biases in arrays of their own."""
+    types, widths, members, words = [], [], [], 0
+    for side, names in ((scheme.k, HELD[6][:3]), (scheme.v, HELD[6][3:])):
+        codes, groups = side.code_words(scheme.dtype), side.groups
+        types.append(f"Apart<Codes<{side.bits}>, {side.group}, {math.gcd(codes, 4)}>")
+        widths += [str(codes), str(groups)]
+        each = zip(names, (codes, groups, groups), strict=True)
+        pointers = (f"{name} + ulong(at.z) * h.capacity * {width}" for name, width in each)
+        members.append(f"{{{', '.join(pointers)}}}")
+        words += codes + 2 * groups * scheme.dtype.size // 4
+    kind = f"Quantized<{', '.join(widths)}, {NAMES[scheme.dtype]}>"
+    return _Source(
+        name="apart",
+        types=(types[0], types[1]),
+        words=words,
+        tokens=f"const {kind} source{{{{{', '.join(members)}}}}};",
+        span="span_of(size, h, at.x)",
+        blocks=(1, 1),
+    )
+
+
+def _held(scheme: KVScheme) -> _Source:
+    """Plain keys and values of the length's tokens, in arrays of their own."""
+    dk, dv = scheme.k.dim, scheme.v.dim
+    none = "(const device uint*)q"
+    arrays = (
+        f"(const device uint*)({name} + ulong(at.z) * h.capacity * {dim})"
+        for name, dim in (("keys", dk), ("values", dv))
+    )
+    kind = f"Plain<{NAMES[scheme.dtype]}, {dk}, {dv}, true>"
+    return _Source(
+        name="plain",
+        types=plain_sides(scheme),
+        words=(dk + dv) * scheme.dtype.size // 4,
+        tokens=f"const {kind} source{{{none}, {none}, {', '.join(arrays)}, 0, 0, 0}};",
+        span="span_of(size, h, at.x)",
+        blocks=(1, 1),
+    )
+
+
 def _plain(scheme: KVScheme, given: tuple[str, ...]) -> _Source:
     dk, dv = scheme.k.dim, scheme.v.dim
     fresh = "k" in given
@@ -144,25 +187,31 @@ def _plain(scheme: KVScheme, given: tuple[str, ...]) -> _Source:
 
 
 @cache
-def parts_program(scheme: KVScheme, given: tuple[str, ...], shape: Geometry) -> Program:
+def parts_program(
+    scheme: KVScheme, given: tuple[str, ...], shape: Geometry, *, whole: bool = False
+) -> Program:
     """Softmax and sums of each part of the keys.
 
     Args:
         given: which of ``rows tail sink k v mask`` there are, in this order; ``rows`` may be
-            ``rows0 rows1 ...``, an array for each sequence.
+            ``rows0 rows1 ...``, an array for each sequence, or the names in `HELD`.
+        whole: there is one part, whose result is the call's.
     """
     dv = scheme.v.dim
     places = tuple(name for name in given if name.startswith("rows"))
+    held = "keys" in given
     sources = [_packed(scheme, places)] if places else []
+    if held:
+        sources.append(_quantized(scheme) if HELD[6][1] in given else _held(scheme))
     if {"tail", "sink", "k"} & set(given):
         sources.append(_plain(scheme, given))
-    more = int(len(sources) == 2 or not places)
+    more = int(len(sources) == 2 or not (places or held))
     fresh, mask = "k" in given, "mask" if "mask" in given else ""
     # `join` needs for the rows of a SIMD-group the sums of all lanes, a largest score and a total.
     room = shape.rows * (8 * _units(dv) + 2)
     joined = room * shape.groups // 4 + 1 if shape.slices > 1 else 0
     scratch = max(joined, *(s.scratch for s in sources)) if shape.staged else joined
-    lines = _begun(scheme, shape, scratch, more, fresh)
+    lines = _begun(scheme, shape, scratch, fresh)
     which = "if (at.x < uint(size[3])) {{\n{}\n}} else {{\n{}\n}}"
     blocks = [_looked_at(s, shape, mask) for s in sources]
     lines.append(which.format(*blocks) if len(blocks) == 2 else blocks[0])
@@ -175,14 +224,17 @@ def parts_program(scheme: KVScheme, given: tuple[str, ...], shape: Geometry) -> 
         lines.append(
             f"if (at.x < uint(size[3])) {{\nstate.template turn<{scheme.v_block}>(lane);\n}}"
         )
-    lines += [
-        f"state.finish(sums + part * {dv}, stats + part * 2, first, h.rows, lane);",
-        "}",
-    ]
+    lines.append(
+        f"const ulong part = ulong(at.z * (uint(size[3]) + {more}) + at.x) * h.rows + first;"
+    )
+    finish = f"state.finish(sums + part * {dv}, stats + part * 2, left, lane);"
+    if whole:
+        finish = f"state.finish_whole(out + part * {dv}, left, lane);"
+    lines += [finish, "}"]
     return Program(
         op="compressed_sdpa",
         inputs=("q", *given, "counts", "size", "numbers"),
-        outputs=("sums", "stats", *(["fresh"] if fresh else [])),
+        outputs=("out",) if whole else ("sums", "stats", *(["fresh"] if fresh else [])),
         body="\n".join(lines) + "\n",
         parts=(
             *sections(scheme),
@@ -195,12 +247,11 @@ def parts_program(scheme: KVScheme, given: tuple[str, ...], shape: Geometry) -> 
     )
 
 
-def _begun(scheme: KVScheme, shape: Geometry, scratch: int, more: int, fresh: bool) -> list[str]:
+def _begun(scheme: KVScheme, shape: Geometry, scratch: int, fresh: bool) -> list[str]:
     """Statements that say which rows a SIMD-group has, and load its queries.
 
     Args:
         scratch: elements of threadgroup memory, of 16 bytes each.
-        more: 1 if there is a part of plain tokens besides the packed ones.
     """
     dk, dv = scheme.k.dim, scheme.v.dim
     return [
@@ -214,10 +265,9 @@ def _begun(scheme: KVScheme, shape: Geometry, scratch: int, more: int, fresh: bo
         f"const Head h = head_of(size, at.z, {str(fresh).lower()}, counts);",
         f"const uint first = (at.y * {shape.groups} + group) * {shape.rows};",
         "const Row row = row_of(size, h, first + State::row(lane));",
-        f"const ulong part = ulong(at.z * (uint(size[3]) + {more}) + at.x) * h.rows;",
         "State state;",
-        "state.start();",
-        f"state.load(q + ulong(at.z) * h.rows * {dk}, first, h.rows, numbers[0], lane);",
+        "const uint left = h.rows - metal::min(first, h.rows);",
+        f"state.load(q + (ulong(at.z) * h.rows + first) * {dk}, left, numbers[0], lane);",
     ]
 
 
@@ -226,6 +276,7 @@ def _looked_at(source: _Source, shape: Geometry, mask: str) -> str:
     return "\n".join(
         (
             f"state.template prepare<{source.blocks[0]}>(lane);",
+            "state.start();",
             source.tokens.replace("THREADS", str(shape.threads)),
             f"const uint2 span = {source.span};",
             source.attend(shape, mask),

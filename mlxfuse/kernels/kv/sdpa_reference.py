@@ -66,6 +66,9 @@ def _tokens(call: Call) -> Iterator[_Tokens]:
 
     if call.sink is not None:
         yield plain(call.sink, counts[:, 2])
+    if call.held is not None:
+        k, v = _held(call)
+        yield _Tokens(k, v, mx.minimum(counts[:, 0], k.shape[2]))
     if call.rows:
         capacity = max(rows.shape[2] for rows in call.rows)
         room = [[(0, 0), (0, 0), (0, capacity - rows.shape[2]), (0, 0)] for rows in call.rows]
@@ -76,6 +79,20 @@ def _tokens(call: Call) -> Iterator[_Tokens]:
         yield plain(call.tail, counts[:, 1])
     if call.fresh is not None:
         yield plain(mx.concatenate(list(call.fresh), axis=-1), mx.array([call.q.shape[2]]))
+
+
+def _held(call: Call) -> list[mx.array]:
+    """Keys and values of arrays of their own, float32."""
+    arrays = [a if a.dtype == mx.uint32 else a.astype(mx.float32) for a in call.held or ()]
+    if len(arrays) == 2:
+        return arrays
+    return [
+        mx.dequantize(codes, scales, biases, group_size=side.group, bits=side.bits)
+        for side, (codes, scales, biases) in (
+            (call.scheme.k, arrays[:3]),
+            (call.scheme.v, arrays[3:]),
+        )
+    ]
 
 
 def _seen(call: Call, place: mx.array, count: mx.array) -> mx.array:

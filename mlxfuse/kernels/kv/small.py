@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from .scheme import KVScheme, pack
+from .sdpa_call import WHOLE_TOKENS
 
 if TYPE_CHECKING:
     from .sdpa_call import Call as Attention
@@ -37,6 +38,14 @@ def attention(call: Attention) -> tuple[Attention]:
         batch = call.rows[0].shape[0]
         k, v = (normal(scheme.dtype, batch, lead[1], _PACKED, dim) for dim in dims)
         small = replace(small, rows=(pack(scheme, k, v),) * len(call.rows))
+    if call.held is not None:  # of a split call enough to be split again
+        many = _PACKED if call.whole else WHOLE_TOKENS + _PACKED
+        held: list[mx.array] = []
+        for side in (scheme.k, scheme.v):
+            x = normal(scheme.dtype, *lead, many, side.dim)
+            codes = side.quantized
+            held += mx.quantize(x, group_size=side.group, bits=side.bits) if codes else [x]
+        small = replace(small, held=tuple(held))
     if call.tail is not None:
         small = replace(small, tail=normal(scheme.dtype, *lead, _PLAIN, sum(dims)))
     if call.sink is not None:

@@ -19,7 +19,8 @@ def sections(scheme: KVScheme) -> tuple[str, ...]:
     """The parts of ``kv_rows.h`` that decode a scheme's rows, and plain ones."""
     coded = [side for side in (scheme.k, scheme.v) if side.quantized]
     names = ["floats" if scheme.dtype == mx.float32 else "halves"]
-    names += sorted({f"codes{side.bits}" for side in coded} | {side.kind for side in coded})
+    codes = {f"codes{side.bits}" if side.bits in (4, 8) else "codes" for side in coded}
+    names += sorted(codes | {side.kind for side in coded})
     return tuple(f"kv_rows.h:{name}" for name in (*names, "hadamard"))
 
 

@@ -16,7 +16,7 @@ from ..weight import FACTORS, AnySegment, QuantizedWeight
 from . import small
 from .decode import integers
 from .product import (
-    MAX_VECTOR_ROWS,
+    MAX_BATCHED_ROWS,
     NO_EPILOGUE,
     Call,
     Epilogue,
@@ -47,7 +47,7 @@ def int8_matmul(
     ``scale * x_scale * isum + bias * x_sum``. ``isum``, of the products of codes, is an exact
     integer; where 16 weights have a scale of their own, an integer times the group's, it holds
     these integers too. Unsigned 8-bit codes count less 128, with ``bias + 128 * scale``. Groups
-    are added in float32: up to `MAX_VECTOR_ROWS` rows of x in one order, so that a result's bits
+    are added in float32: up to `MAX_BATCHED_ROWS` rows of x in one order, so that a result's bits
     depend neither on the other rows nor on the other parts; above, in the order of the groups.
     The epilogue is computed in float32 from the unrounded sums; the result is rounded once.
 
@@ -85,7 +85,7 @@ def _tile(call: Call[Int8Activations]) -> Tile:
     x = f"int8_rows(x, x_scales, {sums})"
     own = ("int8_matmul.metal:Affine8",) * any(s.trait.startswith("Affine<8") for s in segments)
     op, shared = "int8_matmul", "quantized_matmul.metal"
-    if call.experts is None and call.rows > MAX_VECTOR_ROWS:
+    if call.experts is None and call.rows > MAX_BATCHED_ROWS:
         sections = (*own, shared, f"{op}.metal:tiles")
         rows, scratch = 32 if call.gated else 64, "threadgroup Int8Tile scratch;"
         return Tile(op, sections, "int8_tile", "", x, rows, 32, 128, scratch)

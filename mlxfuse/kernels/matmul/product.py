@@ -11,20 +11,17 @@ from typing import Generic, TypeVar
 import mlx.core as mx
 
 from ..activations import Int8Activations
+from ..runtime import tuning
 from ..runtime.kernel import Launch
-from ..weight import FLOATS, Part, QuantizedWeight, type_name
+from ..weight import FLOATS, AffineSegment, Part, QuantizedWeight, type_name
 from .dequantize import bind
+from .shapes import MAX_BATCH, bucket, columns, route
 from .tile_program import ACTIVATIONS, GATED, Tile, tile_program
 
 X = TypeVar("X", mx.array, Int8Activations)
 
-MAX_BATCH = 8
-"""Rows of x that one decoded unit of the weight is used for."""
-
-MAX_VECTOR_ROWS = 32
-"""Rows of x up to which the weight is read again for every `MAX_BATCH` of them. Above, it is
-dequantised once and multiplied by `mx.matmul`: at 4.5 bits a weight that moves 8 times the
-weight's bytes, as much as 8 readings. Not measured on a Mac."""
+MAX_BATCHED_ROWS = 32
+"""Rows of x up to which a weight may be read again for every `MAX_BATCH` of them."""
 
 MAX_ROWS_PER_EXPERT = 4
 """Rows of x, for each expert that there is, up to which an expert's matrix is read again for
@@ -80,8 +77,7 @@ class Call(Generic[X]):
     epilogue: Epilogue = NO_EPILOGUE
     experts: Experts | None = None
     split: bool = False
-    large: str = "dequantize"
-    variant: str = ""  # of `tuning.VARIANTS`, or its first
+    variant: str = ""  # of `variants`, or `usual`
     floor: bool = False  # the loads without the arithmetic, to be timed; the result is wrong
 
     @property
@@ -91,7 +87,7 @@ class Call(Generic[X]):
 
     @property
     def kind(self) -> str:
-        """``vector``, ``batch`` or ``large``; of experts ``vector``, ``grouped`` or ``summed``.
+        """``vector``, ``batch`` or ``prompt``; of experts ``vector``, ``grouped`` or ``summed``.
 
         `tuning.VARIANTS` names the variants of each that has several.
         """
@@ -102,22 +98,46 @@ class Call(Generic[X]):
             return "vector" if few else "grouped"
         if self.rows == 1:
             return "vector"
-        return "batch" if self.rows <= MAX_VECTOR_ROWS else "large"
+        return "batch" if self.rows <= MAX_BATCH else "prompt"
 
     def part(self, name: str) -> str:
         """The section of the Metal source: ``name``'s, or that of its floor."""
         return f"{name}_floor" if self.floor else name
 
     @property
+    def usual(self) -> str:
+        """The variant that runs where nothing has been measured; empty where there is one."""
+        names = tuning.VARIANTS["quantized_matmul"].get(self.kind, ("",))
+        if self.kind != "prompt":
+            return names[0]
+        if all(isinstance(s, AffineSegment) for s in self.weight.segments):
+            return "dequantize"  # MLX multiplies by its own weights
+        found = route(self.rows)
+        if found != "tiles":
+            return found
+        return f"tiles{columns(self.rows, self.weight.rows)}"
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """What may be measured for such a call, `usual` first."""
+        names = tuning.VARIANTS["quantized_matmul"].get(self.kind, ())
+        if self.kind == "prompt" and self.rows > MAX_BATCHED_ROWS:
+            names = tuple(n for n in names if n != "batch")
+        return tuple(sorted(names, key=lambda n: n != self.usual))
+
+    @property
     def route(self) -> str:
-        """``vector``, ``batch``, ``dequantize`` or ``tiles``."""
-        return (self.variant or self.large) if self.kind == "large" else self.kind
+        """``vector``, ``batch``, ``tiles``, ``dequantize``, ``grouped`` or ``summed``."""
+        if self.kind != "prompt":
+            return self.kind
+        return (self.variant or self.usual).rstrip("0123456789")
 
     @property
     def case(self) -> str:
         """What a variant is chosen by."""
         parts = "+".join(f"{p.segment.name}:{p.rows}" for p in self.weight.parts)
-        return f"{self.kind} {parts} x{self.weight.columns} {type_name(self.x.dtype)}"
+        found = f"{self.kind} {parts} x{self.weight.columns} {type_name(self.x.dtype)}"
+        return f"{found} {bucket(self.rows)}" if self.kind == "prompt" else found
 
     @property
     def rows(self) -> int:

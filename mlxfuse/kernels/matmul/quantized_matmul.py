@@ -24,11 +24,8 @@ from .product import (
     refuse,
     simd_groups,
 )
-from .tile_program import Tile
-
-LARGE = "dequantize"
-"""What runs above `MAX_VECTOR_ROWS` unless `mlxfuse tune` has chosen: ``dequantize``, or ``tiles``,
-the kernel that decodes tile by tile, which stays off until a Mac has measured it faster."""
+from .shapes import Shape, shape
+from .tile_program import THREADGROUP_MEMORY, Tile
 
 MOST_FOR_16 = 24
 """Rows of x of an expert, on average, up to which its tiles have 16 rows and not 32."""
@@ -56,10 +53,11 @@ def quantized_matmul(
     expert, for which they are sorted by expert; weights are rounded to ``x.dtype`` there.
 
     Products are summed in float32 and the epilogue is computed in float32 from the unrounded
-    sums; the result is rounded once. More than `MAX_VECTOR_ROWS` rows in float16 or bfloat16 are
-    multiplied by MLX, which rounds weights and sums to that type too, by up to half a unit in the
-    last place each. Before an activation, which makes more of an error, bfloat16 products are
-    float32 there; not those of MLX's own weights, which are as MLX-LM has them.
+    sums; the result is rounded once. More than `MAX_BATCH` rows are multiplied in tiles, which
+    round weights to ``x.dtype`` by up to half a unit in the last place; `shapes.ROUTES` says from
+    how many rows on MLX multiplies, which rounds the sums to that type too. Before an activation,
+    which makes more of an error, bfloat16 products are float32 there; not those of MLX's own
+    weights, which are as MLX-LM has them.
 
     Args:
         x: ``[..., K]``, float16, bfloat16 or float32.
@@ -76,7 +74,7 @@ def quantized_matmul(
     Raises:
         ValueError: arguments whose shapes do not fit together.
     """
-    call = tuned(Call(x, weight, epilogue, experts, split, LARGE))
+    call = tuned(Call(x, weight, epilogue, experts, split))
     call.check()
     if differentiable:
         outputs = _dense(call)
@@ -100,7 +98,7 @@ def prepare(
     """`quantized_matmul` of such arguments as one launch, to be called with x and, where there are
     any, residual, ids and scores, of the same shapes and types; None if it is no single launch.
     """
-    call = tuned(Call(x, weight, epilogue, experts, split, LARGE))
+    call = tuned(Call(x, weight, epilogue, experts, split))
     call.check()
     residual = epilogue.residual
     alike = residual is None or residual.dtype == x.dtype
@@ -138,10 +136,13 @@ def run_call(call: Call[mx.array], *, emulated: bool = False) -> list[mx.array]:
     return _kernel.run(_launch(call), emulated=emulated)
 
 
-def tile_rows(call: Call[mx.array]) -> int:
-    """Rows of x in a tile: few where the experts, or x itself, have few."""
-    each = call.rows / ((call.weight.experts or 1) if call.kind == "grouped" else 1)
-    return 16 if each <= MOST_FOR_16 else 32
+def tile_shape(call: Call[mx.array]) -> Shape:
+    """The tiles of a prompt, or of rows of experts: with few rows of x where each has few."""
+    size = call.x.dtype.size
+    if call.kind == "grouped":
+        few = call.rows / (call.weight.experts or 1) <= MOST_FOR_16
+        return shape(16 if few else 32, 64, size)
+    return shape(call.rows, 32 if (call.variant or call.usual) == "tiles32" else 64, size)
 
 
 def ends(experts: mx.array, count: int, many: int) -> tuple[mx.array, mx.array]:
@@ -161,18 +162,22 @@ def _tile(call: Call[mx.array]) -> Tile:
     kind, op = call.route, "quantized_matmul"
     if kind in ("tiles", "grouped"):
         name = "matrix" if kind == "tiles" else kind
-        rows = 32 if call.gated else 64
-        many = tile_rows(call)
-        scratch = "threadgroup float scratch[96 * tile_pitch * sizeof(T) / 4];"
-        # 96 rows of 72 numbers leave 18 KiB for two codebooks in 16 bits, 5 KiB in 32.
-        staged = 512 if call.x.dtype == mx.float32 else 2048
+        cut = tile_shape(call)
+        used = cut.nbytes(call.x.dtype.size)
         return Tile(
-            *(op, (f"{op}.metal:{name}",), f"{name}_tile", f", {many}", "x", rows, many, 128),
-            scratch,
-            staged,
-            kind == "grouped",
+            op=op,
+            sections=(f"{op}.metal:{name}",),
+            function=f"{name}_tile",
+            numbers=f", {cut.rows}, {cut.columns}, {cut.groups}",
+            x="x",
+            rows=cut.columns // (1 + call.gated),
+            many=cut.rows,
+            threads=cut.threads,
+            scratch=f"threadgroup float4 scratch[{used // 16}];",
+            staged=(THREADGROUP_MEMORY - used) // 4,
+            sorted=kind == "grouped",
         )
-    slots = _SLOTS[call.kind][call.variant or tuning.VARIANTS[op][call.kind][0]]
+    slots = _SLOTS[kind].get(call.variant) or next(iter(_SLOTS[kind].values()))
     if kind == "summed":
         groups = min(call.x.shape[-2], 8)
         scratch = f"threadgroup float scratch[{groups * slots}];"

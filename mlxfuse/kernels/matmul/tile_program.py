@@ -19,6 +19,9 @@ GATED = {
 PLAIN = {"silu": "Silu", "gelu": "Gelu", "gelu_tanh": "GeluTanh", "relu2": "Relu2"}
 ACTIVATIONS = (*PLAIN, *GATED)
 
+THREADGROUP_MEMORY = 32 << 10
+"""Bytes that a threadgroup may have."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tile:
@@ -34,7 +37,7 @@ class Tile:
     threads   threads of the threadgroup.
     scratch   declares the threadgroup memory ``scratch``, if there is any.
     sorted    whether rows of x are sorted by expert, of which each has tiles of its own.
-    staged    words of the largest codebook that is copied to threadgroup memory first; a larger one
+    staged    words of codebooks that are copied to threadgroup memory first; one that does not fit
               is read where it is.
     """
 
@@ -47,7 +50,7 @@ class Tile:
     many: int
     threads: int
     scratch: str
-    staged: int = 2048
+    staged: int = 4096
     sorted: bool = False
 
 
@@ -142,8 +145,11 @@ def _x_of(tile: Tile, call: tuple[int, int], inputs: tuple[str, ...]) -> str:
 
 def _grids(bounds: Sequence[Bound], call: Sequence[int], tile: Tile) -> dict[str, int]:
     """The codebooks of a call's segments that are staged, and the words of each."""
-    grids = {bounds[i].grid: bounds[i].words for i in call}
-    return {grid: words for grid, words in grids.items() if 0 < words <= tile.staged}
+    grids: dict[str, int] = {}
+    for bound in sorted((bounds[i] for i in call), key=lambda b: b.words):
+        if bound.grid and sum({**grids, bound.grid: bound.words}.values()) <= tile.staged:
+            grids[bound.grid] = bound.words
+    return grids
 
 
 def _staged(

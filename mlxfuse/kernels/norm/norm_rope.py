@@ -15,6 +15,9 @@ from ..weight import FLOATS
 HEADS_EACH = 4
 """Heads of one position that a SIMD-group turns by the same angles. Not measured on a Mac."""
 
+_GROUPS = 8
+"""SIMD-groups that share the heads of one position, where a norm acts on all of them together."""
+
 MAX_COLUMNS = 512
 """Longest head the kernel keeps in the registers of a SIMD-group."""
 
@@ -27,10 +30,14 @@ class RopeOptions:
     dims                rotated components, the first ones of each head; even.
     q_weight, k_weight  of the norms, ``[D]``, both or neither; of another type they promote, as in
                         MLX, and the call runs without the kernel.
+    wide                a norm acts on all heads of q together, another on those of k; their weights
+                        are ``[heads * D]`` and ``[kv_heads * D]``.
+    q_scale             the norms have no weights, and q is multiplied by this number behind its
+                        own, rounded to the type of q.
     eps                 of the norms.
     norm_offset         added to their weights: 1 for gemma's.
     base, freqs         one of them; freqs is float32 ``[dims / 2]``, in positions per radian.
-    scale               of positions; 1 / factor for linear scaling.
+    scale               of positions; 1 / factor for linear scaling. 0 turns nothing.
     mscale              multiplies the rotated components, rounded to the type of q: the magnitude
                         of YaRN and longrope.
     traditional         pairs are (2 i, 2 i + 1), not (i, i + dims / 2).
@@ -41,6 +48,8 @@ class RopeOptions:
     dims: int
     q_weight: mx.array | None = None
     k_weight: mx.array | None = None
+    wide: bool = False
+    q_scale: float | None = None
     eps: float = 1e-6
     norm_offset: float = 0.0
     base: float | None = None
@@ -64,9 +73,15 @@ class RopeOptions:
             raise ValueError(f"freqs: expected ({self.dims // 2},), found {self.freqs.shape}")
         if (self.k_weight is None) != (self.q_weight is None or not has_keys):
             raise ValueError("expected both q_weight and k_weight, or neither")
-        for name, weight in (("q_weight", self.q_weight), ("k_weight", self.k_weight)):
-            if weight is not None and weight.shape != (columns,):
-                raise ValueError(f"{name}: expected ({columns},), found {weight.shape}")
+        if self.q_scale is not None and self.q_weight is not None:
+            raise ValueError("expected either weights or q_scale")
+        of_q, of_k = (self.heads, self.kv_heads) if self.wide else (1, 1)
+        for name, weight, count in (
+            ("q_weight", self.q_weight, of_q * columns),
+            ("k_weight", self.k_weight, of_k * columns),
+        ):
+            if weight is not None and weight.shape != (count,):
+                raise ValueError(f"{name}: expected ({count},), found {weight.shape}")
 
 
 def norm_rope(
@@ -162,21 +177,27 @@ def _launch(call: _Call) -> Launch:
     if freqs is None:
         assert how.base is not None
         freqs = _freqs(how.base, how.dims)
+    wide = how.wide and bool(how.weights)
+    total = how.heads + how.kv_heads
+    each = -(-total // _GROUPS) if wide else HEADS_EACH
+    groups = -(-total // each)
     size, numbers = _numbers(
-        (how.heads, how.kv_heads, columns, how.dims // 2, length, call.offset.ndim),
-        (how.scale, how.mscale, how.eps, how.norm_offset),
+        (how.heads, how.kv_heads, columns, how.dims // 2, length, call.offset.ndim, each),
+        (how.scale, how.mscale, how.eps, how.norm_offset, how.q_scale or 1.0),
         q.dtype,
     )
     pairs = -(-how.dims // 64)
     rest = -(-(columns - how.dims) // 32)
+    plain = "NoNorm" if how.q_scale is None else "PlainNorm"
+    norm = ("WideNorm" if wide else "Norm") if how.weights else plain
     return Launch(
-        program=_program(pairs, rest, how.traditional, bool(how.weights), k is not None),
+        program=_program(pairs, rest, how.traditional, norm, k is not None),
         arrays=(
             *(q, *keys, *how.weights, freqs.astype(mx.float32)),
             *(call.offset.astype(mx.int32).reshape(-1), size, numbers),
         ),
-        grid=(32 * -(-(how.heads + how.kv_heads) // HEADS_EACH), batch * length, 1),
-        threadgroup=(64, 1, 1),
+        grid=(32 * groups, batch * length, 1),
+        threadgroup=(32 * groups if wide else 64, 1, 1),
         template=(("T", q.dtype),),
         shapes=tuple((batch, n, length, columns) for n in (how.heads, how.kv_heads) if n),
         dtypes=(q.dtype,) * (1 + len(keys)),
@@ -187,9 +208,11 @@ def _launch(call: _Call) -> Launch:
 def _numbers(
     size: tuple[int, ...], numbers: tuple[float, ...], dtype: mx.Dtype
 ) -> tuple[mx.array, mx.array]:
-    scale, mscale, *norm = numbers
-    rounded = mx.array(mscale, dtype).astype(mx.float32).item()
-    arrays = mx.array(size, mx.int32), mx.array([scale, rounded, *norm], mx.float32)
+    scale, mscale, eps, offset, q_scale = numbers
+    rounded = mx.array([mscale, q_scale], dtype).astype(mx.float32)
+    others = mx.array([scale, eps, offset], mx.float32)
+    numbered = mx.concatenate([others[:1], rounded[:1], others[1:], rounded[1:]])
+    arrays = mx.array(size, mx.int32), numbered
     mx.eval(arrays)
     return arrays
 
@@ -202,37 +225,49 @@ def _freqs(base: float, dims: int) -> mx.array:
 
 
 @cache
-def _program(pairs: int, rest: int, traditional: bool, normed: bool, keys: bool) -> Program:
-    norm = "Norm<T>" if normed else "NoNorm"
+def _program(pairs: int, rest: int, traditional: bool, norm: str, keys: bool) -> Program:
     names = ("q", "k") if keys else ("q",)
     q, k = names[0], names[-1]  # q in k's place is not read: k has no heads
-    weights = (f"{q}_weight", f"{k}_weight") if normed else ()
+    weights = (f"{q}_weight", f"{k}_weight") if norm in ("Norm", "WideNorm") else ()
+    kind = f"{norm}<T>" if weights else norm
+    lines = [f"const {kind} norm = {{{', '.join(weights)}}};"]
+    if norm == "WideNorm":
+        lines = [
+            f"threadgroup float partial[{2 * _GROUPS}];",
+            f"const {kind} norm = wide_norm({q}, {k}, {', '.join(weights)}, size, numbers, "
+            "thread_position_in_grid.y, thread_index_in_simdgroup, "
+            "simdgroup_index_in_threadgroup, simdgroups_per_threadgroup, partial);",
+        ]
+    lines += [
+        f"norm_rope<{kind}, {pairs}, {rest}, {str(traditional).lower()}>("
+        f"{q}, {k}, norm, freqs, offset, size, numbers, thread_position_in_grid.xy, "
+        f"thread_index_in_simdgroup, {q}_out, {k}_out);"
+    ]
     return Program(
         op="norm_rope",
         inputs=(*names, *dict.fromkeys(weights), "freqs", "offset", "size", "numbers"),
         outputs=tuple(f"{name}_out" for name in names),
-        body=(
-            f"const {norm} norm = {{{', '.join(weights)}}};\n"
-            f"norm_rope<{norm}, {pairs}, {rest}, {str(traditional).lower()}>("
-            f"{q}, {k}, norm, freqs, offset, size, numbers, thread_position_in_grid.xy, "
-            f"thread_index_in_simdgroup, {q}_out, {k}_out);\n"
-        ),
-        parts=(f"norm_rope.metal:{norm.partition('<')[0]}",),
+        body="\n".join(lines) + "\n",
+        parts=(f"norm_rope.metal:{norm}",),
     )
 
 
 def _reference(call: _Call) -> list[mx.array]:
     found, how = [], call.options
-    for x, heads, weight in (
-        (call.q, how.heads, how.q_weight),
-        (call.k, how.kv_heads, how.k_weight),
+    for x, heads, weight, factor in (
+        (call.q, how.heads, how.q_weight, how.q_scale),
+        (call.k, how.kv_heads, how.k_weight, None),
     ):
         if x is None:
             continue
-        x = x.reshape(*x.shape[:2], heads, -1)
         if weight is not None:
             weight = how.norm_offset + weight if how.norm_offset else weight
+        if how.wide and weight is not None:
             x = mx.fast.rms_norm(x, weight, how.eps)
+        x = x.reshape(*x.shape[:2], heads, -1)
+        if how.q_scale is not None or (weight is not None and not how.wide):
+            x = mx.fast.rms_norm(x, weight, how.eps)
+        x = x if factor is None else x * factor
         x = x.transpose(0, 2, 1, 3)
         if how.mscale != 1.0:
             x = x.at[..., : how.dims].multiply(how.mscale)
@@ -254,8 +289,8 @@ def _small(call: _Call) -> tuple[_Call]:
     draw = normal(call.q.dtype)
     lead = tuple(min(n, 8) for n in call.q.shape[:2])
     offset = mx.arange(lead[0], dtype=call.offset.dtype)
-    names = [n for n in ("q_weight", "k_weight") if getattr(call.options, n) is not None]
-    weights: Any = {name: draw(call.columns) for name in names}
+    given = {name: getattr(call.options, name) for name in ("q_weight", "k_weight")}
+    weights: Any = {name: draw(*w.shape) for name, w in given.items() if w is not None}
     q, k = draw(*lead, call.q.shape[-1]), call.k
     small = _Call(
         q,

@@ -23,25 +23,31 @@ OUTPUTS = ("y", "int8")
 
 
 class Post(NamedTuple):
-    """A norm of x before the residual is added; arguments as of `rms_norm`."""
+    """A norm of x before the residual is added; arguments as of `rms_norm`.
+
+    factor  ``[1]`` of the type of x, multiplies the sum; None for no product.
+    """
 
     weight: mx.array
     eps: float
     offset: float = 0.0
+    factor: mx.array | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class NormResult:
     """What `rms_norm` gives; None where it was not asked for.
 
-    h     ``x + residual``, or ``norm(x) + residual``, where there is a residual.
-    y     the normalised rows.
-    int8  y as int8 codes.
+    h       ``x + residual``, or ``norm(x) + residual``, where there is a residual.
+    y       the normalised rows.
+    int8    y as int8 codes.
+    others  the normalised rows by other weights.
     """
 
     h: mx.array | None = None
     y: mx.array | None = None
     int8: Int8Activations | None = None
+    others: tuple[mx.array, ...] = ()
 
 
 def rms_norm(
@@ -53,12 +59,14 @@ def rms_norm(
     offset: float = 0.0,
     outputs: Collection[str] = ("y",),
     post: Post | float | None = None,
+    others: tuple[mx.array, ...] = (),
 ) -> NormResult:
     """``y = h / sqrt(mean(h^2) + eps) * (offset + weight)`` with ``h = x + residual``.
 
-    With ``post``, ``h = norm(x) + residual``, and that norm is rounded to T as y is; or, where
-    it is a number, ``h = x * post + residual``, of which the number and the product are rounded
-    to T, as MLX rounds them. h is rounded to its type T, and all else follows from the rounded h;
+    With ``post``, ``h = norm(x) + residual``, and that norm is rounded to T as y is, or
+    ``h = (norm(x) + residual) * factor``, of which the sum is too; or, where ``post`` is a number,
+    ``h = x * post + residual``, of which the number and the product are rounded to T, as MLX
+    rounds them. h is rounded to its type T, and all else follows from the rounded h;
     mean and root are float32. As by `mx.fast.rms_norm`, the normalised value, ``offset + weight``
     and their product are each rounded to T; mlx-lm's classes for gemma do the same. ``int8`` are
     the codes of y rounded to T, whether or not y is asked for. Arguments of different types
@@ -73,18 +81,21 @@ def rms_norm(
         outputs: any of `OUTPUTS`; ``int8`` needs K to be a multiple of 32. With ``post`` there
             may be none, and h is all.
         post: what is done to x before the residual is added, which there must be.
+        others: weights ``[K]``, each of which takes the place of ``weight`` in another y; y is
+            asked for then.
 
     Raises:
         ValueError: arguments that do not fit together.
     """
     asked = tuple(o for o in OUTPUTS if o in outputs)
-    call = _Call(x, weight, eps, residual, offset, asked, post)
+    call = _Call(x, weight, eps, residual, offset, asked, post, others)
     call.check(outputs)
     got = dict(zip(call.names, KERNEL(call), strict=True))
     int8 = None
     if "int8" in outputs:
         int8 = Int8Activations(got["codes"], got["scales"], got["sums"], call.dtype)
-    return NormResult(got.get("h"), got.get("y"), int8)
+    more = tuple(got[f"y_{name}"] for name in call.weights)
+    return NormResult(got.get("h"), got.get("y"), int8, more)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +109,7 @@ class _Call:
     offset: float
     outputs: tuple[str, ...]
     post: Post | float | None = None
+    others: tuple[mx.array, ...] = ()
 
     @property
     def columns(self) -> int:
@@ -111,29 +123,42 @@ class _Call:
     @property
     def given(self) -> dict[str, mx.array]:
         """The inputs besides x."""
-        post = self.post.weight if isinstance(self.post, Post) else None
-        found = {"residual": self.residual, "weight": self.weight, "post": post}
-        return {n: a for n, a in found.items() if a is not None}
+        found = {"residual": self.residual, "weight": self.weight}
+        if isinstance(self.post, Post):
+            found |= {"post": self.post.weight, "factor": self.post.factor}
+        return {n: a for n, a in found.items() if a is not None} | self.weights
+
+    @property
+    def weights(self) -> dict[str, mx.array]:
+        """The other weights, by the names of the kernel's inputs."""
+        return {f"weight{i}": weight for i, weight in enumerate(self.others)}
 
     @property
     def names(self) -> tuple[str, ...]:
         """The kernel's outputs."""
         of = {"y": ("y",), "int8": quantize_int8.OUTPUTS}
-        found = ("h",) if self.residual is not None else ()
-        return found + tuple(n for o in self.outputs for n in of[o])
+        found = ["h"] if self.residual is not None else []
+        found += [n for o in self.outputs for n in of[o]]
+        return (*found, *(f"y_{name}" for name in self.weights))
 
     def check(self, outputs: Collection[str]) -> None:
         x = self.x
         if x.ndim < 1 or x.shape[-1] == 0:
             raise ValueError(f"x: expected [..., K] with K > 0, found {x.shape}")
-        if self.weight is not None and self.weight.shape != (self.columns,):
-            raise ValueError(f"weight: expected ({self.columns},), found {self.weight.shape}")
+        for weight in (self.weight, *self.others):
+            if weight is not None and weight.shape != (self.columns,):
+                raise ValueError(f"weight: expected ({self.columns},), found {weight.shape}")
+        if self.others and "y" not in outputs:
+            raise ValueError("others: expected y among the outputs")
         if self.residual is not None and self.residual.shape != x.shape:
             raise ValueError(f"residual: expected {x.shape}, found {self.residual.shape}")
         if self.post is not None and self.residual is None:
             raise ValueError("post: expected a residual to add to, found none")
         if isinstance(self.post, Post) and self.post.weight.shape != (self.columns,):
             raise ValueError(f"post: expected ({self.columns},), found {self.post.weight.shape}")
+        factor = self.post.factor if isinstance(self.post, Post) else None
+        if factor is not None and factor.shape != (1,):
+            raise ValueError(f"factor: expected (1,), found {factor.shape}")
         if not (self.outputs or self.post is not None) or set(outputs) - set(OUTPUTS):
             raise ValueError(f"outputs: expected some of {OUTPUTS}, found {tuple(outputs)}")
         if self.columns % GROUP and self.outputs not in ((), ("y",)):
@@ -162,9 +187,10 @@ def _launch(call: _Call) -> Launch:
     pieces = -(-quads // _THREADS)
     threads = 32 * -(-quads // (32 * pieces))
     given = call.given
-    shapes = {"h": x.shape, "y": x.shape}
+    shapes = dict.fromkeys(("h", "y", *(f"y_{name}" for name in call.weights)), x.shape)
     shapes |= zip(quantize_int8.OUTPUTS, quantize_int8.output_shapes(x.shape), strict=True)
-    dtypes = {"h": x.dtype, "y": x.dtype, "codes": mx.int8}
+    dtypes = dict.fromkeys(shapes, mx.float32) | {"codes": mx.int8}
+    dtypes |= {name: x.dtype for name in shapes if name[0] in "hy"}
     whole = call.columns % 4 == 0
     return Launch(
         program=_program(pieces, whole, ("x", *given), call.names, isinstance(call.post, float)),
@@ -173,7 +199,7 @@ def _launch(call: _Call) -> Launch:
         threadgroup=(threads, 1, 1),
         template=(("T", x.dtype),),
         shapes=tuple(shapes[n] for n in call.names),
-        dtypes=tuple(dtypes.get(n, mx.float32) for n in call.names),
+        dtypes=tuple(dtypes[n] for n in call.names),
     )
 
 
@@ -223,9 +249,16 @@ def _program(
         lines += [f"scale_row<{held}>(float(static_cast<T>(numbers[2])), v);"]
     if "residual" in inputs:
         sections += ["add"]
-        lines += [f"add_row<{moved}>(residual, row, v);", f"store_row<{moved}>(v, row, h);"]
+        lines += [f"add_row<{moved}>(residual, row, v);"]
+        if "factor" in inputs:
+            sections += ["plain"]
+            lines += [f"scale_row<{held}>(float(factor[0]), v);"]
+        lines += [f"store_row<{moved}>(v, row, h);"]
     if outputs != ("h",):
         lines += [f"const float inverse = inverse_rms<{held}>(v, row, numbers[0], partial);"]
+        for name in (name for name in outputs if name.startswith("y_")):
+            sections += ["weighted", "other"]
+            lines += [f"other_row<{moved}>({name[2:]}, numbers[1], row, inverse, v, {name});"]
         if "weight" in inputs:
             sections += ["weighted"]
             lines += [f"{weigh}(weight, numbers[1], row, inverse, v);"]
@@ -250,16 +283,20 @@ def _program(
 def _reference(call: _Call) -> list[mx.array]:
     h = call.x
     if isinstance(call.post, Post):
-        h = _normed(call, h, *call.post)
+        h = _normed(call, h, *call.post[:3])
     elif call.post is not None:
         h = h * call.post
     h = h if call.residual is None else h + call.residual
+    if isinstance(call.post, Post) and call.post.factor is not None:
+        h = h * call.post.factor
     if not call.outputs:
         return [h]
     y = _normed(call, h, call.weight, call.eps, call.offset)
     found = {"h": h, "y": y}
     if "int8" in call.outputs:
         found |= zip(quantize_int8.OUTPUTS, quantize_int8.reference(y), strict=True)
+    for name, weight in call.weights.items():
+        found[f"y_{name}"] = _normed(call, h, weight, call.eps, call.offset)
     return [found[n] for n in call.names]
 
 
@@ -282,8 +319,9 @@ def _small(call: _Call) -> tuple[_Call]:
     if call.weight is not None:
         small = replace(small, weight=draw(call.columns))
     if isinstance(call.post, Post):
-        small = replace(small, post=call.post._replace(weight=draw(call.columns)))
-    return (small,)
+        factor = None if call.post.factor is None else draw(1)
+        small = replace(small, post=call.post._replace(weight=draw(call.columns), factor=factor))
+    return (replace(small, others=tuple(draw(call.columns) for _ in call.others)),)
 
 
 KERNEL = Kernel("rms_norm", _launch, _refuse, _reference, _small)

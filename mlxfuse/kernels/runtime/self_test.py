@@ -21,17 +21,18 @@ import mlx.core as mx
 import numpy as np
 
 from ... import env
+from ...errors import KernelError
 from ...files import write_text
 from ...ranks import all_values
-from ..matmul.product import MAX_BATCH, MAX_VECTOR_ROWS
+from ..matmul.shapes import MAX_BATCH
 from . import kernel as _kernel
 from .backend import Recorder, disabled, using
 from .kernel import Kernel, Launch, Program, Recorded
 from .source import header
 
-# Rows of x of which a model's calls use every variant: one by one up to a whole batch, and so
-# many that the weight is dequantised.
-LENGTHS = (1, 2, 4, MAX_BATCH, MAX_VECTOR_ROWS + 1)
+# Rows of x of which a model's calls use every variant: one by one up to a whole batch, tiles of
+# every height, and so many that the weight is dequantised.
+LENGTHS = (1, 2, 4, MAX_BATCH, 16, 32, 64, 128, 192, 257)
 
 # Largest error, of the largest value: sums in another order, then one rounding to the type.
 _BOUNDS: dict[object, float] = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}
@@ -137,13 +138,26 @@ def _key(launch: Launch) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def attempt(launch: Launch, *, emulated: bool) -> list[mx.array]:
+    """The computed outputs.
+
+    Raises:
+        KernelError: with all that was said: by a compiler, of a too large threadgroup, of memory.
+    """
+    try:
+        got = _kernel.run(launch, emulated=emulated)
+        mx.eval(got)
+    except Exception as error:  # whatever it is, the kernel cannot be used
+        raise KernelError(str(error).strip() or type(error).__name__) from error
+    return got
+
+
 def compare(kernel: Kernel[Any], arguments: tuple[Any, ...], *, emulated: bool) -> str:
     """Empty where the outputs agree, else how they differ."""
     launch = kernel.launch(*arguments)
     try:
-        got = _kernel.run(launch, emulated=emulated)
-        mx.eval(got)
-    except Exception as error:  # a compiler's, a too large threadgroup, no memory: all disable it
+        got = attempt(launch, emulated=emulated)
+    except KernelError as error:
         return _reason(error)
     # On the CPU, where float32 products are not TF32.
     with mx.stream(mx.cpu):
@@ -174,7 +188,7 @@ def _reason(error: Exception) -> str:
     """What an exception says: a compiler's errors, else its first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     errors = [line for line in lines if "error:" in line][:_ERRORS]
-    return "; ".join(errors or lines[:1]) or type(error).__name__
+    return "; ".join(errors or lines[:1])
 
 
 def _read(path: Path) -> set[str]:

@@ -23,13 +23,14 @@ from ... import env
 from ...files import write_text
 from .source import metal_dir
 
-# op -> kind of call -> its variants, first the one that runs where nothing has been measured.
+# op -> kind of call -> its variants, first the one that runs where nothing has been measured; what
+# a prompt runs then follows from its rows.
 VARIANTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "quantized_matmul": {
         "vector": ("rows4", "rows8", "rows2"),
         "batch": ("rows2", "rows1"),
         "summed": ("rows4", "rows8", "rows2"),
-        "large": ("dequantize", "tiles"),
+        "prompt": ("tiles64", "tiles32", "dequantize", "batch"),
     }
 }
 FUSED, SEPARATE = "fused", "separate"

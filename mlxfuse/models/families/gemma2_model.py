@@ -18,7 +18,7 @@ from mlx_lm.models import gemma2
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from ...nn.sdpa import sdpa
+from ...nn.sdpa import capped, sdpa
 
 
 @dataclass
@@ -81,6 +81,11 @@ class Model(gemma2.Model):
     def __init__(self, args: ModelArgs) -> None:
         super().__init__(args)
         self.model = GemmaModel(args)
+
+    def __call__(self, inputs: mx.array, cache: list[Any] | None = None) -> mx.array:
+        """inputs, token ids [B, L] -> logits [B, L, vocabulary]."""
+        out = self.model.embed_tokens.as_linear(self.model(inputs, cache))
+        return capped(out, self.final_logit_softcapping)
 
     def make_cache(self) -> list[KVCache | RotatingKVCache]:
         period = self.args.sliding_window_pattern

@@ -27,7 +27,7 @@ from ...kernels.kv.dequantize_kv import dequantize_kv
 from ...kernels.kv.quantize_kv import quantize_kv
 from ...kernels.kv.scheme import KVScheme, KVSide
 from ...kernels.kv.sdpa_call import Scores
-from ..sdpa import Mask, mask_of, sdpa
+from ..sdpa import Mask, heads_in_turn
 
 Pair = tuple[mx.array, mx.array]
 
@@ -220,23 +220,13 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
         scheme = self.scheme
         token = keys.shape[0] * (scheme.k.dim + scheme.v.dim) * keys.dtype.size
         each = max(1, self.SCRATCH // ((self.columns + queries.shape[2]) * token))
-        shared = queries.shape[1] // keys.shape[1]
-        mask: Mask = "causal" if scores.causal and scores.mask is None else scores.mask
-        outputs = []
-        for first in range(0, keys.shape[1], each):
-            heads = slice(first, first + each)
-            rows = slice(first * shared, (first + each) * shared)
-            made = sdpa(
-                queries[:, rows],
-                *self._with_past(keys[:, heads], values[:, heads], heads),
-                scale=scores.scale,
-                mask=mask_of(mask, rows),
-                sinks=None if scores.sinks is None else scores.sinks[rows],
-                softcap=scores.softcap,
-            )
-            outputs.append(made)
+
+        def past(heads: slice) -> Pair:
+            return self._with_past(keys[:, heads], values[:, heads], heads)
+
+        output = heads_in_turn(queries, keys.shape[1], each, past, scores)
         self._append(keys, values)
-        return mx.concatenate(outputs, axis=1)
+        return output
 
     @property
     def token_bytes(self) -> int:

@@ -193,7 +193,7 @@ USUAL: Case = {
     [
         ("key <= row.last", "key < row.last"),  # the last key is not seen
         ("total *= decay;", ""),
-        ("scale.y * q_sum[r][j]", "0.0f"),  # the bias is left out
+        ("fma(scale.x, v[e], scale.y)", "scale.x * v[e]"),  # the bias is left out
         ("const uint unit = At::unit(lane, j);", "const uint unit = lane ^ 2;"),
     ],
 )

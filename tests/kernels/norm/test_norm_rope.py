@@ -57,7 +57,9 @@ class Case:
         lead = self.batch, self.length
         q, k = (normal(*lead, n * self.columns) for n in (self.heads, self.kv_heads))
         if self.normed:
-            options |= {"q_weight": normal(self.columns), "k_weight": normal(self.columns)}
+            of_q, of_k = (self.heads, self.kv_heads) if options.get("wide") else (1, 1)
+            options |= {"q_weight": normal(of_q * self.columns)}
+            options |= {"k_weight": normal(of_k * self.columns)}
         if not self.kv_heads:
             return q, None, {n: v for n, v in options.items() if n != "k_weight"}
         return q, k, options
@@ -80,6 +82,18 @@ CASES = [
     Case(8, 2, mx.float32, at=3, heads=1, kv_heads=1),
     Case(512, 500, mx.float16, at=3, length=2, normed=True),
     Case(64, 64, mx.float16, (5, 900), 2, kv_heads=0, normed=True, more=(("freqs", PROPORTIONAL),)),
+    # Norms of all heads together: fewer heads than SIMD-groups, and more.
+    Case(80, 20, mx.float32, at=7, heads=3, normed=True, more=(("base", 1e4), ("wide", True))),
+    Case(96, 48, mx.float16, 9, heads=13, normed=True, more=(("freqs", FREQS), ("wide", True))),
+    Case(
+        *(128, 128, mx.bfloat16, (4, -3), 2, 2, 8, 8),
+        normed=True,
+        more=(("base", 1e6), ("norm_offset", 1.0), ("traditional", True), ("wide", True)),
+    ),
+    # Norms without weights, also of heads that are not turned.
+    Case(64, 64, mx.float32, at=11, more=(("base", 1e4), ("q_scale", 3.87))),
+    Case(48, 48, mx.bfloat16, at=11, more=(("base", 1e4), ("q_scale", 3.87))),
+    Case(128, 128, mx.float16, at=11, more=(("base", 1.0), ("scale", 0.0), ("q_scale", 3.87))),
 ]
 
 
@@ -90,7 +104,12 @@ class Side:
     x: mx.array
     heads: int
     weight: mx.array | None
+    factor: float | None
     got: mx.array
+
+    @property
+    def normed(self) -> bool:
+        return self.weight is not None or self.factor is not None
 
 
 def norm_rope(
@@ -102,8 +121,12 @@ def norm_rope(
 def sides(q: mx.array, k: mx.array | None, options: dict[str, Any]) -> list[Side]:
     """Both sides of `norm_rope`, or the one that there is, run on them."""
     got = norm_rope(q, k, **options)
+    factors = [options.get("q_scale"), "q_scale" in options or None]
     named = [(q, "heads", "q_weight")] + [(k, "kv_heads", "k_weight")] * (k is not None)
-    return [Side(x, options[n], options.get(w), y) for (x, n, w), y in zip(named, got, strict=True)]
+    return [
+        Side(x, options[n], options.get(w), factor, y)
+        for (x, n, w), factor, y in zip(named, factors, got, strict=False)
+    ]
 
 
 def exact(side: Side, options: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -114,10 +137,16 @@ def exact(side: Side, options: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """
     dtype, dims, traditional = side.x.dtype, options["dims"], options.get("traditional", False)
     batch, length = side.x.shape[:2]
-    v = to_float64(side.x).reshape(batch, length, side.heads, -1).transpose(0, 2, 1, 3)
+    v = to_float64(side.x)
+    if not options.get("wide"):
+        v = v.reshape(batch, length, side.heads, -1)
+    offset, eps = options.get("norm_offset", 0.0), options.get("eps", 1e-6)
     if side.weight is not None:
-        offset, eps = options.get("norm_offset", 0.0), options.get("eps", 1e-6)
         v = normalised(v, to_float64(side.weight), eps, dtype, offset=offset)
+    elif side.factor is not None:
+        factor = np.full(v.shape[-1], nearest(float(side.factor), dtype))
+        v = normalised(v, factor, eps, dtype)
+    v = v.reshape(batch, length, side.heads, -1).transpose(0, 2, 1, 3)
     freqs = options.get("freqs")
     if freqs is None:
         freqs = options["base"] ** (np.arange(0, dims, 2) / dims)
@@ -129,7 +158,7 @@ def exact(side: Side, options: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         np.s_[: dims // 2], np.s_[dims // 2 : dims]
     )  # fmt: skip
     a, b = turned[..., at[0]], turned[..., at[1]]
-    of_norm = 16 * EPS32 if side.weight is not None and dtype == mx.float32 else 0.0
+    of_norm = 16 * EPS32 if side.normed and dtype == mx.float32 else 0.0
     slack = np.abs(v) * of_norm
     v[..., at[0]] = a * np.cos(angle) - b * np.sin(angle)
     v[..., at[1]] = a * np.sin(angle) + b * np.cos(angle)
@@ -146,7 +175,7 @@ def judge(side: Side, options: dict[str, Any]) -> None:
     assert (got.shape, got.dtype) == (want.shape, side.x.dtype)
     excess = np.abs(to_float64(got) - want) - slack
     excess -= 0.501 * quantum(np.abs(want) + slack, got.dtype)
-    if side.weight is not None:
+    if side.normed:
         assert np.mean(excess > 0) <= 1e-3
         excess -= 2 * quantum(np.abs(want).max(-1, keepdims=True), got.dtype)
     assert excess.max() <= 0
@@ -159,10 +188,12 @@ def test_against_float64(case: Case, kernels: str) -> None:
     found = sides(q, k, options)
     assert _kernel.launches["norm_rope"] == before + 1
     # Controls: another position, another kind of pairs, other periods or weights.
-    others = [{"offset": options["offset"] + 1}]
-    if case.dims > 2:
-        others += [{"traditional": not options.get("traditional", False)}]
-        others += [{n: 1.01 * options[n]} for n in ("base", "freqs") if n in options]
+    others: list[dict[str, Any]] = []
+    if options.get("scale") != 0.0:
+        others += [{"offset": options["offset"] + 1}]
+        if case.dims > 2:
+            others += [{"traditional": not options.get("traditional", False)}]
+            others += [{n: 1.01 * options[n]} for n in ("base", "freqs") if n in options]
     for side in found:
         judge(side, options)
         for other in others:
@@ -171,6 +202,9 @@ def test_against_float64(case: Case, kernels: str) -> None:
         if side.weight is not None:
             with pytest.raises(AssertionError):
                 judge(replace(side, weight=1.01 * side.weight), options)
+        if side.factor is not None:
+            with pytest.raises(AssertionError):
+                judge(replace(side, factor=1.01 * side.factor), options)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -299,6 +333,14 @@ def bad(change: dict[str, Any]) -> Callable[[], Any]:
         (
             {"q_weight": mx.ones((64,)), "k_weight": mx.ones((32,))},
             r"k_weight: expected \(64,\), found \(32,\)",
+        ),
+        (
+            {"q_weight": mx.ones((64,)), "k_weight": mx.ones((64,)), "wide": True},
+            r"q_weight: expected \(320,\), found \(64,\)",
+        ),
+        (
+            {"q_weight": mx.ones((64,)), "k_weight": mx.ones((64,)), "q_scale": 2.0},
+            "either weights or q_scale",
         ),
     ],
 )

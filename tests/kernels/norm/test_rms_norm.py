@@ -131,6 +131,31 @@ def test_a_norm_before_the_addition(dtype: mx.Dtype, kernels: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_factor_of_the_sum_and_other_weights(dtype: mx.Dtype, kernels: str) -> None:
+    """To the bit what a norm, an addition, a product and three norms are."""
+    for columns in (31, 576):
+        x, residual = rows_of(columns, dtype)
+        after, *weights = (normal(columns, dtype=dtype, seed=s) for s in (3, 4, 5, 6))
+        post = Post(after, 1e-3, factor=mx.array([0.37], dtype))
+        want = (rms_norm(x, after, 1e-3).y + residual) * post.factor
+        options = {"residual": residual, "post": post, "others": tuple(weights[1:])}
+        got = rms_norm(x, weights[0], EPS, **options)
+        assert mx.array_equal(got.h, want)
+        for y, weight in zip((got.y, *got.others), weights, strict=True):
+            assert mx.array_equal(y, rms_norm(want, weight, EPS).y)
+        assert not mx.array_equal(got.y, got.others[0])
+        plain = rms_norm(x, weights[0], EPS, offset=1.0, others=(weights[1],))
+        assert mx.array_equal(plain.others[0], rms_norm(x, weights[1], EPS, offset=1.0).y)
+        assert plain.h is None
+    with pytest.raises(ValueError, match=r"factor: expected \(1,\), found \(2,\)"):
+        rms_norm(x, after, EPS, residual=residual, post=post._replace(factor=mx.ones((2,))))
+    with pytest.raises(ValueError, match="others: expected y"):
+        rms_norm(x, after, EPS, residual=residual, post=post, outputs=(), others=(after,))
+    with pytest.raises(ValueError, match=r"weight: expected \(576,\), found \(31,\)"):
+        rms_norm(x, after, EPS, others=(after[:31],))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_product_before_the_addition(dtype: mx.Dtype, kernels: str) -> None:
     """To the bit what MLX's product with a number, its addition and a norm are."""
     for columns, outputs in ((31, ()), (4096, ("y",))):

@@ -17,7 +17,7 @@ from mlxfuse.fusion.dispatches import dispatches
 from mlxfuse.kernels import launches
 from mlxfuse.kernels.kv.scheme import pack, unpack
 from mlxfuse.kernels.kv.sdpa_call import Scores
-from mlxfuse.nn.kv import cache as module
+from mlxfuse.nn import sdpa as sdpa_module
 from mlxfuse.nn.kv.cache import CompressedKVCache
 from mlxfuse.nn.sdpa import sdpa
 from tests.bench import bench_kv_memory
@@ -371,7 +371,7 @@ def test_many_queries_read_some_heads_at_a_time(settings, monkeypatch):
         heads.append(k.shape[1])
         return sdpa(q, k, *rest, **how)
 
-    monkeypatch.setattr(module, "sdpa", counted)
+    monkeypatch.setattr(sdpa_module, "sdpa", counted)
     keys, values = copy.deepcopy(cache).update_and_fetch(*part(pair, 320, 400))
     causal = cache.mask_array(80, cache.window)
     for given, seen_keys in ((cache.make_mask(80), causal), (mask, mask), (mask[:, :1],) * 2):
@@ -383,7 +383,7 @@ def test_many_queries_read_some_heads_at_a_time(settings, monkeypatch):
             fresh = part(pair, 320, 400)
             results.append(caches[-1].attend(queries, *fresh, Scores.of(given, 1 / 8, sinks=sinks)))
             monkeypatch.undo()
-            monkeypatch.setattr(module, "sdpa", counted)
+            monkeypatch.setattr(sdpa_module, "sdpa", counted)
         assert heads == [HEADS] + [1] * HEADS
         heads.clear()
         assert all(mx.abs(x - want).max().item() < 2e-5 for x in results)
