@@ -104,11 +104,14 @@ class SummedNorm(nn.Module):
 
     def _normed(self, x: mx.array) -> mx.array:
         wide = x.astype(mx.float32)
-        squares = wide.square().sum(-1, keepdims=True)
-        before, after = self.first, self.groups - self.first - 1
-        squares = mx.pad(squares, [(0, 0)] * (x.ndim - 1) + [(before, after)])
-        squares = mx.distributed.all_sum(squares, group=self.group)[..., before : before + 1]
+        squares = self.squares(wide.square().sum(-1, keepdims=True))
         return (wide * mx.rsqrt(squares / self.width + self.eps) * self.weight).astype(x.dtype)
+
+    def squares(self, own: mx.array) -> mx.array:
+        """The sum [..., 1] of this rank's squares -> that of all that are normed with them."""
+        at, last = self.first, self.groups - 1
+        spread = mx.pad(own, [(0, 0)] * (own.ndim - 1) + [(at, last - at)])
+        return mx.distributed.all_sum(spread, group=self.group)[..., at : at + 1]
 
 
 class Nothing(nn.Module):
