@@ -206,7 +206,7 @@ def load(
         apply_adapter(opened.model, Path(adapter_path))
     patch = patch_model(opened.model, fuse=fuse, act_quant=act_quant, **kv)
     if sharing is not None:
-        sharing.end(patch)
+        sharing.end(opened.model, patch)
     opened.model.load_report = _report(account, opened, patch)
     pair = (opened.model, opened.tokenizer)
     return (*pair, opened.config) if return_config else pair

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from .errors import UnsupportedError
 from .fusion import PatchReport
+from .fusion.patch import try_every_length
 from .kernels.runtime import self_test
 from .models.part import Part
 from .models.plan import Plan
@@ -65,13 +67,14 @@ class Sharing:
             raise UnsupportedError(f"{path}: a pipeline is for GGUF files and exports of them")
         return self.group
 
-    def end(self, patch: PatchReport) -> None:
+    def end(self, model: nn.Module, patch: PatchReport) -> None:
         """Use no kernel that another rank cannot use, and compare where rank 0 adds the residual
         before a sum: the others must know of it.
 
         Raises:
             RanksError: on all ranks, where that differs.
         """
+        try_every_length(model, patch)
         disabled = self_test.agree(self.group)
         patch.disabled |= {program.op: why for program, why in disabled.items()}
         if not self.pipeline:

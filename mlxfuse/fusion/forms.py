@@ -27,7 +27,7 @@ from ..nn.norm import FusedNorm
 from ..nn.post_norm import FusedGatedPostNormBlock, FusedPostNormBlock, PostNormForm
 from ..nn.rope import FrequencyRoPE, NoRoPE
 from ..nn.rotation import Rotation
-from .certify import Match, certify
+from .certify import Match, certify, is_known
 
 
 def has(module: nn.Module, *names: str) -> bool:
@@ -259,7 +259,18 @@ def rotation(module: nn.Module, form: AttentionForm) -> Rotation | None:
     parts = {name: module[name] for name in (*form.norms, *([form.rope] if turned else []))}
     wide = form.norm == "width"
     how = RopeOptions(heads=form.heads, kv_heads=form.kv_heads, wide=wide, **options)
-    return Rotation(module, parts, how)
+    values = norms and form.values_norm and _norms_plainly(module[form.values_norm], how.eps)
+    if values:
+        parts[form.values_norm] = module[form.values_norm]
+    return Rotation(module, parts, how, values=bool(values))
+
+
+def _norms_plainly(norm: nn.Module, eps: float) -> bool:
+    """Whether it is an RMSNorm without a weight, with such an epsilon."""
+    if not is_known(type(norm), "plain_norm"):
+        return False
+    found = getattr(norm, certify(type(norm), "plain_norm").names["EPS"])
+    return bool(found == eps)
 
 
 def _rope_options(rope: nn.Module) -> dict[str, Any]:

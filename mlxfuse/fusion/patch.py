@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -122,7 +122,9 @@ def patch_model(
             _fuse(model, (int8.places,), choice, report, strict)
         report.count = _counting(model)
         model._mlxfuse_patch = _Patch(asked, report)
-    _self_test(model, report)
+    if _has_kernels(model, report):
+        try_kernels(model, report, (1,))
+        self_test.on_first_use()
     if kv is not None:
         compress_caches(model, kv)
     return report
@@ -190,21 +192,32 @@ def _counting(model: nn.Module) -> Callable[[], tuple[int, int] | None]:
     return count
 
 
-def _self_test(model: nn.Module, report: PatchReport) -> None:
-    """Try the kernel variants that the model uses, unless they are emulated or cannot run."""
-    modules = list(model.modules())
-    experts = [m.weight.experts or 1 for m in modules if isinstance(m, QuantizedSwitchLinear)]
-    kernels = report.fused or experts or any(isinstance(m, QuantizedLinear) for m in modules)
-    if not kernels or env.get("MLXFUSE_KERNELS") == "emulated" or unavailable() is not None:
-        return
+def _has_kernels(model: nn.Module, report: PatchReport) -> bool:
+    """Whether the model will use kernels that are neither emulated nor unable to run."""
+    layers = QuantizedLinear | QuantizedSwitchLinear
+    if not report.fused and not any(isinstance(m, layers) for m in model.modules()):
+        return False
+    return env.get("MLXFUSE_KERNELS") != "emulated" and unavailable() is None
+
+
+def try_kernels(model: nn.Module, report: PatchReport, lengths: Sequence[int]) -> None:
+    """Try the kernel variants that the model uses for sequences of these lengths."""
     start = time.perf_counter()
-    # So many that ids are sorted.
-    many = [max(MAX_IDS, MAX_ROWS_PER_EXPERT * max(experts) + 1)] if experts else []
 
     def run() -> None:
-        for length in (*self_test.LENGTHS, *many):
+        for length in lengths:
             model(mx.zeros((1, length), mx.int32))
 
     disabled = self_test.check(self_test.calls(run))
-    report.disabled = {program.op: reason for program, reason in disabled.items()}
-    report.self_test_seconds = time.perf_counter() - start
+    report.disabled |= {program.op: reason for program, reason in disabled.items()}
+    report.self_test_seconds += time.perf_counter() - start
+
+
+def try_every_length(model: nn.Module, report: PatchReport) -> None:
+    """`try_kernels` of all that prompts and batches may need, for ranks, which have to agree."""
+    if _has_kernels(model, report):
+        layers = [m for m in model.modules() if isinstance(m, QuantizedSwitchLinear)]
+        experts = max((m.weight.experts or 1 for m in layers), default=0)
+        # So many that ids are sorted.
+        many = [max(MAX_IDS, MAX_ROWS_PER_EXPERT * experts + 1)] if experts else []
+        try_kernels(model, report, (*self_test.LENGTHS, *many))

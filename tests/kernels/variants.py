@@ -236,7 +236,14 @@ def norm(
 
 
 def rope(
-    columns: int, dims: int, dtype: mx.Dtype, *, length: int = 3, normed: bool = True, **more: Any
+    columns: int,
+    dims: int,
+    dtype: mx.Dtype,
+    *,
+    length: int = 3,
+    normed: bool = True,
+    values: bool = False,
+    **more: Any,
 ) -> Variant:
     """`norm_rope` of 6 heads of q and 2 of k."""
     of_q, of_k = (6, 2) if more.get("wide") else (1, 1)
@@ -246,7 +253,7 @@ def rope(
     if normed:
         more |= zip(("q_weight", "k_weight"), weights, strict=True)
     how = norm_rope.RopeOptions(heads=6, kv_heads=2, dims=dims, **{"base": 1e4, **more})
-    call = norm_rope._Call(q, k, offset, how)
+    call = norm_rope._Call(q, k, offset, how, k if values else None)
     call.check()
     kind = f"{columns} of which {dims}{' traditional' if how.traditional else ''}"
     kind += " wide" if how.wide else " no weight" if how.q_scale else ""
@@ -278,7 +285,7 @@ def norms() -> Iterator[Variant]:
     yield quantize(4, 512, bfloat)
     yield rope(128, 128, half)
     yield rope(256, 64, bfloat, normed=False, traditional=True)
-    yield rope(80, 20, single)
+    yield rope(80, 20, single, values=True)
     yield rope(128, 128, bfloat, wide=True)
     yield rope(128, 128, half, normed=False, q_scale=3.87)
     logits, gate = _normal(half, (2, 128), (2, 1))

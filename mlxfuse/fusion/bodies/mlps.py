@@ -214,6 +214,8 @@ def __call__(self, x, gate):
         {"activation": "swiglu_clipped", "values": {"ALPHA": 1.702, "LIMIT": 7.0}},
     ),
     Body("norm", _call("mx.fast.rms_norm(x, self['weight'], self.EPS)"), MX, {"offset": 0.0}),
+    # gemma4_text's norm of values
+    Body("plain_norm", _call("mx.fast.rms_norm(x, None, self.EPS)"), MX),
     # gemma, gemma2, gemma3_text
     Body("norm", _call("mx.fast.rms_norm(x, 1.0 + self.weight, self.EPS)"), MX, {"offset": 1.0}),
     # mlx.nn

@@ -114,13 +114,15 @@ class Call:
 
     def _held(self) -> Iterator[tuple[str, mx.array, mx.Dtype, int]]:
         """Name, array, type and last axis of each of ``held``."""
-        scheme, held = self.scheme, self.held or ()
+        scheme, held = self.scheme, self.held
+        if held is None:
+            return
         kinds = []
         for side in (scheme.k, scheme.v):
             words = side.code_words(scheme.dtype)
             plain, codes = (scheme.dtype, side.dim), (mx.uint32, words)
             kinds += [codes, *[(scheme.dtype, side.groups)] * 2] if side.quantized else [plain]
-        for name, array, kind in zip(HELD.get(len(held), ()), held, kinds, strict=True):
+        for name, array, kind in zip(HELD[len(held)], held, kinds, strict=True):
             if array.ndim != 4:
                 raise ValueError(f"{name}: expected four axes, found {array.shape}")
             yield name, array, *kind

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from ..runtime import kernel as _kernel
 from ..runtime import tuning
+from ..runtime.backend import backend
 from ..runtime.kernel import Kernel, Launch, Prepared
 from ..weight import AffineSegment, AnySegment, QuantizedWeight
 from . import small
@@ -106,7 +107,9 @@ def prepare(
         return None
     given = {"residual": residual, "experts": experts, "scores": call.scores}
     free = ("x", *(name for name, value in given.items() if value is not None))
-    return Prepared(_launch(call), free, [(*call.lead, n) for n in call.widths])
+    launched = _launch(call)
+    backend().expect(KERNEL, (call,), launched)
+    return Prepared(launched, free, [(*call.lead, n) for n in call.widths])
 
 
 def _sorted(call: Call[mx.array], experts: Experts) -> list[mx.array]:

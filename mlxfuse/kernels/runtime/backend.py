@@ -42,6 +42,11 @@ fallbacks: Counter[tuple[str, str]] = Counter()
 disabled: dict[Program, str] = {}
 """Programs that must not run, with the reason; a failed self-test writes here."""
 
+Trial = Callable[["Kernel[Any]", tuple[Any, ...], "Launch"], None]
+
+trials: list[Trial] = []
+"""What is to happen before Metal runs a program; `self_test.on_first_use` is the one there is."""
+
 
 class Backend:
     """Metal, or what stands for it.
@@ -69,11 +74,15 @@ class Backend:
             self.fall_back(name, refusal)
         return refusal is None
 
+    def expect(self, kernel: Kernel[Any], args: tuple[Any, ...], launch: Launch) -> None:
+        """Note that the kernel's launch of such arguments is about to run."""
+
     def call(self, kernel: Kernel[Any], *args: Any) -> list[mx.array]:
         """The outputs of a kernel's call."""
         reason = kernel.refuse(*args)
         if reason is None:
             launch = kernel.launch(*args)
+            self.expect(kernel, args, launch)
             reason = disabled.get(launch.program)
             if reason is None:
                 self.count(kernel.name)
@@ -108,6 +117,10 @@ class Metal(Backend):
 
     def __init__(self, *, strict: bool = False) -> None:
         self.strict = strict
+
+    def expect(self, kernel: Kernel[Any], args: tuple[Any, ...], launch: Launch) -> None:
+        for trial in trials:
+            trial(kernel, args, launch)
 
     def run(self, launch: Launch) -> list[mx.array]:
         return launch.results(lambda one: one.dispatch(one.arrays, mx.fast.metal_kernel))

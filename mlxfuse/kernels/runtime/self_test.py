@@ -1,7 +1,8 @@
 """Each kernel variant runs once on a small case against its reference, before it is used.
 
 `calls` finds out which variants a model uses, by building its graph without running it; `check`
-runs those that have not passed on this machine yet. Never inside a trace: values are compared.
+runs those that have not passed on this machine yet. Each is a program to compile, which takes
+tenths of a second: what decoding needs is tried when a model is loaded, the rest `on_first_use`.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from ...files import write_text
 from ...ranks import all_values
 from ..matmul.shapes import MAX_BATCH
 from . import kernel as _kernel
-from .backend import Recorder, disabled, using
+from .backend import Recorder, disabled, trials, using
 from .kernel import Kernel, Launch, Program, Recorded
 from .source import header
 
-# Rows of x of which a model's calls use every variant: one by one up to a whole batch, tiles of
-# every height, and so many that the weight is dequantised.
+# Rows of x of which a model's calls use every variant, for ranks, which try all of them at once:
+# one by one up to a whole batch, tiles of every height, and so many that the weight is dequantised.
 LENGTHS = (1, 2, 4, MAX_BATCH, 16, 32, 64, 128, 192, 257)
 
 # Largest error, of the largest value: sums in another order, then one rounding to the type.
@@ -53,6 +54,31 @@ def calls(run: Callable[[], object]) -> list[Recorded]:
     return found
 
 
+_tried: set[object] = set()  # variants that were tried in this process
+
+
+def on_first_use() -> None:
+    """From now on, try every variant before Metal first runs it.
+
+    That may be while a graph is traced: a small case has no array of the call itself but weights,
+    which are no inputs of the graphs that are kept.
+    """
+    if _first not in trials:
+        trials.append(_first)
+
+
+def _first(kernel: Kernel[Any], arguments: tuple[Any, ...], launch: Launch) -> None:
+    if _variant(launch) not in _tried:
+        check([(kernel, arguments)])
+
+
+def _variant(launch: Launch) -> object:
+    """What is compiled: the programs, their template arguments and address spaces."""
+    return tuple(
+        (one.program, one.template, tuple(a.size < 8 for a in one.arrays)) for one in launch.chain()
+    )
+
+
 def check(recorded: Iterable[Recorded], *, emulated: bool = False) -> dict[Program, str]:
     """Run every variant of ``recorded`` that has no result yet; disable those that are wrong.
 
@@ -70,13 +96,12 @@ def check(recorded: Iterable[Recorded], *, emulated: bool = False) -> dict[Progr
     seen = set()
     for kernel, arguments in recorded:
         launch = kernel.launch(*arguments)
-        variant = tuple(
-            (one.program, one.template, tuple(a.size < 8 for a in one.arrays))
-            for one in launch.chain()
-        )
+        variant = _variant(launch)
         if variant in seen:
             continue
         seen.add(variant)
+        if not emulated:
+            _tried.add(variant)
         key = _key(launch)
         if key in passed:
             continue

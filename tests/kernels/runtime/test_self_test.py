@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mlxfuse.fusion import patch_model
-from mlxfuse.fusion.patch import unpatch_model
+from mlxfuse.fusion.patch import try_every_length, unpatch_model
 from mlxfuse.kernels import fallbacks, launches
 from mlxfuse.kernels.runtime import backend as _backend
 from mlxfuse.kernels.runtime import kernel as _kernel
@@ -32,6 +32,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     with msl.installed(build="fast"):
         yield tmp_path / "cache" / "self-tests.json"
     _kernel.disabled.clear()
+    _backend.trials.clear()
+    self_test._tried.clear()
 
 
 def recorded(path: Path, name: str, lengths: tuple[int, ...]) -> list[self_test.Recorded]:
@@ -187,7 +189,6 @@ def test_a_planted_fault_ends_in_a_working_model(
     want = model(tokens)
     monkeypatch.setattr(_backend, "_no_device", lambda: None)
     monkeypatch.setattr(mx.fast, "metal_kernel", planted(error))
-    monkeypatch.setattr(self_test, "LENGTHS", (3,))
     mx.disable_compile()
     try:
         with pytest.warns(RuntimeWarning, match="quantized_matmul failed its self-test"):
@@ -198,12 +199,17 @@ def test_a_planted_fault_ends_in_a_working_model(
         assert set(json.loads(own_cache.read_text()).values()) == {""}
         fallbacks.clear()
         launches.clear()
-        assert zoo.apart(np.array(model(tokens)), np.array(want)) < 1e-5
+        # What three rows need is tried now, and has the same fault.
+        with pytest.warns(RuntimeWarning, match="quantized_matmul failed its self-test"):
+            found = model(tokens)
+        assert zoo.apart(np.array(found), np.array(want)) < 1e-5
         assert not launches["quantized_matmul"]
         assert launches["norm_rope"]
-        assert fallbacks["quantized_matmul", report.disabled["quantized_matmul"]]
+        assert all(re.fullmatch(reason, why) for op, why in fallbacks if op == "quantized_matmul")
+        assert fallbacks.total()
         # Control: without the self-test's verdict, the fault reaches the model.
         _kernel.disabled.clear()
+        _backend.trials.clear()
         if error is None:
             assert zoo.apart(np.array(model(tokens)), np.array(want)) > 1e-3
         else:
@@ -252,7 +258,10 @@ def test_patching_runs_them_where_there_is_metal(
     assert str(report) == "qkv 3/3, gate/up 3/3, residual 3/3, norm+rope 3/3"
     assert report.self_test_seconds > 0
     assert {k.name for k, _ in seen} == {"dequantize", "norm_rope", "quantized_matmul"}
-    assert len({k.launch(*a).program for k, a in seen}) == 3 + 8 * 4  # 192 rows are two tiles
+    assert len({k.launch(*a).program for k, a in seen}) == 2 + 4
+    # For ranks, all that there are; 192 rows are two tiles of float32.
+    try_every_length(model, report)
+    assert len({k.launch(*a).program for k, a in seen}) == 3 + 8 * 4
     assert isinstance(model.layers[0].self_attn.o_proj, QuantizedLinear)
     monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
     unpatch_model(model)
