@@ -66,6 +66,8 @@ class SummedProjection(Projection):
         else:
             parts = self._inner.split(x, on)
             y = self._multiply(x) if parts is None else parts[0]
+            # What made the residual may be a sum that nothing else on this rank asks for.
+            (y,) = mx.depends([y], [residual])
         y = mx.distributed.all_sum(y, group=group)
         return y if self._bias is None else y + self._bias
 

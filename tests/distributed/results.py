@@ -29,7 +29,7 @@ EXPERTS = replace(
 # Its value heads are tiled over the key heads, and blocks do not span two of them.
 NET = replace(tiny.CASES["qwen35"], formats={"": "Q8_0", "ssm_out": "F32"})
 # Blocks span two of its mixers' heads, and their norm is over all of them.
-BOTH = replace(tiny.CASES["falcon-h1"], formats={"": "Q8_0"})
+BOTH = replace(tiny.CASES["falcon-h1"], formats={"": "Q8_0"}, extra={"ssm_norm": (2, 64)})
 OWN = {"net": NET, "both": BOTH, "uneven": UNEVEN, "even": EVEN, "even-experts": EXPERTS}
 
 
