@@ -17,6 +17,7 @@ from .block import READERS, BlockForm, FusedBlock
 from .fused import Run
 from .mlp import FusedMLP
 from .norm import FusedFactor, FusedNorm, Given, Normed, added, floats
+from .projection import KernelProjection
 
 
 @dataclass
@@ -33,6 +34,7 @@ class PostNormForm(BlockForm):
     clips      sums are clipped in float16, where the layer's own code is run instead.
     before     the norms of ``norms``, fused; None for those that are not there.
     after      the norms of ``posts``, fused; or the factor.
+    gate       the gate of ``gated``, where it is multiplied with what is given.
     following  the next layer of the same kind, whose first norm is given along with the result.
     given      by the layer before: the result, and its norm. That layer cannot know who gets its
                result, so the norm is used by a layer that gets that very array, and by no other.
@@ -44,9 +46,10 @@ class PostNormForm(BlockForm):
     clips: bool = False
     before: tuple[FusedNorm | None, ...] = ()
     after: tuple[FusedNorm | FusedFactor, ...] = ()
+    gate: KernelProjection | None = None
     following: nn.Module | None = field(default=None, repr=False, compare=False)
     given: tuple[mx.array, mx.array] | None = field(default=None, repr=False, compare=False)
-    pieces = ("before", "after")
+    pieces = ("before", "after", "gate")
 
     def norms_hold(self) -> bool:
         return all(norm is None or norm.holds() for norm in (*self.before, *self.after))
@@ -71,11 +74,11 @@ class FusedPostNormBlock(FusedBlock):
             run, given = run._replace(rounds=True), None
         mixer, mlp = self[form.mixer], self[form.mlp]
         if isinstance(mixer, FusedAttention) and mixer.holds(run.on, counted=False):
-            entering, place = mixer.entering(run), mixer.place(run, cache)
+            entering, places = mixer.entering(run), mixer.places(run, x, cache)
             if given is None:
-                heads = self.part(entering, self.enter, self.children_read, x, place)
+                heads = self.part(entering, self.enter, self.children_read, x, *places)
             else:
-                heads = mixer.part(entering, mixer.enter, mixer.children_read, given, place)
+                heads = mixer.part(entering, mixer.enter, mixer.children_read, given, *places)
             output = mixer.attend(heads, mask, cache)
             if isinstance(mlp, FusedMLP) and mlp.holds(run.on, counted=False):
                 return self._give(self.part(run, self.finish, self.children_read, output, x))
@@ -188,7 +191,7 @@ class FusedGatedPostNormBlock(FusedPostNormBlock):
         run, given = Run.of(x), self._given(x)
         *gate, norm, scalar, experts = (getattr(self, name) for name in form.gated)
         alike = (norm is not None) == (len(form.after) == 3) and not experts
-        if not alike or not self.fusible(run.on) or not form.norms_hold():
+        if not alike or not self.fusible(run.on, form.gate) or not form.norms_hold():
             own: Any = form.original.__call__(
                 self, x, mask, cache, per_layer_input, shared_kv, offset
             )
@@ -203,11 +206,17 @@ class FusedGatedPostNormBlock(FusedPostNormBlock):
         y, last = self[form.mlp](normed), self.multiply_last
         if None not in (*gate, norm) and per_layer_input is not None:
             h = added(y, h, form.after[1].before())
-            enter, leave = gate
-            y = leave(mx.multiply(nn.gelu_approx(enter(h)), per_layer_input))
+            y = gate[1](self._gated(run, h, per_layer_input))
             last = self.multiply_input
         arrays = (y, h) if scalar is None else (y, h, scalar)
         return self._give(self.part(run, last, self.children_read, *arrays)), shared_kv, offset
+
+    def _gated(self, run: Run, h: mx.array, given: mx.array) -> mx.array:
+        """What is given for the layer, times its gate."""
+        form, y = self._fused, None
+        if form.gate is not None:
+            y = form.gate.multiplied(h, "gelu_tanh", given, run.on)
+        return mx.multiply(nn.gelu_approx(self[form.gated[0]](h)), given) if y is None else y
 
     def multiply_last(
         self, run: Run, y: mx.array, h: mx.array, *scalar: mx.array

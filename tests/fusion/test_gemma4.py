@@ -161,3 +161,18 @@ def test_a_kept_graph_sees_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
     assert zoo.apart(changed, want) > 1e-2
     unpatch_model(model)
     assert zoo.apart(changed, zoo.logits(model)) <= BOUND
+
+
+@pytest.mark.usefixtures("reference")
+def test_a_gate_that_has_changed_is_used() -> None:
+    """The gate of a layer's own input, and what is given, are multiplied in one dispatch."""
+    model = build("e4b", "affine4")
+    patch_model(model, fuse="all")
+    assert all(layer._fused.gate is not None for layer in model.layers)
+    before = zoo.logits(model)
+    gate = model.layers[1].per_layer_input_gate
+    gate.scales = gate.scales[::-1] * 2
+    changed = zoo.logits(model)
+    assert zoo.apart(changed, before) > 1e-3
+    unpatch_model(model)
+    assert np.array_equal(zoo.logits(model), changed)
