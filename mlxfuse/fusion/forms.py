@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import mlx.core as mx
@@ -20,6 +22,7 @@ from ..nn.attention import (
     FusedSharedAttention,
 )
 from ..nn.block import BlockForm, FusedBlock, FusedParallelBlock, FusedScaledBlock
+from ..nn.delta_net import GatedDeltaForm
 from ..nn.fused import Form
 from ..nn.join_linears import describe, single
 from ..nn.mlp import MLPForm
@@ -29,6 +32,7 @@ from ..nn.post_norm import FusedGatedPostNormBlock, FusedPostNormBlock, PostNorm
 from ..nn.projection import KernelProjection
 from ..nn.rope import FrequencyRoPE, NoRoPE
 from ..nn.rotation import Rotation
+from ..nn.snapshot import Snapshot
 from .certify import Match, certify, is_known
 
 
@@ -150,15 +154,63 @@ def moe_form(module: nn.Module, match: Match) -> MoEForm:
         whole = certify(type(module), "moe")
     except NotFusible:
         return form
-    names = whole.names
+    names, holder, inner = whole.names, module, None
+    if "ROUTER" in names:
+        inner = names["ROUTER"], getattr(module, names["ROUTER"])
+        holder = inner[1]
+        try:
+            names = names | certify(type(holder), "router").names
+        except NotFusible:
+            return form
     shared = tuple(names[n] for n in ("SHARED", "SHARED_GATE") if n in names)
-    if not has(module, names["GATE"], *shared):
+    if not has(holder, names["GATE"]) or not has(module, *shared):
         return form
-    settings = tuple((names[n], getattr(module, names[n])) for n in ("COUNT", "NORM") if n in names)
+    settings = tuple((names[n], getattr(holder, names[n])) for n in ("COUNT", "NORM") if n in names)
     count, *normed = (value for _, value in settings)
     softmax = whole.form.get("whole", False) and not any(normed)
-    choice = Choosing(names["GATE"], count, softmax, settings, shared)
+    choice = Choosing(names["GATE"], count, softmax, settings, shared, inner)
     return replace(form, choosing=choice)
+
+
+def gated_delta_form(module: nn.Module, match: Match) -> GatedDeltaForm:
+    """The variant of gated delta net that a module with a known body has."""
+    names = tuple(match.names[slot] for slot in match.form["linears"])
+    _check_modules(module, *names, match.names["OUT"])
+    tiled = has(module, "norm") and is_known(type(module.norm), "gated_norm")
+    return GatedDeltaForm(
+        type(module),
+        together(module, names),
+        inputs=names,
+        output=match.names["OUT"],
+        tiled=tiled and certify(type(module.norm), "gated_norm").form["tiled"],
+    )
+
+
+def together(module: nn.Module, linears: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Those that are neighbours and of one kind."""
+    runs = [tuple(run) for _, run in groupby(linears, lambda one: describe(module[one]))]
+    return tuple(run for run in runs if len(run) > 1)
+
+
+def recurrence(module: nn.Module) -> Snapshot:
+    """What the kernels of a gated delta net read of it."""
+    _check_modules(module, "conv1d", "norm")
+    conv, norm = module.conv1d, module.norm
+    own = certify(type(norm), "gated_norm").names
+    weight = conv.get("weight")
+    if type(conv) is not nn.Conv1d or not isinstance(weight, mx.array):
+        raise NotFusible(f"its convolution is {type(conv).__name__}")
+    plain = (conv.stride, conv.padding, conv.dilation, conv.groups) == (1, 0, 1, len(weight))
+    if not plain or weight.shape[2] != 1:
+        raise NotFusible("its convolution is not one of each channel alone")
+    if own["WEIGHT"] != "weight" or own["EPS"] != "eps":
+        raise NotFusible("its norm has other names")
+    held: list[tuple[Callable[[str], object], str]] = [
+        *((module.get, name) for name in ("conv1d", "norm", "A_log", "dt_bias")),
+        *((conv.get, name) for name in ("weight", "bias")),
+        *((norm.get, "weight"), (vars(norm).get, "eps")),
+    ]
+    return Snapshot(held)
 
 
 def activation(module: nn.Module, match: Match) -> Match:

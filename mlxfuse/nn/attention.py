@@ -128,6 +128,14 @@ class FusedAttention(FusedModule):
             return run
         return run._replace(kept=False)
 
+    def enters(self, x: mx.array, mask: mx.array | str | None, cache: Any) -> bool:
+        """Whether `enter` does what is to be done."""
+        return True
+
+    def places(self, run: Run, x: mx.array, cache: Any) -> tuple[int | mx.array, ...]:
+        """What `enter` gets besides x."""
+        return (self.place(run, cache),)
+
     def place(self, run: Run, cache: Any) -> int | mx.array:
         """The tokens before; as an array where a graph is kept, of which it is an input."""
         offset: int | mx.array = 0 if cache is None else cache.offset

@@ -74,11 +74,11 @@ class FusedPostNormBlock(FusedBlock):
             run, given = run._replace(rounds=True), None
         mixer, mlp = self[form.mixer], self[form.mlp]
         if isinstance(mixer, FusedAttention) and mixer.holds(run.on, counted=False):
-            entering, place = mixer.entering(run), mixer.place(run, cache)
+            entering, places = mixer.entering(run), mixer.places(run, x, cache)
             if given is None:
-                heads = self.part(entering, self.enter, self.children_read, x, place)
+                heads = self.part(entering, self.enter, self.children_read, x, *places)
             else:
-                heads = mixer.part(entering, mixer.enter, mixer.children_read, given, place)
+                heads = mixer.part(entering, mixer.enter, mixer.children_read, given, *places)
             output = mixer.attend(heads, mask, cache)
             if isinstance(mlp, FusedMLP) and mlp.holds(run.on, counted=False):
                 return self._give(self.part(run, self.finish, self.children_read, output, x))

@@ -11,7 +11,7 @@ import numpy as np
 
 from mlxfuse.bench.cases import sample
 from mlxfuse.formats import BY_NAME
-from mlxfuse.kernels import causal_conv, route
+from mlxfuse.kernels import causal_conv, delta_step, route
 from mlxfuse.kernels.activations import Int8Activations
 from mlxfuse.kernels.kv import dequantize_kv, quantize_kv
 from mlxfuse.kernels.kv.compressed_sdpa import compressed_sdpa
@@ -299,6 +299,12 @@ def norms() -> Iterator[Variant]:
     x, state, weight = _normal(bfloat, (1, 1, 40), (1, 2, 40), (40, 3))
     call = causal_conv._Call(x, state, weight, None, None, None)
     yield Variant("causal_conv of 3", causal_conv.KERNEL, (call,))
+    for size, tiled in ((128, False), (20, True)):
+        shapes = (1, 1, 8 * size), (1, 1, 4 * size), (1, 1, 4), (1, 1, 4), (size,)
+        qkv, z, a, b, weight = _normal(half, *shapes)
+        a_log, dt_bias, state = _normal(single, (4,), (4,), (1, 4, size, size))
+        step = delta_step._Call(qkv, z, a, b, a_log, dt_bias, weight, state, 1e-6, tiled)
+        yield Variant(f"delta_step {size}", delta_step.KERNEL, (step,))
 
 
 def _normal(dtype: mx.Dtype, *shapes: tuple[int, ...]) -> list[mx.array]:

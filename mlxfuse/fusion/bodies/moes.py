@@ -119,6 +119,23 @@ _MIXTRAL = (
     return y
 """
 )
+# granitemoe, granitemoehybrid: a module of its own chooses
+_ROUTED = """
+def __call__(self, x):
+    token_ids, gates = self.ROUTER(x)
+    y = self.EXPERTS(x, token_ids)
+    return (y * gates[..., None]).sum(axis=-2)
+"""
+_ROUTER = """
+def __call__(self, hidden_states):
+    logits = self.GATE(hidden_states)
+    top_k_idx = mx.stop_gradient(
+        mx.argpartition(logits, kth=-self.COUNT, axis=-1)[..., -self.COUNT :]
+    )
+    top_k_logits = mx.take_along_axis(logits, top_k_idx, axis=-1)
+    top_k_gates = mx.softmax(top_k_logits, precise=True, axis=-1)
+    return top_k_idx, top_k_gates
+"""
 _GPT_OSS = (
     _SHARDED_CALL
     + """
@@ -136,6 +153,10 @@ MOES: tuple[Body, ...] = (
     *(Body("moe", text, MX, {"whole": True}) for text in (_QWEN3, _QWEN3_NEXT, _QWEN2)),
     Body("moe", _MIXTRAL, MX),
     Body("moe", _GPT_OSS, {**MX, "mlx_topk": "mlx_lm.models.gpt_oss.mlx_topk"}),
+    Body("moe", _ROUTED),
+    Body("moe", _ROUTED.replace("(axis=-2)", "(axis=-2).astype(y.dtype)")),
+    Body("router", _ROUTER, MX),
+    Body("router", _ROUTER.replace("logits, precise=True", "logits.astype(mx.float32)"), MX),
     Body("experts_sum", _SUM, fragment=True),
     Body("experts_sum", _CAST, form={"cast": True}, fragment=True),
     Body("experts_sum", _SUM.replace("(x, ids)", "(y, ids)"), fragment=True),  # kimi_k3
