@@ -83,6 +83,38 @@ METAL_FUNC void norm_rope(
   }
 }
 
+//@ values: inverse
+// RMSNorm of the heads of v without weights and without a rotation, by the SIMD-groups behind those
+// of q and k, of which there are `before`. A head has at most 32 `count` values.
+template <int count, typename T, typename S, typename M>
+METAL_FUNC void norm_values(
+    const device T* v, S size, M numbers, uint before, uint2 thread_at, uint lane,
+    device T* v_out) {
+  const uint heads = uint(size[1]);
+  const uint columns = uint(size[2]);
+  const uint length = uint(size[4]);
+  const uint each = uint(size[6]);
+  const uint first = (thread_at.x / 32 - before) * each;
+  const uint last = metal::min(first + each, heads);
+  for (uint head = first; head < last; head++) {
+    const device T* x = v + (ulong(thread_at.y) * heads + head) * columns;
+    device T* out =
+        v_out + ((ulong(thread_at.y / length) * heads + head) * length + thread_at.y % length) * columns;
+    T some[count];
+    UNROLL
+    for (int s = 0; s < count; s++) {
+      some[s] = lane + 32 * s < columns ? x[lane + 32 * s] : T(0);
+    }
+    const float inverse = inverse_rms<count>(some, columns, numbers[2]);
+    UNROLL
+    for (int s = 0; s < count; s++) {
+      if (lane + 32 * s < columns) {
+        out[lane + 32 * s] = static_cast<T>(float(some[s]) * inverse);
+      }
+    }
+  }
+}
+
 //@ NoNorm:
 struct NoNorm {
   template <int count, typename L, typename M, typename T>

@@ -1,7 +1,8 @@
 // Keys and values as packed rows: a SIMD-group for each token of a head. The arithmetic of
-// `quantize_kv`; the first lanes hold the token, the others the same once more.
+// `quantize_kv`; the first lanes hold the token, the others the same once more. The rows of a
+// threadgroup are put together in its memory, so that they are stored in whole pieces.
 
-template <typename S, int dim, int block, typename T>
+template <int dim, int block, typename T>
 METAL_FUNC void load_token(const device T* from, thread float* x, uint lane) {
   typedef Spread<dim> At;
   UNROLL
@@ -26,17 +27,18 @@ METAL_FUNC void load_token(const device T* from, thread float* x, uint lane) {
 template <typename S, int dim, int block>
 struct Values {
   template <typename T>
-  static void write(const device T* from, device uint* codes, device uint* scales, uint lane) {
+  static METAL_FUNC void write(
+      const device T* from, threadgroup uint* codes, threadgroup uint* scales, uint lane) {
     typedef Spread<dim> At;
     float x[8 * At::each];
-    load_token<S, dim, block>(from, x, lane);
+    load_token<dim, block>(from, x, lane);
     UNROLL
     for (int j = 0; j < At::each; j++) {
       const uint unit = At::unit(lane, j);
       if (lane < uint(At::lanes) && unit < uint(At::units)) {
         UNROLL
         for (int e = 0; e < 8; e++) {
-          ((device S*)codes)[8 * unit + e] = static_cast<S>(x[8 * j + e]);
+          ((threadgroup S*)codes)[8 * unit + e] = static_cast<S>(x[8 * j + e]);
         }
       }
     }
@@ -51,7 +53,7 @@ struct Quantized {
   static constexpr constant int lanes = whole ? At::lanes : group / 8;
 
   // The least and the largest of the values in a lane's unit j, or of all its units.
-  static float2 range(const thread float* x, int j, uint lane) {
+  static METAL_FUNC float2 range(const thread float* x, int j, uint lane) {
     float2 found = float2(INFINITY, -INFINITY);
     UNROLL
     for (int i = 0; i < 8 * At::each; i++) {
@@ -69,14 +71,15 @@ struct Quantized {
   }
 
   template <typename T>
-  static void write(const device T* from, device uint* codes, device uint* scales, uint lane) {
+  static METAL_FUNC void write(
+      const device T* from, threadgroup uint* codes, threadgroup uint* scales, uint lane) {
     constexpr int least = symmetric ? 1 : 0;
     constexpr int most = (1 << bits) - 1;
     constexpr int zero = symmetric ? 1 << (bits - 1) : 0;
     constexpr float steps = 1.0f / (symmetric ? zero - 1 : most);
     constexpr int numbers = dim / group * (symmetric ? 1 : 2);
     float x[8 * At::each];
-    load_token<S, dim, block>(from, x, lane);
+    load_token<dim, block>(from, x, lane);
     UNROLL
     for (int j = 0; j < At::each; j++) {
       const float2 found = range(x, j, lane);
@@ -100,7 +103,7 @@ struct Quantized {
         }
         const uint g = unit * 8 / group;
         if (unit * 8 % group == 0) {
-          device S* to = (device S*)scales;
+          threadgroup S* to = (threadgroup S*)scales;
           to[symmetric ? g : 2 * g] = scale;
           if (!symmetric) {
             to[2 * g + 1] = bias;
@@ -113,3 +116,14 @@ struct Quantized {
     }
   }
 };
+
+// The rows of the threadgroup's tokens, from `first` on, as far as there are any.
+template <int row_words, int each>
+METAL_FUNC void store_rows(
+    const threadgroup uint* from, device uint* rows, uint first, uint tokens, uint me) {
+  const uint many = metal::min(uint(each), tokens - first);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (uint i = me; i < many * row_words; i += 32 * many) {
+    rows[ulong(first) * row_words + i] = from[i];
+  }
+}

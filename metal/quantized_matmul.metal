@@ -47,12 +47,13 @@ METAL_FUNC Factors<P> factors(P values) {
 }
 
 // Where results go, and what is done to a sum before; `fa` and `fb` belong to the rows of a and b.
+// `add`: 1 where the residual is added, 2 where it multiplies, 0 where there is none.
 template <
-    typename A, bool shift, bool add, typename T, typename B, typename R, typename M, typename N>
+    typename A, bool shift, int add, typename T, typename B, typename R, typename M, typename N>
 struct Output {
   static constexpr constant bool gated = A::gated;
   static constexpr constant bool biased = shift;
-  static constexpr constant bool added = add;
+  static constexpr constant int added = add;
   using Activation = A;
   using Result = T;
   Part a, b;
@@ -63,7 +64,7 @@ struct Output {
   device T* out;
 };
 template <
-    typename A, bool biased, bool added, typename T, typename B, typename R, typename M, typename N>
+    typename A, bool biased, int added, typename T, typename B, typename R, typename M, typename N>
 METAL_FUNC Output<A, biased, added, T, B, R, M, N> output(
     Part a, Part b, M fa, N fb, B bias, R residual, device T* out) {
   return Output<A, biased, added, T, B, R, M, N>{a, b, fa, fb, bias, residual, out};
@@ -80,7 +81,11 @@ METAL_FUNC float shifted(Y y, Part part, M factors, float v, uint n) {
 template <typename Y>
 METAL_FUNC void store(Y y, float v, uint n, uint to) {
   const ulong at = ulong(to) * y.a.stride + y.a.column + n;
-  y.out[at] = static_cast<typename Y::Result>(Y::added ? v + float(y.residual[at]) : v);
+  if constexpr (Y::added != 0) {
+    const float r = float(y.residual[at]);
+    v = Y::added == 1 ? v + r : v * r;
+  }
+  y.out[at] = static_cast<typename Y::Result>(v);
 }
 
 // Sum v of row n of the part (gated: and the sum of up's) for row `to` of the outputs.
@@ -529,6 +534,47 @@ struct Step {
   static constexpr constant int pitch = depth + 8;
 };
 
+// All threads decode and copy a step of K, from k on, of a tile that begins at row `row` of W: `here`
+// rows of x, and zeros up to `filled`.
+template <
+    typename F, typename G, int many, int across, int groups, typename Y, typename T, typename P,
+    typename Q>
+METAL_FUNC void stage_step(
+    P p, Q q, const device T* x, uint columns, Y y, uint row, uint k, uint here, uint filled,
+    uint me, threadgroup T* xs, threadgroup T* ws) {
+  constexpr int depth = Step<T, many>::depth;
+  constexpr int pitch = Step<T, many>::pitch;
+  constexpr uint count = Y::gated ? across / 2 : across;  // of a part's rows
+  constexpr uint runs = across * depth / 32;              // to decode, by the first threads
+  constexpr uint busy = runs < 32 * groups ? runs : 0;    // threads that copy nothing of x
+  constexpr uint piece = 16 / sizeof(T);
+  constexpr uint pieces = depth / piece;
+  if (me < runs) {
+    const uint r = me / (depth / 32);
+    const uint at = 32 * (me % (depth / 32));
+    const uint n = row + r % count;
+    const bool inside = n < y.a.rows && k + at < columns;
+    threadgroup vec<T, 4>* run = (threadgroup vec<T, 4>*)(ws + r * pitch + at);
+    if (Y::gated && r >= count) {
+      decode_run<G, T>(q, y.b.first + n, k + at, columns, inside, run);
+    } else {
+      decode_run<F, T>(p, y.a.first + n, k + at, columns, inside, run);
+    }
+  }
+  if (me >= busy) {
+    UNROLL
+    for (uint e = me - busy; e < many * pieces; e += 32 * groups - busy) {
+      const uint m = e / pieces;
+      const uint from = e % pieces * piece;
+      if (m < filled) {
+        const bool inside = m < here && k + from < columns;
+        *(threadgroup uint4*)(xs + m * pitch + from) =
+            inside ? *(const device uint4*)(x + m * columns + k + from) : uint4(0);
+      }
+    }
+  }
+}
+
 // Rows `to` to `rows` - 1 of x, `many` at most.
 template <
     typename F, typename G, int many, int across, int groups, typename Y, typename T, typename P,
@@ -539,10 +585,6 @@ METAL_FUNC void matrix_rows(
   constexpr int depth = Step<T, many>::depth;
   constexpr int pitch = Step<T, many>::pitch;
   constexpr uint count = Y::gated ? across / 2 : across;  // of a part's rows
-  constexpr uint runs = across * depth / 32;              // to decode, by the first threads
-  constexpr uint busy = runs < 32 * groups ? runs : 0;    // threads that copy nothing of x
-  constexpr uint piece = 16 / sizeof(T);
-  constexpr uint pieces = depth / piece;
   constexpr int down = many / (4 * groups);  // matrices of 8 x 8 of a SIMD-group: along x
   constexpr int wide = across / 16;          // and along W
   constexpr uint width = count / 2;          // columns of a SIMD-group's results
@@ -563,30 +605,8 @@ METAL_FUNC void matrix_rows(
   }
   for (uint k = 0; k < columns; k += depth) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    if (me < runs) {
-      const uint r = me / (depth / 32);
-      const uint at = 32 * (me % (depth / 32));
-      const uint n = row + r % count;
-      const bool inside = n < y.a.rows && k + at < columns;
-      threadgroup vec<T, 4>* run = (threadgroup vec<T, 4>*)(ws + r * pitch + at);
-      if (Y::gated && r >= count) {
-        decode_run<G, T>(q, y.b.first + n, k + at, columns, inside, run);
-      } else {
-        decode_run<F, T>(p, y.a.first + n, k + at, columns, inside, run);
-      }
-    }
-    if (me >= busy) {
-      UNROLL
-      for (uint e = me - busy; e < many * pieces; e += 32 * groups - busy) {
-        const uint m = e / pieces;
-        const uint from = e % pieces * piece;
-        if (m < filled) {
-          const bool inside = m < here && k + from < columns;
-          *(threadgroup uint4*)(xs + m * pitch + from) =
-              inside ? *(const device uint4*)(x + m * columns + k + from) : uint4(0);
-        }
-      }
-    }
+    stage_step<F, G, many, across, groups>(
+        p, q, x, columns, y, row, k, here, filled, me, xs, ws);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     UNROLL
     for (int kk = 0; kk < depth; kk += 8) {
@@ -644,7 +664,7 @@ METAL_FUNC void matrix_tile(
       p, q, x, size->columns, y, tile.x, tile.y * many, size->rows, group, me, scratch);
 }
 
-//@ grouped: tiles experts
+//@ sorted: experts
 // Rows of x sorted by expert, with the last row and the last tile, both excluded, of each expert.
 template <typename X, typename I>
 struct Sorted {
@@ -659,30 +679,42 @@ METAL_FUNC Sorted<X, I> sorted(
   return Sorted<X, I>{x, row_ends, tile_ends, experts, a, b, bias};
 }
 
-// Tile `tile.y` has rows of one expert only: the first whose tiles end after it.
+// The rows of x in a tile, from `to` to `end` - 1, all of one expert; none where to == end.
+struct Span {
+  uint expert, to, end;
+};
+template <typename X>
+METAL_FUNC Span span_of(X x, uint tile, uint many) {
+  uint expert = 0;  // the first whose tiles end after this one
+  uint last = x.experts;
+  while (expert < last) {
+    const uint middle = (expert + last) / 2;
+    if (uint(x.tile_ends[middle]) <= tile) {
+      expert = middle + 1;
+    } else {
+      last = middle;
+    }
+  }
+  if (expert == x.experts) {
+    return Span{0, 0, 0};
+  }
+  const uint tiles = expert ? uint(x.tile_ends[expert - 1]) : 0;
+  const uint rows = expert ? uint(x.row_ends[expert - 1]) : 0;
+  const uint to = rows + (tile - tiles) * many;
+  return Span{expert, to, metal::min(to + many, uint(x.row_ends[expert]))};
+}
+
+//@ grouped: tiles sorted
 template <
     typename F, typename G, int many, int across, int groups, typename Y, typename X, typename P,
     typename Q>
 METAL_FUNC void grouped_tile(
     P p, Q q, X x, const device Size* size, Y y, uint3 tile, uint group, uint me,
     threadgroup float4* scratch) {
-  uint expert = 0;
-  uint last = x.experts;
-  while (expert < last) {
-    const uint middle = (expert + last) / 2;
-    if (uint(x.tile_ends[middle]) <= tile.y) {
-      expert = middle + 1;
-    } else {
-      last = middle;
-    }
-  }
-  if (expert < x.experts) {
-    const uint tiles = expert ? uint(x.tile_ends[expert - 1]) : 0;
-    const uint rows = expert ? uint(x.row_ends[expert - 1]) : 0;
-    const uint to = rows + (tile.y - tiles) * many;
-    const uint end = metal::min(to + many, uint(x.row_ends[expert]));
-    choose(y, x, expert);
+  const Span span = span_of(x, tile.y, many);
+  if (span.to < span.end) {
+    choose(y, x, span.expert);
     matrix_rows<F, G, many, across, groups>(
-        p, q, x.x, size->columns, y, tile.x, to, end, group, me, scratch);
+        p, q, x.x, size->columns, y, tile.x, span.to, span.end, group, me, scratch);
   }
 }

@@ -204,11 +204,17 @@ def stock_of(
     return made, " and ".join(how.kinds) or "the checkpoint's own weights"
 
 
-def _copy(node: Any, how: _Stock) -> Any:
+def copy_of(model: nn.Module) -> nn.Module:
+    """The same model in modules of its own, which can be patched otherwise; arrays are shared."""
+    made: nn.Module = _copy(model, None)
+    return made
+
+
+def _copy(node: Any, how: _Stock | None) -> Any:
     if isinstance(node, list):
         return [_copy(child, how) for child in node]
     if isinstance(node, nn.Module):
-        leaf = _stock_leaf(node, how)
+        leaf = None if how is None else _stock_leaf(node, how)
         if leaf is not None:
             return leaf
         made = type(node).__new__(type(node))

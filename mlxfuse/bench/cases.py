@@ -2,80 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from ..formats import BY_NAME, Format
 from ..gguf.relayout import allocate, relayout
-from ..kernels.causal_conv import causal_conv
-from ..kernels.kv.compressed_sdpa import compressed_sdpa
-from ..kernels.kv.dequantize_kv import dequantize_kv
-from ..kernels.kv.quantize_kv import quantize_kv
-from ..kernels.kv.scheme import KVScheme, KVSide
-from ..kernels.kv.sdpa_call import Scores
 from ..kernels.matmul.dequantize import dequantize
 from ..kernels.matmul.int8_matmul import int8_matmul, unsupported
-from ..kernels.matmul.product import MAX_ROWS_PER_EXPERT, Experts
-from ..kernels.matmul.quantized_matmul import quantized_matmul
-from ..kernels.norm.norm_rope import RopeOptions, norm_rope
+from ..kernels.matmul.product import MAX_ROWS_PER_EXPERT, Call, Experts
+from ..kernels.matmul.quantized_matmul import KERNEL, quantized_matmul
+from ..kernels.matmul.shapes import tensors
 from ..kernels.norm.quantize_int8 import quantize_int8
-from ..kernels.norm.rms_norm import rms_norm
-from ..kernels.route import route
 from ..kernels.weight import QuantizedWeight, Segment
+from . import layer_cases
+from .case import SMALL, Case, Sizes, normal, plural
 
-Calls = Sequence[Callable[[], object]]
-_KV = ((8, 8), (8, 4), (4, 4))  # bits of keys and of values
+__all__ = ["SMALL", "Case", "Sizes", "cases", "nearest_bits", "sample"]
 
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One kernel at one size.
-
-    name     the format and the size.
-    against  MLX's own operations that are beside it, and the format of their weights.
-    ours     calls of the public function, with the same sizes on different arrays.
-    mlx      calls of MLX's operations, likewise.
-    """
-
-    name: str
-    against: str
-    ours: Calls
-    mlx: Calls
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """What the table is made for.
-
-    matrices  rows and columns of weights.
-    experts   their number, how many are chosen, rows and columns of each.
-    heads     of queries, of keys, and their elements.
-    tokens    in a key-value cache.
-    rows      of activations.
-    cold      bytes of arrays that are read before one is read again.
-    """
-
-    matrices: tuple[tuple[int, int], ...] = ((4096, 4096), (14336, 4096))
-    experts: tuple[int, int, int, int] = (64, 8, 768, 2048)
-    heads: tuple[int, int, int] = (32, 8, 128)
-    tokens: tuple[int, ...] = (4096, 32768)
-    rows: tuple[int, ...] = (1, 4, 512)
-    cold: int = 256 << 20  # more than any cache of a Mac's chip holds
-
-    def copies(self, nbytes: int) -> int:
-        """Arrays of so many bytes that are more than ``cold``."""
-        return max(1, min(64, math.ceil(self.cold / nbytes)))
-
-
-SMALL = Sizes(((16, 512),), (4, 2, 16, 512), (4, 2, 64), (64,), (1, 4), 0)
-"""For self-tests."""
+_PROMPT = 64  # rows of x
 
 
 def cases(sizes: Sizes, formats: Sequence[Format] | None = None) -> Iterator[Case]:
@@ -88,14 +37,11 @@ def cases(sizes: Sizes, formats: Sequence[Format] | None = None) -> Iterator[Cas
         if format.kernel:
             yield from _products(format, sizes)
             yield from _chosen_experts(format, sizes)
-    yield from _activations(sizes)
-    yield from _router(sizes)
-    yield from _recurrent(sizes)
-    yield from _attention(sizes)
-
-
-def _normal(*shape: int) -> mx.array:
-    return mx.random.normal(shape, mx.float16, key=mx.random.key(math.prod(shape)))
+    yield from layer_cases.activations(sizes)
+    yield from layer_cases.router(sizes)
+    yield from layer_cases.recurrent(sizes)
+    yield from layer_cases.delta_net(sizes)
+    yield from layer_cases.attention(sizes)
 
 
 def sample(format: Format, rows: int = 16, columns: int = 0) -> Segment:
@@ -125,10 +71,6 @@ def _copies(segment: Segment, sizes: Sizes) -> list[Segment]:
     ]
     mx.eval(copies)
     return [replace(segment, arrays=arrays) for arrays in copies]
-
-
-def _plural(count: int, what: str) -> str:
-    return f"{count} {what}{'s' * (count > 1)}"
 
 
 def nearest_bits(bits_per_weight: float) -> int:
@@ -162,7 +104,7 @@ def _products(format: Format, sizes: Sizes) -> Iterator[Case]:
     how = affine.how
     for n, k in sizes.matrices:
         segments = _copies(sample(format, n, k), sizes)
-        theirs_of = [mx.quantize(_normal(n, k), **how) for _ in segments]
+        theirs_of = [mx.quantize(normal(n, k), **how) for _ in segments]
         name = f"{format.name} {n}x{k}"
         yield Case(
             name,
@@ -172,16 +114,25 @@ def _products(format: Format, sizes: Sizes) -> Iterator[Case]:
         )
         weights = [QuantizedWeight.whole(s) for s in segments]
         for rows in sizes.rows:
-            x = _normal(rows, k)
+            x = normal(rows, k)
             theirs = [partial(mx.quantized_matmul, x, *a, **how) for a in theirs_of]
             against = f"quantized_matmul {affine.name}"
-            at = f"{name}, {_plural(rows, 'row')}"
+            at = f"{name}, {plural(rows, 'row')}"
             if rows <= 32:  # above, MLX multiplies
                 yield Case(at, against, [partial(quantized_matmul, x, w) for w in weights], theirs)
             if unsupported(weights[0]) is None:
                 codes = quantize_int8(x)
                 mine = [partial(int8_matmul, codes, w) for w in weights]
                 yield Case(f"{at} of int8", against, mine, theirs)
+        if tensors():  # which nothing runs before `mlxfuse tune` has chosen them
+            x = normal(_PROMPT, k)
+            calls = [Call(x, weight, variant="tensor") for weight in weights]
+            yield Case(
+                f"{name}, {_PROMPT} rows by tensor operations",
+                f"quantized_matmul {affine.name}",
+                [partial(KERNEL, call) for call in calls],
+                [partial(mx.quantized_matmul, x, *a, **how) for a in theirs_of],
+            )
 
 
 def _chosen_experts(format: Format, sizes: Sizes) -> Iterator[Case]:
@@ -191,10 +142,10 @@ def _chosen_experts(format: Format, sizes: Sizes) -> Iterator[Case]:
     flat = sample(format, number * n, k)
     arrays = {name: a.reshape(number, n, -1) for name, a in flat.arrays.items()}
     weight = QuantizedWeight.whole(replace(flat, arrays=arrays))
-    given = mx.quantize(_normal(number, n, k), **affine.how)
-    token, prompt = _normal(chosen, k), max(sizes.rows[-1], MAX_ROWS_PER_EXPERT * number + 1)
+    given = mx.quantize(normal(number, n, k), **affine.how)
+    token, prompt = normal(chosen, k), max(sizes.rows[-1], MAX_ROWS_PER_EXPERT * number + 1)
     groups = [mx.arange(i, i + chosen) for i in range(0, number - chosen + 1, chosen)]
-    tokens, scores = _normal(prompt, k), mx.softmax(_normal(chosen))
+    tokens, scores = normal(prompt, k), mx.softmax(normal(chosen))
     ids = mx.arange(prompt) * number // prompt
     name = f"{format.name} {chosen} of {number} experts {n}x{k}"
     gather: Any = partial(mx.gather_qmm, **affine.how)
@@ -218,160 +169,8 @@ def _chosen_experts(format: Format, sizes: Sizes) -> Iterator[Case]:
         [partial(summed, ids) for ids in groups],
     )
     yield Case(
-        f"{format.name} {number} experts {n}x{k}, {_plural(prompt, 'row')}",
+        f"{format.name} {number} experts {n}x{k}, {plural(prompt, 'row')}",
         against,
         [partial(ours, tokens, experts=Experts(ids, sorted=True))],
         [partial(gather, tokens[:, None], *given, rhs_indices=ids, sorted_indices=True)],
     )
-
-
-def _activations(sizes: Sizes) -> Iterator[Case]:
-    """Norms and what goes with them."""
-    heads, kv_heads, dim = sizes.heads
-    columns = sizes.matrices[0][1]
-    weight, head_weight = mx.ones(columns, mx.float16), mx.ones(dim, mx.float16)
-
-    def added(x: mx.array, residual: mx.array) -> mx.array:
-        return mx.fast.rms_norm(x + residual, weight, 1e-5)
-
-    def multiplied(x: mx.array, residual: mx.array) -> mx.array:
-        return added(x * 0.22, residual)
-
-    def coded(x: mx.array, residual: mx.array) -> object:
-        return mx.quantize(added(x, residual), group_size=32, bits=8)
-
-    def turned(*given: mx.array) -> list[mx.array]:
-        shaped = (x.reshape(*x.shape[:2], -1, dim) for x in given)
-        normed = (mx.fast.rms_norm(x, head_weight, 1e-6).swapaxes(1, 2) for x in shaped)
-        options: Any = {"traditional": False, "base": 1e4, "scale": 1.0, "offset": 7}
-        return [mx.fast.rope(x, dim, **options) for x in normed]
-
-    for rows in sizes.rows:
-        x, residual = _normal(2, rows, columns)
-        size = f"{_plural(rows, 'row')} of {columns}"
-        norm = partial(rms_norm, x, weight, 1e-5, residual=residual)
-        repeat = 16
-        yield Case(
-            f"{size}, residual",
-            "add, rms_norm",
-            [norm] * repeat,
-            [partial(added, x, residual)] * repeat,
-        )
-        yield Case(
-            f"{size} by a number, residual",
-            "multiply, add, rms_norm",
-            [partial(norm, post=0.22)] * repeat,
-            [partial(multiplied, x, residual)] * repeat,
-        )
-        yield Case(
-            f"{size}, residual, to int8",
-            "add, rms_norm, quantize affine8g32",
-            [partial(norm, outputs=("int8",))] * repeat,
-            [partial(coded, x, residual)] * repeat,
-        )
-        yield Case(
-            size,
-            "quantize affine8g32",
-            [partial(quantize_int8, x)] * repeat,
-            [partial(mx.quantize, x, group_size=32, bits=8)] * repeat,
-        )
-        q, k = _normal(1, rows, heads * dim), _normal(1, rows, kv_heads * dim)
-        rope = partial(
-            norm_rope, q, k, 7,
-            RopeOptions(
-                heads=heads, kv_heads=kv_heads, dims=dim,
-                q_weight=head_weight, k_weight=head_weight, base=1e4,
-            ),
-        )  # fmt: skip
-        yield Case(
-            f"{heads}+{kv_heads} heads of {dim}, {_plural(rows, 'token')}",
-            "rms_norm, rope of q and of k",
-            [rope] * repeat,
-            [partial(turned, q, k)] * repeat,
-        )
-
-
-def _router(sizes: Sizes) -> Iterator[Case]:
-    """The choice of experts from a router's logits, and the gate of a shared one."""
-    number, chosen, _, _ = sizes.experts
-
-    def theirs(logits: mx.array, gate: mx.array) -> list[mx.array]:
-        weights = mx.softmax(logits, axis=-1, precise=True)
-        ids = mx.argpartition(weights, kth=-chosen, axis=-1)[..., -chosen:]
-        scores = mx.take_along_axis(weights, ids, axis=-1)
-        return [ids, scores / scores.sum(axis=-1, keepdims=True), mx.sigmoid(gate)]
-
-    for rows in sizes.rows:
-        given = _normal(rows, number), _normal(rows, 1)
-        repeat = 16
-        yield Case(
-            f"router of {number}, {_plural(rows, 'row')}",
-            "softmax, argpartition, take_along_axis, sum, divide, sigmoid",
-            [partial(route, given[0], chosen, whole=False, gate=given[1])] * repeat,
-            [partial(theirs, *given)] * repeat,
-        )
-
-
-def _recurrent(sizes: Sizes) -> Iterator[Case]:
-    """What layers with a state do besides products: a convolution of each channel."""
-    channels = sizes.matrices[0][0] * 2
-    weight = _normal(channels, 4, 1)
-
-    def theirs(x: mx.array, state: mx.array) -> list[mx.array]:
-        padded = mx.concatenate([state, x], axis=1)
-        y = nn.silu(mx.conv1d(padded, weight, groups=channels))
-        return [y, mx.contiguous(padded[:, -3:])]
-
-    for rows in sizes.rows:
-        given = _normal(1, rows, channels), _normal(1, 3, channels)
-        repeat = 16
-        yield Case(
-            f"convolution of {channels} channels, {_plural(rows, 'token')}",
-            "concatenate, conv1d, silu, contiguous",
-            [partial(causal_conv, *given, weight)] * repeat,
-            [partial(theirs, *given)] * repeat,
-        )
-
-
-def _attention(sizes: Sizes) -> Iterator[Case]:
-    """A compressed cache beside a float16 one, and its way in and out beside MLX's codes."""
-    heads, kv_heads, dim = sizes.heads
-    q, scale = _normal(1, heads, 1, dim), dim**-0.5
-    for tokens in sizes.tokens:
-        for k_bits, v_bits in _KV:
-            k_side, v_side = (KVSide(dim, b, 64, rotate=True) for b in (k_bits, v_bits))
-            scheme = KVScheme(k_side, v_side, mx.float16)
-            k, v = _normal(2, 1, kv_heads, tokens, dim)
-            copies = range(sizes.copies(kv_heads * tokens * scheme.row_bytes))
-            plain = [(mx.array(k), mx.array(v)) for _ in copies]
-            packed = [quantize_kv(*pair, scheme) for pair in plain]
-            how: Any = [{"group_size": 64, "bits": bits} for bits in (k_bits, v_bits)]
-
-            def codes(pair: Any, how: Any = how) -> list[Any]:
-                return [mx.quantize(x, **h) for x, h in zip(pair, how, strict=True)]
-
-            def values(pair: Any, how: Any = how) -> list[mx.array]:
-                return [mx.dequantize(*x, **h) for x, h in zip(pair, how, strict=True)]
-
-            ours = partial(compressed_sdpa, scores=Scores(scale))
-            sdpa = mx.fast.scaled_dot_product_attention
-            name = f"k{k_bits}v{v_bits} {_plural(tokens, 'token')}, {heads}:{kv_heads} x {dim}"
-            yield Case(
-                name,
-                "scaled_dot_product_attention float16",
-                [partial(ours, q, scheme, rows, tokens) for rows in packed],
-                [partial(sdpa, q, *pair, scale=scale) for pair in plain],
-            )
-            against = f"affine{k_bits}g64 of k, affine{v_bits}g64 of v"
-            yield Case(
-                name,
-                f"quantize {against}",
-                [partial(quantize_kv, *pair, scheme) for pair in plain],
-                [partial(codes, pair) for pair in plain],
-            )
-            yield Case(
-                name,
-                f"dequantize {against}",
-                [partial(dequantize_kv, r, scheme) for r in packed],
-                [partial(values, codes(pair)) for pair in plain],
-            )

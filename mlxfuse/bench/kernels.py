@@ -158,7 +158,7 @@ def floors_of(recorded: Recorded) -> list[Launch]:
     call = arguments[0]
     if not isinstance(call, Call):
         return [floor(launch) for launch in kernel.launch(*arguments).chain()]
-    return [] if call.kind in ("large", "grouped") else [kernel.launch(replace(call, floor=True))]
+    return [] if call.kind in ("prompt", "grouped") else [kernel.launch(replace(call, floor=True))]
 
 
 def nbytes(recorded: Recorded) -> int:

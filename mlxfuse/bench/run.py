@@ -21,7 +21,7 @@ from ..gguf.exported import open_model
 from ..hub.folders import is_checkpoint
 from ..loader import load
 from ..nn.kv.options import KVOptions, compress_caches
-from .arms import Arm, Runner, compare, decoded, nbytes, stock_of
+from .arms import Arm, Runner, compare, copy_of, decoded, nbytes, stock_of
 from .doctor import device
 from .machine import environment
 from .measure import Test, alternate, speeds
@@ -68,7 +68,7 @@ def bench(
     Args:
         path: a GGUF file, or a folder with an MLX-LM checkpoint.
         pause: seconds to cool down before every timed run.
-        fuse: one arm for each; the model's weights are loaded again for each after the first.
+        fuse: one arm for each; they share the model's weights.
         act_quant: as in `patch_model`. An arm with rounded activations is timed although it
             differs; how far is told.
         stock: what stock MLX-LM's weights are where MLX's types cannot hold the file's: ``exact``,
@@ -158,9 +158,10 @@ def _compared(
     """
     say(f"loading {path.name}")
     model, vocabulary = load_model(path, **how)
+    models = [model, *(copy_of(model) for _ in fuse[1:])]
     left = device()["budget"] - mx.get_active_memory()
     other, weights = stock_of(model, requantize=stock == "affine", budget=left)
-    compress(model, other)
+    compress(other, *models)
     kv, before = compress.kv, _SEALED if compress.kv else 0
     # Requantised weights are other numbers: kernels are held to the file's, decoded.
     exact = stock == "exact"
@@ -169,11 +170,7 @@ def _compared(
     reference = Reference(logits(other, before), before) if exact else decoded(model, before)
     arms = [Arm(STOCK, f"mlx-lm's classes, MLX's operations, {weights}{where}", other)]
     matches = [_match(reference, other, weights)]
-    for i, choice in enumerate(fuse):
-        if i:
-            say(f"loading {path.name} for --fuse {choice}")
-            model, _ = load_model(path, **how)
-            compress(model)
+    for model, choice in zip(models, fuse, strict=True):
         words = [OURS, kv.name if kv else "", choice if len(fuse) > 1 else ""]
         name = " ".join(filter(None, [*words, "int8" if act_quant == "on" else ""]))
         patch = patch_model(model, fuse=choice, act_quant=act_quant)

@@ -17,7 +17,7 @@ from ..fusion.candidates import Candidate, Tree, site
 from ..fusion.patch import patch_model
 from ..kernels.matmul.product import Experts
 from ..kernels.matmul.quantized_matmul import KERNEL, run_call
-from ..kernels.matmul.shapes import BUCKETS
+from ..kernels.matmul.shapes import BUCKETS, tensors
 from ..kernels.runtime import self_test, tuning
 from ..kernels.runtime.tuning import FUSED, SEPARATE, Tuning
 from .kernels import on_device
@@ -118,10 +118,13 @@ def cases(model: nn.Module, rows: Sequence[int] = ROWS) -> dict[str, list[Any]]:
     for kernel, (call, *_) in recorded:
         if kernel is not KERNEL:
             continue
-        # Of experts, what a decoded token runs; prompts of theirs have one form.
+        # Of experts, what a decoded token runs; their prompts have two forms on an M5 only.
         lead = [(n,) for n in rows] if call.experts is None else [call.x.shape[:-1]]
         for shape in lead:
             made = _with_rows(call, *shape)
+            found.setdefault(made.case, []).append(made)
+        if call.experts is not None and tensors():
+            made = _prompt_of(call)
             found.setdefault(made.case, []).append(made)
     return {case: calls[:_LAYERS] for case, calls in found.items()}
 
@@ -140,6 +143,20 @@ def _with_rows(call: Any, *lead: int) -> Any:
         zeros = mx.zeros((*made.lead, made.widths[0]), end.residual.dtype)
         made = replace(made, epilogue=replace(end, residual=zeros))
     return made
+
+
+def _prompt_of(call: Any) -> Any:
+    """As many random rows, sorted by expert, as are a tile for each expert."""
+    count = call.weight.experts
+    ids = mx.arange(32 * count, dtype=call.experts.ids.dtype) // 32
+    x = mx.random.normal((ids.size, call.weight.columns), key=mx.random.key(count))
+    return replace(
+        call,
+        x=x.astype(call.x.dtype),
+        variant="",
+        experts=Experts(ids, sorted=True),
+        epilogue=replace(call.epilogue, residual=None),
+    )
 
 
 def _spread(experts: Experts, count: int) -> Experts:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
-from itertools import groupby
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,30 +13,18 @@ from ..nn.activations import PLAIN
 from ..nn.adapted import check_unadapted
 from ..nn.attention import AttentionForm
 from ..nn.block import BlockForm, FusedBlock
-from ..nn.delta_net import DeltaNetForm, FusedDeltaNet
+from ..nn.delta_net import DeltaNetForm, FusedDeltaNet, FusedGatedDelta, GatedDeltaForm
 from ..nn.embedding import EmbeddingForm, FusedEmbedding
 from ..nn.join_linears import (
-    check_experts,
     check_joinable,
-    copies,
-    cut,
-    describe,
     embedding_rows,
-    format_of,
-    join,
-    join_experts,
     one_expert,
-    single,
 )
 from ..nn.mlp import FusedMLP, MLPForm
 from ..nn.moe import ExpertsForm, FusedExperts, FusedMoE, FusedWeightedExperts, MoEForm
-from ..nn.norm import FusedFactor, FusedNorm
-from ..nn.post_norm import PostNormForm
-from ..nn.projection import Projection
 from .candidates import Candidate, Skip, Tree, register_detector
 from .certify import Match, certify, inputs, is_known
-from .emit import Piece, candidate
-from .emit import same as _same
+from .emit import Piece, candidate, same
 from .forms import (
     attention_class,
     attention_form,
@@ -47,92 +32,16 @@ from .forms import (
     block_form,
     experts_form,
     fused_norm,
+    gated_delta_form,
     has,
     mlp_form,
     moe_form,
-    post_norm_class,
-    post_norm_form,
+    recurrence,
     rotation,
     row_count,
+    together,
 )
-
-# What makes a projection, and the formats of its weights.
-_Made = tuple[Callable[[], Projection], tuple[str, ...]]
-_Find = Callable[[Tree, str, nn.Module, Any], Candidate | None]
-
-
-def _places(
-    name: str,
-    kind: str,
-    form: Callable[[nn.Module, Match], Any],
-    looks: Callable[[nn.Module], bool] | None = None,
-    otherwise: Callable[[Tree, str, nn.Module], Candidate] | None = None,
-) -> Callable[[_Find], _Find]:
-    """Decorator: register what finds the place in one module that has a known body.
-
-    Args:
-        kind: of the body.
-        form: what the place is found from.
-        looks: whether a module without such a body is reported all the same. None: neither it nor
-            one that is odd in its form, of which another detector tells.
-        otherwise: finds the place in a module that looks so and has no known body.
-    """
-
-    def register(find: _Find) -> _Find:
-        @register_detector(name)
-        def detector(tree: Tree) -> Iterator[Candidate | Skip]:
-            for path, module in tree.modules:
-                known = is_known(type(module), kind)
-                if not (known or (looks is not None and looks(module))):
-                    continue
-                told = looks is not None
-                try:
-                    if not known and otherwise is not None:
-                        found: Candidate | None = otherwise(tree, path, module)
-                    else:
-                        held = form(module, certify(type(module), kind))
-                        told = True
-                        found = find(tree, path, module, held)
-                except NotFusible as reason:
-                    if told:
-                        yield Skip(name, path, str(reason))
-                    continue
-                if found is not None:
-                    yield found
-
-        return find
-
-    return register
-
-
-def _match(_: nn.Module, match: Match) -> Match:
-    return match
-
-
-def _joined(tree: Tree, module: nn.Module, names: tuple[str, ...], rows: Any = None) -> _Made:
-    """One projection of the linears, or of so many rows each of the only one."""
-    tree.check_alone(module, names, arrays=False)
-    if len(names) == 1:
-        whole = cut(module, names[0], rows)
-        return _same(whole), whole.formats
-    linears = [module[name] for name in names]
-    check_joinable(linears)
-    if copies(linears):
-        tree.check_alone(module, names)
-    return partial(join, module, names), tuple(map(format_of, linears))
-
-
-def _joined_experts(tree: Tree, module: nn.Module, names: tuple[str, ...]) -> _Made:
-    """`_joined` for switch linears."""
-    linears = [module[name] for name in names]
-    tree.check_alone(module, names, arrays=False)
-    check_experts(linears)
-    return partial(join_experts, module, names), tuple(map(format_of, linears))
-
-
-def _single(tree: Tree, module: nn.Module, name: str) -> Projection:
-    tree.check_alone(module, [name], arrays=False)
-    return single(module, name)
+from .places import alone, joined, joined_experts, matched, places
 
 
 def _inputs(tree: Tree, path: str, module: nn.Module) -> Candidate:
@@ -140,24 +49,29 @@ def _inputs(tree: Tree, path: str, module: nn.Module) -> Candidate:
     names = [n for n in inputs(type(module)) if has(module, n)]
     if len(names) < 2:
         certify(type(module), "attention")  # which says why it is none
-    return _together("qkv", tree, path, module, names)
+    if not together(module, names):
+        check_joinable([module[one] for one in names])
+    form = DeltaNetForm(type(module), together(module, names))
+    return _together("qkv", tree, path, module, form, FusedDeltaNet)
 
 
-def _together(name: str, tree: Tree, path: str, module: nn.Module, linears: list[str]) -> Candidate:
-    """Linears of one input, those of a kind in one dispatch, for the module's own code."""
-    runs = [tuple(run) for _, run in groupby(linears, lambda one: describe(module[one]))]
-    together = tuple(run for run in runs if len(run) > 1)
-    if not together:
-        check_joinable([module[one] for one in linears])
-    makes, formats = zip(*(_joined(tree, module, run) for run in together), strict=True)
-    form = DeltaNetForm(type(module), together)
-    piece = Piece(module, FusedDeltaNet, form, "joined", lambda: tuple(make() for make in makes))
-    names = [one for run in together for one in run]
-    explain = f"{', '.join(names)} of {path} in {len(together)} dispatch(es)"
+def _together(
+    name: str,
+    tree: Tree,
+    path: str,
+    module: nn.Module,
+    form: DeltaNetForm,
+    mixin: type[FusedDeltaNet],
+) -> Candidate:
+    """Linears of one input, those of a kind in one dispatch."""
+    makes, formats = zip(*(joined(tree, module, run) for run in form.linears), strict=True)
+    piece = Piece(module, mixin, form, "joined", lambda: tuple(make() for make in makes))
+    names = [one for run in form.linears for one in run]
+    explain = f"{', '.join(names)} of {path} in {len(form.linears)} dispatch(es)"
     return candidate(name, 80, path, names, [piece], explain, sum(formats, ()))
 
 
-@_places(
+@places(
     "qkv",
     "attention",
     attention_form,
@@ -168,7 +82,7 @@ def _qkv(tree: Tree, path: str, module: nn.Module, form: AttentionForm) -> Candi
     """Q, k and v in one dispatch, or their one matrix with three results."""
     if len(form.rows) == 1:
         return None
-    make, formats = _joined(tree, module, form.linears, form.rows)
+    make, formats = joined(tree, module, form.linears, form.rows)
     piece = Piece(module, attention_class(form), form, "qkv", make)
     explain = f"{', '.join(form.linears)} of {path} in one dispatch"
     return candidate("qkv", 80, path, form.linears, [piece], explain, formats)
@@ -179,7 +93,7 @@ def _looks_gated(module: nn.Module) -> bool:
     return gated and not is_known(type(module), "experts")
 
 
-@_places("gate_up", "mlp", mlp_form, _looks_gated)
+@places("gate_up", "mlp", mlp_form, _looks_gated)
 def _gate_up(tree: Tree, path: str, module: nn.Module, form: MLPForm) -> Candidate | None:
     """``act(gate) * up`` in one dispatch."""
     if form.activation in PLAIN:
@@ -188,7 +102,7 @@ def _gate_up(tree: Tree, path: str, module: nn.Module, form: MLPForm) -> Candida
     rows = [row_count(module[name]) for name in form.linears]
     if len(rows) == 1:
         rows = [rows[0] // 2] * 2
-    make, formats = _joined(tree, module, form.linears, rows)
+    make, formats = joined(tree, module, form.linears, rows)
     if rows[0] != rows[1]:
         raise NotFusible(f"gate has {rows[0]} rows and up {rows[1]}")
     piece = Piece(module, FusedMLP, form, "up", make)
@@ -196,10 +110,10 @@ def _gate_up(tree: Tree, path: str, module: nn.Module, form: MLPForm) -> Candida
     return candidate("gate_up", 70, path, form.linears, [piece], explain, formats)
 
 
-@_places("experts", "experts", experts_form, lambda _: False)
+@places("experts", "experts", experts_form, lambda _: False)
 def _experts(tree: Tree, path: str, module: nn.Module, form: ExpertsForm) -> Candidate:
     """``act(gate) * up`` of the chosen experts in one dispatch."""
-    make, formats = _joined_experts(tree, module, form.linears)
+    make, formats = joined_experts(tree, module, form.linears)
     explain = f"{form.activation} of {' and '.join(form.linears)} of {path} in one dispatch"
     piece = Piece(module, FusedExperts, form, "up", make)
     return candidate("experts", 70, path, form.linears, [piece], explain, formats)
@@ -210,7 +124,7 @@ def _has_experts(module: nn.Module) -> bool:
     return any(is_known(type(child), "experts") for child in children)
 
 
-@_places("experts_sum", "experts_sum", _match, _has_experts)
+@places("experts_sum", "experts_sum", matched, _has_experts)
 def _experts_sum(tree: Tree, path: str, module: nn.Module, match: Match) -> Candidate | None:
     """The sum over a token's experts, by the router's scores, where down is multiplied."""
     name = match.names["EXPERTS"]
@@ -218,12 +132,12 @@ def _experts_sum(tree: Tree, path: str, module: nn.Module, match: Match) -> Cand
         return None
     form = experts_form(module[name], certify(type(module[name]), "experts"))
     tree.check_alone(module, [name], arrays=False)
-    make, formats = _joined_experts(tree, module[name], (form.output,))
+    make, formats = joined_experts(tree, module[name], (form.output,))
     whole = match.form.get("whole", False)
     sums = moe_form(module, match)
     pieces = [
         Piece(module[name], FusedExperts, form, "down", make),
-        Piece(module, FusedWeightedExperts if whole else FusedMoE, sums, "sums", _same(True)),
+        Piece(module, FusedWeightedExperts if whole else FusedMoE, sums, "sums", same(True)),
     ]
     output = f"{name}.{form.output}"
     explain = f"the sum over experts of {path} in {output}"
@@ -239,30 +153,32 @@ def _chosen(tree: Tree, module: nn.Module, form: MoEForm) -> Iterator[Piece]:
     """
     assert form.choosing is not None
     tree.check_alone(module)
-    yield Piece(module, FusedMoE, form, "chooses", _same(True))
+    holder = form.choosing.holder(module)
+    tree.check_alone(holder)
+    yield Piece(module, FusedMoE, form, "chooses", same(True))
     router, shared = form.choosing.router, form.choosing.shared
     with suppress(NotFusible):  # what cannot be fused is called as it is
         if shared:
-            make = _joined(tree, module, (router, *shared[1:]))[0]
+            make = joined(tree, module, (router, *shared[1:]))[0]
         else:
-            make = _same(_single(tree, module, router))
+            make = same(alone(tree, holder, router))
         yield Piece(module, FusedMoE, form, "router", make)
     if shared:
         with suppress(NotFusible):
             expert = module[shared[0]]
             output = mlp_form(expert, certify(type(expert), "mlp")).output
-            yield Piece(module, FusedMoE, form, "shared", _same(one_expert(expert, output)))
+            yield Piece(module, FusedMoE, form, "shared", same(one_expert(expert, output)))
 
 
-@_places("activation", "mlp", mlp_form)
+@places("activation", "mlp", mlp_form)
 def _activation(tree: Tree, path: str, module: nn.Module, form: MLPForm) -> Candidate | None:
     """The activation of an MLP without a gate, where its linear is multiplied."""
     if form.activation not in PLAIN:
         return None
     (name,) = form.linears
     check_unadapted(module, form.linears)
-    made = _single(tree, module, name)
-    piece = Piece(module, FusedMLP, form, "up", _same(made))
+    made = alone(tree, module, name)
+    piece = Piece(module, FusedMLP, form, "up", same(made))
     explain = f"{form.activation} of {name} of {path} in one dispatch"
     return candidate("activation", 60, path, [name], [piece], explain, made.formats)
 
@@ -271,22 +187,26 @@ def _adder(tree: Tree, module: nn.Module, name: str) -> tuple[str, Piece]:
     """The last linear of the attention or MLP ``name``, and what lets it add."""
     child = module[name]
     try:
+        if is_known(type(child), "delta_net"):
+            net = gated_delta_form(child, certify(type(child), "delta_net"))
+            made = alone(tree, child, net.output)
+            return net.output, Piece(child, FusedGatedDelta, net, "o", same(made))
         if is_known(type(child), "attention"):
             form = attention_form(child, certify(type(child), "attention"))
-            made = _single(tree, child, form.output)
-            return form.output, Piece(child, attention_class(form), form, "o", _same(made))
+            made = alone(tree, child, form.output)
+            return form.output, Piece(child, attention_class(form), form, "o", same(made))
         mlp = mlp_form(child, certify(type(child), "mlp"))
-        made = _single(tree, child, mlp.output)
+        made = alone(tree, child, mlp.output)
     except NotFusible as reason:
         raise NotFusible(f"{name}: {reason}") from reason
-    return mlp.output, Piece(child, FusedMLP, mlp, "down", _same(made))
+    return mlp.output, Piece(child, FusedMLP, mlp, "down", same(made))
 
 
 def _looks_layer(module: nn.Module) -> bool:
     return has(module, "self_attn", "mlp") and not is_known(type(module), "post_norm")
 
 
-@_places("residual", "block", block_form, _looks_layer)
+@places("residual", "block", block_form, _looks_layer)
 def _residual(tree: Tree, path: str, module: nn.Module, form: BlockForm) -> Candidate:
     """The additions of a decoder layer, where o and down are multiplied."""
     tree.check_alone(module)
@@ -299,45 +219,25 @@ def _residual(tree: Tree, path: str, module: nn.Module, form: BlockForm) -> Cand
             reasons.append(str(reason))
             continue
         absorbed.append(f"{child}.{output}")
-        pieces += [piece, Piece(module, block_class(form), form, flag, _same(True))]
+        pieces += [piece, Piece(module, block_class(form), form, flag, same(True))]
     if not pieces or (form.parallel and reasons):
         raise NotFusible("; ".join(reasons))
     explain = f"residual of {path} added in {' and '.join(absorbed)}"
     return candidate("residual", 50, path, absorbed, pieces, explain)
 
 
-@_places("norm_rope", "attention", attention_form)
+@places("norm_rope", "attention", attention_form)
 def _norm_rope(tree: Tree, path: str, module: nn.Module, form: AttentionForm) -> Candidate | None:
     """The norms of q and k and the rotary embedding of both in one dispatch."""
     tree.check_alone(module)
     made = rotation(module, form)
     if made is None:
         return None
-    piece = Piece(module, attention_class(form), form, "rotation", _same(made))
+    piece = Piece(module, attention_class(form), form, "rotation", same(made))
     names = [*form.norms, *([form.rope] if form.rope else [])]
     what = ", ".join(names) or "norms of q and k"
     explain = f"{what} of {path} in one dispatch"
     return candidate("norm_rope", 65, path, names, [piece], explain)
-
-
-@_places("post_norm", "post_norm", post_norm_form, lambda _: False)
-def _post_norm(tree: Tree, path: str, module: nn.Module, form: PostNormForm) -> Candidate:
-    """The norms of a decoder layer that norms or multiplies what its halves give, with the
-    additions.
-    """
-    posts = [*form.posts, *(name for name in form.gated[2:3] if has(module, name))]
-    names = [name for name in (*form.norms, *posts) if name]
-    tree.check_alone(module, names)
-    before = tuple(fused_norm(module, name) if name else None for name in form.norms)
-    after: tuple[FusedNorm | FusedFactor, ...] = (FusedFactor(module, form.factor),) * 2
-    if not form.factor:
-        after = tuple(fused_norm(module, name) for name in posts)
-    both, of = {"before": before, "after": after}, post_norm_class(form)
-    pieces = [Piece(module, of, form, name, _same(value)) for name, value in both.items()]
-    if (following := tree.after(path)) is not None:
-        pieces.append(Piece(module, of, form, "following", _same(following)))
-    explain = f"{', '.join(names)} of {path} with the additions"
-    return candidate("post_norm", 45, path, names, pieces, explain)
 
 
 def _can_add(tree: Tree, module: nn.Module, name: str) -> bool:
@@ -348,7 +248,7 @@ def _can_add(tree: Tree, module: nn.Module, name: str) -> bool:
     return True
 
 
-@_places("add_rms_norm", "block", block_form)
+@places("add_rms_norm", "block", block_form)
 def _add_rms_norm(tree: Tree, path: str, module: nn.Module, form: BlockForm) -> Candidate | None:
     """The first addition of a decoder layer with the norm behind it, where attention cannot add."""
     if form.scaled or form.parallel or _can_add(tree, module, form.mixer):
@@ -356,7 +256,7 @@ def _add_rms_norm(tree: Tree, path: str, module: nn.Module, form: BlockForm) -> 
     name = form.norms[1]
     tree.check_alone(module, [name])
     norm = fused_norm(module, name)
-    piece = Piece(module, FusedBlock, form, "second", _same(norm))
+    piece = Piece(module, FusedBlock, form, "second", same(norm))
     explain = f"the addition before {name} of {path} in its dispatch"
     return candidate("add_rms_norm", 45, path, [name], [piece], explain)
 
@@ -365,11 +265,22 @@ def _looks_linear(module: nn.Module) -> bool:
     return has(module, "in_proj_ba") or has(module, "in_proj_qkv", "in_proj_z")
 
 
-@_places("in_proj", "delta_net", _match, _looks_linear)
-def _in_proj(tree: Tree, path: str, module: nn.Module, match: Match) -> Candidate:
+@places("in_proj", "delta_net", gated_delta_form, _looks_linear)
+def _in_proj(tree: Tree, path: str, module: nn.Module, form: GatedDeltaForm) -> Candidate:
     """The linears of a gated delta net's input in one dispatch; dense ones are in another."""
-    linears = [match.names[slot] for slot in match.form["linears"]]
-    return _together("in_proj", tree, path, module, linears)
+    if not form.linears:
+        check_joinable([module[name] for name in form.inputs])
+    return _together("in_proj", tree, path, module, form, FusedGatedDelta)
+
+
+@places("recurrence", "delta_net", gated_delta_form, lambda _: False)
+def _recurrence(tree: Tree, path: str, module: nn.Module, form: GatedDeltaForm) -> Candidate:
+    """The convolution of a gated delta net in one dispatch, and its step with all norms in one."""
+    names = ("conv1d", "norm")
+    tree.check_alone(module, names)
+    piece = Piece(module, FusedGatedDelta, form, "steps", same(recurrence(module)))
+    explain = f"{' and '.join(names)} of {path} with the recurrence in two dispatches"
+    return candidate("recurrence", 60, path, names, [piece], explain)
 
 
 @register_detector("embedding")
@@ -391,7 +302,7 @@ def _rows(tree: Tree, path: str, module: nn.QuantizedEmbedding) -> Candidate:
         raise NotFusible("it shares its weight with another module")
     made = embedding_rows(module)
     form = EmbeddingForm(type(module), module(mx.array([0])).dtype)
-    piece = Piece(module, FusedEmbedding, form, "rows", _same(made))
+    piece = Piece(module, FusedEmbedding, form, "rows", same(made))
     explain = f"rows of {path} looked up in one dispatch"
     parent, _, name = path.rpartition(".")
     return candidate("embedding", 40, parent, [name], [piece], explain, made.formats)

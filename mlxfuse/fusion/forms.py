@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import mlx.core as mx
@@ -19,15 +22,19 @@ from ..nn.attention import (
     FusedSharedAttention,
 )
 from ..nn.block import BlockForm, FusedBlock, FusedParallelBlock, FusedScaledBlock
+from ..nn.delta_net import GatedDeltaForm
 from ..nn.fused import Form
-from ..nn.join_linears import describe
+from ..nn.join_linears import describe, single
 from ..nn.mlp import MLPForm
 from ..nn.moe import Choosing, ExpertsForm, MoEForm
 from ..nn.norm import FusedNorm
 from ..nn.post_norm import FusedGatedPostNormBlock, FusedPostNormBlock, PostNormForm
+from ..nn.projection import KernelProjection
 from ..nn.rope import FrequencyRoPE, NoRoPE
 from ..nn.rotation import Rotation
-from .certify import Match, certify
+from ..nn.router import RouterForm
+from ..nn.snapshot import Snapshot
+from .certify import Match, certify, is_known
 
 
 def has(module: nn.Module, *names: str) -> bool:
@@ -148,15 +155,63 @@ def moe_form(module: nn.Module, match: Match) -> MoEForm:
         whole = certify(type(module), "moe")
     except NotFusible:
         return form
-    names = whole.names
+    names, holder, inner = whole.names, module, None
+    if "ROUTER" in names:
+        inner = names["ROUTER"], getattr(module, names["ROUTER"])
+        holder = inner[1]
+        try:
+            names = names | certify(type(holder), "router").names
+        except NotFusible:
+            return form
     shared = tuple(names[n] for n in ("SHARED", "SHARED_GATE") if n in names)
-    if not has(module, names["GATE"], *shared):
+    if not has(holder, names["GATE"]) or not has(module, *shared):
         return form
-    settings = tuple((names[n], getattr(module, names[n])) for n in ("COUNT", "NORM") if n in names)
+    settings = tuple((names[n], getattr(holder, names[n])) for n in ("COUNT", "NORM") if n in names)
     count, *normed = (value for _, value in settings)
     softmax = whole.form.get("whole", False) and not any(normed)
-    choice = Choosing(names["GATE"], count, softmax, settings, shared)
+    choice = Choosing(names["GATE"], count, softmax, settings, shared, inner)
     return replace(form, choosing=choice)
+
+
+def gated_delta_form(module: nn.Module, match: Match) -> GatedDeltaForm:
+    """The variant of gated delta net that a module with a known body has."""
+    names = tuple(match.names[slot] for slot in match.form["linears"])
+    _check_modules(module, *names, match.names["OUT"])
+    tiled = has(module, "norm") and is_known(type(module.norm), "gated_norm")
+    return GatedDeltaForm(
+        type(module),
+        together(module, names),
+        inputs=names,
+        output=match.names["OUT"],
+        tiled=tiled and certify(type(module.norm), "gated_norm").form["tiled"],
+    )
+
+
+def together(module: nn.Module, linears: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Those that are neighbours and of one kind."""
+    runs = [tuple(run) for _, run in groupby(linears, lambda one: describe(module[one]))]
+    return tuple(run for run in runs if len(run) > 1)
+
+
+def recurrence(module: nn.Module) -> Snapshot:
+    """What the kernels of a gated delta net read of it."""
+    _check_modules(module, "conv1d", "norm")
+    conv, norm = module.conv1d, module.norm
+    own = certify(type(norm), "gated_norm").names
+    weight = conv.get("weight")
+    if type(conv) is not nn.Conv1d or not isinstance(weight, mx.array):
+        raise NotFusible(f"its convolution is {type(conv).__name__}")
+    plain = (conv.stride, conv.padding, conv.dilation, conv.groups) == (1, 0, 1, len(weight))
+    if not plain or weight.shape[2] != 1:
+        raise NotFusible("its convolution is not one of each channel alone")
+    if own["WEIGHT"] != "weight" or own["EPS"] != "eps":
+        raise NotFusible("its norm has other names")
+    held: list[tuple[Callable[[str], object], str]] = [
+        *((module.get, name) for name in ("conv1d", "norm", "A_log", "dt_bias")),
+        *((conv.get, name) for name in ("weight", "bias")),
+        *((norm.get, "weight"), (vars(norm).get, "eps")),
+    ]
+    return Snapshot(held)
 
 
 def activation(module: nn.Module, match: Match) -> Match:
@@ -204,17 +259,42 @@ def post_norm_form(module: nn.Module, match: Match) -> PostNormForm:
         raise NotFusible("what multiplies its halves is not a positive number")
     clips = match.form.get("clips", False)
     gated: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
     if match.form.get("gated"):
         gated = tuple(names[n] for n in ("GATE", "PROJECTION", "POST3", "SCALAR", "EXPERTS"))
         if getattr(module, names["EXPERTS"]):
-            raise NotFusible("it has an MLP and experts side by side")
-    return PostNormForm(
-        type(module), norms, mixer, mlp, posts=posts, gated=gated, factor=factor, clips=clips
+            slots = ("ROUTER", "SWITCH", "NORM_EXPERTS", "POST_MLP", "POST_EXPERTS")
+            beside = tuple(names[n] for n in slots)
+            _check_modules(module, *beside)
+            if norm_options(module[beside[2]]) != norm_options(module[norms[1]]):
+                raise NotFusible("the norms of its MLP and its experts differ")
+    how: dict[str, Any] = {"gated": gated, "factor": factor, "clips": clips, "beside": beside}
+    return PostNormForm(type(module), norms, mixer, mlp, posts=posts, **how)
+
+
+def router_form(module: nn.Module, match: Match) -> RouterForm:
+    """The variant of a router that is a module of its own."""
+    slots = ("PROJ", "SCALE", "ROOT", "EPS", "FACTORS", "CONFIG")
+    proj, scale, root, eps, factors, config = (match.names[n] for n in slots)
+    _check_modules(module, proj)
+    count: Any = getattr(module, config)
+    return RouterForm(
+        type(module), proj, scale, root, getattr(module, eps), factors, config, count.top_k_experts
     )
 
 
 def post_norm_class(form: PostNormForm) -> type[FusedPostNormBlock]:
     return FusedGatedPostNormBlock if form.gated else FusedPostNormBlock
+
+
+def input_gate(module: nn.Module, form: PostNormForm) -> KernelProjection | None:
+    """The gate of what is given for the layer, if there is one and it has a kernel."""
+    if not (form.gated and has(module, form.gated[0])):
+        return None
+    with suppress(NotFusible):
+        found = single(module, form.gated[0])
+        return found if isinstance(found, KernelProjection) else None
+    return None
 
 
 def fused_norm(module: nn.Module, name: str) -> FusedNorm:
@@ -259,7 +339,18 @@ def rotation(module: nn.Module, form: AttentionForm) -> Rotation | None:
     parts = {name: module[name] for name in (*form.norms, *([form.rope] if turned else []))}
     wide = form.norm == "width"
     how = RopeOptions(heads=form.heads, kv_heads=form.kv_heads, wide=wide, **options)
-    return Rotation(module, parts, how)
+    values = norms and form.values_norm and _norms_plainly(module[form.values_norm], how.eps)
+    if values:
+        parts[form.values_norm] = module[form.values_norm]
+    return Rotation(module, parts, how, values=bool(values))
+
+
+def _norms_plainly(norm: nn.Module, eps: float) -> bool:
+    """Whether it is an RMSNorm without a weight, with such an epsilon."""
+    if not is_known(type(norm), "plain_norm"):
+        return False
+    found = getattr(norm, certify(type(norm), "plain_norm").names["EPS"])
+    return bool(found == eps)
 
 
 def _rope_options(rope: nn.Module) -> dict[str, Any]:

@@ -128,6 +128,14 @@ class FusedAttention(FusedModule):
             return run
         return run._replace(kept=False)
 
+    def enters(self, x: mx.array, mask: mx.array | str | None, cache: Any) -> bool:
+        """Whether `enter` does what is to be done."""
+        return True
+
+    def places(self, run: Run, x: mx.array, cache: Any) -> tuple[int | mx.array, ...]:
+        """What `enter` gets besides x."""
+        return (self.place(run, cache),)
+
     def place(self, run: Run, cache: Any) -> int | mx.array:
         """The tokens before; as an array where a graph is kept, of which it is an input."""
         offset: int | mx.array = 0 if cache is None else cache.offset
@@ -294,15 +302,20 @@ class FusedSharedAttention(FusedAttention):
         """x [B, L, hidden_size] -> q, or q, k and v, [B, heads, L, D], normed and rotated."""
         form = self._fused
         parts, rotated = self._projected(x, run.on), None
+        # Of values that are the keys' product, the one before their norm.
+        values = parts[-1] if parts[1:] else None
         if form.rotation is not None:
-            rotated = form.rotation(parts[0], parts[1] if parts[1:] else None, offset, run.on)
+            keys = parts[1] if parts[1:] else None
+            both = (values,) if form.rotation.values and values is not None else ()
+            rotated = form.rotation(parts[0], keys, offset, run.on, *both)
+            if rotated is not None and both:
+                return tuple(rotated)
         if rotated is None:
             rotated = [
                 self[form.rope](self._heads(x, name), offset=offset)
                 for x, name in zip(parts, form.norms, strict=False)
             ]
-        # Of values that are the keys' product, the one before their norm.
-        return *rotated, *(self._heads(x, form.values_norm) for x in parts[1:][-1:])
+        return *rotated, *([] if values is None else [self._heads(values, form.values_norm)])
 
     def _heads(self, x: mx.array, norm: str) -> mx.array:
         """[B, L, heads * D] -> [B, heads, L, D], normed."""

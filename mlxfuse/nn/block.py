@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from ..env import switched_off
 from .attention import FusedAttention, scaled
-from .delta_net import FusedDeltaNet
+from .delta_net import FusedDeltaNet, FusedGatedDelta
 from .fused import Form, FusedModule, Run, plus
 from .mlp import FusedMLP
 from .moe import FusedExperts, FusedMoE
@@ -27,7 +27,8 @@ class BlockForm(Form):
     mixer          name of the attention or of what is in its place.
     mlp            name of the MLP or of what is in its place.
     keywords       whether the mixer gets mask and cache by name.
-    mixer_adds     whether the mixer is a `FusedAttention` whose o adds the residual.
+    mixer_adds     whether the mixer is a `FusedAttention` or `FusedGatedDelta` that adds the
+                   residual.
     mlp_adds       whether the MLP is a `FusedMLP` whose down adds the residual.
     scaled         it is a `FusedScaledBlock`.
     parallel       it is a `FusedParallelBlock`.
@@ -63,7 +64,8 @@ class FusedBlock(FusedModule):
         if not self.fusible(run.on):
             own: mx.array = form.original.__call__(self, x, mask, cache)
             return own
-        if not self._adds(self[form.mixer], form.mixer_adds, run):
+        mixer = self[form.mixer]
+        if not (self._adds(mixer, form.mixer_adds, run) and mixer.enters(x, mask, cache)):
             return self._add_mlp(*self._add_mixer(run, x, mask, cache))
         return self._attended(run, x, mask, cache)
 
@@ -80,15 +82,14 @@ class FusedBlock(FusedModule):
         cache: Any,
         scale: mx.array | None = None,
     ) -> mx.array:
-        """The whole layer, where the mixer is an attention that adds the residual.
+        """The whole layer, where the mixer adds the residual.
 
         Args:
             scale: multiplies the queries.
         """
         form, mixer = self._fused, self[self._fused.mixer]
-        heads = self.part(
-            mixer.entering(run), self.enter, self.children_read, x, mixer.place(run, cache)
-        )
+        places = mixer.places(run, x, cache)
+        heads = self.part(mixer.entering(run), self.enter, self.children_read, x, *places)
         output = mixer.attend(scaled(heads, scale), mask, cache)
         if self._adds(self[form.mlp], form.mlp_adds, run):
             return self.part(run, self.leave, self.children_read, output, x)
@@ -96,23 +97,24 @@ class FusedBlock(FusedModule):
 
     def _adds(self, child: nn.Module, adds: bool, run: Run) -> bool:
         """Whether a mixer or an MLP adds the residual now."""
-        fused = isinstance(child, FusedAttention | FusedMLP)
+        fused = isinstance(child, FusedAttention | FusedGatedDelta | FusedMLP)
         return adds and fused and child.holds(run.on, counted=False)
 
     def children_read(self) -> list[tuple[nn.Module, str]]:
         """Its norms and what the mixer and the MLP read, for `part`."""
         own: list[tuple[nn.Module, str]] = [(self, name) for name in self._fused.norms]
         for child in (self[self._fused.mixer], self[self._fused.mlp]):
-            if isinstance(child, FusedAttention | FusedMLP):
+            if isinstance(child, FusedAttention | FusedGatedDelta | FusedMLP):
                 own += child.children_read()
         return own
 
     # --- parts that are kept: before attention, after it, and what lies between it and the MLP
 
-    def enter(self, run: Run, x: mx.array, place: int | mx.array) -> tuple[mx.array, ...]:
-        found: tuple[mx.array, ...] = self[self._fused.mixer].enter(
-            run, self._for_one(0, run, x), place
-        )
+    def enter(self, run: Run, x: mx.array, *places: int | mx.array) -> tuple[mx.array, ...]:
+        mixer = self[self._fused.mixer]
+        one = isinstance(mixer, FusedAttention)
+        given = self._for_one(0, run, x) if one else self._for_several(run, x)
+        found: tuple[mx.array, ...] = mixer.enter(run, given, *places)
         return found
 
     def leave(self, run: Run, output: mx.array, x: mx.array) -> mx.array:
@@ -151,8 +153,9 @@ class FusedBlock(FusedModule):
     ) -> tuple[mx.array, mx.array | Normed]:
         """h, and its norm, with the mixer as a module of its own."""
         form, mixer = self._fused, self[self._fused.mixer]
-        norm = self._rounding(0, run)
-        normed = self[form.norms[0]](x) if norm is None else norm.normed(x)[1]
+        normed = self._for_several(run, x)
+        if form.mixer_adds and isinstance(mixer, FusedGatedDelta):
+            return self.add_norm(run, mixer(normed, mask, cache, residual=x))
         if form.mixer_adds and isinstance(mixer, FusedAttention):
             return self.add_norm(run, mixer(floats(normed), mask, cache, residual=x))
         normed = normed if isinstance(mixer, FusedDeltaNet) else floats(normed)
@@ -175,6 +178,12 @@ class FusedBlock(FusedModule):
         norm = self._rounding(which, run)
         codes = None if norm is None else norm(x, outputs=("int8",)).int8
         y: Given = codes or self[self._fused.norms[which]](x)
+        return y
+
+    def _for_several(self, run: Run, x: mx.array) -> mx.array | Normed:
+        """The first norm of x for readers of which some may take codes."""
+        norm = self._rounding(0, run)
+        y: mx.array | Normed = self[self._fused.norms[0]](x) if norm is None else norm.normed(x)[1]
         return y
 
     def _rounding(self, which: int, run: Run) -> FusedNorm | None:
@@ -220,16 +229,16 @@ class FusedParallelBlock(FusedBlock):
             own: mx.array = form.original.__call__(self, x, mask, cache)
             return own
         *heads, normed = self.part(
-            mixer.entering(run), self.enter, self.children_read, x, mixer.place(run, cache)
+            mixer.entering(run), self.enter, self.children_read, x, *mixer.places(run, x, cache)
         )
         output = mixer.attend(heads, mask, cache)
         found: mx.array = self.part(run, self.leave, self.children_read, output, x, normed)
         return found
 
-    def enter(self, run: Run, x: mx.array, place: int | mx.array) -> tuple[mx.array, ...]:
+    def enter(self, run: Run, x: mx.array, *places: int | mx.array) -> tuple[mx.array, ...]:
         form = self._fused
         normed = self[form.norms[0]](x)
-        return *self[form.mixer].enter(run, normed, place), normed
+        return *self[form.mixer].enter(run, normed, *places), normed
 
     def leave(  # type: ignore[override]
         self, run: Run, output: mx.array, x: mx.array, normed: mx.array

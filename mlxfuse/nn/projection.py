@@ -114,7 +114,8 @@ class KernelProjection(Projection):
         if on.prepares and x.size <= MAX_BATCHED_ROWS * x.shape[-1]:
             scores = None if experts is None else experts.scores
             free = [a for a in (x, epilogue.residual, ids, scores) if a is not None]
-            key = (epilogue.activation, split, *[(a.shape, a.dtype) for a in free])
+            how = epilogue.activation, epilogue.times, split
+            key = (*how, *[(a.shape, a.dtype) for a in free])
             prepared = self._prepared.get(key)
             if prepared is None and not self.large(x, ids):
                 if self._refusal(x, epilogue.residual) is None:
@@ -151,6 +152,15 @@ class KernelProjection(Projection):
 
     def activated(self, x: mx.array, activation: str, on: Backend) -> mx.array | None:
         found = self._run(x, on, Epilogue(self.bias, None, activation))
+        return None if found is None else found[0]
+
+    def multiplied(
+        self, x: mx.array, activation: str, factor: mx.array, on: Backend
+    ) -> mx.array | None:
+        """`activated`, times ``factor``, which is of the result's shape."""
+        if factor.dtype != x.dtype:
+            return None
+        found = self._run(x, on, Epilogue(self.bias, factor, activation, times=True))
         return None if found is None else found[0]
 
     def gathered(

@@ -19,7 +19,8 @@ _KEPT = 32
 class Rotation:
     """What an attention's norms and rotary embedding do with q and k.
 
-    holds  whether the modules still have the arrays that they had; see `Snapshot`.
+    holds   whether the modules still have the arrays that they had; see `Snapshot`.
+    values  whether it norms the values too.
 
     Args:
         parts: the modules that do it, by the names they have in ``parent``.
@@ -31,7 +32,10 @@ class Rotation:
         parent: nn.Module,
         parts: Mapping[str, nn.Module],
         options: RopeOptions,
+        *,
+        values: bool = False,
     ) -> None:
+        self.values = values
         held: list[tuple[Callable[[str], object], str]] = [(parent.get, name) for name in parts]
         for part in parts.values():
             held += [(part.get, n) for n, a in part.items() if isinstance(a, mx.array)]
@@ -41,17 +45,22 @@ class Rotation:
         self._prepared: dict[tuple[object, ...], Prepared] = {}
 
     def __call__(
-        self, queries: mx.array, keys: mx.array | None, offset: int | mx.array, on: Backend
+        self,
+        queries: mx.array,
+        keys: mx.array | None,
+        offset: int | mx.array,
+        on: Backend,
+        values: mx.array | None = None,
     ) -> list[mx.array] | None:
         """[B, L, heads * D] each -> [B, heads, L, D]; None if the modules are to be called."""
         reason = None
-        given = (queries,) if keys is None else (queries, keys)
+        given = [array for array in (queries, keys, values) if array is not None]
         if on.prepares:
             place = position(offset) if isinstance(offset, int) else offset
             key = (queries.shape, place.ndim, *(x.dtype for x in given))
             prepared = self._prepared.get(key)
             if prepared is None:
-                prepared = prepare(queries, keys, place, self._options)
+                prepared = prepare(queries, keys, place, self._options, values)
                 if prepared is not None and queries.shape[1] <= _KEPT:
                     self._prepared[key] = prepared
             if prepared is not None:
@@ -61,7 +70,7 @@ class Rotation:
                 reason = "it failed its self-test"
         if not on.takes("norm_rope", reason):
             return None
-        return list(norm_rope(queries, keys, offset, self._options))
+        return list(norm_rope(queries, keys, offset, self._options, values))
 
 
 @lru_cache(maxsize=16)

@@ -2,9 +2,11 @@
 
 import json
 
+import mlx.core as mx
 import pytest
 
-from mlxfuse.bench import output
+from mlxfuse import load, patch_model
+from mlxfuse.bench import arms, output, run
 
 from ..cli.test_cli import invoke
 from ..models import tiny
@@ -32,6 +34,29 @@ def test_several_arms_in_one_run(model):
     assert "qkv 3/3" in report["arms"][1]["what"]
     assert "qkv 0/3" in report["arms"][2]["what"]
     assert [arm["match"] for arm in report["arms"]] == ["reference", "yes", "yes"]
+
+
+def test_arms_share_the_weights_and_nothing_else(model, monkeypatch):
+    """The file is read once for both; the second is patched as if it were alone."""
+    loaded = []
+    real = run.load_model
+    monkeypatch.setattr(run, "load_model", lambda *a, **k: loaded.append(a) or real(*a, **k))
+    found(model, "--fuse", "all", "--fuse", "off")
+    assert len(loaded) == 1
+    first, _ = load(model, fuse="off")
+    second = arms.copy_of(first)
+    pairs = zip(first.named_modules(), second.named_modules(), strict=True)
+    for (name, a), (other, b) in pairs:
+        assert (name, type(a)) == (other, type(b))
+        assert a is not b
+    weights = first.layers[0].mlp.up_proj.weight, second.layers[0].mlp.up_proj.weight
+    assert weights[0] is weights[1]
+    ids = mx.array([[1, 5, 9]])
+    want = first(ids)
+    patch_model(second, fuse="all")
+    assert type(first.layers[0]) is not type(second.layers[0])
+    assert mx.array_equal(first(ids), want)
+    assert mx.allclose(second(ids), want, atol=1e-4)
 
 
 def test_rounded_activations_are_timed_and_their_distance_told(model):

@@ -11,7 +11,7 @@ import numpy as np
 
 from mlxfuse.bench.cases import sample
 from mlxfuse.formats import BY_NAME
-from mlxfuse.kernels import causal_conv, route
+from mlxfuse.kernels import causal_conv, delta_step, route
 from mlxfuse.kernels.activations import Int8Activations
 from mlxfuse.kernels.kv import dequantize_kv, quantize_kv
 from mlxfuse.kernels.kv.compressed_sdpa import compressed_sdpa
@@ -224,9 +224,10 @@ def norm(
     options = {"offset": 0.0, "outputs": rms_norm.OUTPUTS, **more}
     others = (after, weight) if options.get("others") else ()
     factor = mx.array([0.5], dtype) if others else None
+    beside = (rms_norm.Post(weight, 1e-4), residual) if others else None
     given = residual if added else None, options["offset"], options["outputs"]
     before = rms_norm.Post(after, 1e-3, 1.0, factor) if post is True else post or None
-    call = rms_norm._Call(x, weight if weighted else None, 1e-5, *given, before, others)
+    call = rms_norm._Call(x, weight if weighted else None, 1e-5, *given, before, others, beside)
     call.check(call.outputs)
     outputs = ("h",) * added + call.outputs + ("others",) * bool(others)
     of = {True: "post ", False: ""}.get(post, "multiplied ")
@@ -236,7 +237,14 @@ def norm(
 
 
 def rope(
-    columns: int, dims: int, dtype: mx.Dtype, *, length: int = 3, normed: bool = True, **more: Any
+    columns: int,
+    dims: int,
+    dtype: mx.Dtype,
+    *,
+    length: int = 3,
+    normed: bool = True,
+    values: bool = False,
+    **more: Any,
 ) -> Variant:
     """`norm_rope` of 6 heads of q and 2 of k."""
     of_q, of_k = (6, 2) if more.get("wide") else (1, 1)
@@ -246,7 +254,7 @@ def rope(
     if normed:
         more |= zip(("q_weight", "k_weight"), weights, strict=True)
     how = norm_rope.RopeOptions(heads=6, kv_heads=2, dims=dims, **{"base": 1e4, **more})
-    call = norm_rope._Call(q, k, offset, how)
+    call = norm_rope._Call(q, k, offset, how, k if values else None)
     call.check()
     kind = f"{columns} of which {dims}{' traditional' if how.traditional else ''}"
     kind += " wide" if how.wide else " no weight" if how.q_scale else ""
@@ -278,7 +286,7 @@ def norms() -> Iterator[Variant]:
     yield quantize(4, 512, bfloat)
     yield rope(128, 128, half)
     yield rope(256, 64, bfloat, normed=False, traditional=True)
-    yield rope(80, 20, single)
+    yield rope(80, 20, single, values=True)
     yield rope(128, 128, bfloat, wide=True)
     yield rope(128, 128, half, normed=False, q_scale=3.87)
     logits, gate = _normal(half, (2, 128), (2, 1))
@@ -292,6 +300,12 @@ def norms() -> Iterator[Variant]:
     x, state, weight = _normal(bfloat, (1, 1, 40), (1, 2, 40), (40, 3))
     call = causal_conv._Call(x, state, weight, None, None, None)
     yield Variant("causal_conv of 3", causal_conv.KERNEL, (call,))
+    for size, tiled in ((128, False), (20, True)):
+        shapes = (1, 1, 8 * size), (1, 1, 4 * size), (1, 1, 4), (1, 1, 4), (size,)
+        qkv, z, a, b, weight = _normal(half, *shapes)
+        a_log, dt_bias, state = _normal(single, (4,), (4,), (1, 4, size, size))
+        step = delta_step._Call(qkv, z, a, b, a_log, dt_bias, weight, state, 1e-6, tiled)
+        yield Variant(f"delta_step {size}", delta_step.KERNEL, (step,))
 
 
 def _normal(dtype: mx.Dtype, *shapes: tuple[int, ...]) -> list[mx.array]:

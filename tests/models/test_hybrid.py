@@ -1,6 +1,7 @@
 """Qwen3.5: layers with a recurrence beside layers with attention."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from mlx_lm.models.cache import (
 from mlx_lm.models.qwen3_next import Qwen3NextRMSNormGated
 
 from mlxfuse.errors import GGUFError, PromptCacheError, UnsupportedError
-from mlxfuse.fusion import unpatch_model
+from mlxfuse.fusion import patch_model, unpatch_model
 from mlxfuse.generate import prompt_cache
 from mlxfuse.generate.run import Settings, generate
 from mlxfuse.gguf.reader import open_gguf
 from mlxfuse.inspect.header import inspect, render
 from mlxfuse.inspect.needs import needs
 from mlxfuse.kernels import backend, fallbacks, launches
+from mlxfuse.kernels.runtime.backend import unfused
 from mlxfuse.loader import load
 from mlxfuse.models.config import read_config
 from mlxfuse.models.plan import plan
@@ -200,13 +202,48 @@ def test_the_fused_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     fallbacks.clear()
     with msl.installed(build="fast"):
         model(prompt[:, :23], cache=state)
-        before = launches["quantized_matmul"], launches["norm_rope"]
+        before = launches.copy()
         got = np.array(model(prompt[:, 23:], cache=state)[0])
-        after = launches["quantized_matmul"], launches["norm_rope"]
     assert max(disagreement(got, want[23:])) <= BOUND
     # 2 qkv, 2 in_proj, 4 gate/up, 4 down, 4 o or out, and the head.
-    assert [b - a for a, b in zip(before, after, strict=True)] == [17, 2]
+    steps = {"quantized_matmul": 17, "norm_rope": 2, "causal_conv": 2, "delta_step": 2}
+    assert launches - before == {**steps, "dequantize": 1}
+    assert (before["causal_conv"], before["delta_step"]) == (2, 0)
     assert not fallbacks
+
+
+def test_what_the_recurrence_reads_may_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step follows the module as it is now, with other arrays and another epsilon."""
+    monkeypatch.setenv("MLXFUSE_KERNELS", "reference")
+    model, _ = load(write(tmp_path, "qwen35"), fuse="all", dtype="float32")
+    net, tokens = model.layers[0].linear_attn, mx.random.normal((1, 4, 64), key=mx.random.key(0))
+
+    def step(how: Any) -> mx.array:
+        cache = ArraysCache(2)
+        with unfused():
+            net(tokens[:, :3], None, cache)
+        with how:
+            return net(tokens[:, 3:], None, cache)
+
+    last = step(nullcontext())
+    for module, name, value in (
+        (net.norm, "eps", 0.1),
+        (net.norm, "weight", net.norm.weight / 2),
+        (net.conv1d, "weight", net.conv1d.weight / 2),
+        (net, "A_log", net.A_log + 1),
+        (net, "dt_bias", net.dt_bias + 1),
+    ):
+        assert net.holds(backend())
+        setattr(module, name, value)
+        changed = step(nullcontext())
+        assert mx.abs(changed - last).max() > 1e-3 * mx.abs(last).max()
+        assert mx.allclose(changed, step(unfused()), rtol=0, atol=1e-6)
+        assert not net.holds(backend())
+        unpatch_model(model)
+        patch_model(model, fuse="recurrence")
+        last = changed
 
 
 def test_the_first_norm_gives_int8_to_the_projections(

@@ -336,9 +336,26 @@ class Translation:
         return tuple(p.name for p in self.parameters if p.attribute == "buffer")
 
 
+_TENSOR_OPS = "#include <MetalPerformancePrimitives/MetalPerformancePrimitives.h>\n"
+
+
+def _with_tensor_ops(source: str) -> str:
+    """The source with our stand-in for Metal's tensor operations, where it includes those.
+
+    As text, so that other kernels are not compiled anew when the stand-in changes.
+    """
+    before, found, after = source.partition(_TENSOR_OPS)
+    if not found:
+        return source
+    stand_in = Path(__file__).with_name("tensor_ops.h").read_text("utf-8")
+    line = before.count("\n") + 2
+    return f'{before}#line 1 "tensor_ops.h"\n{stand_in}#line {line} "{KERNEL_FILE}"\n{after}'
+
+
 @functools.lru_cache(maxsize=1024)
 def translate(source: str, name: str) -> Translation:
     """Translate what MLX hands to Metal, without its preamble, for kernel ``name``."""
+    source = _with_tensor_ops(source)
     call, body, found = name, source, parameters(source, name)
     instantiation = _INSTANTIATION.search(source)
     if instantiation:

@@ -76,14 +76,14 @@ def prepare_matmul(
 
 
 def prepare_rotation(
-    queries: mx.array, keys: mx.array | None, offset: mx.array, options: RopeOptions
+    queries: mx.array, keys: Any, offset: mx.array, options: RopeOptions, values: Any = None
 ) -> StandIn:
     batched = offset.ndim > 0
 
     def turn(q: mx.array, *free: mx.array) -> list[mx.array]:
-        *k, place = free
-        place = place if batched else place[0]
-        return list(norm_rope(q, k[0] if k else None, place, options))
+        *others, place = free
+        k, v = (*others, None, None)[:2]
+        return list(norm_rope(q, k, place if batched else place[0], options, v))
 
     return StandIn("norm_rope", turn)
 

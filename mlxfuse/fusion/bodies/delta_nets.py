@@ -1,12 +1,11 @@
 """The `__call__` bodies of gated delta nets: see `bodies`.
 
-Their own code goes on to run, with the results of its first linears given to it. So what matters
-here is that each of them is called once, with the module's input as it came.
+The norm behind the recurrence is a module with a body of its own.
 """
 
 from __future__ import annotations
 
-from .mlps import Body
+from .mlps import MX, NN, Body
 
 _CONVOLUTION = """
     if cache is not None and cache[0] is not None:
@@ -64,7 +63,7 @@ def __call__(self, inputs, mask=None, cache=None):
 """
     + _RECURRENCE
     + """
-    out = self.out_proj(out.reshape(B, S, -1))
+    out = self.OUT(out.reshape(B, S, -1))
     if self.sharding_group is not None:
         out = mx.distributed.all_sum(out, group=self.sharding_group)
     return out
@@ -87,11 +86,37 @@ def __call__(self, inputs, mask=None, cache=None):
 """
     + _RECURRENCE
     + """
-    return self.out_proj(out.reshape(B, S, -1))
+    return self.OUT(out.reshape(B, S, -1))
 """
 )
 
+_GATED_NORM = """
+def __call__(self, hidden_states, gate=None):
+    x = mx.fast.rms_norm(hidden_states, self.WEIGHT, self.EPS)
+    if gate is not None:
+        return precise_swiglu(hidden_states, gate, x)
+    else:
+        return x.astype(hidden_states.dtype)
+"""
+# mlxfuse's own, from value heads that are neighbours to tiled ones
+_TILING_NORM = """
+def __call__(self, hidden_states, gate):
+    x = mx.fast.rms_norm(hidden_states, self.WEIGHT, self.EPS)
+    x = mx.unflatten(x, 2, (self.KEY_HEADS, -1)).swapaxes(2, 3)
+    y: mx.array = precise_swiglu(hidden_states, gate.reshape(x.shape), x)
+    return y.reshape(gate.shape)
+"""
+_NAMES = {
+    **MX,
+    **NN,
+    "normalize_qk": "mlx_lm.models.gated_delta.normalize_qk",
+    "gated_delta_update": "mlx_lm.models.gated_delta.gated_delta_update",
+}
+_NORM_NAMES = {**MX, "precise_swiglu": "mlx_lm.models.activations.precise_swiglu"}
+
 DELTA_NETS: tuple[Body, ...] = (
-    Body("delta_net", _QWEN3_5, form={"linears": ("QKV", "Z", "B", "A")}),
-    Body("delta_net", _QWEN3_NEXT, form={"linears": ("QKVZ", "BA")}),
+    Body("delta_net", _QWEN3_5, _NAMES, {"linears": ("QKV", "Z", "B", "A")}),
+    Body("delta_net", _QWEN3_NEXT, _NAMES, {"linears": ("QKVZ", "BA")}),
+    Body("gated_norm", _GATED_NORM, _NORM_NAMES, {"tiled": False}),
+    Body("gated_norm", _TILING_NORM, _NORM_NAMES, {"tiled": True}),
 )

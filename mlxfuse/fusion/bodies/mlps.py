@@ -23,7 +23,8 @@ class Body:
     """One known body.
 
     kind      what stands for it: ``attention``, ``mlp``, ``block``, ``post_norm``, ``experts``,
-              ``experts_sum``, ``moe``, ``norm``, ``rope``, ``delta_net``, ``activation``.
+              ``experts_sum``, ``moe``, ``router``, ``norm``, ``rope``, ``delta_net``,
+              ``gated_norm``, ``activation``.
     source    the method.
     names     global name -> the module, or the object of a module, that it must be.
     form      what the fused class has to know about it.
@@ -214,6 +215,8 @@ def __call__(self, x, gate):
         {"activation": "swiglu_clipped", "values": {"ALPHA": 1.702, "LIMIT": 7.0}},
     ),
     Body("norm", _call("mx.fast.rms_norm(x, self['weight'], self.EPS)"), MX, {"offset": 0.0}),
+    # gemma4_text's norm of values
+    Body("plain_norm", _call("mx.fast.rms_norm(x, None, self.EPS)"), MX),
     # gemma, gemma2, gemma3_text
     Body("norm", _call("mx.fast.rms_norm(x, 1.0 + self.weight, self.EPS)"), MX, {"offset": 1.0}),
     # mlx.nn

@@ -119,6 +119,23 @@ _MIXTRAL = (
     return y
 """
 )
+# granitemoe, granitemoehybrid: a module of its own chooses
+_ROUTED = """
+def __call__(self, x):
+    token_ids, gates = self.ROUTER(x)
+    y = self.EXPERTS(x, token_ids)
+    return (y * gates[..., None]).sum(axis=-2)
+"""
+_ROUTER = """
+def __call__(self, hidden_states):
+    logits = self.GATE(hidden_states)
+    top_k_idx = mx.stop_gradient(
+        mx.argpartition(logits, kth=-self.COUNT, axis=-1)[..., -self.COUNT :]
+    )
+    top_k_logits = mx.take_along_axis(logits, top_k_idx, axis=-1)
+    top_k_gates = mx.softmax(top_k_logits, precise=True, axis=-1)
+    return top_k_idx, top_k_gates
+"""
 _GPT_OSS = (
     _SHARDED_CALL
     + """
@@ -132,10 +149,28 @@ _GPT_OSS = (
     + _SHARDED_SUM
 )
 
+# gemma4_text
+_ROUTER = """
+def __call__(self, x):
+    x = mx.fast.rms_norm(x, self.SCALE * self.ROOT, self.EPS)
+    expert_scores = self.PROJ(x)
+    top_k_indices = mx.argpartition(expert_scores, kth=-self.CONFIG.top_k_experts, axis=-1)
+    top_k_indices = mx.stop_gradient(top_k_indices[..., -self.CONFIG.top_k_experts :])
+    top_k_weights = mx.take_along_axis(expert_scores, top_k_indices, axis=-1)
+    top_k_weights = mx.softmax(top_k_weights, axis=-1)
+    top_k_weights = top_k_weights * self.FACTORS[top_k_indices]
+    return top_k_indices, top_k_weights
+"""
+
 MOES: tuple[Body, ...] = (
+    Body("router", _ROUTER, MX),
     *(Body("moe", text, MX, {"whole": True}) for text in (_QWEN3, _QWEN3_NEXT, _QWEN2)),
     Body("moe", _MIXTRAL, MX),
     Body("moe", _GPT_OSS, {**MX, "mlx_topk": "mlx_lm.models.gpt_oss.mlx_topk"}),
+    Body("moe", _ROUTED),
+    Body("moe", _ROUTED.replace("(axis=-2)", "(axis=-2).astype(y.dtype)")),
+    Body("router", _ROUTER, MX),
+    Body("router", _ROUTER.replace("logits, precise=True", "logits.astype(mx.float32)"), MX),
     Body("experts_sum", _SUM, fragment=True),
     Body("experts_sum", _CAST, form={"cast": True}, fragment=True),
     Body("experts_sum", _SUM.replace("(x, ids)", "(y, ids)"), fragment=True),  # kimi_k3

@@ -9,7 +9,9 @@ import mlx.core as mx
 from ..runtime.kernel import Kernel, Launch, Program
 from . import small
 from .scheme import FLOATS, KVScheme, KVSide, pack
-from .source import NAMES, THREADGROUP, refuse_dims
+from .source import NAMES, refuse_dims
+
+_THREADGROUP_BYTES = 16384
 
 
 def quantize_kv(k: mx.array, v: mx.array, scheme: KVScheme) -> mx.array:
@@ -56,16 +58,23 @@ def _side(side: KVSide, block: int, dtype: mx.Dtype) -> str:
     return f"Quantized<{shape}, {side.bits}, {side.group}, {symmetric}>"
 
 
+def _tokens(scheme: KVScheme) -> int:
+    """Of a threadgroup: of eight, rows end with a piece of 32 bytes."""
+    fit = _THREADGROUP_BYTES // scheme.row_bytes
+    return next(n for n in (8, 4, 2, 1) if n <= max(fit, 1))
+
+
 @cache
 def _program(scheme: KVScheme) -> Program:
     k, v, k_scales, v_scales = scheme.offsets
+    words, tokens = scheme.row_words, _tokens(scheme)
     sides = (
         ("k", scheme.k.dim, _side(scheme.k, scheme.k_block, scheme.dtype), k, k_scales),
         ("v", scheme.v.dim, _side(scheme.v, scheme.v_block, scheme.dtype), v, v_scales),
     )
     calls = "".join(
-        f"{type_}::write({name} + ulong(token) * {dim}, row + {codes}, row + {scales}, lane);\n"
-        for name, dim, type_, codes, scales in sides
+        f"{of}::write({name} + ulong(token) * {dim}, row + {codes}, row + {scales}, lane);\n"
+        for name, dim, of, codes, scales in sides
     )
     return Program(
         op="quantize_kv",
@@ -74,7 +83,11 @@ def _program(scheme: KVScheme) -> Program:
         body=(
             "const uint lane = thread_index_in_simdgroup;\n"
             "const uint token = thread_position_in_grid.y;\n"
-            f"device uint* row = rows + ulong(token) * {scheme.row_words};\n{calls}"
+            f"threadgroup uint4 scratch[{-(-tokens * words // 4)}];\n"
+            "threadgroup uint* to = (threadgroup uint*)scratch;\n"
+            f"threadgroup uint* row = to + token % {tokens} * {words};\n{calls}"
+            f"store_rows<{words}, {tokens}>(to, rows, token / {tokens} * {tokens}, "
+            "threads_per_grid.y, thread_index_in_threadgroup);\n"
         ),
         parts=("kv_rows.h:hadamard", "quantize_kv.metal"),
     )
@@ -85,7 +98,7 @@ def _launch(k: mx.array, v: mx.array, scheme: KVScheme) -> Launch:
         program=_program(scheme),
         arrays=(k, v),
         grid=(32, k.size // scheme.k.dim, 1),
-        threadgroup=THREADGROUP,
+        threadgroup=(32, _tokens(scheme), 1),
         template=(("T", k.dtype),),
         shapes=((*k.shape[:-1], scheme.row_words),),
         dtypes=(mx.uint32,),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import mlx.core as mx
 
@@ -52,6 +53,8 @@ class Scores:
         """With a mask as mlx-lm's models have it: an array, ``"causal"`` or None."""
         if isinstance(mask, mx.array):
             return cls(scale, mask, False, None, softcap, sinks)
+        if sinks is None:
+            return _plain_scores(scale, mask is not None, softcap)
         return cls(scale, None, mask is not None, None, softcap, sinks)
 
     def check(self, shape: tuple[int, ...]) -> None:
@@ -74,6 +77,12 @@ class Scores:
                 )
             if self.mask.dtype not in (mx.bool_, *FLOATS):
                 raise ValueError(f"mask: expected bool or floating point, found {self.mask.dtype}")
+
+
+@lru_cache(maxsize=256)
+def _plain_scores(scale: float, causal: bool, softcap: float | None) -> Scores:
+    """One object for equal ones, which every layer asks for at every token."""
+    return Scores(scale, None, causal, None, softcap)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +123,15 @@ class Call:
 
     def _held(self) -> Iterator[tuple[str, mx.array, mx.Dtype, int]]:
         """Name, array, type and last axis of each of ``held``."""
-        scheme, held = self.scheme, self.held or ()
+        scheme, held = self.scheme, self.held
+        if held is None:
+            return
         kinds = []
         for side in (scheme.k, scheme.v):
             words = side.code_words(scheme.dtype)
             plain, codes = (scheme.dtype, side.dim), (mx.uint32, words)
             kinds += [codes, *[(scheme.dtype, side.groups)] * 2] if side.quantized else [plain]
-        for name, array, kind in zip(HELD.get(len(held), ()), held, kinds, strict=True):
+        for name, array, kind in zip(HELD[len(held)], held, kinds, strict=True):
             if array.ndim != 4:
                 raise ValueError(f"{name}: expected four axes, found {array.shape}")
             yield name, array, *kind

@@ -15,7 +15,7 @@ from ..runtime import tuning
 from ..runtime.kernel import Launch
 from ..weight import FLOATS, AffineSegment, Part, QuantizedWeight, type_name
 from .dequantize import bind
-from .shapes import MAX_BATCH, bucket, columns, route
+from .shapes import MAX_BATCH, bucket, columns, route, tensors
 from .tile_program import ACTIVATIONS, GATED, Tile, tile_program
 
 X = TypeVar("X", mx.array, Int8Activations)
@@ -35,6 +35,7 @@ class Epilogue:
 
     bias        ``[N]``, or ``[experts, N]``, in the order of the weight's parts.
     residual    of the result's shape; not where each part has a result of its own.
+    times       the residual multiplies the result instead.
     activation  one of `ACTIVATIONS`. The gated ones, ``swiglu``, ``geglu``, ``geglu_tanh`` and
                 ``swiglu_clipped``, need a weight of two parts of equal rows, gate and up, and give
                 ``act(gate) * up`` with half of the columns. ``swiglu_clipped`` is gpt-oss's:
@@ -45,6 +46,7 @@ class Epilogue:
     bias: mx.array | None = None
     residual: mx.array | None = None
     activation: str | None = None
+    times: bool = False
 
 
 NO_EPILOGUE = Epilogue()
@@ -123,11 +125,13 @@ class Call(Generic[X]):
         names = tuning.VARIANTS["quantized_matmul"].get(self.kind, ())
         if self.kind == "prompt" and self.rows > MAX_BATCHED_ROWS:
             names = tuple(n for n in names if n != "batch")
+        if not tensors() or self.x.dtype == mx.float32:
+            names = tuple(n for n in names if n != "tensor")
         return tuple(sorted(names, key=lambda n: n != self.usual))
 
     @property
     def route(self) -> str:
-        """``vector``, ``batch``, ``tiles``, ``dequantize``, ``grouped`` or ``summed``."""
+        """``vector``, ``batch``, ``tiles``, ``tensor``, ``dequantize``, ``grouped``, ``summed``."""
         if self.kind != "prompt":
             return self.kind
         return (self.variant or self.usual).rstrip("0123456789")
@@ -241,7 +245,8 @@ def launch(call: Call[X], tile: Tile, x: dict[str, mx.array]) -> Launch:
         held |= arrays
         bounds.append(bound)
     end, ids = call.epilogue, None if call.experts is None else call.experts.ids
-    optional = {"bias": end.bias, "residual": end.residual, "scores": call.scores}
+    added = "times" if end.times else "residual"
+    optional = {"bias": end.bias, added: end.residual, "scores": call.scores}
     optional["experts"] = None if tile.sorted else ids
     given: dict[str, mx.array] = {n: a for n, a in optional.items() if a is not None}
     down = -(-call.rows // tile.many)
@@ -267,7 +272,7 @@ def launch(call: Call[X], tile: Tile, x: dict[str, mx.array]) -> Launch:
 
 
 def _as(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
-    return array.astype(dtype) if name in ("bias", "residual") else array
+    return array.astype(dtype) if name in ("bias", "residual", "times") else array
 
 
 def _size(
@@ -337,5 +342,6 @@ def finish(call: Call[X], columns: list[mx.array]) -> list[mx.array]:
     if not call.split and len(columns) > 1:
         columns = [mx.concatenate(columns, axis=-1)]
     if end.residual is not None:
-        columns[0] = columns[0] + end.residual.reshape(columns[0].shape).astype(mx.float32)
+        residual = end.residual.reshape(columns[0].shape).astype(mx.float32)
+        columns[0] = columns[0] * residual if end.times else columns[0] + residual
     return [y.astype(call.x.dtype) for y in columns]

@@ -25,7 +25,7 @@ from .product import (
     refuse,
     simd_groups,
 )
-from .shapes import Shape, shape
+from .shapes import Shape, shape, tensor_shape
 from .tile_program import THREADGROUP_MEMORY, Tile
 
 MOST_FOR_16 = 24
@@ -103,7 +103,8 @@ def prepare(
     alike = residual is None or residual.dtype == x.dtype
     if refuse(call) is not None or not alike or call.route in ("dequantize", "grouped"):
         return None
-    given = {"residual": residual, "experts": experts, "scores": call.scores}
+    added = "times" if epilogue.times else "residual"
+    given = {added: residual, "experts": experts, "scores": call.scores}
     free = ("x", *(name for name, value in given.items() if value is not None))
     launched = _launch(call)
     backend().expect(KERNEL, (call,), launched)
@@ -140,6 +141,8 @@ def run_call(call: Call[mx.array], *, emulated: bool = False) -> list[mx.array]:
 def tile_shape(call: Call[mx.array]) -> Shape:
     """The tiles of a prompt, or of rows of experts: with few rows of x where each has few."""
     size = call.x.dtype.size
+    if call.variant == "tensor":
+        return tensor_shape(32 if call.kind == "grouped" else call.rows)
     if call.kind == "grouped":
         few = call.rows / (call.weight.experts or 1) <= MOST_FOR_16
         return shape(16 if few else 32, 64, size)
@@ -159,25 +162,35 @@ def ends(experts: mx.array, count: int, many: int) -> tuple[mx.array, mx.array]:
     return mx.cumsum(rows), mx.cumsum((rows + (many - 1)) // many)
 
 
+def _cut(call: Call[mx.array]) -> Tile:
+    """The tiles that `tile_shape` says, of a prompt or of rows sorted by expert."""
+    op, kind = "quantized_matmul", "grouped" if call.kind == "grouped" else "matrix"
+    cut = tile_shape(call)
+    used = cut.nbytes(call.x.dtype.size)
+    tensor = call.variant == "tensor"
+    sections = [f"{op}.metal:{kind}"]
+    if tensor:
+        needs = ["tiles", "sorted"] if kind == "grouped" else ["tiles"]
+        sections = [*(f"{op}.metal:{s}" for s in needs), f"tensor_tiles.h:{kind}"]
+    return Tile(
+        op=op,
+        sections=tuple(sections),
+        function="tensor_tile" if tensor else f"{kind}_tile",
+        numbers=f", {cut.rows}, {cut.columns}, {cut.groups}",
+        x="x",
+        rows=cut.columns // (1 + call.gated),
+        many=cut.rows,
+        threads=cut.threads,
+        scratch=f"threadgroup float4 scratch[{used // 16}];",
+        staged=(THREADGROUP_MEMORY - used) // 4,
+        sorted=kind == "grouped",
+    )
+
+
 def _tile(call: Call[mx.array]) -> Tile:
     kind, op = call.route, "quantized_matmul"
-    if kind in ("tiles", "grouped"):
-        name = "matrix" if kind == "tiles" else kind
-        cut = tile_shape(call)
-        used = cut.nbytes(call.x.dtype.size)
-        return Tile(
-            op=op,
-            sections=(f"{op}.metal:{name}",),
-            function=f"{name}_tile",
-            numbers=f", {cut.rows}, {cut.columns}, {cut.groups}",
-            x="x",
-            rows=cut.columns // (1 + call.gated),
-            many=cut.rows,
-            threads=cut.threads,
-            scratch=f"threadgroup float4 scratch[{used // 16}];",
-            staged=(THREADGROUP_MEMORY - used) // 4,
-            sorted=kind == "grouped",
-        )
+    if kind in ("tiles", "grouped", "tensor"):
+        return _cut(call)
     slots = _SLOTS[kind].get(call.variant) or next(iter(_SLOTS[kind].values()))
     if kind == "summed":
         groups = min(call.x.shape[-2], 8)

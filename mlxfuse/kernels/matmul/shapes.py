@@ -6,6 +6,7 @@ No figure in these tables has been measured on a Mac; what `mlxfuse tune` finds 
 from __future__ import annotations
 
 import math
+import platform
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -93,6 +94,21 @@ def bucket(rows: int) -> str:
     """What `mlxfuse tune` calls so many rows of x."""
     most = next((n for n in BUCKETS if rows <= n), None)
     return "more rows" if most is None else f"{most} rows"
+
+
+def tensor_shape(rows: int) -> Shape:
+    """The same for the tensor operations, which multiply 16 rows by 32 columns at a time."""
+    height = next((n for n in (32, 64) if n >= rows), 128)
+    return Shape(height, 64, 4 if height <= 64 else 8)
+
+
+@cache
+def tensors() -> bool:
+    """Whether Metal's tensor operations use matrix units here: an M5 (A20), macOS 26.2."""
+    info = mx.device_info() if mx.metal.is_available() else {}
+    phone = str(info.get("architecture", "")).endswith("p")
+    system = tuple(map(int, re.findall(r"\d+", platform.mac_ver()[0])))
+    return generation() >= (18 if phone else 17) and system >= (26, 2)
 
 
 @cache

@@ -110,8 +110,9 @@ def _tile_call(
     """Statements that compute a tile of one or two segments: the codebooks, then the function."""
     f, g = call
     staged, p, q = _staged(bounds, call, tile)
-    bias, residual = (name if name in inputs else "x" for name in ("bias", "residual"))
-    flags = ", ".join(str(name in inputs).lower() for name in ("bias", "residual"))
+    bias = "bias" if "bias" in inputs else "x"
+    residual = next((name for name in ("residual", "times") if name in inputs), "x")
+    flags = f"{str(bias == 'bias').lower()}, {('x', 'residual', 'times').index(residual)}"
     out = "out0"
     for j in range(1, outputs):
         out = f"j == {j} ? out{j} : {out}" if j == 1 else f"j == {j} ? out{j} : ({out})"

@@ -86,7 +86,11 @@ class RopeOptions:
 
 
 def norm_rope(
-    q: mx.array, k: mx.array | None, offset: int | mx.array, options: RopeOptions
+    q: mx.array,
+    k: mx.array | None,
+    offset: int | mx.array,
+    options: RopeOptions,
+    v: mx.array | None = None,
 ) -> tuple[mx.array, ...]:
     """`mx.fast.rope` of every head of q and k, after `mx.fast.rms_norm` of each where given.
 
@@ -99,33 +103,40 @@ def norm_rope(
         q: ``[B, L, heads * D]``, float16, bfloat16 or float32.
         k: ``[B, L, kv_heads * D]`` of the type of q; None with 0 ``kv_heads`` and no weight.
         offset: position of the first of the L: an int, or an integer array of no axes or ``[B]``.
+        v: of the shape and type of k, which there is, or k itself. Its heads are normed without a
+            weight by the same ``eps``, and not turned.
 
     Returns:
-        ``[B, heads, L, D]`` and, if there is a k, ``[B, kv_heads, L, D]``, contiguous.
+        ``[B, heads, L, D]`` and, if there are a k and a v, ``[B, kv_heads, L, D]``, contiguous.
 
     Raises:
         ValueError: arguments that do not fit together.
     """
     if isinstance(offset, int):
         offset = mx.array(offset, mx.int32)
-    call = _Call(q, k, offset, options)
+    call = _Call(q, k, offset, options, v)
     call.check()
     return tuple(KERNEL(call))
 
 
 def prepare(
-    q: mx.array, k: mx.array | None, offset: mx.array, options: RopeOptions
+    q: mx.array,
+    k: mx.array | None,
+    offset: mx.array,
+    options: RopeOptions,
+    v: mx.array | None = None,
 ) -> Prepared | None:
-    """`norm_rope` of such arguments as one launch, to be called with q, k if there is one, and the
-    offset as int32 ``[1]`` or ``[B]``; None where there is no kernel for it.
+    """`norm_rope` of such arguments as one launch, to be called with q, k and v if there are any,
+    and the offset as int32 ``[1]`` or ``[B]``; None where there is no kernel for it.
     """
-    call = _Call(q, k, offset, options)
+    call = _Call(q, k, offset, options, v)
     call.check()
     if _refuse(call) is not None:
         return None
     launch = _launch(call)
     backend().expect(KERNEL, (call,), launch)
-    free = ("q", "offset") if k is None else ("q", "k", "offset")
+    given = {"q": q, "k": k, "v": v}
+    free = (*(name for name, array in given.items() if array is not None), "offset")
     return Prepared(launch, free, launch.shapes)
 
 
@@ -137,6 +148,7 @@ class _Call:
     k: mx.array | None
     offset: mx.array
     options: RopeOptions
+    v: mx.array | None = None
 
     @property
     def columns(self) -> int:
@@ -151,6 +163,8 @@ class _Call:
         expected = (*q.shape[:2], kv_heads * columns)
         if found != expected:
             raise ValueError(f"k: expected {expected}, found {found}")
+        if self.v is not None and (k is None or self.v.shape != k.shape):
+            raise ValueError(f"v: expected {found}, found {self.v.shape}")
         self.options.check(columns, k is not None)
         if self.offset.shape not in ((), q.shape[:1]):
             raise ValueError(f"offset: expected one or {q.shape[:1]}, found {self.offset.shape}")
@@ -160,9 +174,9 @@ def _refuse(call: _Call) -> str | None:
     q = call.q
     if q.dtype not in FLOATS:
         return f"q is float16, bfloat16 or float32, not {q.dtype}"
-    for other in (call.k, *call.options.weights):
+    for other in (call.k, call.v, *call.options.weights):
         if other is not None and other.dtype != q.dtype:
-            return f"q is {q.dtype}, k or a weight {other.dtype}"
+            return f"q is {q.dtype}, k, v or a weight {other.dtype}"
     if q.size == 0 or (call.k is not None and call.k.size == 0):
         return "q or k has no rows"
     # MLX binds arrays of fewer than 8 values in another address space.
@@ -174,7 +188,7 @@ def _refuse(call: _Call) -> str | None:
 def _launch(call: _Call) -> Launch:
     q, k, how, columns = call.q, call.k, call.options, call.columns
     batch, length, _ = q.shape
-    keys = () if k is None else (k,)
+    others = tuple(array for array in (k, call.v) if array is not None)
     freqs = how.freqs
     if freqs is None:
         assert how.base is not None
@@ -183,6 +197,7 @@ def _launch(call: _Call) -> Launch:
     total = how.heads + how.kv_heads
     each = -(-total // _GROUPS) if wide else HEADS_EACH
     groups = -(-total // each)
+    values = 0 if call.v is None else -(-how.kv_heads // each)
     size, numbers = _numbers(
         (how.heads, how.kv_heads, columns, how.dims // 2, length, call.offset.ndim, each),
         (how.scale, how.mscale, how.eps, how.norm_offset, how.q_scale or 1.0),
@@ -193,16 +208,18 @@ def _launch(call: _Call) -> Launch:
     plain = "NoNorm" if how.q_scale is None else "PlainNorm"
     norm = ("WideNorm" if wide else "Norm") if how.weights else plain
     return Launch(
-        program=_program(pairs, rest, how.traditional, norm, k is not None),
+        program=_program(pairs, rest, how.traditional, norm, "qkv"[: 1 + len(others)]),
         arrays=(
-            *(q, *keys, *how.weights, freqs.astype(mx.float32)),
+            *(q, *others, *how.weights, freqs.astype(mx.float32)),
             *(call.offset.astype(mx.int32).reshape(-1), size, numbers),
         ),
-        grid=(32 * groups, batch * length, 1),
+        grid=(32 * (groups + values), batch * length, 1),
         threadgroup=(32 * groups if wide else 64, 1, 1),
         template=(("T", q.dtype),),
-        shapes=tuple((batch, n, length, columns) for n in (how.heads, how.kv_heads) if n),
-        dtypes=(q.dtype,) * (1 + len(keys)),
+        shapes=tuple(
+            (batch, n, length, columns) for n in (how.heads, *[how.kv_heads] * len(others))
+        ),
+        dtypes=(q.dtype,) * (1 + len(others)),
     )
 
 
@@ -227,9 +244,11 @@ def _freqs(base: float, dims: int) -> mx.array:
 
 
 @cache
-def _program(pairs: int, rest: int, traditional: bool, norm: str, keys: bool) -> Program:
-    names = ("q", "k") if keys else ("q",)
-    q, k = names[0], names[-1]  # q in k's place is not read: k has no heads
+def _program(pairs: int, rest: int, traditional: bool, norm: str, names: str) -> Program:
+    """Args:
+    names: ``q``, ``qk`` or ``qkv``: of which there are heads.
+    """
+    q, k = names[0], names[:2][-1]  # q in k's place is not read: k has no heads
     weights = (f"{q}_weight", f"{k}_weight") if norm in ("Norm", "WideNorm") else ()
     kind = f"{norm}<T>" if weights else norm
     lines = [f"const {kind} norm = {{{', '.join(weights)}}};"]
@@ -239,6 +258,17 @@ def _program(pairs: int, rest: int, traditional: bool, norm: str, keys: bool) ->
             f"const {kind} norm = wide_norm({q}, {k}, {', '.join(weights)}, size, numbers, "
             "thread_position_in_grid.y, thread_index_in_simdgroup, "
             "simdgroup_index_in_threadgroup, simdgroups_per_threadgroup, partial);",
+        ]
+    sections = [norm]
+    if "v" in names:
+        sections += ["values"]
+        lines += [
+            "const uint before = uint(size[0] + size[1] + size[6] - 1) / uint(size[6]);",
+            "if (thread_position_in_grid.x / 32 >= before) {",
+            f"norm_values<{2 * pairs + rest}>(v, size, numbers, before, "
+            "thread_position_in_grid.xy, thread_index_in_simdgroup, v_out);",
+            "return;",
+            "}",
         ]
     lines += [
         f"norm_rope<{kind}, {pairs}, {rest}, {str(traditional).lower()}>("
@@ -250,7 +280,7 @@ def _program(pairs: int, rest: int, traditional: bool, norm: str, keys: bool) ->
         inputs=(*names, *dict.fromkeys(weights), "freqs", "offset", "size", "numbers"),
         outputs=tuple(f"{name}_out" for name in names),
         body="\n".join(lines) + "\n",
-        parts=(f"norm_rope.metal:{norm}",),
+        parts=tuple(f"norm_rope.metal:{name}" for name in sections),
     )
 
 
@@ -283,6 +313,9 @@ def _reference(call: _Call) -> list[mx.array]:
             freqs=how.freqs,
         )
         found.append(x)
+    if call.v is not None:
+        v = call.v.reshape(*call.v.shape[:2], how.kv_heads, -1)
+        found.append(mx.fast.rms_norm(v, None, how.eps).transpose(0, 2, 1, 3))
     return found
 
 
@@ -299,6 +332,7 @@ def _small(call: _Call) -> tuple[_Call]:
         None if k is None else draw(*lead, k.shape[-1]),
         offset if call.offset.ndim else offset[0],
         replace(call.options, **weights),
+        None if k is None or call.v is None else draw(*lead, k.shape[-1]),
     )
     return (small,)
 

@@ -30,7 +30,8 @@ VARIANTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "vector": ("rows4", "rows8", "rows2"),
         "batch": ("rows2", "rows1"),
         "summed": ("rows4", "rows8", "rows2"),
-        "prompt": ("tiles64", "tiles32", "dequantize", "batch"),
+        "prompt": ("tiles64", "tiles32", "dequantize", "batch", "tensor"),
+        "grouped": ("tiles", "tensor"),
     }
 }
 FUSED, SEPARATE = "fused", "separate"

@@ -174,7 +174,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"dim": 96, "group": 48}, "nearest valid group is 32"),
         ({"dim": 112, "group": 32}, "nearest valid group is 112"),
         ({"dim": 100}, "multiple of 8 elements is expected, found 100"),
-        ({"bits": 5}, r"expected \(4, 8, 16\), found 5"),
+        ({"bits": 7}, r"expected \(2, 3, 4, 5, 6, 8, 16\), found 7"),
         ({"kind": "lloyd"}, "found 'lloyd'"),
     ],
 )

@@ -362,3 +362,28 @@ def test_a_lane_past_the_head_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         norm_rope(q, k, **options)
     _kernel._compiled.cache_clear()
     assert caught.value.kind in ("data-race", "out-of-bounds")
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+def test_values_are_normed_and_not_turned(dtype: mx.Dtype, kernels: str) -> None:
+    """To the bit what MLX's norm without a weight gives, or by one step; q and k stay."""
+    for columns, heads, kv_heads in ((80, 5, 2), (256, 4, 5)):
+        case = Case(columns, columns // 2, dtype, at=7, heads=heads, kv_heads=kv_heads, normed=True)
+        q, k, options = case.arguments()
+        assert k is not None
+        offset = options.pop("offset")
+        how = RopeOptions(**options)
+        v = 3 * k[..., ::-1]
+        *both, got = norm_rope_of(q, k, offset, how, v)
+        want = mx.fast.rms_norm(v.reshape(1, 3, kv_heads, columns), None, how.eps)
+        step = {mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7, mx.float32: 2.0**-20}[dtype]
+        assert mx.allclose(got, want.transpose(0, 2, 1, 3), rtol=step, atol=0)
+        for one, other in zip(both, norm_rope_of(q, k, offset, how), strict=True):
+            assert mx.array_equal(one, other)
+        # Keys that are values too; control: they are not the rotated ones.
+        *_, keys, same = norm_rope_of(q, k, offset, how, k)
+        want = mx.fast.rms_norm(k.reshape(1, 3, kv_heads, columns), None, how.eps)
+        assert mx.allclose(same, want.transpose(0, 2, 1, 3), rtol=step, atol=0)
+        assert not mx.allclose(same, keys, atol=1e-2)
+    with pytest.raises(ValueError, match="v: expected"):
+        norm_rope_of(q, k, offset, how, v[:, :2])
