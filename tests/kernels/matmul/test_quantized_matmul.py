@@ -279,7 +279,7 @@ def stock(x: mx.array, parts: list[np.ndarray], activation: str) -> np.ndarray:
 def test_activations_after_many_rows(
     activation: str, dtype: mx.Dtype, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MLX multiplies, and rounds; nearer to the exact result than MLX-LM's own operations."""
+    """MLX multiplies, and rounds; no further from the exact result than MLX-LM's operations."""
     every_prompt("dequantize", monkeypatch)
     found = joined(("Q4_K", "Q4_K"), (150, 150), 4096)
     parts = found.parts if activation in GATED else [np.concatenate(found.parts)]
@@ -293,7 +293,8 @@ def test_activations_after_many_rows(
     assert got.dtype == dtype
     assert error(to_float64(got)) <= (2 if dtype == mx.bfloat16 else 1) * NMSE[dtype]
     if dtype == mx.bfloat16:
-        assert error(to_float64(got)) < 0.95 * error(stock(x, parts, activation))
+        most = 0.95 if activation in GATED else 1.0  # a square is rounded once by both
+        assert error(to_float64(got)) <= most * error(stock(x, parts, activation))
 
 
 # Rows, columns and SIMD-groups of a tile; M, N and K.
