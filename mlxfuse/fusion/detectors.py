@@ -24,6 +24,7 @@ from ..nn.mlp import FusedMLP, MLPForm
 from ..nn.moe import ExpertsForm, FusedExperts, FusedMoE, FusedWeightedExperts, MoEForm
 from ..nn.norm import FusedFactor, FusedNorm
 from ..nn.post_norm import PostNormForm
+from ..nn.routed import FusedRouter, RoutedForm
 from .candidates import Candidate, Skip, Tree, register_detector
 from .certify import Match, certify, inputs, is_known
 from .emit import Piece, candidate, same
@@ -38,11 +39,13 @@ from .forms import (
     has,
     input_gate,
     mlp_form,
+    moe_class,
     moe_form,
     post_norm_class,
     post_norm_form,
     recurrence,
     rotation,
+    router,
     row_count,
     together,
 )
@@ -142,14 +145,31 @@ def _experts_sum(tree: Tree, path: str, module: nn.Module, match: Match) -> Cand
     sums = moe_form(module, match)
     pieces = [
         Piece(module[name], FusedExperts, form, "down", make),
-        Piece(module, FusedWeightedExperts if whole else FusedMoE, sums, "sums", same(True)),
+        Piece(module, FusedWeightedExperts if whole else moe_class(sums), sums, "sums", same(True)),
     ]
     output = f"{name}.{form.output}"
     explain = f"the sum over experts of {path} in {output}"
     if sums.choosing is not None:
         pieces += _chosen(tree, module, sums)
         explain += ", and their choice in one dispatch"
+    if isinstance(sums, RoutedForm):
+        pieces += _routed(tree, module, sums)
+        explain += f", with what {sums.gate} chooses and all tokens get"
     return candidate("experts_sum", 55, path, [output], pieces, explain, formats)
+
+
+def _routed(tree: Tree, module: nn.Module, form: RoutedForm) -> Iterator[Piece]:
+    """The router's choice, and the last linear of the shared expert, which adds."""
+    with suppress(NotFusible):  # what cannot be fused is called as it is
+        tree.check_alone(module, [form.gate])
+        chooses, held = router(module[form.gate])
+        yield Piece(module[form.gate], FusedRouter, chooses, "selects", same(held))
+    if form.always:
+        with suppress(NotFusible):
+            expert = module[form.always]
+            mlp = mlp_form(expert, certify(type(expert), "mlp"))
+            made = alone(tree, expert, mlp.output)
+            yield Piece(expert, FusedMLP, mlp, "down", same(made))
 
 
 def _chosen(tree: Tree, module: nn.Module, form: MoEForm) -> Iterator[Piece]:

@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from ..errors import NotFusible
 from ..kernels.norm.norm_rope import RopeOptions
+from ..kernels.route_sigmoid import SigmoidOptions
 from ..nn.adapted import base
 from ..nn.attention import (
     AttentionForm,
@@ -26,12 +27,13 @@ from ..nn.delta_net import GatedDeltaForm
 from ..nn.fused import Form
 from ..nn.join_linears import describe, single
 from ..nn.mlp import MLPForm
-from ..nn.moe import Choosing, ExpertsForm, MoEForm
+from ..nn.moe import Choosing, ExpertsForm, FusedMoE, MoEForm
 from ..nn.norm import FusedNorm
 from ..nn.post_norm import FusedGatedPostNormBlock, FusedPostNormBlock, PostNormForm
 from ..nn.projection import KernelProjection
 from ..nn.rope import FrequencyRoPE, NoRoPE
 from ..nn.rotation import Rotation
+from ..nn.routed import FusedRoutedMoE, RoutedForm, RouterForm
 from ..nn.snapshot import Snapshot
 from .certify import Match, certify, is_known
 
@@ -150,6 +152,8 @@ def experts_form(module: nn.Module, match: Match) -> ExpertsForm:
 def moe_form(module: nn.Module, match: Match) -> MoEForm:
     """The variant of a block of experts of which it is known how their results are added up."""
     form = MoEForm(type(module), match.names["EXPERTS"], match.form.get("cast", False))
+    if is_known(type(module), "routed"):
+        return _routed_form(module, certify(type(module), "routed"))
     try:
         whole = certify(type(module), "moe")
     except NotFusible:
@@ -204,6 +208,38 @@ def recurrence(module: nn.Module) -> Snapshot:
         *((norm.get, "weight"), (vars(norm).get, "eps")),
     ]
     return Snapshot(held)
+
+
+def moe_class(form: MoEForm) -> type[FusedMoE]:
+    return FusedRoutedMoE if isinstance(form, RoutedForm) else FusedMoE
+
+
+def _routed_form(module: nn.Module, match: Match) -> RoutedForm:
+    names, holder = match.names, module
+    *path, last = match.form["shares"].split(".")
+    for name in path:
+        holder = getattr(holder, name)
+    shares = getattr(holder, last) is not None
+    shared = names["SHARED"] if shares and has(module, names["SHARED"]) else ""
+    if shares and not shared:
+        raise NotFusible("its shared expert is no module")
+    return RoutedForm(type(module), names["EXPERTS"], cast=True, gate=names["GATE"], always=shared)
+
+
+def router(module: nn.Module) -> tuple[RouterForm, Snapshot]:
+    """How a module with a known body chooses experts, and what it reads for that."""
+    eps = certify(type(module), "sigmoid_router").form["eps"]
+    names = ("top_k", "n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob")
+    count, groups, kept, scale, normed = (getattr(module, name) for name in names)
+    numbers = [isinstance(value, int) for value in (count, groups, kept)]
+    if not all(numbers) or groups < 1 or not 1 <= kept <= groups:
+        raise NotFusible(f"its router keeps {kept} of {groups} groups")
+    how = SigmoidOptions(count, groups, kept, not (normed and count > 1), eps, float(scale))
+    held: list[tuple[Callable[[str], object], str]] = [
+        *((module.get, name) for name in ("weight", "e_score_correction_bias")),
+        *((vars(module).get, name) for name in names),
+    ]
+    return RouterForm(type(module), how), Snapshot(held)
 
 
 def activation(module: nn.Module, match: Match) -> Match:
