@@ -178,13 +178,15 @@ def _chosen(tree: Tree, module: nn.Module, form: MoEForm) -> Iterator[Piece]:
     """
     assert form.choosing is not None
     tree.check_alone(module)
+    holder = form.choosing.holder(module)
+    tree.check_alone(holder)
     yield Piece(module, FusedMoE, form, "chooses", same(True))
     router, shared = form.choosing.router, form.choosing.shared
     with suppress(NotFusible):  # what cannot be fused is called as it is
         if shared:
             make = joined(tree, module, (router, *shared[1:]))[0]
         else:
-            make = same(alone(tree, module, router))
+            make = same(alone(tree, holder, router))
         yield Piece(module, FusedMoE, form, "router", make)
     if shared:
         with suppress(NotFusible):

@@ -158,14 +158,21 @@ def moe_form(module: nn.Module, match: Match) -> MoEForm:
         whole = certify(type(module), "moe")
     except NotFusible:
         return form
-    names = whole.names
+    names, holder, inner = whole.names, module, None
+    if "ROUTER" in names:
+        inner = names["ROUTER"], getattr(module, names["ROUTER"])
+        holder = inner[1]
+        try:
+            names = names | certify(type(holder), "router").names
+        except NotFusible:
+            return form
     shared = tuple(names[n] for n in ("SHARED", "SHARED_GATE") if n in names)
-    if not has(module, names["GATE"], *shared):
+    if not has(holder, names["GATE"]) or not has(module, *shared):
         return form
-    settings = tuple((names[n], getattr(module, names[n])) for n in ("COUNT", "NORM") if n in names)
+    settings = tuple((names[n], getattr(holder, names[n])) for n in ("COUNT", "NORM") if n in names)
     count, *normed = (value for _, value in settings)
     softmax = whole.form.get("whole", False) and not any(normed)
-    choice = Choosing(names["GATE"], count, softmax, settings, shared)
+    choice = Choosing(names["GATE"], count, softmax, settings, shared, inner)
     return replace(form, choosing=choice)
 
 

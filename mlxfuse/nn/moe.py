@@ -174,6 +174,8 @@ class Choosing:
     whole     their weights are a softmax over all experts, else over the chosen ones.
     settings  names of the block's attributes that say so, and what they were.
     shared    names of the expert that all tokens get and of its gate, or empty.
+    inner     name of the module that has the router and the settings, and that module; None if it
+              is the block.
     """
 
     router: str
@@ -181,10 +183,18 @@ class Choosing:
     whole: bool
     settings: tuple[tuple[str, object], ...]
     shared: tuple[str, ...] = ()
+    inner: tuple[str, nn.Module] | None = None
+
+    def holder(self, module: nn.Module) -> nn.Module:
+        """What has the router: the block, or a module of it."""
+        return module if self.inner is None else self.inner[1]
 
     def holds(self, module: nn.Module) -> bool:
         """Whether the block still chooses so."""
-        return all(getattr(module, name) == value for name, value in self.settings)
+        if self.inner is not None and module.get(self.inner[0]) is not self.inner[1]:
+            return False
+        holder = self.holder(module)
+        return all(getattr(holder, name) == value for name, value in self.settings)
 
 
 @dataclass
@@ -273,7 +283,9 @@ class FusedMoE(FusedModule):
     def children_read(self) -> list[tuple[nn.Module, str]]:
         """The router, the shared expert and its gate, for `part`."""
         how = self._fused.choosing
-        return [] if how is None else [(self, name) for name in (how.router, *how.shared)]
+        if how is None:
+            return []
+        return [(how.holder(self), how.router), *((self, name) for name in how.shared)]
 
     def choose(self, run: Run, x: mx.array) -> tuple[mx.array, ...]:
         """x [..., hidden_size] -> ids of experts and their weights, [..., k], and the weight of
@@ -281,9 +293,9 @@ class FusedMoE(FusedModule):
         """
         router, how = self._fused.router, self._fused.choosing
         assert how is not None
-        names = (how.router, *how.shared[1:])
+        linears = [how.holder(self)[how.router], *(self[name] for name in how.shared[1:])]
         found = [] if router is None else list(router.split(x, run.on) or ())
-        found += [self[name](x) for name in names[len(found) :]]
+        found += [linear(x) for linear in linears[len(found) :]]
         logits, *gate = found
         return route(logits, how.count, whole=how.whole, gate=gate[0] if gate else None)
 

@@ -9,16 +9,16 @@ import pytest
 from mlxfuse.errors import RanksError
 from mlxfuse.ranks.agreement import same_run
 from mlxfuse.ranks.team import Peer
-from tests.distributed.launch import finish, start
+from tests.distributed.launch import finish, start_forked
 from tests.models import tiny
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     path = tiny.write(tmp_path_factory.mktemp("models") / "tiny.gguf", tiny.build("llama", 0))
-    return [
-        json.loads(said) for said in finish(start(2, "tests.distributed.agreeing", str(path)), 120)
-    ]
+    said = finish(start_forked(2, "tests.distributed.agreeing", str(path)), 120)
+    each = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    return sorted(each, key=lambda one: one["rank"])
 
 
 def test_a_kernel_that_one_rank_cannot_use_is_used_by_none(found):

@@ -21,7 +21,8 @@ WAYS = ({"fuse": "off"}, ALL, {"fuse": "all", "kv_bits": "k8v4"})
 # layer's own, delta nets, mixers, convolutions, a latent vector.
 FAMILIES = (
     *("phi3", "qwen2", "gemma3", "gpt-oss", "qwen2moe", "olmo2", "cohere2", "gemma4", "net"),
-    *("qwen3next", "nemotron_h_moe", "granitehybrid-experts", "lfm2moe", "deepseek2"),
+    *("qwen3next", "nemotron_h_moe", "granitehybrid-experts", "both", "jamba", "mamba", "mamba2"),
+    *("lfm2moe", "deepseek2"),
 )
 CHECKPOINTS = ("even", "even-experts")
 # Pipelines: of any layers, compressed, with windows, and with convolutions.
@@ -29,7 +30,8 @@ PIPELINES = (
     ("llama-q4", {"fuse": "all", "kv_bits": "k8v4"}),
     *((case, ALL) for case in ("gemma3", "lfm2moe", "deepseek2")),
 )
-WRONG = ("sum", "residual", "token")
+# What is done wrong on purpose, and in which file.
+WRONG = {"sum": "llama-q4", "residual": "llama-q4", "token": "llama-q4", "norm": "both"}
 # What the demo model says after this, greedily.
 DEMO_PROMPT = [504, 3575, 282, 4649, 314]
 DEMO_TOKENS = [7042, 30, 198, 198, 504, 2988, 314, 42, 216, 34, 32, 33, 40, 29, 32, 33]
@@ -110,7 +112,7 @@ def test_two_ranks(tmp_path: Path) -> None:
     made.append(exported(tmp_path, "llama-q4"))
     made += [pipelined(tmp_path, case, way) for case, way in PIPELINES]
     how = {**ALL, "alone": False}
-    made += [job(tmp_path, "llama-q4", name=wrong, **how, wrong=wrong) for wrong in WRONG]
+    made += [job(tmp_path, case, name=wrong, **how, wrong=wrong) for wrong, case in WRONG.items()]
     found = Results(tmp_path, 2, made + demo_jobs())
     check_ways(found, ("llama-q4", "uneven"))
     for case in FAMILIES:
@@ -126,8 +128,8 @@ def test_two_ranks(tmp_path: Path) -> None:
         start = f"2 machines: this one, rank {rank}, has 1 to 2 of 3 key/value heads and "
         assert facts["uneven all"]["notes"][0].startswith(start)
     check_demo(found)
-    for wrong in WRONG:  # what is wrong is seen
-        assert found.error(wrong, "llama-q4 all") > 100 * LIMIT, wrong
+    for wrong, case in WRONG.items():  # what is wrong is seen
+        assert found.error(wrong, f"{case} all") > 100 * LIMIT, wrong
 
 
 def test_three_ranks(tmp_path: Path) -> None:
@@ -141,7 +143,7 @@ def test_three_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_every_case_is_shared(ranks: int, tmp_path: Path) -> None:
     made = [job(tmp_path, case, **way) for case in (*tiny.CASES, "uneven") for way in WAYS]
     found = Results(tmp_path, ranks, made, 3600)

@@ -191,6 +191,22 @@ def test_a_router_of_sigmoids(name: str) -> None:
     assert zoo.apart(last, zoo.logits(model)) < 1e-5
 
 
+def test_granites_experts_are_chosen_by_a_module_of_their_own() -> None:
+    """As that module says now, and by no other in its place."""
+    model = zoo.build("granitemoe", "affine4")
+    stock = zoo.logits(model)
+    patch_model(model, fuse="all")
+    assert zoo.apart(zoo.logits(model), stock) < 1e-5
+    assert of_layer(model)["route"] == 1
+    block = model.layers[0].block_sparse_moe
+    router = block.router
+    router.top_k = 1
+    assert of_layer(model)["route"] == 0
+    router.top_k = 2
+    block.router = type(router)(router.input_size, router.num_experts, 2)
+    assert of_layer(model)["route"] == 0
+
+
 def test_a_layer_of_ministral() -> None:
     """What multiplies the queries is one of eleven; a token's numbers for that take ten."""
     model = zoo.build("ministral3", "affine4")

@@ -23,8 +23,8 @@ class Body:
     """One known body.
 
     kind      what stands for it: ``attention``, ``mlp``, ``block``, ``post_norm``, ``experts``,
-              ``experts_sum``, ``moe``, ``norm``, ``rope``, ``delta_net``, ``gated_norm``,
-              ``activation``.
+              ``experts_sum``, ``moe``, ``router``, ``norm``, ``rope``, ``delta_net``,
+              ``gated_norm``, ``activation``.
     source    the method.
     names     global name -> the module, or the object of a module, that it must be.
     form      what the fused class has to know about it.

@@ -119,6 +119,23 @@ _MIXTRAL = (
     return y
 """
 )
+# granitemoe, granitemoehybrid: a module of its own chooses
+_ROUTED = """
+def __call__(self, x):
+    token_ids, gates = self.ROUTER(x)
+    y = self.EXPERTS(x, token_ids)
+    return (y * gates[..., None]).sum(axis=-2)
+"""
+_ROUTER = """
+def __call__(self, hidden_states):
+    logits = self.GATE(hidden_states)
+    top_k_idx = mx.stop_gradient(
+        mx.argpartition(logits, kth=-self.COUNT, axis=-1)[..., -self.COUNT :]
+    )
+    top_k_logits = mx.take_along_axis(logits, top_k_idx, axis=-1)
+    top_k_gates = mx.softmax(top_k_logits, precise=True, axis=-1)
+    return top_k_idx, top_k_gates
+"""
 _GPT_OSS = (
     _SHARDED_CALL
     + """
@@ -133,7 +150,7 @@ _GPT_OSS = (
 )
 
 # glm4_moe, deepseek_v3 and others: a router of its own, and a shared expert or none
-_ROUTED_SUM = """
+_SHARING_SUM = """
     inds, scores = self.GATE(x)
     y = self.EXPERTS(x, inds)
     y = (y * scores[..., None]).sum(axis=-2).astype(y.dtype)
@@ -142,8 +159,8 @@ _ROUTED_SUM = """
 """
 _OWN, _SETTING, _CONFIG = "shared_experts", "n_shared_experts", "config.n_shared_experts"
 _RETURN = "    return y\n"
-_ROUTED = tuple(
-    Body("routed", before + _ROUTED_SUM.format(shares) + after, MX, {"shares": shares})
+_SHARING = tuple(
+    Body("routed", before + _SHARING_SUM.format(shares) + after, MX, {"shares": shares})
     for before, shares, after in (
         (_SHARDED_CALL, _CONFIG, _SHARDED_SUM),
         (_SHARDED_CALL, _OWN, _SHARDED_SUM),
@@ -151,7 +168,7 @@ _ROUTED = tuple(
         (_CALL, _SETTING, _RETURN),
     )
 )
-_ROUTER = """
+_SIGMOIDS = """
 def __call__(self, x):
     return group_expert_select(
         x @ self.weight.T,
@@ -239,12 +256,16 @@ MOES: tuple[Body, ...] = (
     *(Body("moe", text, MX, {"whole": True}) for text in (_QWEN3, _QWEN3_NEXT, _QWEN2)),
     Body("moe", _MIXTRAL, MX),
     Body("moe", _GPT_OSS, {**MX, "mlx_topk": "mlx_lm.models.gpt_oss.mlx_topk"}),
-    *_ROUTED,
-    Body("sigmoid_router", _ROUTER, functions={"group_expert_select": "select"}),
+    *_SHARING,
+    Body("sigmoid_router", _SIGMOIDS, functions={"group_expert_select": "select"}),
     Body("select", _SELECT, form={"eps": 0.0}),
     Body("select", _WITH_EPS, form={"eps": 1e-20}),
     Body("select", _AT_ONCE, form={"eps": 1e-20}),
     Body("select", _DOTS1, form={"eps": 0.0}),
+    Body("moe", _ROUTED),
+    Body("moe", _ROUTED.replace("(axis=-2)", "(axis=-2).astype(y.dtype)")),
+    Body("router", _ROUTER, MX),
+    Body("router", _ROUTER.replace("logits, precise=True", "logits.astype(mx.float32)"), MX),
     Body("experts_sum", _SUM, fragment=True),
     Body("experts_sum", _CAST, form={"cast": True}, fragment=True),
     Body("experts_sum", _SUM.replace("(x, ids)", "(y, ids)"), fragment=True),  # kimi_k3

@@ -181,12 +181,16 @@ def _refuse(call: _Call) -> str | None:
     return None
 
 
-def _launch(call: _Call) -> Launch:
-    x = call.x
-    quads = -(-call.columns // 4)
+def launch_size(columns: int) -> tuple[int, int]:
+    """Pieces of four values that a thread holds of a row, and the threads of a row."""
+    quads = -(-columns // 4)
     pieces = -(-quads // _THREADS)
-    threads = 32 * -(-quads // (32 * pieces))
-    given = call.given
+    return pieces, 32 * -(-quads // (32 * pieces))
+
+
+def _launch(call: _Call) -> Launch:
+    x, given = call.x, call.given
+    pieces, threads = launch_size(call.columns)
     shapes = dict.fromkeys(("h", "y", *(f"y_{name}" for name in call.weights)), x.shape)
     shapes |= zip(quantize_int8.OUTPUTS, quantize_int8.output_shapes(x.shape), strict=True)
     dtypes = dict.fromkeys(shapes, mx.float32) | {"codes": mx.int8}
