@@ -16,7 +16,7 @@ from .snapshot import Snapshot
 
 
 @dataclass
-class RouterForm(Form):
+class SigmoidRouterForm(Form):
     """A router that chooses experts as `route_sigmoid` does.
 
     options   how it does.
@@ -28,10 +28,10 @@ class RouterForm(Form):
     pieces: ClassVar[tuple[str, ...]] = ("selects",)
 
 
-class FusedRouter(FusedModule):
-    """Mixed with the class of an mlx-lm router; see `RouterForm`."""
+class FusedSigmoidRouter(FusedModule):
+    """Mixed with the class of an mlx-lm router; see `SigmoidRouterForm`."""
 
-    _fused: RouterForm
+    _fused: SigmoidRouterForm
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """x [..., hidden_size] -> ids of experts and their float32 weights, [..., k]."""
