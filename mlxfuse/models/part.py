@@ -77,6 +77,7 @@ class Part:
                 embeds = hasattr(parent[name], "as_linear")
                 cls = SharedEmbedding if embeds else SharedHead
                 parent[name] = cls(parent[name], share.vocabulary, self.group)
+        model.eval()
 
 
 def _count(module: nn.Module, path: str, number: int) -> bool:

@@ -19,7 +19,7 @@ from ..errors import UnsupportedError
 from .axes import TOGETHER, UNITS, WHOLE, Sizes, counts, per_unit, tiles, together
 from .plan import Plan, WeightPlan
 from .rows import Ranges, RowSource
-from .share import Share, Wide
+from .share import Kept, Share, Wide
 from .table import Config
 
 _Axis = tuple[str, int]  # its name, and how many units it has in this layer
@@ -171,7 +171,7 @@ class _Split:
         outer: list[WeightPlan] = []
         layers: list[list[WeightPlan]] = [[] for _ in self.weights.layers]
         sums, numbers = dict[str, int](), dict[str, dict[str, int]]()
-        absent, norms = dict[str, int](), dict[str, Wide]()
+        absent, norms, kept = dict[str, int](), dict[str, Wide](), dict[str, Kept]()
         nbytes = replicated = whole = 0
         for place, sizes, weight in _weights(self.weights):
             container = weight.module.rpartition(".")[0]
@@ -188,6 +188,8 @@ class _Split:
                 continue
             if mine is not weight and (wide := self._norm(weight, sizes, rank)) is not None:
                 norms[weight.module] = wide
+            if mine is not weight:
+                kept[weight.module] = self._kept(weight, sizes, rank)
             (outer if place is None else layers[place]).append(mine)
             nbytes += _bytes(mine)
             replicated += _bytes(mine) if mine is weight else self._doubled(mine, sizes, rank)
@@ -203,6 +205,7 @@ class _Split:
             sums=sums,
             absent=absent,
             norms=norms,
+            kept=kept,
             vocabulary=tuple(b - a for a, b in pairwise(vocabulary)),
             counts=numbers,
             kv_heads=(max(kv, default=most), most),
@@ -240,14 +243,18 @@ class _Split:
         rows = len(doubled) * _length(self.ranges("ssm_bc", sizes, rank) or ())
         return rows * sum(sources[0].row_bytes for sources in (mine.weight, mine.bias) if sources)
 
+    def _kept(self, weight: WeightPlan, sizes: Sizes, rank: int) -> Kept:
+        """Which matrices of a stack, rows and columns of a weight a rank has."""
+        names = weight.of.shape
+        if len(names) == 1:
+            return None, self.ranges(names[0], sizes, rank), None
+        lead = self.ranges(names[0], sizes, rank) if len(names) == 3 else None
+        return lead, self.ranges(names[-2], sizes, rank), self.ranges(names[-1], sizes, rank)
+
     def _part(self, weight: WeightPlan, sizes: Sizes, rank: int) -> WeightPlan | None:
         """A rank's part of a weight; the weight itself if that is all, None if it is nothing."""
-        names = weight.of.shape
-        *_, rows = (None, *names[:-1]) if len(names) > 1 else (None, names[0])
-        assert rows is not None
-        last = names[-1] if len(names) > 1 else ""
-        lead = self.ranges(names[0], sizes, rank) if len(names) == 3 else None
-        kept, columns = self.ranges(rows, sizes, rank), self.ranges(last, sizes, rank)
+        names, last = weight.of.shape, weight.of.shape[-1]
+        lead, kept, columns = self._kept(weight, sizes, rank)
         if lead is kept is columns is None:
             return weight
         if any(ranges is not None and not _length(ranges) for ranges in (lead, kept, columns)):

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .plan import Plan
+from .rows import Ranges
+
+Kept = tuple[Ranges | None, Ranges | None, Ranges | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,8 @@ class Share:
     sums         path of each module whose results are added up over the ranks -> their width.
     absent       path of each module of which it has nothing -> how many outputs a row has there.
     norms        path of each norm over what the ranks have parts of -> what the whole is.
+    kept         path of each matrix of which it has a part -> which matrices of a stack, rows and
+                 columns; None for all of them.
     vocabulary   how many rows of the vocabulary each rank has; empty if each has all.
     counts       path of each attention, delta net, mixer and convolution that is split -> what it
                  counts here; see `axes.counts`.
@@ -50,6 +55,7 @@ class Share:
     sums: Mapping[str, int]
     absent: Mapping[str, int]
     norms: Mapping[str, Wide]
+    kept: Mapping[str, Kept]
     vocabulary: tuple[int, ...]
     counts: Mapping[str, Mapping[str, int]]
     kv_heads: tuple[int, int]

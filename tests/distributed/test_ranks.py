@@ -48,10 +48,14 @@ def test_arguments_that_differ_are_told_of(found):
         assert rank["differs"].startswith("the ranks differ in the arguments of load: rank 0 has (")
 
 
+def facts(path):
+    return same_run({"the model's files": path}, "")["the model's files"]
+
+
 def test_files_are_told_apart_by_their_bytes_and_size(tmp_path):
     def seen(data, name="model.gguf"):
         (tmp_path / name).write_bytes(data)
-        return same_run(tmp_path / "model.gguf", "")["the model's files"]
+        return facts(tmp_path / "model.gguf")
 
     data = bytes(range(256)) * 1000
     first = seen(data)
@@ -62,9 +66,9 @@ def test_files_are_told_apart_by_their_bytes_and_size(tmp_path):
     shards = [tmp_path / f"m-0000{n}-of-00002.gguf" for n in (1, 2)]
     for shard in shards:
         shard.write_bytes(data)
-    whole = same_run(shards[0], "")["the model's files"]
+    whole = facts(shards[0])
     shards[1].write_bytes(data[::-1])
-    assert same_run(shards[0], "")["the model's files"] != whole
+    assert facts(shards[0]) != whole
 
 
 @pytest.fixture

@@ -37,6 +37,7 @@ class Job:
     name    of the results.
     dtype   of an MLX-LM checkpoint's activations.
     wrong   what is done wrong on purpose: ``sum``, ``residual``, ``token``, ``norm`` or nothing.
+    adapter the folder of one, or None.
     greedy  so many tokens are generated after the prompt.
     alone   whether one process is to be asked too.
     """
@@ -47,7 +48,9 @@ class Job:
     fuse: str = "off"
     kv_bits: str | None = None
     dtype: str | None = None
+    act_quant: str = "auto"
     pipeline: bool = False
+    adapter: str | None = None
     wrong: str = ""
     greedy: int = 0
     alone: bool = True
@@ -56,6 +59,7 @@ class Job:
 def loaded(job: Job, group: mx.distributed.Group | None = None) -> Any:
     """The model of a job."""
     how = {"fuse": job.fuse, "kv_bits": job.kv_bits, "dtype": job.dtype}
+    how |= {"act_quant": job.act_quant, "adapter_path": job.adapter}
     return load(job.path, **how, group=group, pipeline=job.pipeline and group is not None)[0]
 
 
