@@ -9,9 +9,11 @@ METAL_FUNC bool before(float a, uint at, float b, uint other, uint end) {
 }
 
 // `whole`: weights are those of a softmax over all experts, else over the chosen ones.
-template <int pieces, bool whole, typename T, typename P, typename Z>
+// `multiplied`: each is multiplied by its expert's factor.
+template <
+    int pieces, bool whole, bool multiplied, typename T, typename P, typename F, typename Z>
 METAL_FUNC void route(
-    P logits, Z size, uint row, uint lane, device uint* ids, device T* scores) {
+    P logits, F factors, Z size, uint row, uint lane, device uint* ids, device T* scores) {
   const uint end = uint(size[0]);
   const uint chosen = uint(size[1]);
   float v[pieces];
@@ -72,7 +74,8 @@ METAL_FUNC void route(
   if (lane < chosen) {
     const ulong to = ulong(row) * chosen + lane;
     ids[to] = own;
-    scores[to] = static_cast<T>(weight / total);
+    const float share = weight / total;
+    scores[to] = static_cast<T>(multiplied ? share * float(factors[own]) : share);
   }
 }
 

@@ -28,6 +28,7 @@ from .models.adapters import apply_adapter
 from .models.build import build
 from .models.checkpoint import load_checkpoint
 from .models.config import read_config
+from .models.part import Part
 from .models.plan import plan, stored_rows
 from .models.sampling import recommended
 from .models.streams import Account
@@ -126,7 +127,8 @@ def load(
         tokenizer_config: as for ``mlx_lm.load``; of a GGUF file ``chat_template`` and the special
             tokens, such as ``eos_token``.
         model_config: as for ``mlx_lm.load``: values that replace those of the configuration.
-        adapter_path: a folder with a LoRA adapter that ``mlx_lm.lora`` wrote.
+        adapter_path: a folder with a LoRA adapter that ``mlx_lm.lora`` wrote; machines that share a
+            model share it too.
         lazy: as for ``mlx_lm.load``; the weights of a GGUF file are always read at once.
         return_config: also return the model's configuration.
         revision: branch, tag or commit of the repository.
@@ -140,7 +142,8 @@ def load(
         fuse: what `patch_model` fuses: ``auto``, ``all``, ``off`` or names. Matrices of the types
             that have a kernel stay as they are in the file where kernels run, or where something
             is to be fused; elsewhere they are dequantised.
-        act_quant: ``auto``, ``on`` or ``off``: see `patch_model`.
+        act_quant: ``auto``, ``on`` or ``off``: see `patch_model`. Of a model that machines share,
+            what the last matrices of attention and MLP read stays in floats.
         kv_bits: compress the key-value caches that mlx-lm makes for the model: 8 or 4, or keys
             and values apart as in ``k8v4``. Keys and values are rotated first.
         kv_group_size: values of a head that share a scale: 32, 64 or 128.
@@ -192,9 +195,8 @@ def load(
     if not isinstance(fuse, str) and isinstance(fuse, Iterable):
         fuse = ",".join(sorted(map(str, fuse)))  # the same on all machines
     if sharing is not None:
-        if adapter_path is not None:
-            raise UnsupportedError("adapter_path: machines that share a model cannot have one")
-        sharing.begin(path, (dtype, context_length, fuse, act_quant, kv, changes))
+        told = (dtype, context_length, fuse, act_quant, kv, changes)
+        sharing.begin(path, told, None if adapter_path is None else Path(adapter_path))
     if is_checkpoint(path):
         if context_length is not None:
             raise UnsupportedError(f"{path}: context_length is for GGUF files; leave it out")
@@ -203,7 +205,9 @@ def load(
         quantized = unavailable() is None or bool(chosen(fuse))
         opened = _open_gguf(path, dtype, changes, asked, quantized, account, sharing)
     if adapter_path is not None:
-        apply_adapter(opened.model, Path(adapter_path))
+        apply_adapter(opened.model, Path(adapter_path), opened.part)
+    if opened.part is not None:
+        opened.part.join(opened.model)
     patch = patch_model(opened.model, fuse=fuse, act_quant=act_quant, **kv)
     if sharing is not None:
         sharing.end(opened.model, patch)
@@ -246,13 +250,17 @@ class Changes:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A model that is not fused yet; see `LoadReport` for the last two."""
+    """A model that is not fused yet; see `LoadReport` for ``sampling`` and ``notes``.
+
+    part  what of it this rank has, if several machines share it; not joined yet.
+    """
 
     model: nn.Module
     tokenizer: TokenizerWrapper
     config: dict[str, Any]
     sampling: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    part: Part | None = None
 
 
 def _open_checkpoint(
@@ -313,7 +321,7 @@ def _open_gguf(
         )
     if part is not None:
         notes = [str(part.share), *part.share.notes, *notes]
-    return Opened(model, tokenizer, dict(config.args), sampling, notes)
+    return Opened(model, tokenizer, dict(config.args), sampling, notes, part)
 
 
 # What a tokenizer_config may change of a GGUF file's tokenizer.

@@ -12,7 +12,9 @@ import mlx.nn as nn
 from .errors import UnsupportedError
 from .fusion import PatchReport
 from .fusion.patch import try_every_length
+from .hub.folders import is_checkpoint
 from .kernels.runtime import self_test
+from .models.adapters import check_adapter
 from .models.part import Part
 from .models.plan import Plan
 from .models.shard import shares, stages
@@ -37,13 +39,24 @@ class Sharing:
             raise ValueError("pipeline: several machines have the layers; give their group as well")
         return cls(group, pipeline) if group is not None and group.size() > 1 else None
 
-    def begin(self, path: Path, arguments: tuple[object, ...]) -> None:
+    def begin(self, path: Path, arguments: tuple[object, ...], adapter: Path | None) -> None:
         """Compare what the ranks were asked to load, before anything is read.
 
         Raises:
+            CheckpointError: there is no such adapter.
+            UnsupportedError: an adapter is for a model that mlx-lm shares by itself.
             RanksError: on all ranks, where versions, arguments or the model's files differ.
         """
-        expect_same(same_run(path, str((*arguments, self.pipeline))), self.group)
+        files = {"the model's files": path}
+        if adapter is not None:
+            check_adapter(adapter)
+            if is_checkpoint(path):
+                raise UnsupportedError(
+                    f"{path}: machines share an MLX-LM checkpoint as mlx-lm does, which cannot "
+                    "share an adapter; use a GGUF file or an export of one"
+                )
+            files["the adapter's files"] = adapter
+        expect_same(same_run(files, str((*arguments, self.pipeline))), self.group)
 
     def part(self, path: Path, weights: Plan) -> Part:
         """This machine's part of a file's model.

@@ -14,14 +14,17 @@ from ..formats import BY_NAME, Format
 from ..gguf.relayout import allocate, relayout
 from ..kernels.matmul.dequantize import dequantize
 from ..kernels.matmul.int8_matmul import int8_matmul, unsupported
-from ..kernels.matmul.product import MAX_ROWS_PER_EXPERT, Experts
-from ..kernels.matmul.quantized_matmul import quantized_matmul
+from ..kernels.matmul.product import MAX_ROWS_PER_EXPERT, Call, Experts
+from ..kernels.matmul.quantized_matmul import KERNEL, quantized_matmul
+from ..kernels.matmul.shapes import tensors
 from ..kernels.norm.quantize_int8 import quantize_int8
 from ..kernels.weight import QuantizedWeight, Segment
 from . import layer_cases
 from .case import SMALL, Case, Sizes, normal, plural
 
 __all__ = ["SMALL", "Case", "Sizes", "cases", "nearest_bits", "sample"]
+
+_PROMPT = 64  # rows of x
 
 
 def cases(sizes: Sizes, formats: Sequence[Format] | None = None) -> Iterator[Case]:
@@ -122,6 +125,15 @@ def _products(format: Format, sizes: Sizes) -> Iterator[Case]:
                 codes = quantize_int8(x)
                 mine = [partial(int8_matmul, codes, w) for w in weights]
                 yield Case(f"{at} of int8", against, mine, theirs)
+        if tensors():  # which nothing runs before `mlxfuse tune` has chosen them
+            x = normal(_PROMPT, k)
+            calls = [Call(x, weight, variant="tensor") for weight in weights]
+            yield Case(
+                f"{name}, {_PROMPT} rows by tensor operations",
+                f"quantized_matmul {affine.name}",
+                [partial(KERNEL, call) for call in calls],
+                [partial(mx.quantized_matmul, x, *a, **how) for a in theirs_of],
+            )
 
 
 def _chosen_experts(format: Format, sizes: Sizes) -> Iterator[Case]:

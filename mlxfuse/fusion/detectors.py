@@ -22,8 +22,6 @@ from ..nn.join_linears import (
 )
 from ..nn.mlp import FusedMLP, MLPForm
 from ..nn.moe import ExpertsForm, FusedExperts, FusedMoE, FusedWeightedExperts, MoEForm
-from ..nn.norm import FusedFactor, FusedNorm
-from ..nn.post_norm import PostNormForm
 from .candidates import Candidate, Skip, Tree, register_detector
 from .certify import Match, certify, inputs, is_known
 from .emit import Piece, candidate, same
@@ -36,11 +34,8 @@ from .forms import (
     fused_norm,
     gated_delta_form,
     has,
-    input_gate,
     mlp_form,
     moe_form,
-    post_norm_class,
-    post_norm_form,
     recurrence,
     rotation,
     row_count,
@@ -243,28 +238,6 @@ def _norm_rope(tree: Tree, path: str, module: nn.Module, form: AttentionForm) ->
     what = ", ".join(names) or "norms of q and k"
     explain = f"{what} of {path} in one dispatch"
     return candidate("norm_rope", 65, path, names, [piece], explain)
-
-
-@places("post_norm", "post_norm", post_norm_form, lambda _: False)
-def _post_norm(tree: Tree, path: str, module: nn.Module, form: PostNormForm) -> Candidate:
-    """The norms of a decoder layer that norms or multiplies what its halves give, with the
-    additions.
-    """
-    posts = [*form.posts, *(name for name in form.gated[2:3] if has(module, name))]
-    names = [name for name in (*form.norms, *posts) if name]
-    tree.check_alone(module, names)
-    before = tuple(fused_norm(module, name) if name else None for name in form.norms)
-    after: tuple[FusedNorm | FusedFactor, ...] = (FusedFactor(module, form.factor),) * 2
-    if not form.factor:
-        after = tuple(fused_norm(module, name) for name in posts)
-    both, of = {"before": before, "after": after}, post_norm_class(form)
-    pieces = [Piece(module, of, form, name, same(value)) for name, value in both.items()]
-    if (gate := input_gate(module, form)) is not None:
-        pieces.append(Piece(module, of, form, "gate", same(gate)))
-    if (following := tree.after(path)) is not None:
-        pieces.append(Piece(module, of, form, "following", same(following)))
-    explain = f"{', '.join(names)} of {path} with the additions"
-    return candidate("post_norm", 45, path, names, pieces, explain)
 
 
 def _can_add(tree: Tree, module: nn.Module, name: str) -> bool:

@@ -32,6 +32,7 @@ from ..nn.post_norm import FusedGatedPostNormBlock, FusedPostNormBlock, PostNorm
 from ..nn.projection import KernelProjection
 from ..nn.rope import FrequencyRoPE, NoRoPE
 from ..nn.rotation import Rotation
+from ..nn.router import RouterForm
 from ..nn.snapshot import Snapshot
 from .certify import Match, certify, is_known
 
@@ -258,12 +259,27 @@ def post_norm_form(module: nn.Module, match: Match) -> PostNormForm:
         raise NotFusible("what multiplies its halves is not a positive number")
     clips = match.form.get("clips", False)
     gated: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
     if match.form.get("gated"):
         gated = tuple(names[n] for n in ("GATE", "PROJECTION", "POST3", "SCALAR", "EXPERTS"))
         if getattr(module, names["EXPERTS"]):
-            raise NotFusible("it has an MLP and experts side by side")
-    return PostNormForm(
-        type(module), norms, mixer, mlp, posts=posts, gated=gated, factor=factor, clips=clips
+            slots = ("ROUTER", "SWITCH", "NORM_EXPERTS", "POST_MLP", "POST_EXPERTS")
+            beside = tuple(names[n] for n in slots)
+            _check_modules(module, *beside)
+            if norm_options(module[beside[2]]) != norm_options(module[norms[1]]):
+                raise NotFusible("the norms of its MLP and its experts differ")
+    how: dict[str, Any] = {"gated": gated, "factor": factor, "clips": clips, "beside": beside}
+    return PostNormForm(type(module), norms, mixer, mlp, posts=posts, **how)
+
+
+def router_form(module: nn.Module, match: Match) -> RouterForm:
+    """The variant of a router that is a module of its own."""
+    slots = ("PROJ", "SCALE", "ROOT", "EPS", "FACTORS", "CONFIG")
+    proj, scale, root, eps, factors, config = (match.names[n] for n in slots)
+    _check_modules(module, proj)
+    count: Any = getattr(module, config)
+    return RouterForm(
+        type(module), proj, scale, root, getattr(module, eps), factors, config, count.top_k_experts
     )
 
 

@@ -39,7 +39,8 @@ def by_rank(
     Each has, beside what `header.fit` tells: its ``share`` of the model's bytes, those that are
     ``replicated`` on every rank, ``kv_heads`` as (its own, the model's) or, in a pipeline, the
     first and the last of its ``layers``, and of one token the number of ``sums`` over all ranks,
-    with the bytes ``summed`` by each and ``gathered`` at the end, in 16-bit numbers.
+    with the bytes ``summed`` by each and ``gathered`` at the end, in 16-bit numbers, and the number
+    of ``small_sums``: of a norm's squares, or of what makes a mixer's time steps.
 
     Raises:
         GGUFError, UnsupportedError, ModelRefError: as for ``load``; the model cannot be shared by
@@ -63,22 +64,26 @@ def by_rank(
                     if pipeline
                     else {"kv_heads": list(share.kv_heads)}
                 ),
-                "sums": len(share.sums) + len(share.stages) + bool(share.vocabulary),
+                "sums": wide + len(share.stages) + bool(share.vocabulary),
+                "small_sums": len(share.sums) - wide + len(share.norms),
                 "summed": hidden * _NUMBER,
                 "gathered": sum(share.vocabulary) * _NUMBER,
                 "notes": list(share.notes),
                 **fit(needs_of(file, share.plan), here, context, trained, bits),
             }
             for share in split
+            for wide in [sum(width >= hidden for width in share.sums.values())]
         ]
 
 
 def lines(ranks: Sequence[dict[str, Any]]) -> list[str]:
     """`by_rank`'s result for people."""
     first = ranks[0]
+    small = f", {first['small_sums']} smaller ones" if first["small_sums"] else ""
     shown = [
         f"on {len(ranks)} machines like this one, for each token: {first['sums']} sums of "
-        f"{first['summed'] / 1e3:.1f} kB, and {first['gathered'] / 1e3:.1f} kB of logits gathered"
+        f"{first['summed'] / 1e3:.1f} kB{small}, and {first['gathered'] / 1e3:.1f} kB of logits "
+        "gathered"
     ]
     for rank in ranks:
         what = ", layers {} to {}".format(*rank["layers"]) if "layers" in rank else ""

@@ -61,7 +61,8 @@ def build(
             exceeds it stays in the mapped file and is dequantised at every call.
         quantized: keep matrices of the types that have a kernel as the file has them.
         account: adds up what it costs.
-        part: what of it this rank holds, if several machines share the model.
+        part: what of it this rank holds, if several machines share the model: its results are not
+            those of the whole before ``part.join``.
 
     Host memory above the model itself: of the weight (with ``quantized``, the fused group) being
     made, the file's bytes or one chunk in float32 and, if it has several chunks, a copy; and the
@@ -97,8 +98,6 @@ def build(
                 if quantized:
                     _note(account, weight, nbytes)
     model.mapped_files = loader.mapped
-    if part is not None:
-        part.join(model)
     model.eval()
     return model
 

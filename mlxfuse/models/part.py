@@ -13,7 +13,7 @@ import mlx.nn as nn
 from ..errors import UnsupportedError
 from ..nn.stages import Passing, Stage
 from ..nn.summed import Nothing, SharedEmbedding, SharedHead, Summed, SummedNorm
-from .shard import Share
+from .share import Share
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +68,16 @@ class Part:
             if path.rpartition(".")[0] not in share.absent:
                 parent, name = parent_of(model, path)
                 parent[name] = Summed(parent[name], self.group)
-        for path, width in share.norms.items():
+        for path, wide in share.norms.items():
             parent, name = parent_of(model, path)
-            parent[name] = SummedNorm(parent[name], width, self.group)
+            parent[name] = SummedNorm(parent[name], wide.width, self.group, wide.groups, wide.first)
         for weight in share.plan.outer if share.vocabulary else ():
             if weight.of.shape[0] == "vocab":
                 parent, name = parent_of(model, weight.module)
                 embeds = hasattr(parent[name], "as_linear")
                 cls = SharedEmbedding if embeds else SharedHead
                 parent[name] = cls(parent[name], share.vocabulary, self.group)
+        model.eval()
 
 
 def _count(module: nn.Module, path: str, number: int) -> bool:

@@ -11,14 +11,15 @@ is rounded by it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 from ..errors import UnsupportedError
-from .axes import TOGETHER, UNITS, WHOLE, Sizes, counts, tiles
+from .axes import TOGETHER, UNITS, WHOLE, Sizes, counts, per_unit, tiles, together
 from .plan import Plan, WeightPlan
 from .rows import Ranges, RowSource
+from .share import Kept, Share, Wide
 from .table import Config
 
 _Axis = tuple[str, int]  # its name, and how many units it has in this layer
@@ -26,61 +27,7 @@ _Axis = tuple[str, int]  # its name, and how many units it has in this layer
 # Weights of a row that a kernel reads at a time, of every format.
 _STEP = 32
 # What a layer's state that does not grow is split by.
-_RECURRENT = ("key_heads", "ssm_groups", "channels")
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """What one of several ranks holds of a model.
-
-    rank, ranks  its number, and how many there are.
-    plan         its rows and columns of each weight; a weight of which it has none is left out.
-    sums         paths of the modules whose results are added up over the ranks.
-    absent       path of each module of which it has nothing -> how many outputs a row has there.
-    norms        path of each norm over what the ranks have parts of -> the width of the whole.
-    vocabulary   how many rows of the vocabulary each rank has; empty if each has all.
-    counts       path of each attention, delta net, mixer and convolution that is split -> what it
-                 counts here; see `axes.counts`.
-    kv_heads     its key-value heads, and the model's; of the layer that has most of them.
-    fewest       its key-value heads of the layer that has fewest.
-    nbytes       bytes of the file that it holds.
-    replicated   of them, bytes of what every rank holds whole.
-    whole        bytes of the file that one machine alone would hold.
-    notes        what is not split, and why.
-    layers       the layers of which it has something: all of them, or the stage of a pipeline.
-    stages       the layers with which the ranks' stages end, if it is a pipeline.
-    """
-
-    rank: int
-    ranks: int
-    plan: Plan
-    sums: frozenset[str]
-    absent: Mapping[str, int]
-    norms: Mapping[str, int]
-    vocabulary: tuple[int, ...]
-    counts: Mapping[str, Mapping[str, int]]
-    kv_heads: tuple[int, int]
-    fewest: int
-    nbytes: int
-    replicated: int
-    whole: int
-    notes: tuple[str, ...]
-    layers: range
-    stages: tuple[int, ...] = ()
-
-    def __str__(self) -> str:
-        """A line of a report."""
-        most, every = self.kv_heads
-        own = f"{most}" if self.fewest == most else f"{self.fewest} to {most}"
-        latent = self.plan.config.architecture.latent
-        kind = "attention" if latent else "key/value"
-        part = f"{own} of {every} {kind} heads and " if self.fewest < every else ""
-        if self.stages:
-            part = f"layers {self.layers[0]} to {self.layers[-1]} and "
-        return (
-            f"{self.ranks} machines: this one, rank {self.rank}, has {part}"
-            f"{100 * self.nbytes / self.whole:.0f} % of the bytes"
-        )
+_RECURRENT = ("key_heads", "ssm_heads", "ssm_channels", "channels")
 
 
 def shares(weights: Plan, ranks: int) -> tuple[Share, ...]:
@@ -157,6 +104,8 @@ class _Split:
         self.turns = all(config.sizes_of(i)["kv"] for i in range(config.layers))
         for axis, step in self._all_steps().items():
             name, units = axis
+            if name == "ssm_heads":
+                step = together(units, config.sizes["ssm_groups"], step, ranks)
             pieces = -(-units // step)
             if pieces >= ranks or name in ("expert_ff", "shared_ff"):
                 self.steps[axis] = step
@@ -211,12 +160,8 @@ class _Split:
             if axis is None or axis not in self.steps:
                 return None
             first, end = self.bounds(axis, sizes)[rank : rank + 2]
-            run = sizes[size] // tiles(size, sizes)
-            each = run // axis[1]
-            found += [
-                (start + first * each, start + end * each)
-                for start in range(at, at + sizes[size], run)
-            ]
+            first, end, run = per_unit(size, sizes, first, end)
+            found += [(start + first, start + end) for start in range(at, at + sizes[size], run)]
             at += sizes[size]
         return tuple(found)
 
@@ -225,8 +170,8 @@ class _Split:
         config = self.weights.config
         outer: list[WeightPlan] = []
         layers: list[list[WeightPlan]] = [[] for _ in self.weights.layers]
-        sums, numbers = set[str](), dict[str, dict[str, int]]()
-        absent, norms = dict[str, int](), dict[str, int]()
+        sums, numbers = dict[str, int](), dict[str, dict[str, int]]()
+        absent, norms, kept = dict[str, int](), dict[str, Wide](), dict[str, Kept]()
         nbytes = replicated = whole = 0
         for place, sizes, weight in _weights(self.weights):
             container = weight.module.rpartition(".")[0]
@@ -234,18 +179,20 @@ class _Split:
             whole += _bytes(weight)
             columns = self.ranges(weight.of.shape[-1], sizes, rank)
             if columns is not None and _is_column(weight, weight.of.shape[-1]):
-                sums.add(_block(self.weights, place, container) or weight.module)
+                sums[_block(self.weights, place, container) or weight.module] = weight.shape[-2]
                 axis = UNITS[weight.of.shape[-1]]
                 if found := counts(axis, sizes, self._units(axis, sizes, rank)):
                     numbers[container] = found
             if mine is None:
                 absent[container] = weight.shape[-2]  # in the end that of the last matrix
                 continue
-            if mine is not weight and weight.of.shape in (("q",), ("kv",)):
-                norms[weight.module] = weight.shape[0]
+            if mine is not weight and (wide := self._norm(weight, sizes, rank)) is not None:
+                norms[weight.module] = wide
+            if mine is not weight:
+                kept[weight.module] = self._kept(weight, sizes, rank)
             (outer if place is None else layers[place]).append(mine)
             nbytes += _bytes(mine)
-            replicated += _bytes(mine) if mine is weight else 0
+            replicated += _bytes(mine) if mine is weight else self._doubled(mine, sizes, rank)
         tokens = "vocab", config.sizes["vocab"]
         vocabulary = self.bounds(tokens, {"layer": 0}) if tokens in self.steps else []
         every = [_sizes(config, i) for i in range(config.layers)]
@@ -255,9 +202,10 @@ class _Split:
             rank=rank,
             ranks=self.ranks,
             plan=Plan(self._config(rank), tuple(outer), tuple(map(tuple, layers))),
-            sums=frozenset(sums),
+            sums=sums,
             absent=absent,
             norms=norms,
+            kept=kept,
             vocabulary=tuple(b - a for a, b in pairwise(vocabulary)),
             counts=numbers,
             kv_heads=(max(kv, default=most), most),
@@ -276,14 +224,37 @@ class _Split:
         first, end = self.bounds((axis, sizes[axis]), sizes)[rank : rank + 2]
         return end - first
 
+    def _norm(self, weight: WeightPlan, sizes: Sizes, rank: int) -> Wide | None:
+        """A norm over heads of which this rank has some; None if it has all that it needs."""
+        width = weight.shape[0]
+        if weight.of.shape in (("q",), ("kv",), ("ssm_width",)):
+            return Wide(width)
+        if weight.of.shape != ("ssm_inner",) or sizes["ssm_groups"] >= self.ranks:
+            return None
+        heads, groups = sizes["ssm_heads"], sizes["ssm_groups"]
+        first = self.bounds(("ssm_heads", heads), sizes)[rank]
+        return Wide(width // groups, groups, first * groups // heads)
+
+    def _doubled(self, mine: WeightPlan, sizes: Sizes, rank: int) -> int:
+        """Bytes of a rank's rows of ``B`` and ``C`` of groups of heads that ranks share."""
+        doubled = [name for name in TOGETHER.get(mine.of.shape[0], ()) if name == "ssm_bc"]
+        if not doubled or sizes["ssm_groups"] >= self.ranks:
+            return 0
+        rows = len(doubled) * _length(self.ranges("ssm_bc", sizes, rank) or ())
+        return rows * sum(sources[0].row_bytes for sources in (mine.weight, mine.bias) if sources)
+
+    def _kept(self, weight: WeightPlan, sizes: Sizes, rank: int) -> Kept:
+        """Which matrices of a stack, rows and columns of a weight a rank has."""
+        names = weight.of.shape
+        if len(names) == 1:
+            return None, self.ranges(names[0], sizes, rank), None
+        lead = self.ranges(names[0], sizes, rank) if len(names) == 3 else None
+        return lead, self.ranges(names[-2], sizes, rank), self.ranges(names[-1], sizes, rank)
+
     def _part(self, weight: WeightPlan, sizes: Sizes, rank: int) -> WeightPlan | None:
         """A rank's part of a weight; the weight itself if that is all, None if it is nothing."""
-        names = weight.of.shape
-        *_, rows = (None, *names[:-1]) if len(names) > 1 else (None, names[0])
-        assert rows is not None
-        last = names[-1] if len(names) > 1 else ""
-        lead = self.ranges(names[0], sizes, rank) if len(names) == 3 else None
-        kept, columns = self.ranges(rows, sizes, rank), self.ranges(last, sizes, rank)
+        names, last = weight.of.shape, weight.of.shape[-1]
+        lead, kept, columns = self._kept(weight, sizes, rank)
         if lead is kept is columns is None:
             return weight
         if any(ranges is not None and not _length(ranges) for ranges in (lead, kept, columns)):

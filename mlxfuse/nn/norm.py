@@ -68,6 +68,7 @@ class FusedNorm:
         outputs: Collection[str] = ("y",),
         post: Post | float | None = None,
         others: tuple[mx.array, ...] = (),
+        beside: tuple[Post, mx.array] | None = None,
     ) -> NormResult:
         """x [..., K] -> its norm, or that of x + residual, or of post(x) + residual; see
         `rms_norm`.
@@ -81,6 +82,7 @@ class FusedNorm:
             outputs=outputs,
             post=post,
             others=others,
+            beside=beside,
         )
 
     def before(self, factor: mx.array | None = None) -> Post:
@@ -132,8 +134,13 @@ class FusedFactor:
         return float(number / parts[0] ** 0.5 if parts else number)
 
 
-def added(x: mx.array, residual: mx.array, post: Post | float) -> mx.array:
-    """x normed or multiplied, plus the residual."""
-    found = rms_norm(x, None, 0.0, residual=residual, outputs=(), post=post)
+def added(
+    x: mx.array,
+    residual: mx.array,
+    post: Post | float,
+    beside: tuple[Post, mx.array] | None = None,
+) -> mx.array:
+    """x normed or multiplied, plus the residual; see `rms_norm`."""
+    found = rms_norm(x, None, 0.0, residual=residual, outputs=(), post=post, beside=beside)
     assert found.h is not None
     return found.h

@@ -18,6 +18,7 @@ from .fused import Run
 from .mlp import FusedMLP
 from .norm import FusedFactor, FusedNorm, Given, Normed, added, floats
 from .projection import KernelProjection
+from .router import FusedRouter
 
 
 @dataclass
@@ -34,6 +35,9 @@ class PostNormForm(BlockForm):
     clips      sums are clipped in float16, where the layer's own code is run instead.
     before     the norms of ``norms``, fused; None for those that are not there.
     after      the norms of ``posts``, fused; or the factor.
+    beside     of a layer with an MLP and experts side by side, names of the router, of the
+               experts, of the norm of their input, and of the norms of what MLP and experts give.
+    sides      these three norms, fused.
     gate       the gate of ``gated``, where it is multiplied with what is given.
     following  the next layer of the same kind, whose first norm is given along with the result.
     given      by the layer before: the result, and its norm. That layer cannot know who gets its
@@ -44,15 +48,18 @@ class PostNormForm(BlockForm):
     gated: tuple[str, ...] = ()
     factor: tuple[str, ...] = ()
     clips: bool = False
+    beside: tuple[str, ...] = ()
     before: tuple[FusedNorm | None, ...] = ()
     after: tuple[FusedNorm | FusedFactor, ...] = ()
+    sides: tuple[FusedNorm, ...] = ()
     gate: KernelProjection | None = None
     following: nn.Module | None = field(default=None, repr=False, compare=False)
     given: tuple[mx.array, mx.array] | None = field(default=None, repr=False, compare=False)
-    pieces = ("before", "after", "gate")
+    pieces = ("before", "after", "sides", "gate")
 
     def norms_hold(self) -> bool:
-        return all(norm is None or norm.holds() for norm in (*self.before, *self.after))
+        norms = (*self.before, *self.after, *self.sides)
+        return all(norm is None or norm.holds() for norm in norms)
 
 
 class FusedPostNormBlock(FusedBlock):
@@ -92,7 +99,7 @@ class FusedPostNormBlock(FusedBlock):
     def children_read(self) -> list[tuple[nn.Module, str]]:
         form = self._fused
         own = [(parent, name) for parent, name in super().children_read() if name]
-        posts = [(self, name) for name in form.posts if name]
+        posts = [(self, name) for name in (*form.posts, *form.beside[2:]) if name]
         following = form.following
         if isinstance(following, FusedPostNormBlock) and following._fused.norms[0]:
             posts.append((following, following._fused.norms[0]))
@@ -130,15 +137,20 @@ class FusedPostNormBlock(FusedBlock):
         return self._ended(run, y, h, self._fused.after[1].before())
 
     def _ended(
-        self, run: Run, y: mx.array, h: mx.array, post: Post | float
+        self,
+        run: Run,
+        y: mx.array,
+        h: mx.array,
+        post: Post | float,
+        beside: tuple[Post, mx.array] | None = None,
     ) -> tuple[mx.array, ...]:
         following = self._fused.following
         norm = None
         if isinstance(following, FusedPostNormBlock) and not run.rounds:
             norm = following._fused.before[0] if following._fused.before else None
         if norm is None or not norm.holds():
-            return (added(y, h, post),)
-        found = norm(y, h, post=post)
+            return (added(y, h, post, beside),)
+        found = norm(y, h, post=post, beside=beside)
         assert found.h is not None
         assert found.y is not None
         return found.h, found.y
@@ -190,7 +202,8 @@ class FusedGatedPostNormBlock(FusedPostNormBlock):
         form = self._fused
         run, given = Run.of(x), self._given(x)
         *gate, norm, scalar, experts = (getattr(self, name) for name in form.gated)
-        alike = (norm is not None) == (len(form.after) == 3) and not experts
+        alike = (norm is not None) == (len(form.after) == 3)
+        alike = alike and bool(experts) == bool(form.sides)
         if not alike or not self.fusible(run.on, form.gate) or not form.norms_hold():
             own: Any = form.original.__call__(
                 self, x, mask, cache, per_layer_input, shared_kv, offset
@@ -202,6 +215,8 @@ class FusedGatedPostNormBlock(FusedPostNormBlock):
             shared_kv=shared_kv,
             offset=offset,
         )
+        if form.sides:
+            return self._give(self._side_by_side(run, r, x, scalar)), shared_kv, offset
         h, normed = self.part(run, self.add_norm, self.children_read, r, x)
         y, last = self[form.mlp](normed), self.multiply_last
         if None not in (*gate, norm) and per_layer_input is not None:
@@ -210,6 +225,47 @@ class FusedGatedPostNormBlock(FusedPostNormBlock):
             last = self.multiply_input
         arrays = (y, h) if scalar is None else (y, h, scalar)
         return self._give(self.part(run, last, self.children_read, *arrays)), shared_kv, offset
+
+    def _side_by_side(
+        self, run: Run, r: mx.array, x: mx.array, scalar: mx.array | None
+    ) -> tuple[mx.array, ...]:
+        """What comes after attention, with an MLP and experts that read the same sum."""
+        form = self._fused
+        router, experts = (self[name] for name in form.beside[:2])
+        fused = isinstance(router, FusedRouter) and router.holds(run)
+        weights = (router.weight(),) if fused else ()
+        h, normed, of_experts, *routed = self.part(
+            run, self.add_norms, self.children_read, r, x, *weights
+        )
+        y = self[form.mlp](normed)
+        ids, scores = router.chosen(run, routed[0]) if fused else router(h)
+        other = experts(of_experts, ids, scores)
+        arrays = (y, other, h) if scalar is None else (y, other, h, scalar)
+        found: tuple[mx.array, ...] = self.part(
+            run, self.multiply_both, self.children_read, *arrays
+        )
+        return found
+
+    def add_norms(
+        self, run: Run, r: mx.array, x: mx.array, *weights: mx.array
+    ) -> tuple[mx.array, ...]:
+        """`add_norm`; and the norms of the same sum for the experts and by other weights."""
+        norm, post = self._fused.before[1], self._fused.after[0].before()
+        assert norm is not None
+        others = (self._fused.sides[0].before().weight, *weights)
+        found = norm(r, x, post=post, others=others)
+        assert found.h is not None
+        assert found.y is not None
+        return found.h, found.y, *found.others
+
+    def multiply_both(
+        self, run: Run, y: mx.array, other: mx.array, h: mx.array, *scalar: mx.array
+    ) -> tuple[mx.array, ...]:
+        """`multiply_last` of the sum of the norms of what MLP and experts give."""
+        _, of_mlp, of_experts = self._fused.sides
+        normed = of_experts(other).y
+        assert normed is not None
+        return self._multiplied(run, y, h, 1, scalar, (of_mlp.before(), normed))
 
     def _gated(self, run: Run, h: mx.array, given: mx.array) -> mx.array:
         """What is given for the layer, times its gate."""
@@ -222,19 +278,26 @@ class FusedGatedPostNormBlock(FusedPostNormBlock):
         self, run: Run, y: mx.array, h: mx.array, *scalar: mx.array
     ) -> tuple[mx.array, ...]:
         """`add_last`, times what multiplies the layer."""
-        return self._multiplied(run, y, h, 1, *scalar)
+        return self._multiplied(run, y, h, 1, scalar)
 
     def multiply_input(
         self, run: Run, y: mx.array, h: mx.array, *scalar: mx.array
     ) -> tuple[mx.array, ...]:
         """`multiply_last` where y is of the layer's own input."""
-        return self._multiplied(run, y, h, 2, *scalar)
+        return self._multiplied(run, y, h, 2, scalar)
 
     def _multiplied(
-        self, run: Run, y: mx.array, h: mx.array, which: int, scalar: mx.array | None = None
+        self,
+        run: Run,
+        y: mx.array,
+        h: mx.array,
+        which: int,
+        scalars: tuple[mx.array, ...],
+        beside: tuple[Post, mx.array] | None = None,
     ) -> tuple[mx.array, ...]:
         norm = self._fused.after[which]
         assert isinstance(norm, FusedNorm)
+        scalar = scalars[0] if scalars else None
         if scalar is None or scalar.shape == (1,):
-            return self._ended(run, y, h, norm.before(scalar))
-        return (added(y, h, norm.before()) * scalar,)
+            return self._ended(run, y, h, norm.before(scalar), beside)
+        return (added(y, h, norm.before(), beside) * scalar,)

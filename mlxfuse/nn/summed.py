@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.activations import swiglu
 
 from ..kernels import Backend
 from .projection import Projection
@@ -65,29 +66,54 @@ class SummedProjection(Projection):
         else:
             parts = self._inner.split(x, on)
             y = self._multiply(x) if parts is None else parts[0]
+            # What made the residual may be a sum that nothing else on this rank asks for.
+            (y,) = mx.depends([y], [residual])
         y = mx.distributed.all_sum(y, group=group)
         return y if self._bias is None else y + self._bias
 
 
 class SummedNorm(nn.Module):
-    """An RMS norm over a width of which each rank has a part.
+    """An RMS norm over a width of which each rank has a part, or over several one after the other.
 
     Args:
-        own: the norm of this rank's part, which has its weight.
-        width: of all parts.
+        own: the norm of this rank's part, which has its weight; a mixer's has a gate beside.
+        width: that is normed together.
+        groups: how many such widths there are on all ranks.
+        first: the first of them of which this rank has a part.
     """
 
-    def __init__(self, own: nn.RMSNorm, width: int, group: mx.distributed.Group) -> None:
+    def __init__(
+        self,
+        own: nn.Module,
+        width: int,
+        group: mx.distributed.Group,
+        groups: int = 1,
+        first: int = 0,
+    ) -> None:
         super().__init__()
-        self.weight, self.eps = own.weight, own.eps
-        self.width = width
+        self.weight = own.weight
+        self.eps = own.eps if hasattr(own, "eps") else own.variance_epsilon
+        self.gate_after = getattr(own, "norm_before_gate", False)
+        self.width, self.groups, self.first = width, groups, first
         self.group = group
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """x ``[..., K]`` -> the same shape; squares are added up in float32."""
+    def __call__(self, x: mx.array, gate: mx.array | None = None) -> mx.array:
+        """x, and any gate ``[..., K]`` -> the same shape; squares are added up in float32."""
+        if gate is not None and not self.gate_after:
+            x = swiglu(gate, x)
+        y = self._normed(x)
+        return swiglu(gate, y) if gate is not None and self.gate_after else y
+
+    def _normed(self, x: mx.array) -> mx.array:
         wide = x.astype(mx.float32)
-        squares = mx.distributed.all_sum(wide.square().sum(-1, keepdims=True), group=self.group)
+        squares = self.squares(wide.square().sum(-1, keepdims=True))
         return (wide * mx.rsqrt(squares / self.width + self.eps) * self.weight).astype(x.dtype)
+
+    def squares(self, own: mx.array) -> mx.array:
+        """The sum [..., 1] of this rank's squares -> that of all that are normed with them."""
+        at, last = self.first, self.groups - 1
+        spread = mx.pad(own, [(0, 0)] * (own.ndim - 1) + [(at, last - at)])
+        return mx.distributed.all_sum(spread, group=self.group)[..., at : at + 1]
 
 
 class Nothing(nn.Module):

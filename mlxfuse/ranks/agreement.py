@@ -101,11 +101,11 @@ def expect_same(facts: Mapping[str, str], of: mx.distributed.Group) -> None:
             raise RanksError(f"the ranks differ in {name}: {told}; make it the same on all of them")
 
 
-def same_run(path: Path, arguments: str) -> dict[str, str]:
+def same_run(files: Mapping[str, Path], arguments: str) -> dict[str, str]:
     """For `expect_same`: what the run of a model depends on.
 
     Args:
-        path: the model.
+        files: what is read -> where it is.
         arguments: those of ``load``.
     """
     import mlx.core as mx
@@ -114,8 +114,7 @@ def same_run(path: Path, arguments: str) -> dict[str, str]:
     facts |= {name: env.get(name) or "nothing" for name in _VARIABLES}
     facts["MLX's default device"] = "the GPU" if mx.default_device() == mx.gpu else "the CPU"
     facts["the arguments of load"] = arguments
-    facts["the model's files"] = f"{path.name} ({_fingerprint(path)})"
-    return facts
+    return facts | {name: f"{path.name} ({_fingerprint(path)})" for name, path in files.items()}
 
 
 def _version(package: str) -> str:

@@ -10,7 +10,7 @@ are built from many others, are one cheap operation each in both models. That is
 cost on a GPU, so a model that has more of them, stock, is made to look faster than it is. Weights
 are 4-bit, sizes tiny: neither changes host time. With ``--kv-bits`` the patched model has
 compressed caches and stock still plain ones. The models take turns; printed are the medians
-and the median of the ratios of neighbours.
+of the thread's own CPU time and the median of the ratios of neighbours.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlxfuse.fusion import patch_model
 from mlxfuse.kernels.runtime import backend as _backend
 from mlxfuse.kernels.runtime import kernel as _kernel
+from mlxfuse.kernels.runtime import self_test as _self_test
 from mlxfuse.kernels.runtime.source import header
 from tests.fusion import zoo
 
@@ -69,6 +70,7 @@ class Opaque:
             patch.setattr(_backend, "_no_device", lambda: None)
             patch.setattr(_kernel, "_compiled", lambda program, factory: self.kernel)
             patch.setenv("MLXFUSE_KERNELS", "metal")
+            patch.setattr(_self_test, "check", lambda recorded: {})
             patch.setattr(mx.fast, "rms_norm", lambda x, weight, eps: mx.multiply(x, weight))
             patch.setattr(mx.fast, "rope", lambda x, *_, **options: mx.negative(x))
             patch.setattr(
@@ -99,7 +101,7 @@ def price() -> float:
     def trace(x: mx.array) -> list[mx.array]:
         found = []
         for _ in range(200):
-            start = time.perf_counter()
+            start = time.thread_time()
             found += kernel(
                 inputs=[*arrays, x],
                 output_shapes=[(1, 64)],
@@ -108,7 +110,7 @@ def price() -> float:
                 threadgroup=(64, 1, 1),
                 template=[("T", mx.float16)],
             )
-            took.append(time.perf_counter() - start)
+            took.append(time.thread_time() - start)
         return found
 
     for _ in range(3):
@@ -147,9 +149,9 @@ class Subject:
         try:
             if self.profile:
                 self.profile.enable()
-            start = time.perf_counter()
+            start = time.thread_time()
             self.model(token, cache=state)
-            took = time.perf_counter() - start
+            took = time.thread_time() - start
             if self.profile:
                 self.profile.disable()
         finally:

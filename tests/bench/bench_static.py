@@ -22,7 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -223,12 +223,15 @@ def print_launches() -> None:
 Table = dict[str, dict[str, Any]]
 
 
-def golden(before: Table, formats: list[Format]) -> Table:
+def golden(
+    before: Table, formats: list[Format], keep: Callable[[Table], None] = lambda table: None
+) -> Table:
     """The table anew: name -> figures, and the digest of the text that they were read off.
 
     Args:
         before: the table so far; what was read off a text that is still the same stays.
         formats: what is read anew where its text changed; of others, what was there stays.
+        keep: gets what there is whenever a row has been read, which may take minutes for all.
     """
     every = dict(programs([f for f in BY_NAME.values() if f.kernel]))
     wanted = {name for name, _ in programs(formats)}
@@ -240,6 +243,7 @@ def golden(before: Table, formats: list[Format]) -> Table:
             read = asdict(figures(launch))
             rounded = {k: round(v, 3) for k, v in read.items() if v is not None}
             row = {"text": digest(launch), **rounded}
+            keep(found | {name: row})
         if row:
             found[name] = row
     return found
@@ -259,7 +263,8 @@ def _main() -> None:
     wanted = arguments.formats or [f.name for f in BY_NAME.values() if f.kernel]
     formats = [BY_NAME[name] for name in wanted]
     if arguments.golden:
-        write(golden(json.loads(TABLE.read_text("utf-8")), formats))
+        before = json.loads(TABLE.read_text("utf-8"))
+        write(golden(before, formats, lambda table: write({**before, **table})))
         return
     print_programs(formats)
     print()

@@ -185,6 +185,17 @@ def test_the_table_has_every_kernel_in_every_format():
     }
 
 
+def test_tensor_operations_are_in_a_report_of_an_m5(monkeypatch):
+    """One that has them tells whether they compile, are right and are fast."""
+    assert not any("tensor" in case.name for _, case in TABLE)
+    monkeypatch.setattr(cases, "tensors", lambda: True)
+    (case,) = (c for c in cases.cases(SMALL, FEW) if "tensor" in c.name)
+    with msl.installed(build="fast"):
+        row, failure = kernels.measure(case, 1, emulated=True)
+    assert (failure, row["variant"]) == ("", "tensor")
+    assert row["floor_ns"] is None
+
+
 @pytest.mark.parametrize("place", range(len(TABLE)), ids=lambda i: TABLE[i][1].name)
 def test_mlx_does_the_same_work(place):
     """Outputs as many and as large as the kernel's, for each pair of calls."""

@@ -1,9 +1,8 @@
-"""One rank of a test: ``python -m tests.distributed.agreeing MODEL``; prints what it has found."""
+"""One rank of a test: see `launch`. It prints what it has found, as JSON."""
 
 from __future__ import annotations
 
 import json
-import sys
 
 import mlx.core as mx
 
@@ -12,6 +11,7 @@ from mlxfuse.kernels import disabled
 from mlxfuse.kernels.runtime.kernel import Program
 from mlxfuse.loader import load
 from mlxfuse.ranks import agreed, all_values, join
+from tests.distributed.launch import wait_for_others_quietly
 
 PROGRAM = Program("vector", ("x", "w"), ("y",), "body();", ("vector",))
 LONG = "é" * 100_000
@@ -20,6 +20,7 @@ LONG = "é" * 100_000
 def main(path: str) -> None:
     team = join()
     assert team is not None
+    wait_for_others_quietly()
     if team.rank == 1:
         disabled[PROGRAM] = "largest error 3"
     model, _ = load(path, group=team.group)
@@ -32,6 +33,7 @@ def main(path: str) -> None:
     # Each rank would choose another token.
     logprobs = mx.eye(4)[team.rank : team.rank + 2]
     found = {
+        "rank": team.rank,
         "disabled": [why for program, why in disabled.items() if program == PROGRAM],
         "reported": model.load_report.patch.disabled,
         "own tokens": mx.argmax(logprobs, axis=-1).tolist(),
@@ -48,8 +50,4 @@ def main(path: str) -> None:
         found["differs"] = str(error)
     team.barrier()
     team.leave(0)
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    print("\n" + json.dumps(found))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mlxfuse.errors import UnsupportedError
-from tests.distributed.launch import finish, start
+from tests.distributed.launch import finish, start_forked
 from tests.distributed.worker import Job, greedy, loaded, logits, write_jobs
 from tests.models import tiny
 from tests.models.case import EXPERT_Q4, K_MIX, Q4_MIX, Case
@@ -28,7 +28,9 @@ EXPERTS = replace(
 )
 # Its value heads are tiled over the key heads, and blocks do not span two of them.
 NET = replace(tiny.CASES["qwen35"], formats={"": "Q8_0", "ssm_out": "F32"})
-OWN = {"net": NET, "uneven": UNEVEN, "even": EVEN, "even-experts": EXPERTS}
+# Blocks span two of its mixers' heads, and their norm is over all of them.
+BOTH = replace(tiny.CASES["falcon-h1"], formats={"": "Q8_0"}, extra={"ssm_norm": (2, 64)})
+OWN = {"net": NET, "both": BOTH, "uneven": UNEVEN, "even": EVEN, "even-experts": EXPERTS}
 
 
 def written(folder: Path, name: str) -> tuple[str, list[int]]:
@@ -54,7 +56,7 @@ class Results:
 
     def __init__(self, folder: Path, ranks: int, made: list[Job], timeout: float = 600) -> None:
         write_jobs(folder, made)
-        processes = start(ranks, "tests.distributed.worker", str(folder))
+        started = start_forked(ranks, "tests.distributed.worker", str(folder))
         self.one = {}
         try:
             for one in made:
@@ -64,7 +66,7 @@ class Results:
                         said = greedy(model, one.prompt, one.greedy) if one.greedy else []
                         self.one[one.name] = logits(model, one.prompt), model.load_report, said
         finally:
-            finish(processes, timeout)
+            finish(started, timeout)
         self.ranks = [dict(np.load(folder / f"{rank}.npz")) for rank in range(ranks)]
         self.facts = [json.loads((folder / f"{r}.json").read_text()) for r in range(ranks)]
 

@@ -9,16 +9,16 @@ import pytest
 from mlxfuse.errors import RanksError
 from mlxfuse.ranks.agreement import same_run
 from mlxfuse.ranks.team import Peer
-from tests.distributed.launch import finish, start
+from tests.distributed.launch import finish, start_forked
 from tests.models import tiny
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     path = tiny.write(tmp_path_factory.mktemp("models") / "tiny.gguf", tiny.build("llama", 0))
-    return [
-        json.loads(said) for said in finish(start(2, "tests.distributed.agreeing", str(path)), 120)
-    ]
+    said = finish(start_forked(2, "tests.distributed.agreeing", str(path)), 120)
+    each = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    return sorted(each, key=lambda one: one["rank"])
 
 
 def test_a_kernel_that_one_rank_cannot_use_is_used_by_none(found):
@@ -48,10 +48,14 @@ def test_arguments_that_differ_are_told_of(found):
         assert rank["differs"].startswith("the ranks differ in the arguments of load: rank 0 has (")
 
 
+def facts(path):
+    return same_run({"the model's files": path}, "")["the model's files"]
+
+
 def test_files_are_told_apart_by_their_bytes_and_size(tmp_path):
     def seen(data, name="model.gguf"):
         (tmp_path / name).write_bytes(data)
-        return same_run(tmp_path / "model.gguf", "")["the model's files"]
+        return facts(tmp_path / "model.gguf")
 
     data = bytes(range(256)) * 1000
     first = seen(data)
@@ -62,9 +66,9 @@ def test_files_are_told_apart_by_their_bytes_and_size(tmp_path):
     shards = [tmp_path / f"m-0000{n}-of-00002.gguf" for n in (1, 2)]
     for shard in shards:
         shard.write_bytes(data)
-    whole = same_run(shards[0], "")["the model's files"]
+    whole = facts(shards[0])
     shards[1].write_bytes(data[::-1])
-    assert same_run(shards[0], "")["the model's files"] != whole
+    assert facts(shards[0]) != whole
 
 
 @pytest.fixture

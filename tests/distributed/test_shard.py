@@ -1,6 +1,7 @@
 """What each of several machines would hold, by a file's header alone."""
 
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,7 +15,9 @@ from mlxfuse.models.build import FileRows, build
 from mlxfuse.models.config import read_config
 from mlxfuse.models.part import Part
 from mlxfuse.models.plan import Plan, plan
-from mlxfuse.models.shard import Share, shares, stages
+from mlxfuse.models.rows import RowSource, indices
+from mlxfuse.models.shard import shares, stages
+from mlxfuse.models.share import Share
 from tests.distributed.results import written
 from tests.distributed.test_tensor import FAMILIES
 from tests.models import tiny
@@ -32,13 +35,41 @@ def planned(folder: Path, case: str) -> Plan:
     return plan(file, read_config(file))
 
 
-def check_bytes(found: tuple[Share, ...]) -> None:
-    """Every byte is held, and once but for what every rank has whole."""
-    ranks, whole = len(found), found[0].whole
-    assert {share.whole for share in found} == {whole}
-    assert len({share.replicated for share in found}) == 1
-    held = sum(share.nbytes - share.replicated for share in found)
-    assert held == whole - found[0].replicated, ranks
+def every(weights: Plan) -> Iterator[RowSource]:
+    """What is read from a file."""
+    for weight in (*weights.outer, *(w for layer in weights.layers for w in layer)):
+        yield from (*weight.weight, *(() if weight.silent else weight.bias))
+
+
+def cells(weights: Plan) -> dict[str, np.ndarray]:
+    """Of each tensor, which of its numbers [matrices, rows, columns] are held."""
+    found: dict[str, np.ndarray] = {}
+    for source in every(weights):
+        shape = source.tensor.shape if len(source.tensor.shape) > 1 else (*source.tensor.shape, 1)
+        shape = (1, 1, *shape)[-3:]
+        mask = found.setdefault(source.tensor.name, np.zeros(shape, bool))
+        kept = source.kept or ((0, source.stop - source.start),)
+        rows = [source.start + i for i in indices(kept)]
+        matrices, columns = source.matrices or ((0, shape[0]),), source.columns or ((0, shape[2]),)
+        mask[np.ix_(list(indices(matrices)), rows, list(indices(columns)))] = True
+    return found
+
+
+def check_bytes(weights: Plan, found: tuple[Share, ...]) -> None:
+    """Every number is held, and those that several ranks hold are said to be replicated."""
+    each = {s.tensor.name: s.format.type_size / s.format.block_size for s in every(weights)}
+    held = [cells(share.plan) for share in found]
+    own, twice = [0.0] * len(found), [0.0] * len(found)
+    for name, mask in cells(weights).items():
+        masks = [one.get(name, np.zeros_like(mask)) for one in held]
+        some = np.sum(masks, axis=0)
+        assert np.array_equal(some > 0, mask), name
+        for rank, one in enumerate(masks):
+            own[rank] += one.sum() * each[name]
+            twice[rank] += (one & (some > 1)).sum() * each[name]
+    assert [share.nbytes for share in found] == own
+    assert [share.replicated for share in found] == twice
+    assert {share.whole for share in found} == {sum(s.nbytes for s in every(weights))}
 
 
 MANY = ("llama-biases", "uneven", "gemma4-e2b", *FAMILIES)
@@ -51,7 +82,7 @@ def test_every_byte_is_held_once(case: str, tmp_path: Path) -> None:
     for ranks in (2, 3, 4):
         for split in (shares, stages):
             try:
-                check_bytes(split(weights, ranks))
+                check_bytes(weights, split(weights, ranks))
             except UnsupportedError as error:
                 assert f"cannot be shared by {ranks}" in str(error)  # noqa: PT017
 

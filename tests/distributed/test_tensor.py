@@ -1,15 +1,21 @@
 """Ranks that share a file give the logits of one process: see `worker`."""
 
+import json
 import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlxfuse.export.mlx_checkpoint import export_mlx
 from mlxfuse.export.streams import export
 from mlxfuse.hub.demo import demo_path
+from mlxfuse.loader import load
 from tests.distributed.results import LIMIT, Results, job
 from tests.distributed.worker import Job
 from tests.models import tiny
@@ -21,7 +27,8 @@ WAYS = ({"fuse": "off"}, ALL, {"fuse": "all", "kv_bits": "k8v4"})
 # layer's own, delta nets, mixers, convolutions, a latent vector.
 FAMILIES = (
     *("phi3", "qwen2", "gemma3", "gpt-oss", "qwen2moe", "olmo2", "cohere2", "gemma4", "net"),
-    *("qwen3next", "nemotron_h_moe", "granitehybrid-experts", "lfm2moe", "deepseek2"),
+    *("qwen3next", "nemotron_h_moe", "granitehybrid-experts", "both", "jamba", "mamba", "mamba2"),
+    *("lfm2moe", "deepseek2"),
 )
 CHECKPOINTS = ("even", "even-experts")
 # Pipelines: of any layers, compressed, with windows, and with convolutions.
@@ -29,7 +36,13 @@ PIPELINES = (
     ("llama-q4", {"fuse": "all", "kv_bits": "k8v4"}),
     *((case, ALL) for case in ("gemma3", "lfm2moe", "deepseek2")),
 )
-WRONG = ("sum", "residual", "token")
+# What is done wrong on purpose, and in which file.
+# With an adapter: heads that do not come out even, biases, experts, mixers.
+ADAPTED = ("uneven", "qwen2", "qwen2moe", "both")
+# Activations of 8 bits, where machines that share a model have them too: a rank's part of what o
+# and down read stays in floats.
+INT8 = {"fuse": "all,-int8:*.o,-int8:*.down", "act_quant": "on"}
+WRONG = {"sum": "llama-q4", "residual": "llama-q4", "token": "llama-q4", "norm": "both"}
 # What the demo model says after this, greedily.
 DEMO_PROMPT = [504, 3575, 282, 4649, 314]
 DEMO_TOKENS = [7042, 30, 198, 198, 504, 2988, 314, 42, 216, 34, 32, 33, 40, 29, 32, 33]
@@ -51,6 +64,30 @@ def exported(folder: Path, case: str) -> Job:
 
 def pipelined(folder: Path, case: str, way: dict[str, str]) -> Job:
     return job(folder, case, name=f"{case} pipeline", **way, pipeline=True, greedy=3)
+
+
+def adapted(folder: Path, case: str, **way: Any) -> Job:
+    """Of a tiny file with an adapter on all its linears, which changes the logits much."""
+    made = job(
+        folder, case, name=" ".join((case, "adapted", *map(str, way.values()))), **ALL, **way
+    )
+    adapter = folder / f"{case}-adapter"
+    if not adapter.exists():
+        model, _ = load(made.path, fuse="off")
+        how = {"rank": 4, "scale": 8.0, "dropout": 0.0}
+        linear_to_lora_layers(model, 2, how)
+        arrays = dict(tree_flatten(model.parameters()))
+        names = [name for name in arrays if name.endswith(("lora_a", "lora_b"))]
+        keys = mx.random.split(mx.random.key(0), len(names))
+        pairs = zip(names, keys, strict=True)
+        adapter.mkdir()
+        mx.save_safetensors(
+            str(adapter / "adapters.safetensors"),
+            {name: 0.1 * mx.random.normal(arrays[name].shape, key=key) for name, key in pairs},
+        )
+        config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": how}
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+    return replace(made, adapter=str(adapter))
 
 
 def check_ways(found: Results, cases: tuple[str, ...]) -> None:
@@ -110,7 +147,10 @@ def test_two_ranks(tmp_path: Path) -> None:
     made.append(exported(tmp_path, "llama-q4"))
     made += [pipelined(tmp_path, case, way) for case, way in PIPELINES]
     how = {**ALL, "alone": False}
-    made += [job(tmp_path, "llama-q4", name=wrong, **how, wrong=wrong) for wrong in WRONG]
+    made += [job(tmp_path, case, name=wrong, **how, wrong=wrong) for wrong, case in WRONG.items()]
+    made += [adapted(tmp_path, case) for case in ADAPTED]
+    made.append(adapted(tmp_path, "llama-q4", pipeline=True))
+    made.append(job(tmp_path, "llama-q4", name="int8", **INT8))
     found = Results(tmp_path, 2, made + demo_jobs())
     check_ways(found, ("llama-q4", "uneven"))
     for case in FAMILIES:
@@ -118,6 +158,13 @@ def test_two_ranks(tmp_path: Path) -> None:
     for case in CHECKPOINTS:
         check_checkpoint(found, f"{case} checkpoint")
     found.check("llama-q4 exported")
+    for case in ADAPTED:
+        found.check(f"{case} adapted")
+        assert found.error(f"{case} adapted", f"{case} all") > 100 * LIMIT, case
+    found.check("llama-q4 adapted True")
+    found.check("int8")
+    assert found.facts[0]["int8"]["fused"]["int8"] == 2 * found.facts[0]["int8"]["layers"]
+    assert found.error("int8", "llama-q4 all") > 100 * LIMIT
     for case, _ in PIPELINES:
         check_pipeline(found, f"{case} pipeline")
     for case in ("llama-q4", "qwen2moe", "gpt-oss"):
@@ -126,8 +173,8 @@ def test_two_ranks(tmp_path: Path) -> None:
         start = f"2 machines: this one, rank {rank}, has 1 to 2 of 3 key/value heads and "
         assert facts["uneven all"]["notes"][0].startswith(start)
     check_demo(found)
-    for wrong in WRONG:  # what is wrong is seen
-        assert found.error(wrong, "llama-q4 all") > 100 * LIMIT, wrong
+    for wrong, case in WRONG.items():  # what is wrong is seen
+        assert found.error(wrong, f"{case} all") > 100 * LIMIT, wrong
 
 
 def test_three_ranks(tmp_path: Path) -> None:
@@ -141,7 +188,7 @@ def test_three_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_every_case_is_shared(ranks: int, tmp_path: Path) -> None:
     made = [job(tmp_path, case, **way) for case in (*tiny.CASES, "uneven") for way in WAYS]
     found = Results(tmp_path, ranks, made, 3600)

@@ -1,4 +1,4 @@
-"""One rank of a test: ``python -m tests.distributed.worker FOLDER``.
+"""One rank of a test: see `launch`, whose argument is a folder.
 
 The folder has ``jobs.json``, a list of `Job`; the rank writes ``RANK.npz`` and ``RANK.json`` with
 the logits of each and what else is to be known.
@@ -7,7 +7,6 @@ the logits of each and what else is to be known.
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +22,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlxfuse.errors import UnsupportedError
 from mlxfuse.loader import load
-from mlxfuse.nn.summed import SummedProjection
+from mlxfuse.nn.summed import SummedNorm, SummedProjection
+from tests.distributed.launch import wait_for_others_quietly
 from tests.models import tiny
 
 DECODED = 3
@@ -36,7 +36,8 @@ class Job:
 
     name    of the results.
     dtype   of an MLX-LM checkpoint's activations.
-    wrong   what is done wrong on purpose: ``sum``, ``residual``, ``token`` or nothing.
+    wrong   what is done wrong on purpose: ``sum``, ``residual``, ``token``, ``norm`` or nothing.
+    adapter the folder of one, or None.
     greedy  so many tokens are generated after the prompt.
     alone   whether one process is to be asked too.
     """
@@ -47,7 +48,9 @@ class Job:
     fuse: str = "off"
     kv_bits: str | None = None
     dtype: str | None = None
+    act_quant: str = "auto"
     pipeline: bool = False
+    adapter: str | None = None
     wrong: str = ""
     greedy: int = 0
     alone: bool = True
@@ -56,6 +59,7 @@ class Job:
 def loaded(job: Job, group: mx.distributed.Group | None = None) -> Any:
     """The model of a job."""
     how = {"fuse": job.fuse, "kv_bits": job.kv_bits, "dtype": job.dtype}
+    how |= {"act_quant": job.act_quant, "adapter_path": job.adapter}
     return load(job.path, **how, group=group, pipeline=job.pipeline and group is not None)[0]
 
 
@@ -111,6 +115,9 @@ def made_wrong(what: str) -> Iterator[None]:
 
         with patch.object(SummedProjection, "added", twice):
             yield
+    elif what == "norm":  # of a rank's own heads alone
+        with patch.object(SummedNorm, "squares", lambda self, own: own):
+            yield
     else:
         yield
 
@@ -140,8 +147,10 @@ def run(job: Job, group: mx.distributed.Group) -> tuple[np.ndarray, dict[str, An
     return found, facts
 
 
-def main(folder: Path) -> None:
+def main(name: str) -> None:
+    folder = Path(name)
     group = mx.distributed.init(strict=True, backend="ring")
+    wait_for_others_quietly()
     arrays, facts = {}, {}
     for job in json.loads((folder / "jobs.json").read_text()):
         made = Job(**job)
@@ -152,7 +161,3 @@ def main(folder: Path) -> None:
 
 def write_jobs(folder: Path, jobs: list[Job]) -> None:
     (folder / "jobs.json").write_text(json.dumps([asdict(job) for job in jobs]))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

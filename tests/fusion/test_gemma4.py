@@ -80,11 +80,9 @@ def test_patched_and_back(name: str, form: str) -> None:
         **experts,
         **quantised,
     }
-    assert len(report.tallies["post_norm"].fused) == (0 if name == "a4b" else len(model.layers))
+    assert len(report.tallies["post_norm"].fused) == len(model.layers)
     skipped = {(n, reason) for n, _, reason in report.skipped}
-    beside = {("post_norm", "it has an MLP and experts side by side")} if name == "a4b" else set()
-    dense = {(n, "its experts are SwitchLinear") for n in experts if not quantised}
-    assert skipped == beside | dense
+    assert skipped == {(n, "its experts are SwitchLinear") for n in experts if not quantised}
     assert zoo.apart(zoo.logits(model), want) <= BOUND
     unpatch_model(model)
     assert modules(model) == as_built
@@ -176,3 +174,46 @@ def test_a_gate_that_has_changed_is_used() -> None:
     assert zoo.apart(changed, before) > 1e-3
     unpatch_model(model)
     assert np.array_equal(zoo.logits(model), changed)
+
+
+@pytest.mark.parametrize("name", ["31b", "e4b", "a4b"])
+def test_dispatches(name: str) -> None:
+    """Of a layer with keys and values of its own, and of one without; and of the rest."""
+    model = build(name, "affine4")
+    report = patch_model(model, fuse="all")
+    own = sum(layer.self_attn.has_kv for layer in model.layers)
+    own_layer, layer = {"31b": (10, 0), "e4b": (13, 11), "a4b": (15, 0)}[name]
+    # The embedding and its scale, the first norm, the last one, the head and its cap; of inputs of
+    # layers their rows, their scale, the product and its scale, the norm, and a sum with a scale.
+    rest = 6 + 7 * (name == "e4b")
+    count = own * own_layer + (len(model.layers) - own) * layer + rest
+    assert (report.dispatches or (0, 0))[1] == count
+
+
+def test_a_router_that_has_changed_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernels, which choose experts in one dispatch, and norm what they read in one."""
+    monkeypatch.setenv("MLXFUSE_KERNELS", "emulated")
+    with zoo.uncompiled(), msl.installed(build="fast", lint=False):
+        model = build("a4b", "affine4", num_hidden_layers=1, layer_types=PERIODS[:1])
+        patch_model(model, fuse="all")
+        x, router = mx.array([[1, 2, 3]]), model.layers[0].router
+        launches.clear()
+        before = model(x)
+        assert launches["route"] == 1
+        for change in ("scale", "per_expert_scale", "proj"):
+            if change == "proj":
+                router.proj.weight = router.proj.weight[::-1]
+            else:
+                setattr(router, change, getattr(router, change)[::-1] * 1.5)
+            got = model(x)
+            assert not mx.allclose(got, before, atol=1e-3), change
+            before = got
+        unpatch_model(model)
+        assert zoo.apart(np.array(got), np.array(model(x))) <= BOUND
+        patch_model(model, fuse="all")
+        launches.clear()
+        router.config.top_k_experts = 1
+        got = model(x)
+        assert launches["route"] == 0
+        unpatch_model(model)
+        assert zoo.apart(np.array(got), np.array(model(x))) <= BOUND

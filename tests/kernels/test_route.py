@@ -94,3 +94,21 @@ def test_what_no_kernel_does_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     with msl.installed(build="fast"):
         ids, _ = route(mx.arange(1025.0), 2, whole=True)  # by the reference
     assert ids.tolist() == [1024, 1023]
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
+def test_the_factors_of_experts(dtype: mx.Dtype, kernels: str) -> None:
+    rng = np.random.default_rng(0)
+    logits = mx.array(rng.standard_normal((3, 60))).astype(dtype)
+    factors = mx.array(rng.uniform(0.5, 2, 60)).astype(dtype)
+    plain_ids, plain = route(logits, 5, whole=False)
+    ids, scores = route(logits, 5, whole=False, factors=factors)
+    assert mx.array_equal(ids, plain_ids)
+    want, weights = exact(logits, 5, False)
+    weights = weights * to_float64(factors)[want]
+    assert np.all(np.abs(to_float64(scores) - weights) <= (EPS[dtype] + 2e-6) * weights)
+    reference = KERNEL.reference(logits, 5, False, None, factors)[1]
+    assert np.all(np.abs(to_float64(reference) - weights) <= (EPS[dtype] + 2e-6) * weights)
+    assert not mx.allclose(scores, plain, rtol=1e-2)
+    with pytest.raises(ValueError, match=r"factors: expected \(60,\), found \(59,\)"):
+        route(logits, 5, whole=False, factors=factors[:59])

@@ -224,9 +224,10 @@ def norm(
     options = {"offset": 0.0, "outputs": rms_norm.OUTPUTS, **more}
     others = (after, weight) if options.get("others") else ()
     factor = mx.array([0.5], dtype) if others else None
+    beside = (rms_norm.Post(weight, 1e-4), residual) if others else None
     given = residual if added else None, options["offset"], options["outputs"]
     before = rms_norm.Post(after, 1e-3, 1.0, factor) if post is True else post or None
-    call = rms_norm._Call(x, weight if weighted else None, 1e-5, *given, before, others)
+    call = rms_norm._Call(x, weight if weighted else None, 1e-5, *given, before, others, beside)
     call.check(call.outputs)
     outputs = ("h",) * added + call.outputs + ("others",) * bool(others)
     of = {True: "post ", False: ""}.get(post, "multiplied ")

@@ -149,7 +149,21 @@ _GPT_OSS = (
     + _SHARDED_SUM
 )
 
+# gemma4_text
+_ROUTER = """
+def __call__(self, x):
+    x = mx.fast.rms_norm(x, self.SCALE * self.ROOT, self.EPS)
+    expert_scores = self.PROJ(x)
+    top_k_indices = mx.argpartition(expert_scores, kth=-self.CONFIG.top_k_experts, axis=-1)
+    top_k_indices = mx.stop_gradient(top_k_indices[..., -self.CONFIG.top_k_experts :])
+    top_k_weights = mx.take_along_axis(expert_scores, top_k_indices, axis=-1)
+    top_k_weights = mx.softmax(top_k_weights, axis=-1)
+    top_k_weights = top_k_weights * self.FACTORS[top_k_indices]
+    return top_k_indices, top_k_weights
+"""
+
 MOES: tuple[Body, ...] = (
+    Body("router", _ROUTER, MX),
     *(Body("moe", text, MX, {"whole": True}) for text in (_QWEN3, _QWEN3_NEXT, _QWEN2)),
     Body("moe", _MIXTRAL, MX),
     Body("moe", _GPT_OSS, {**MX, "mlx_topk": "mlx_lm.models.gpt_oss.mlx_topk"}),

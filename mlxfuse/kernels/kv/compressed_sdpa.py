@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import mlx.core as mx
@@ -30,7 +31,15 @@ MAX_PLACES = 16
 # and Ultra chips have some 10, 20, 40 and 80 cores. Not measured on a Mac.
 _THREADGROUPS = {"p": 128, "g": 256, "s": 512, "c": 512, "d": 1024}
 
-Length = mx.array | int | list[int]
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """int32 ``[4]``: rows, tail and sink in use, and left padding, the same for all sequences."""
+
+    array: mx.array
+
+
+Length = mx.array | int | list[int] | Counts
 Quantised = tuple[mx.array, mx.array, mx.array]
 Rows = mx.array | Sequence[mx.array | None] | None
 
@@ -63,7 +72,7 @@ def compressed_sdpa(
             None; or a list of those of each sequence, ``[1, Hkv, capacity, scheme.row_words]``
             or None, of at most `MAX_PLACES` sequences. One dispatch reads them all where they lie.
         length: rows in use: an integer, a list of ``B``, or an integer array of no dimension or
-            ``[B]``.
+            ``[B]``; or `Counts`, which stands for all of these.
         tail: plain keys and values, not rotated, side by side in a row:
             ``[B, Hkv, rows, k_dim + v_dim]`` of the scheme's type; or None.
         tail_length: rows in use, as ``length``.
@@ -208,10 +217,13 @@ def _counts(
         "sink_length": sink,
         "left": 0 if left is None else left,
     }
+    if isinstance(length, Counts):
+        return length.array
     if all(isinstance(n, int) for n in given.values()):
         return constants(tuple(given.values()))
     batch, columns = q.shape[0], []
     for name, value in given.items():
+        assert not isinstance(value, Counts)
         array = (value if isinstance(value, mx.array) else mx.array(value)).reshape(-1)
         if array.shape not in ((1,), (batch,)):
             raise ValueError(f"{name}: expected one number or {batch}, found {array.shape}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import mlx.core as mx
 
@@ -52,6 +53,8 @@ class Scores:
         """With a mask as mlx-lm's models have it: an array, ``"causal"`` or None."""
         if isinstance(mask, mx.array):
             return cls(scale, mask, False, None, softcap, sinks)
+        if sinks is None:
+            return _plain_scores(scale, mask is not None, softcap)
         return cls(scale, None, mask is not None, None, softcap, sinks)
 
     def check(self, shape: tuple[int, ...]) -> None:
@@ -74,6 +77,12 @@ class Scores:
                 )
             if self.mask.dtype not in (mx.bool_, *FLOATS):
                 raise ValueError(f"mask: expected bool or floating point, found {self.mask.dtype}")
+
+
+@lru_cache(maxsize=256)
+def _plain_scores(scale: float, causal: bool, softcap: float | None) -> Scores:
+    """One object for equal ones, which every layer asks for at every token."""
+    return Scores(scale, None, causal, None, softcap)
 
 
 @dataclass(frozen=True, slots=True)

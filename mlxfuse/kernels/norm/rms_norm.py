@@ -60,6 +60,7 @@ def rms_norm(
     outputs: Collection[str] = ("y",),
     post: Post | float | None = None,
     others: tuple[mx.array, ...] = (),
+    beside: tuple[Post, mx.array] | None = None,
 ) -> NormResult:
     """``y = h / sqrt(mean(h^2) + eps) * (offset + weight)`` with ``h = x + residual``.
 
@@ -83,12 +84,14 @@ def rms_norm(
         post: what is done to x before the residual is added, which there must be.
         others: weights ``[K]``, each of which takes the place of ``weight`` in another y; y is
             asked for then.
+        beside: a norm of x and what is added to it, of the shape of x, before all else; with a
+            `Post` only. The norm and the sum are rounded to T.
 
     Raises:
         ValueError: arguments that do not fit together.
     """
     asked = tuple(o for o in OUTPUTS if o in outputs)
-    call = _Call(x, weight, eps, residual, offset, asked, post, others)
+    call = _Call(x, weight, eps, residual, offset, asked, post, others, beside)
     call.check(outputs)
     got = dict(zip(call.names, KERNEL(call), strict=True))
     int8 = None
@@ -110,6 +113,7 @@ class _Call:
     outputs: tuple[str, ...]
     post: Post | float | None = None
     others: tuple[mx.array, ...] = ()
+    beside: tuple[Post, mx.array] | None = None
 
     @property
     def columns(self) -> int:
@@ -126,6 +130,8 @@ class _Call:
         found = {"residual": self.residual, "weight": self.weight}
         if isinstance(self.post, Post):
             found |= {"post": self.post.weight, "factor": self.post.factor}
+        if self.beside is not None:
+            found |= {"aside": self.beside[0].weight, "beside": self.beside[1]}
         return {n: a for n, a in found.items() if a is not None} | self.weights
 
     @property
@@ -148,6 +154,10 @@ class _Call:
         for weight in (self.weight, *self.others):
             if weight is not None and weight.shape != (self.columns,):
                 raise ValueError(f"weight: expected ({self.columns},), found {weight.shape}")
+        if self.beside is not None and not isinstance(self.post, Post):
+            raise ValueError("beside: expected a norm as post")
+        if self.beside is not None and self.beside[1].shape != x.shape:
+            raise ValueError(f"beside: expected {x.shape}, found {self.beside[1].shape}")
         if self.others and "y" not in outputs:
             raise ValueError("others: expected y among the outputs")
         if self.residual is not None and self.residual.shape != x.shape:
@@ -198,7 +208,7 @@ def _launch(call: _Call) -> Launch:
     whole = call.columns % 4 == 0
     return Launch(
         program=_program(pieces, whole, ("x", *given), call.names, isinstance(call.post, float)),
-        arrays=(x, *given.values(), *_numbers(call.columns, call.eps, call.offset, call.post)),
+        arrays=(x, *given.values(), *_numbers(call)),
         grid=(x.size // call.columns * threads, 1, 1),
         threadgroup=(threads, 1, 1),
         template=(("T", x.dtype),),
@@ -214,11 +224,50 @@ def _constants(columns: int, *numbers: float) -> tuple[mx.array, mx.array]:
     return arrays
 
 
-def _numbers(
-    columns: int, eps: float, offset: float, post: Post | float | None
-) -> tuple[mx.array, mx.array]:
+def _numbers(call: _Call) -> tuple[mx.array, mx.array]:
+    post = call.post
     more = (post.eps, post.offset) if isinstance(post, Post) else (post,)
-    return _constants(columns, eps, offset, *(() if post is None else more))
+    first = () if call.beside is None else (call.beside[0].eps, call.beside[0].offset)
+    numbers = () if post is None else (*more, *first)
+    return _constants(call.columns, call.eps, call.offset, *numbers)
+
+
+def _before_the_norm(
+    held: str, moved: str, inputs: tuple[str, ...], multiplied: bool
+) -> tuple[list[str], list[str]]:
+    """Statements that make h of x, and the sections that they need.
+
+    Args:
+        held, moved: template arguments of what computes, and of what loads and stores.
+    """
+    lines, sections = list[str](), list[str]()
+    weigh = f"weight_row<{moved}>"
+    if "beside" in inputs:
+        sections += ["weighted", "add"]
+        lines += [
+            "threadgroup float start[8];",
+            f"const float first_scale = inverse_rms<{held}>(v, row, numbers[4], start);",
+            f"{weigh}(aside, numbers[5], row, first_scale, v);",
+            f"add_row<{moved}>(beside, row, v);",
+        ]
+    if "post" in inputs:
+        sections += ["weighted"]
+        lines += [
+            "threadgroup float before[8];",
+            f"const float scale = inverse_rms<{held}>(v, row, numbers[2], before);",
+            f"{weigh}(post, numbers[3], row, scale, v);",
+        ]
+    if multiplied:
+        sections += ["plain"]
+        lines += [f"scale_row<{held}>(float(static_cast<T>(numbers[2])), v);"]
+    if "residual" in inputs:
+        sections += ["add"]
+        lines += [f"add_row<{moved}>(residual, row, v);"]
+        if "factor" in inputs:
+            sections += ["plain"]
+            lines += [f"scale_row<{held}>(float(factor[0]), v);"]
+        lines += [f"store_row<{moved}>(v, row, h);"]
+    return lines, sections
 
 
 @cache
@@ -241,23 +290,8 @@ def _program(
         f"load_row<{moved}>(x, row, v);",
     ]
     weigh = f"weight_row<{moved}>"
-    if "post" in inputs:
-        sections += ["weighted"]
-        lines += [
-            "threadgroup float before[8];",
-            f"const float scale = inverse_rms<{held}>(v, row, numbers[2], before);",
-            f"{weigh}(post, numbers[3], row, scale, v);",
-        ]
-    if multiplied:
-        sections += ["plain"]
-        lines += [f"scale_row<{held}>(float(static_cast<T>(numbers[2])), v);"]
-    if "residual" in inputs:
-        sections += ["add"]
-        lines += [f"add_row<{moved}>(residual, row, v);"]
-        if "factor" in inputs:
-            sections += ["plain"]
-            lines += [f"scale_row<{held}>(float(factor[0]), v);"]
-        lines += [f"store_row<{moved}>(v, row, h);"]
+    before, needed = _before_the_norm(held, moved, inputs, multiplied)
+    lines, sections = lines + before, sections + needed
     if outputs != ("h",):
         lines += [f"const float inverse = inverse_rms<{held}>(v, row, numbers[0], partial);"]
         for name in (name for name in outputs if name.startswith("y_")):
@@ -286,6 +320,8 @@ def _program(
 
 def _reference(call: _Call) -> list[mx.array]:
     h = call.x
+    if call.beside is not None:
+        h = _normed(call, h, *call.beside[0][:3]) + call.beside[1]
     if isinstance(call.post, Post):
         h = _normed(call, h, *call.post[:3])
     elif call.post is not None:
@@ -325,6 +361,9 @@ def _small(call: _Call) -> tuple[_Call]:
     if isinstance(call.post, Post):
         factor = None if call.post.factor is None else draw(1)
         small = replace(small, post=call.post._replace(weight=draw(call.columns), factor=factor))
+    if call.beside is not None:
+        first = call.beside[0]._replace(weight=draw(call.columns))
+        small = replace(small, beside=(first, draw(*shape)))
     return (replace(small, others=tuple(draw(call.columns) for _ in call.others)),)
 
 

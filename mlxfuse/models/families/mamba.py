@@ -14,10 +14,14 @@ from ..table import OUTER, Architecture, Config, Weight
 from .llama import GRANITE
 
 
-def mixer(path: str, norm: bool = True) -> dict[str, Weight]:
-    """A Mamba-2 mixer below a layer; the rows of its input are z, x, B, C and dt in both."""
+def mixer(path: str, wide: bool = False) -> dict[str, Weight]:
+    """A Mamba-2 mixer below a layer; the rows of its input are z, x, B, C and dt in both.
+
+    Args:
+        wide: its norm, if it has one, is over all groups of heads together.
+    """
     heads = ("ssm_heads",)
-    gated = Weight(f"{path}.norm", ("ssm_inner",), optional=not norm)
+    gated = Weight(f"{path}.norm", ("ssm_width" if wide else "ssm_inner",), optional=wide)
     return {
         "ssm_in": Weight(f"{path}.in_proj", ("ssm_in", "embd"), "optional"),
         "ssm_conv1d": Weight(f"{path}.conv1d", ("ssm_conv", "kernel"), "optional"),
@@ -43,7 +47,10 @@ def mamba(key: Keys, config: Config) -> Config:
     conv = inner + 2 * groups * state
     sizes = {
         "ssm_inner": inner,
+        "ssm_width": inner,
         "ssm_heads": heads,
+        "ssm_groups": groups,
+        "ssm_bc": groups * state,
         "ssm_conv": conv,
         "ssm_in": inner + conv + heads,
         "kernel": kernel,
@@ -109,10 +116,7 @@ def _nemotron_h(key: Keys, config: Config) -> Config:
         kinds.append("" if kv_heads else "experts" if routed else "mlp" if width else "mamba")
     letters = {"": "*", "experts": "E", "mlp": "-", "mamba": "M"}
     latent = key("moe_latent_size", int, 0)
-    groups, conv = key.count("ssm.group_count"), config.sizes["ssm_conv"]
     sizes = {
-        "ssm_groups": groups,
-        "ssm_bc": (conv - config.sizes["ssm_inner"]) // 2,
         "expert_in": latent or config.sizes["embd"],
         "latent": latent,
     }
@@ -240,7 +244,7 @@ ROWS = (
             # llama.cpp's converter leaves the suffix off.
             "ffn_norm": Weight("pre_ff_layernorm", ("embd",), suffix=""),
             **attention("optional", "optional"),
-            **mixer("mamba", norm=False),
+            **mixer("mamba", wide=True),
             "ffn_gate": Weight("feed_forward.gate_proj", ("ff", "embd"), "optional"),
             "ffn_up": Weight("feed_forward.up_proj", ("ff", "embd"), "optional"),
             "ffn_down": Weight("feed_forward.down_proj", ("embd", "ff"), "optional"),

@@ -21,15 +21,15 @@ _NORM = {"attn_norm": Weight("norm", ("embd",))}
 
 def _selective(path: str) -> dict[str, Weight]:
     """A mixer of the first kind: a channel has states of its own, and a time step."""
-    channels, states = ("ssm_inner",), ("ssm_inner", "ssm_columns")
+    channels, states = ("ssm_channels",), ("ssm_channels", "ssm_columns")
     return {
-        "ssm_in": Weight(f"{path}.in_proj", ("ssm_in", "embd")),
-        "ssm_conv1d": Weight(f"{path}.conv1d", ("ssm_inner", "kernel"), "required"),
-        "ssm_x": Weight(f"{path}.x_proj", ("ssm_x", "ssm_inner")),
-        "ssm_dt": Weight(f"{path}.dt_proj", ("ssm_inner", "ssm_rank"), "required"),
+        "ssm_in": Weight(f"{path}.in_proj", ("ssm_xz", "embd")),
+        "ssm_conv1d": Weight(f"{path}.conv1d", ("ssm_channels", "kernel"), "required"),
+        "ssm_x": Weight(f"{path}.x_proj", ("ssm_x", "ssm_channels")),
+        "ssm_dt": Weight(f"{path}.dt_proj", ("ssm_channels", "ssm_rank"), "required"),
         "ssm_a": Weight(f"{path}.A_log", states, bare=True, suffix="", float32=True, log=True),
         "ssm_d": Weight(f"{path}.D", channels, bare=True, suffix="", float32=True),
-        "ssm_out": Weight(f"{path}.out_proj", ("embd", "ssm_inner")),
+        "ssm_out": Weight(f"{path}.out_proj", ("embd", "ssm_channels")),
     }
 
 
@@ -37,10 +37,10 @@ def _sizes(key: Keys, config: Config) -> dict[str, int]:
     inner, state = key.count("ssm.inner_size"), key.count("ssm.state_size")
     rank, kernel = key.count("ssm.time_step_rank"), key.count("ssm.conv_kernel")
     return {
-        "ssm_inner": inner,
+        "ssm_channels": inner,
         "ssm_columns": state,
         "ssm_rank": rank,
-        "ssm_in": 2 * inner,
+        "ssm_xz": 2 * inner,
         "ssm_x": rank + 2 * state,
         "kernel": kernel,
         # The last inputs of the convolution in float16, and float32 states of each channel.
@@ -57,7 +57,7 @@ def _recurrent(config: Config) -> Config:
 def _mamba1(key: Keys, config: Config) -> Config:
     sizes = _sizes(key, config)
     args = {
-        "intermediate_size": sizes["ssm_inner"],
+        "intermediate_size": sizes["ssm_channels"],
         "state_size": sizes["ssm_columns"],
         "time_step_rank": sizes["ssm_rank"],
         "conv_kernel": sizes["kernel"],
@@ -94,10 +94,10 @@ def _jamba(key: Keys, config: Config) -> Config:
             f"{key.name} whose layers are all of one kind: {key.name}.attention.head_count_kv is "
             f"{counts[:8]}; expected 0 for the layers with a mixer, and heads for those that attend"
         )
-    if sizes["ssm_inner"] % config.sizes["embd"]:
+    if sizes["ssm_channels"] % config.sizes["embd"]:
         raise GGUFError(
             key.file.path,
-            f"{key.name}.ssm.inner_size is {sizes['ssm_inner']}; expected a multiple of "
+            f"{key.name}.ssm.inner_size is {sizes['ssm_channels']}; expected a multiple of "
             f"embedding_length, {config.sizes['embd']}",
         )
     routed = with_router(key, layers)
@@ -111,7 +111,7 @@ def _jamba(key: Keys, config: Config) -> Config:
         "mamba_d_conv": sizes["kernel"],
         "mamba_d_state": sizes["ssm_columns"],
         "mamba_dt_rank": sizes["ssm_rank"],
-        "mamba_expand": sizes["ssm_inner"] // config.sizes["embd"],
+        "mamba_expand": sizes["ssm_channels"] // config.sizes["embd"],
         "num_experts": config.sizes.get("experts", 0),
         "num_experts_per_tok": config.args.get("num_experts_per_tok", 0),
     }

@@ -22,12 +22,13 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache, RotatingKVCache, create_attention_mask
 
-from ...kernels.kv.compressed_sdpa import MAX_QUERIES, compressed_sdpa
+from ...kernels.kv.compressed_sdpa import MAX_QUERIES
 from ...kernels.kv.dequantize_kv import dequantize_kv
 from ...kernels.kv.quantize_kv import quantize_kv
 from ...kernels.kv.scheme import KVScheme, KVSide
 from ...kernels.kv.sdpa_call import Scores
 from ..sdpa import Mask, heads_in_turn
+from .kept import Kept, kept_sdpa
 
 Pair = tuple[mx.array, mx.array]
 
@@ -70,6 +71,7 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
         self.offset = 0
         self._first = keep  # position of the first row
         self._sealed = 0  # rows in use
+        self._kept = Kept()
 
     # --- mlx-lm's contract ----------------------------------------------------------------
 
@@ -96,6 +98,7 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
         self.sink, self.rows, self.tail, self.offset, self._first, self._sealed = state[:6]
         self.k_bits, self.v_bits, self.group_size, self.rotate, self.keep, self.window = state[6:12]
         self.scheme, (k_dim, v_dim) = None, state[12:]
+        self._kept = Kept()
         plain = self.tail if self.tail is not None else self.sink
         if plain is not None:
             self.scheme = self._scheme(k_dim, v_dim, plain.dtype)
@@ -197,15 +200,18 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
             mask = self._all_columns(self.mask_array(length, self.window))
         elif not scores.causal:
             window = self.window
-        causal = scores.causal and mask is None
-        output, plain = compressed_sdpa(
+        if mask is not scores.mask or window is not None:
+            causal = scores.causal and mask is None
+            scores = Scores(scores.scale, mask, causal, window, scores.softcap, scores.sinks)
+        output, plain = kept_sdpa(
+            self._kept,
             queries,
             scheme,
             self.rows,
             self._sealed,
             self.tail,
             self._tail_length,
-            scores=Scores(scores.scale, mask, causal, window, scores.softcap, scores.sinks),
+            scores=scores,
             sink=self.sink,
             sink_length=min(self.offset, self.keep),
             fresh=(keys.astype(scheme.dtype), values.astype(scheme.dtype)),

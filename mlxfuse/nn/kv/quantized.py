@@ -13,10 +13,14 @@ import mlx.core as mx
 from mlx_lm.models.cache import QuantizedKVCache
 
 from ...kernels import backend
-from ...kernels.kv.compressed_sdpa import MAX_QUERIES, quantized_sdpa, refuse_plain
+from ...kernels.kv.compressed_sdpa import MAX_QUERIES, refuse_plain
 from ...kernels.kv.sdpa_call import Scores
 from ..sdpa import heads_in_turn
 from .cache import CompressedKVCache, Pair
+from .kept import Kept, kept_quantized_sdpa
+
+# Layers whose caches are alike take turns.
+_KEPT = Kept()
 
 
 def attends(cache: Any) -> bool:
@@ -43,8 +47,14 @@ def attend(
     how = {"group_size": cache.group_size, "bits": cache.bits}
     few = queries.shape[2] <= MAX_QUERIES
     if few and backend().takes("compressed_sdpa", refuse_plain(keys, values)):
-        return quantized_sdpa(
-            queries, tuple(cache.keys), tuple(cache.values), cache.offset, scores=scores, **how
+        return kept_quantized_sdpa(
+            _KEPT,
+            queries,
+            tuple(cache.keys),
+            tuple(cache.values),
+            cache.offset,
+            scores=scores,
+            **how,
         )
 
     def held(heads: slice) -> Pair:

@@ -144,6 +144,14 @@ def test_a_factor_of_the_sum_and_other_weights(dtype: mx.Dtype, kernels: str) ->
         for y, weight in zip((got.y, *got.others), weights, strict=True):
             assert mx.array_equal(y, rms_norm(want, weight, EPS).y)
         assert not mx.array_equal(got.y, got.others[0])
+        # What is added to a norm of x before all else.
+        first, aside = Post(weights[2], 1e-4, 1.0), x * 0.5
+        sums = rms_norm(x, first.weight, 1e-4, offset=1.0).y + aside
+        both = rms_norm(x, weights[0], EPS, beside=(first, aside), **options)
+        for name in ("h", "y"):
+            one = getattr(rms_norm(sums, weights[0], EPS, **options), name)
+            assert mx.array_equal(getattr(both, name), one)
+            assert not mx.array_equal(one, getattr(got, name))
         plain = rms_norm(x, weights[0], EPS, offset=1.0, others=(weights[1],))
         assert mx.array_equal(plain.others[0], rms_norm(x, weights[1], EPS, offset=1.0).y)
         assert plain.h is None
@@ -153,6 +161,10 @@ def test_a_factor_of_the_sum_and_other_weights(dtype: mx.Dtype, kernels: str) ->
         rms_norm(x, after, EPS, residual=residual, post=post, outputs=(), others=(after,))
     with pytest.raises(ValueError, match=r"weight: expected \(576,\), found \(31,\)"):
         rms_norm(x, after, EPS, others=(after[:31],))
+    with pytest.raises(ValueError, match="beside: expected a norm as post"):
+        rms_norm(x, after, EPS, beside=(first, aside))
+    with pytest.raises(ValueError, match=r"beside: expected .*, found"):
+        rms_norm(x, after, EPS, beside=(first, aside[:1]), **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
