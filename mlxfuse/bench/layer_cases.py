@@ -21,6 +21,7 @@ from ..kernels.norm.norm_rope import RopeOptions, norm_rope
 from ..kernels.norm.quantize_int8 import quantize_int8
 from ..kernels.norm.rms_norm import rms_norm
 from ..kernels.route import route
+from ..kernels.route_sigmoid import SigmoidOptions, route_sigmoid
 from ..kernels.ssm_step import ssm_step
 from .case import Case, Sizes, normal, plural
 
@@ -112,6 +113,22 @@ def router(sizes: Sizes) -> Iterator[Case]:
             [partial(route, given[0], chosen, whole=False, gate=given[1])] * repeat,
             [partial(theirs, *given)] * repeat,
         )
+        how = SigmoidOptions(chosen, 2, 1, eps=1e-20, scale=2.5)
+        bias = mx.linspace(-1, 1, number)
+        yield Case(
+            f"router of {number} by sigmoids, {plural(rows, 'row')}",
+            "the same with an operation at a time",
+            [partial(route_sigmoid, given[0], bias, how)] * repeat,
+            [partial(by_sigmoids, given[0], bias, how)] * repeat,
+        )
+
+
+def by_sigmoids(logits: mx.array, bias: mx.array, how: SigmoidOptions) -> list[mx.array]:
+    """`route_sigmoid` by MLX's operations, without groups."""
+    weights = mx.sigmoid(logits.astype(mx.float32))
+    ids = mx.argpartition(-(weights + bias), kth=how.count - 1, axis=-1)[..., : how.count]
+    scores = mx.take_along_axis(weights, ids, axis=-1)
+    return [ids, scores / (scores.sum(-1, keepdims=True) + how.eps) * how.scale]
 
 
 def recurrent(sizes: Sizes) -> Iterator[Case]:

@@ -163,6 +163,34 @@ def test_a_layer_of_a_delta_net(name: str, net: int, attention: int) -> None:
     assert before > 2 * after
 
 
+@pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v3", "dots1", "exaone_moe"])
+def test_a_router_of_sigmoids(name: str) -> None:
+    """One dispatch behind its product, and no addition beside it; it is the router as it is now."""
+    model = zoo.build(name, "affine4")
+    want = zoo.logits(model)
+    patch_model(model, fuse="all")
+    cache = make_prompt_cache(model)
+    with using(Counting(Counter())):
+        mx.eval(model(mx.array([[1, 2]]), cache=cache))
+        found = dispatches(lambda: model(mx.array([[3]]), cache=cache))
+    routers = [layer.mlp.gate for layer in model.layers if "gate" in layer.mlp]
+    assert found["route"] == len(routers) == 3
+    assert not {"Add", "ArgPartition", "Compiled", "Sigmoid", "Sum"} & set(found)
+    assert zoo.apart(zoo.logits(model), want) < 1e-5
+    last = want
+    for change in (
+        lambda gate: setattr(gate, "e_score_correction_bias", -gate.e_score_correction_bias),
+        lambda gate: setattr(gate, "routed_scaling_factor", gate.routed_scaling_factor * 2),
+    ):
+        for gate in routers:
+            change(gate)
+        changed = zoo.logits(model)
+        assert zoo.apart(changed, last) > 1e-3
+        last = changed
+    unpatch_model(model)
+    assert zoo.apart(last, zoo.logits(model)) < 1e-5
+
+
 def test_granites_experts_are_chosen_by_a_module_of_their_own() -> None:
     """As that module says now, and by no other in its place."""
     model = zoo.build("granitemoe", "affine4")

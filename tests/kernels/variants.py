@@ -11,7 +11,7 @@ import numpy as np
 
 from mlxfuse.bench.cases import sample
 from mlxfuse.formats import BY_NAME
-from mlxfuse.kernels import causal_conv, delta_step, route, ssm_step
+from mlxfuse.kernels import causal_conv, delta_step, route, route_sigmoid, ssm_step
 from mlxfuse.kernels.activations import Int8Activations
 from mlxfuse.kernels.kv import dequantize_kv, quantize_kv
 from mlxfuse.kernels.kv.compressed_sdpa import compressed_sdpa
@@ -292,6 +292,8 @@ def norms() -> Iterator[Variant]:
     logits, gate = _normal(half, (2, 128), (2, 1))
     yield Variant("route 128", route.KERNEL, (logits, 8, False, gate))
     (logits,) = _normal(single, (2, 300))
+    how = route_sigmoid.SigmoidOptions(5, 6, 2, scale=2.5)
+    yield Variant("route 300 by sigmoids", route_sigmoid.KERNEL, (logits, logits[0], how))
     yield Variant("route 300 whole", route.KERNEL, (logits, 5, True, None))
     x, state, weight = _normal(half, (2, 3, 40), (2, 3, 40), (40, 4))
     lengths = mx.array([3, 1])
