@@ -93,12 +93,12 @@ _UPDATE = {"ssm_update": "mlx_lm.models.ssm.ssm_update"}
 # Of a mixer's methods, those that are known.
 MIXER: dict[str, tuple[Body, ...]] = {
     "__call__": (
-        Body("mamba2", _CALL, MX),
-        Body("mamba2", _NAMED, MX),
+        Body("mixer", _CALL, MX),
+        Body("mixer", _NAMED, MX),
     ),
-    "_conv": (Body("mamba2", _CONV, MX | NN),),
+    "_conv": (Body("mixer", _CONV, MX | NN),),
     "_ssm": tuple(
-        Body("mamba2", _SHAPED + text + _KEPT, _UPDATE) for text in (_STATE, _LENGTHS, _AS_IT_IS)
+        Body("mixer", _SHAPED + text + _KEPT, _UPDATE) for text in (_STATE, _LENGTHS, _AS_IT_IS)
     ),
 }
 MAMBAS: tuple[Body, ...] = (
