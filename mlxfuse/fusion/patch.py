@@ -76,6 +76,7 @@ def patch_model(
             faster, which so far is nowhere; ``off`` never does. It costs some quality.
         kv_bits: let mlx-lm make compressed key-value caches for the model: 8 or 4, or keys and
             values apart as in ``k8v4``; None for plain ones, also if they were compressed before.
+            mlx-lm's own quantised caches, of its ``kv_bits``, are read by a kernel in any case.
         kv_group_size: values of a head that share a scale: 32, 64 or 128.
         kv_layers: ``all``, or ``full`` to leave layers with a sliding window plain.
         check: compare the patched model's logits with the unpatched one's on a random prompt, with

@@ -32,7 +32,7 @@ from mlxfuse.bench.cases import Sizes, cases
 from mlxfuse.bench.static import TABLE, digest, resident
 from mlxfuse.files import write_text
 from mlxfuse.formats import BY_NAME, Format
-from mlxfuse.kernels.kv.compressed_sdpa import compressed_sdpa
+from mlxfuse.kernels.kv.compressed_sdpa import compressed_sdpa, quantized_sdpa
 from mlxfuse.kernels.kv.scheme import KVScheme, KVSide
 from mlxfuse.kernels.kv.sdpa_call import Scores
 from mlxfuse.kernels.matmul.product import Call, Epilogue
@@ -104,6 +104,21 @@ def attention(
     return launch
 
 
+def quantized_attention(rows: int, bits: int) -> Launch:
+    """A decoded token's over arrays of `mx.quantize`, as mlx-lm's caches hold them."""
+    held = mx.quantize(mx.zeros((1, 1, 96, 128), HALF), group_size=64, bits=bits)
+    ((kernel, arguments),) = calls(
+        lambda: quantized_sdpa(
+            *(mx.zeros((1, rows, 1, 128), HALF), held, held, 96),
+            group_size=64,
+            bits=bits,
+            scores=Scores(1.0, causal=False),
+        )
+    )
+    launch: Launch = kernel.launch(*arguments)
+    return launch
+
+
 def product(name: str, rows: int, *, gated: bool = False, variant: str = "") -> Launch:
     """``rows`` rows of x times a weight; gate and up at once where ``gated``."""
     parts = [Part(segment(name, 32, 512), 0, 32) for _ in range(1 + gated)]
@@ -140,6 +155,9 @@ def programs(formats: list[Format]) -> Iterator[tuple[str, Launch]]:
     for dim in _DIMS:
         for rows in (1, 4, 8, 32):
             yield f"compressed_sdpa k8v4 {dim} rows {rows}", attention(rows, dim)
+    for bits, rows in ((8, 1), (8, 4), (8, 8), (4, 4)):
+        launch = quantized_attention(rows, bits)
+        yield f"compressed_sdpa mlx-lm's {bits} bits 128 rows {rows}", launch
 
 
 def figures(launch: Launch, *, run: bool = True) -> Figures:

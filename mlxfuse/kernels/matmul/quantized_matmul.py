@@ -56,9 +56,7 @@ def quantized_matmul(
     Products are summed in float32 and the epilogue is computed in float32 from the unrounded
     sums; the result is rounded once. More than `MAX_BATCH` rows are multiplied in tiles, which
     round weights to ``x.dtype`` by up to half a unit in the last place; `shapes.ROUTES` says from
-    how many rows on MLX multiplies, which rounds the sums to that type too. Before an activation,
-    which makes more of an error, bfloat16 products are float32 there; not those of MLX's own
-    weights, which are as MLX-LM has them.
+    how many rows on MLX multiplies, which rounds the sums to that type too, as MLX-LM has them.
 
     Args:
         x: ``[..., K]``, float16, bfloat16 or float32.
@@ -239,15 +237,14 @@ def _dense(call: Call[mx.array], *, dequantized: bool = False) -> list[mx.array]
             of = mx.arange(ids.size) if few else ids
             y = mx.gather_mm(rows_of_x[:, None], w.swapaxes(-1, -2), rhs_indices=of)[:, 0]
         elif dequantized:
-            activated = call.epilogue.activation is not None
-            y = _product(x, segment.take(rows), activated).astype(mx.float32)
+            y = _product(x, segment.take(rows)).astype(mx.float32)
         else:
             y = x.astype(mx.float32) @ decode(segment.take(rows)).T
         columns.append(y)
     return finish(call, columns)
 
 
-def _product(x: mx.array, segment: AnySegment, activated: bool) -> mx.array:
+def _product(x: mx.array, segment: AnySegment) -> mx.array:
     if isinstance(segment, AffineSegment):
         return mx.quantized_matmul(
             x,
@@ -259,8 +256,6 @@ def _product(x: mx.array, segment: AnySegment, activated: bool) -> mx.array:
             bits=segment.bits,
             mode=segment.mode,
         )
-    if activated and x.dtype == mx.bfloat16:
-        x = x.astype(mx.float32)
     return x @ dequantize(segment, dtype=x.dtype).T
 
 

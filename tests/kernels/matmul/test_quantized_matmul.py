@@ -263,32 +263,38 @@ def test_parts_of_one_format_may_lie_apart(name: str, m: int, kernels: str) -> N
     assert_close(got, want, np.zeros(()), mx.float32)
 
 
+def stock(x: mx.array, parts: list[np.ndarray], activation: str) -> np.ndarray:
+    """As MLX-LM computes it: everything is rounded to x's type."""
+    v = [x @ mx.array(w).astype(x.dtype).T for w in parts]
+    if activation == "swiglu_clipped":
+        gate, up = mx.minimum(v[0], 7), mx.clip(v[1], -7, 7)
+        return to_float64((up + 1) * gate * mx.sigmoid(1.702 * gate))
+    act = {"silu": nn.silu, "gelu": nn.gelu, "gelu_tanh": nn.gelu_approx, "relu2": nn.relu2}
+    y = act[GATED.get(activation, activation)](v[0])
+    return to_float64(y * v[1] if activation in GATED else y)
+
+
 @pytest.mark.parametrize("dtype", list(NMSE), ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_after_many_rows(
     activation: str, dtype: mx.Dtype, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MLX multiplies; what it rounds must not show after the activation."""
+    """MLX multiplies, and rounds; no further from the exact result than MLX-LM's operations."""
     every_prompt("dequantize", monkeypatch)
     found = joined(("Q4_K", "Q4_K"), (150, 150), 4096)
     parts = found.parts if activation in GATED else [np.concatenate(found.parts)]
     x = scaled(random_x(40, 4096, dtype), parts, None)
     (want,) = activated(activation, sums(x, parts))
     (got,) = quantized_matmul(x, found.weight, activation=activation)
-    assert_close(got, want, np.zeros(()), dtype)
 
+    def error(y: np.ndarray) -> float:
+        return float(np.sum((y - want) ** 2) / np.sum(want**2))
 
-def test_activations_of_rounded_sums_are_not_good_enough(
-    kernels: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Control for the test above: all in bfloat16."""
-    every_prompt("dequantize", monkeypatch)
-    found = joined(("Q4_K",), (300,), 4096)
-    x = scaled(random_x(40, 4096, mx.bfloat16), found.parts, None)
-    (y,) = quantized_matmul(x, found.weight)
-    (want,) = activated("relu2", sums(x, found.parts))
-    with pytest.raises(AssertionError):
-        assert_close(mx.square(mx.maximum(y, 0)), want, np.zeros(()), mx.bfloat16)
+    assert got.dtype == dtype
+    assert error(to_float64(got)) <= (2 if dtype == mx.bfloat16 else 1) * NMSE[dtype]
+    if dtype == mx.bfloat16:
+        most = 0.95 if activation in GATED else 1.0  # a square is rounded once by both
+        assert error(to_float64(got)) <= most * error(stock(x, parts, activation))
 
 
 # Rows, columns and SIMD-groups of a tile; M, N and K.
