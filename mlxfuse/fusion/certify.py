@@ -20,10 +20,11 @@ from ..errors import NotFusible
 from .bodies.attentions import ATTENTIONS
 from .bodies.delta_nets import DELTA_NETS
 from .bodies.layers import LAYERS
+from .bodies.mambas import MAMBAS
 from .bodies.mlps import BODIES, Body
 from .bodies.moes import MOES
 
-KNOWN = (*ATTENTIONS, *BODIES, *LAYERS, *MOES, *DELTA_NETS)
+KNOWN = (*ATTENTIONS, *BODIES, *LAYERS, *MOES, *DELTA_NETS, *MAMBAS)
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,26 @@ def _function(cls: type[nn.Module], found: Any, name: str, kind: str) -> Body:
     raise NotFusible(f"{_name(cls)}.__call__ has another {name}")
 
 
+def certify_method(cls: type[nn.Module], name: str, bodies: Iterable[Body]) -> None:
+    """Whether the method, the class's own or inherited, is one of the bodies.
+
+    Raises:
+        NotFusible: it is none.
+    """
+    method, which = getattr(cls, name, None), f"{_name(cls)}.{name}"
+    if not inspect.isfunction(method) or method.__closure__ or hasattr(method, "__wrapped__"):
+        raise NotFusible(f"{which} is no plain method")
+    found = _parsed(cls, method)
+    for body in bodies:
+        if unify(_known(body.source), found) is None:
+            continue
+        for known, path in body.names.items():
+            if method.__globals__.get(known) is not _resolve(path):
+                raise NotFusible(f"{which} has another {known}")
+        return
+    raise NotFusible(f"{which} is not a body that is known")
+
+
 def is_known(cls: type[nn.Module], kind: str) -> bool:
     """Whether `certify` finds a body."""
     try:
@@ -117,16 +138,17 @@ def _matching(found: ast.FunctionDef, kind: str) -> Match | None:
 
 def _parsed(cls: type[nn.Module], call: Callable[..., Any]) -> ast.FunctionDef:
     """The class's own plain method."""
+    name = f"{_name(cls)}.{call.__name__}"
     try:
         text = textwrap.dedent(inspect.getsource(call.__code__))
     except (OSError, TypeError) as error:
-        raise NotFusible(f"{_name(cls)}.__call__ has no source") from error
+        raise NotFusible(f"{name} has no source") from error
     if not text.startswith("def "):
-        raise NotFusible(f"{_name(cls)}.__call__ is no plain method")
+        raise NotFusible(f"{name} is no plain method")
     try:
         return parse(text)
     except SyntaxError as error:
-        raise NotFusible(f"{_name(cls)}.__call__ has no source") from error
+        raise NotFusible(f"{name} has no source") from error
 
 
 def _resolve(path: str) -> object:
