@@ -61,7 +61,9 @@ def _leave() -> NoReturn:
 def unexpected(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
-    """The hook for what is not an error of ours: one line, exit code 1."""
+    """The hook for what is not an error of ours: one line, exit code 1; none after Ctrl-C."""
+    if issubclass(kind, KeyboardInterrupt):
+        _leave()
     where = traceback.extract_tb(trace)[-1] if trace else None
     place = f" ({Path(where.filename).name}:{where.lineno})" if where else ""
     fail(f"{kind.__name__}: {error}{place}; --debug shows the traceback", errors())

@@ -50,7 +50,7 @@ def of_layer(model: nn.Module) -> Counter[str]:
     """Dispatches of the first layer, for one token and a cache that has some."""
     cache = make_prompt_cache(model)
     for tokens in ([[1, 2, 3]], [[4]]):  # a sliding cache takes its memory with the first one
-        mx.eval(model(mx.array(tokens), cache=cache))
+        mx.eval(model(mx.array(tokens), cache=cache), [c.state for c in cache])
     hidden = mx.zeros((1, 1, model.args.hidden_size), model(mx.array([[1]])).dtype)
     mx.eval(hidden)
     return dispatches(lambda: model.layers[0](hidden, None, cache[0]))

@@ -41,6 +41,7 @@ def cases(sizes: Sizes, formats: Sequence[Format] | None = None) -> Iterator[Cas
     yield from layer_cases.router(sizes)
     yield from layer_cases.recurrent(sizes)
     yield from layer_cases.delta_net(sizes)
+    yield from layer_cases.mamba(sizes)
     yield from layer_cases.attention(sizes)
 
 

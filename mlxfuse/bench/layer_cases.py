@@ -16,10 +16,13 @@ from ..kernels.kv.dequantize_kv import dequantize_kv
 from ..kernels.kv.quantize_kv import quantize_kv
 from ..kernels.kv.scheme import KVScheme, KVSide
 from ..kernels.kv.sdpa_call import Scores
+from ..kernels.norm.gated_norm import gated_norm
 from ..kernels.norm.norm_rope import RopeOptions, norm_rope
 from ..kernels.norm.quantize_int8 import quantize_int8
 from ..kernels.norm.rms_norm import rms_norm
 from ..kernels.route import route
+from ..kernels.route_sigmoid import SigmoidOptions, route_sigmoid
+from ..kernels.ssm_step import ssm_step
 from .case import Case, Sizes, normal, plural
 
 _KV = ((8, 8), (8, 4), (4, 4))  # bits of keys and of values
@@ -110,6 +113,22 @@ def router(sizes: Sizes) -> Iterator[Case]:
             [partial(route, given[0], chosen, whole=False, gate=given[1])] * repeat,
             [partial(theirs, *given)] * repeat,
         )
+        how = SigmoidOptions(chosen, 2, 1, eps=1e-20, scale=2.5)
+        bias = mx.linspace(-1, 1, number)
+        yield Case(
+            f"router of {number} by sigmoids, {plural(rows, 'row')}",
+            "the same with an operation at a time",
+            [partial(route_sigmoid, given[0], bias, how)] * repeat,
+            [partial(by_sigmoids, given[0], bias, how)] * repeat,
+        )
+
+
+def by_sigmoids(logits: mx.array, bias: mx.array, how: SigmoidOptions) -> list[mx.array]:
+    """`route_sigmoid` by MLX's operations, without groups."""
+    weights = mx.sigmoid(logits.astype(mx.float32))
+    ids = mx.argpartition(-(weights + bias), kth=how.count - 1, axis=-1)[..., : how.count]
+    scores = mx.take_along_axis(weights, ids, axis=-1)
+    return [ids, scores / (scores.sum(-1, keepdims=True) + how.eps) * how.scale]
 
 
 def recurrent(sizes: Sizes) -> Iterator[Case]:
@@ -156,6 +175,40 @@ def delta_net(sizes: Sizes) -> Iterator[Case]:
         "the same with a product, a sum or a norm at a time",
         [ours] * 16,
         [theirs] * 16,
+    )
+
+
+def mamba(sizes: Sizes) -> Iterator[Case]:
+    """A token of a Mamba-2 mixer, beside MLX's products and sums; and the norm behind its gate."""
+    heads, groups, dim = sizes.heads
+    inner, shared = heads * dim, groups * dim
+    xbc, step, gate = normal(1, 1, inner + 2 * shared), normal(1, 1, heads), normal(1, 1, inner)
+    numbers, state = mx.ones(heads), mx.ones((1, heads, dim, dim))
+    weight = mx.ones(inner, mx.float16)
+
+    def theirs() -> list[mx.array]:
+        x, b, c = mx.split(xbc.reshape(-1, dim), [heads, heads + groups])
+        b, c = (mx.repeat(v, heads // groups, 0)[:, None] for v in (b, c))
+        time = mx.logaddexp(step[0, 0] + numbers, mx.array(0.0))[:, None, None]
+        after = state * mx.exp(-numbers[:, None, None] * time) + x[..., None] * time * b
+        y = (after * c).sum(-1).astype(mx.float16) + x
+        return [y.reshape(1, 1, inner), after]
+
+    def normed() -> mx.array:
+        parts = (gate * nn.silu(gate)).reshape(groups, -1)
+        return weight * mx.fast.rms_norm(parts, None, 1e-5).reshape(gate.shape)
+
+    yield Case(
+        f"state space, {heads}:{groups} x {dim}, 1 token",
+        "the same with a product or a sum at a time",
+        [partial(ssm_step, xbc, step, (numbers,) * 3, state, (0.0, 100.0))] * 16,
+        [theirs] * 16,
+    )
+    yield Case(
+        f"{groups} groups of {inner} behind a gate",
+        "silu, multiply, rms_norm, multiply",
+        [partial(gated_norm, gate, gate, weight, 1e-5, groups=groups)] * 16,
+        [normed] * 16,
     )
 
 

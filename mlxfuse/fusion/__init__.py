@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import detectors, norms  # registers them
+from . import detectors, mixers, norms  # registers them
 from .candidates import DETECTORS, Candidate, Skip, Tree, register_detector
 from .options import chosen
 from .patch import patch_model, unpatch_model
@@ -18,6 +18,7 @@ __all__ = [
     "Tree",
     "chosen",
     "detectors",
+    "mixers",
     "norms",
     "patch_model",
     "register_detector",

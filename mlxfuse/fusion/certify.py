@@ -8,35 +8,40 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import NotFusible
 from .bodies.attentions import ATTENTIONS
 from .bodies.delta_nets import DELTA_NETS
 from .bodies.layers import LAYERS
+from .bodies.mambas import MAMBAS
 from .bodies.mlps import BODIES, Body
 from .bodies.moes import MOES
 
-KNOWN = (*ATTENTIONS, *BODIES, *LAYERS, *MOES, *DELTA_NETS)
+KNOWN = (*ATTENTIONS, *BODIES, *LAYERS, *MOES, *DELTA_NETS, *MAMBAS)
 
 
 @dataclass(frozen=True)
 class Match:
     """A class's body is known.
 
-    names  capitals of the known text -> attribute of this class.
+    names      capitals of the known text -> attribute of this class.
+    functions  the known functions that it calls.
     """
 
     body: Body
     names: dict[str, str]
+    functions: tuple[Body, ...] = ()
 
     @property
     def form(self) -> Mapping[str, Any]:
-        return self.body.form
+        return {k: v for body in (self.body, *self.functions) for k, v in body.form.items()}
 
 
 def certify(cls: type[nn.Module], kind: str) -> Match:
@@ -54,7 +59,40 @@ def certify(cls: type[nn.Module], kind: str) -> Match:
     for name, path in match.body.names.items():
         if call.__globals__.get(name) is not _resolve(path):
             raise NotFusible(f"{_name(cls)}.__call__ has another {name}")
-    return match
+    wanted = match.body.functions.items()
+    functions = (_function(cls, call.__globals__.get(name), name, known) for name, known in wanted)
+    return replace(match, functions=tuple(functions))
+
+
+def _function(cls: type[nn.Module], found: Any, name: str, kind: str) -> Body:
+    """The known function that a method calls by a global name; it may be compiled by MLX."""
+    if vars(sys.modules[cls.__module__]).get("mx") is mx:
+        with suppress(OSError, TypeError, SyntaxError):
+            text = textwrap.dedent(inspect.getsource(found)).removeprefix("@mx.compile\n")
+            match = _matching(parse(text), kind)
+            if match is not None:
+                return match.body
+    raise NotFusible(f"{_name(cls)}.__call__ has another {name}")
+
+
+def certify_method(cls: type[nn.Module], name: str, bodies: Iterable[Body]) -> None:
+    """Whether the method, the class's own or inherited, is one of the bodies.
+
+    Raises:
+        NotFusible: it is none.
+    """
+    method, which = getattr(cls, name, None), f"{_name(cls)}.{name}"
+    if not inspect.isfunction(method) or method.__closure__ or hasattr(method, "__wrapped__"):
+        raise NotFusible(f"{which} is no plain method")
+    found = _parsed(cls, method)
+    for body in bodies:
+        if unify(_known(body.source), found) is None:
+            continue
+        for known, path in body.names.items():
+            if method.__globals__.get(known) is not _resolve(path):
+                raise NotFusible(f"{which} has another {known}")
+        return
+    raise NotFusible(f"{which} is not a body that is known")
 
 
 def is_known(cls: type[nn.Module], kind: str) -> bool:
@@ -85,7 +123,10 @@ def _name(cls: type[nn.Module]) -> str:
 @cache
 def _alike(cls: type[nn.Module], call: Callable[..., Any], kind: str) -> Match | None:
     """The known body of which the class's has the text, if there is one."""
-    found = _parsed(cls, call)
+    return _matching(_parsed(cls, call), kind)
+
+
+def _matching(found: ast.FunctionDef, kind: str) -> Match | None:
     for body in KNOWN:
         if body.kind == kind:
             unified = find_fragment if body.fragment else unify
@@ -97,16 +138,17 @@ def _alike(cls: type[nn.Module], call: Callable[..., Any], kind: str) -> Match |
 
 def _parsed(cls: type[nn.Module], call: Callable[..., Any]) -> ast.FunctionDef:
     """The class's own plain method."""
+    name = f"{_name(cls)}.{call.__name__}"
     try:
         text = textwrap.dedent(inspect.getsource(call.__code__))
     except (OSError, TypeError) as error:
-        raise NotFusible(f"{_name(cls)}.__call__ has no source") from error
+        raise NotFusible(f"{name} has no source") from error
     if not text.startswith("def "):
-        raise NotFusible(f"{_name(cls)}.__call__ is no plain method")
+        raise NotFusible(f"{name} is no plain method")
     try:
         return parse(text)
     except SyntaxError as error:
-        raise NotFusible(f"{_name(cls)}.__call__ has no source") from error
+        raise NotFusible(f"{name} has no source") from error
 
 
 def _resolve(path: str) -> object:

@@ -22,6 +22,7 @@ from ..nn.join_linears import (
 )
 from ..nn.mlp import FusedMLP, MLPForm
 from ..nn.moe import ExpertsForm, FusedExperts, FusedMoE, FusedWeightedExperts, MoEForm
+from ..nn.routed import FusedSigmoidRouter, RoutedForm
 from .candidates import Candidate, Skip, Tree, register_detector
 from .certify import Match, certify, inputs, is_known
 from .emit import Piece, candidate, same
@@ -32,16 +33,16 @@ from .forms import (
     block_form,
     experts_form,
     fused_norm,
-    gated_delta_form,
     has,
     mlp_form,
+    moe_class,
     moe_form,
-    recurrence,
     rotation,
     row_count,
-    together,
+    sigmoid_router,
 )
 from .places import alone, joined, joined_experts, matched, places
+from .recurrent import gated_delta_form, recurrence, together
 
 
 def _inputs(tree: Tree, path: str, module: nn.Module) -> Candidate:
@@ -137,14 +138,31 @@ def _experts_sum(tree: Tree, path: str, module: nn.Module, match: Match) -> Cand
     sums = moe_form(module, match)
     pieces = [
         Piece(module[name], FusedExperts, form, "down", make),
-        Piece(module, FusedWeightedExperts if whole else FusedMoE, sums, "sums", same(True)),
+        Piece(module, FusedWeightedExperts if whole else moe_class(sums), sums, "sums", same(True)),
     ]
     output = f"{name}.{form.output}"
     explain = f"the sum over experts of {path} in {output}"
     if sums.choosing is not None:
         pieces += _chosen(tree, module, sums)
         explain += ", and their choice in one dispatch"
+    if isinstance(sums, RoutedForm):
+        pieces += _routed(tree, module, sums)
+        explain += f", with what {sums.gate} chooses and all tokens get"
     return candidate("experts_sum", 55, path, [output], pieces, explain, formats)
+
+
+def _routed(tree: Tree, module: nn.Module, form: RoutedForm) -> Iterator[Piece]:
+    """The router's choice, and the last linear of the shared expert, which adds."""
+    with suppress(NotFusible):  # what cannot be fused is called as it is
+        tree.check_alone(module, [form.gate])
+        chooses, held = sigmoid_router(module[form.gate])
+        yield Piece(module[form.gate], FusedSigmoidRouter, chooses, "selects", same(held))
+    if form.always:
+        with suppress(NotFusible):
+            expert = module[form.always]
+            mlp = mlp_form(expert, certify(type(expert), "mlp"))
+            made = alone(tree, expert, mlp.output)
+            yield Piece(expert, FusedMLP, mlp, "down", same(made))
 
 
 def _chosen(tree: Tree, module: nn.Module, form: MoEForm) -> Iterator[Piece]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from itertools import groupby
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +13,7 @@ import mlx.nn as nn
 
 from ..errors import NotFusible
 from ..kernels.norm.norm_rope import RopeOptions
+from ..kernels.route_sigmoid import SigmoidOptions
 from ..nn.adapted import base
 from ..nn.attention import (
     AttentionForm,
@@ -22,16 +22,16 @@ from ..nn.attention import (
     FusedSharedAttention,
 )
 from ..nn.block import BlockForm, FusedBlock, FusedParallelBlock, FusedScaledBlock
-from ..nn.delta_net import GatedDeltaForm
 from ..nn.fused import Form
 from ..nn.join_linears import describe, single
 from ..nn.mlp import MLPForm
-from ..nn.moe import Choosing, ExpertsForm, MoEForm
+from ..nn.moe import Choosing, ExpertsForm, FusedMoE, MoEForm
 from ..nn.norm import FusedNorm
 from ..nn.post_norm import FusedGatedPostNormBlock, FusedPostNormBlock, PostNormForm
 from ..nn.projection import KernelProjection
 from ..nn.rope import FrequencyRoPE, NoRoPE
 from ..nn.rotation import Rotation
+from ..nn.routed import FusedRoutedMoE, RoutedForm, SigmoidRouterForm
 from ..nn.router import RouterForm
 from ..nn.snapshot import Snapshot
 from .certify import Match, certify, is_known
@@ -42,7 +42,8 @@ def has(module: nn.Module, *names: str) -> bool:
     return all(isinstance(module.get(name), nn.Module) for name in names)
 
 
-def _check_modules(module: nn.Module, *names: str) -> None:
+def check_modules(module: nn.Module, *names: str) -> None:
+    """Raise `NotFusible` unless all of these are modules in it."""
     if not has(module, *names):
         raise NotFusible("its children are not modules")
 
@@ -63,7 +64,7 @@ def attention_form(module: nn.Module, match: Match) -> AttentionForm:
     norms = (names["Q_NORM"], *([names["K_NORM"]] if own else [])) if weighted else ()
     values_norm = names["V_NORM"] if shares and own else ""
     rope = names["ROPE"] if value("USE_ROPE", True) else ""
-    _check_modules(module, *linears, names["O"], *norms, *filter(None, (values_norm, rope)))
+    check_modules(module, *linears, names["O"], *norms, *filter(None, (values_norm, rope)))
     size = value("HEAD_DIM")
     if "QKV" in names:
         rows = tuple(value(n) * size for n in ("HEADS", "KV_HEADS", "KV_HEADS"))
@@ -135,7 +136,7 @@ def mlp_form(module: nn.Module, match: Match) -> MLPForm:
         linears: tuple[str, ...] = (names["GATE_UP"],)
     else:
         linears = tuple(names[n] for n in ("GATE", "UP") if n in names)
-    _check_modules(module, *linears, names["DOWN"])
+    check_modules(module, *linears, names["DOWN"])
     found = activation(module, match) if "ACTIVATION" in names else match
     return MLPForm(type(module), linears, names["DOWN"], found.form["activation"])
 
@@ -143,7 +144,7 @@ def mlp_form(module: nn.Module, match: Match) -> MLPForm:
 def experts_form(module: nn.Module, match: Match) -> ExpertsForm:
     """The variant of gated experts that a module with a known body has."""
     names = [match.names[n] for n in ("GATE", "UP", "DOWN")]
-    _check_modules(module, *names)
+    check_modules(module, *names)
     gate, up, down = names
     return ExpertsForm(type(module), (gate, up), down, activation(module, match).form["activation"])
 
@@ -151,6 +152,8 @@ def experts_form(module: nn.Module, match: Match) -> ExpertsForm:
 def moe_form(module: nn.Module, match: Match) -> MoEForm:
     """The variant of a block of experts of which it is known how their results are added up."""
     form = MoEForm(type(module), match.names["EXPERTS"], match.form.get("cast", False))
+    if is_known(type(module), "routed"):
+        return _routed_form(module, certify(type(module), "routed"))
     try:
         whole = certify(type(module), "moe")
     except NotFusible:
@@ -173,45 +176,36 @@ def moe_form(module: nn.Module, match: Match) -> MoEForm:
     return replace(form, choosing=choice)
 
 
-def gated_delta_form(module: nn.Module, match: Match) -> GatedDeltaForm:
-    """The variant of gated delta net that a module with a known body has."""
-    names = tuple(match.names[slot] for slot in match.form["linears"])
-    _check_modules(module, *names, match.names["OUT"])
-    tiled = has(module, "norm") and is_known(type(module.norm), "gated_norm")
-    return GatedDeltaForm(
-        type(module),
-        together(module, names),
-        inputs=names,
-        output=match.names["OUT"],
-        tiled=tiled and certify(type(module.norm), "gated_norm").form["tiled"],
-    )
+def moe_class(form: MoEForm) -> type[FusedMoE]:
+    return FusedRoutedMoE if isinstance(form, RoutedForm) else FusedMoE
 
 
-def together(module: nn.Module, linears: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    """Those that are neighbours and of one kind."""
-    runs = [tuple(run) for _, run in groupby(linears, lambda one: describe(module[one]))]
-    return tuple(run for run in runs if len(run) > 1)
+def _routed_form(module: nn.Module, match: Match) -> RoutedForm:
+    names, holder = match.names, module
+    *path, last = match.form["shares"].split(".")
+    for name in path:
+        holder = getattr(holder, name)
+    shares = getattr(holder, last) is not None
+    shared = names["SHARED"] if shares and has(module, names["SHARED"]) else ""
+    if shares and not shared:
+        raise NotFusible("its shared expert is no module")
+    return RoutedForm(type(module), names["EXPERTS"], cast=True, gate=names["GATE"], always=shared)
 
 
-def recurrence(module: nn.Module) -> Snapshot:
-    """What the kernels of a gated delta net read of it."""
-    _check_modules(module, "conv1d", "norm")
-    conv, norm = module.conv1d, module.norm
-    own = certify(type(norm), "gated_norm").names
-    weight = conv.get("weight")
-    if type(conv) is not nn.Conv1d or not isinstance(weight, mx.array):
-        raise NotFusible(f"its convolution is {type(conv).__name__}")
-    plain = (conv.stride, conv.padding, conv.dilation, conv.groups) == (1, 0, 1, len(weight))
-    if not plain or weight.shape[2] != 1:
-        raise NotFusible("its convolution is not one of each channel alone")
-    if own["WEIGHT"] != "weight" or own["EPS"] != "eps":
-        raise NotFusible("its norm has other names")
+def sigmoid_router(module: nn.Module) -> tuple[SigmoidRouterForm, Snapshot]:
+    """How a module with a known body chooses experts, and what it reads for that."""
+    eps = certify(type(module), "sigmoid_router").form["eps"]
+    names = ("top_k", "n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob")
+    count, groups, kept, scale, normed = (getattr(module, name) for name in names)
+    numbers = [isinstance(value, int) for value in (count, groups, kept)]
+    if not all(numbers) or groups < 1 or not 1 <= kept <= groups:
+        raise NotFusible(f"its router keeps {kept} of {groups} groups")
+    how = SigmoidOptions(count, groups, kept, not (normed and count > 1), eps, float(scale))
     held: list[tuple[Callable[[str], object], str]] = [
-        *((module.get, name) for name in ("conv1d", "norm", "A_log", "dt_bias")),
-        *((conv.get, name) for name in ("weight", "bias")),
-        *((norm.get, "weight"), (vars(norm).get, "eps")),
+        *((module.get, name) for name in ("weight", "e_score_correction_bias")),
+        *((vars(module).get, name) for name in names),
     ]
-    return Snapshot(held)
+    return SigmoidRouterForm(type(module), how), Snapshot(held)
 
 
 def activation(module: nn.Module, match: Match) -> Match:
@@ -236,7 +230,7 @@ def block_form(module: nn.Module, match: Match) -> BlockForm:
         flag = getattr(module, names["IS_OTHER" if other else "IS_ATTENTION"])
         mixer = names["OTHER"] if bool(flag) == other else mixer
     norms = tuple(names[n] for n in ("NORM1", "NORM2") if n in names)
-    _check_modules(module, mixer, names["MLP"], *norms)
+    check_modules(module, mixer, names["MLP"], *norms)
     how = {name: match.form.get(name, False) for name in ("keywords", "scaled", "parallel")}
     return BlockForm(type(module), norms, mixer, names["MLP"], **how)
 
@@ -253,7 +247,7 @@ def post_norm_form(module: nn.Module, match: Match) -> PostNormForm:
     norms = names.get("NORM1", ""), names.get("NORM2", "")
     posts = names.get("POST1", ""), names.get("POST2", "")
     mixer, mlp = names["ATTENTION"], names["MLP"]
-    _check_modules(module, mixer, mlp, *filter(None, (*norms, *posts)))
+    check_modules(module, mixer, mlp, *filter(None, (*norms, *posts)))
     factor = tuple(names[n] for n in ("FACTOR", "PARTS") if n in names)
     if not all(_positive(getattr(module, name)) for name in factor):
         raise NotFusible("what multiplies its halves is not a positive number")
@@ -265,7 +259,7 @@ def post_norm_form(module: nn.Module, match: Match) -> PostNormForm:
         if getattr(module, names["EXPERTS"]):
             slots = ("ROUTER", "SWITCH", "NORM_EXPERTS", "POST_MLP", "POST_EXPERTS")
             beside = tuple(names[n] for n in slots)
-            _check_modules(module, *beside)
+            check_modules(module, *beside)
             if norm_options(module[beside[2]]) != norm_options(module[norms[1]]):
                 raise NotFusible("the norms of its MLP and its experts differ")
     how: dict[str, Any] = {"gated": gated, "factor": factor, "clips": clips, "beside": beside}
@@ -276,7 +270,7 @@ def router_form(module: nn.Module, match: Match) -> RouterForm:
     """The variant of a router that is a module of its own."""
     slots = ("PROJ", "SCALE", "ROOT", "EPS", "FACTORS", "CONFIG")
     proj, scale, root, eps, factors, config = (match.names[n] for n in slots)
-    _check_modules(module, proj)
+    check_modules(module, proj)
     count: Any = getattr(module, config)
     return RouterForm(
         type(module), proj, scale, root, getattr(module, eps), factors, config, count.top_k_experts

@@ -85,7 +85,7 @@ def _router(tree: Tree, module: nn.Module, form: PostNormForm) -> Iterator[Piece
     for name in form.beside[:1]:
         router = module[name]
         with suppress(NotFusible):
-            found = router_form(router, certify(type(router), "router"))
+            found = router_form(router, certify(type(router), "normed_router"))
             tree.check_alone(router, [found.proj])
             if found.eps == norm_options(module[form.norms[1]])["eps"]:
                 yield Piece(router, FusedRouter, found, "chooses", same(True))

@@ -116,7 +116,7 @@ def _program(pieces: int, whole: bool, gated: bool, multiplied: bool) -> Program
         inputs=("logits", *["gate"] * gated, *["factors"] * multiplied, "size"),
         outputs=("ids", "scores", *["shared"] * gated),
         body=body,
-        parts=("route.metal:choice", *["route.metal:gate"] * gated),
+        parts=("route.metal:softmax", *["route.metal:gate"] * gated),
     )
 
 

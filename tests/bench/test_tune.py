@@ -145,9 +145,20 @@ def test_products_of_experts_are_measured(tmp_path, monkeypatch):
     gathered, summed = "vector Q4_0:32+Q4_0:32 x64 float32", "summed Q5_0:64 x32 float32"
     assert found.winners.variants["quantized_matmul"] == {gathered: "rows2", summed: "rows2"}
     assert found.times == {
-        gathered: pytest.approx({"rows4": 4, "rows8": 8, "rows2": 2}),
+        gathered: pytest.approx({"rows4": 4, "rows2": 2}),  # gate and up: no rows8, which spills
         summed: pytest.approx({"rows4": 4, "rows2": 2}),
     }
+
+
+def test_gate_and_up_do_not_take_eight_rows_of_each(model):
+    """They would spill: not measured, and a stored winner of such a case is not for them."""
+    patch_model(model, fuse="all")
+    calls = [c for found in tune.cases(model, (1,)).values() for c in found[:1]]
+    for call in calls:
+        tuning.store(Tuning({"quantized_matmul": {call.case: "rows8"}}))
+        assert ("rows8" in call.variants) is not call.gated
+        assert quantized_matmul.tuned(call).variant == ("" if call.gated else "rows8")
+    assert {call.gated for call in calls} == {True, False}
 
 
 def is_fused(model, module, piece):

@@ -33,10 +33,23 @@ BOTH = replace(tiny.CASES["falcon-h1"], formats={"": "Q8_0"}, extra={"ssm_norm":
 OWN = {"net": NET, "both": BOTH, "uneven": UNEVEN, "even": EVEN, "even-experts": EXPERTS}
 
 
+WIDE = " wide"
+
+
+def widened(case: Case) -> Case:
+    """With twice the heads and the width, so that four ranks have some each."""
+    ffn = (4 if case.ffn <= 64 else 2) * case.ffn
+    heads, kv_heads = 2 * case.heads, 2 * case.kv_heads
+    return replace(case, hidden=2 * case.hidden, heads=heads, kv_heads=kv_heads, ffn=ffn)
+
+
 def written(folder: Path, name: str) -> tuple[str, list[int]]:
-    """A tiny file, and its prompt."""
+    """A tiny file, and its prompt; of a name that ends in `WIDE` a wider one."""
     path = folder / f"{name}.gguf"
-    model = tiny.build(name, 0, OWN.get(name))
+    case = OWN.get(name)
+    if name.endswith(WIDE):
+        case = widened(tiny.CASES[name.removesuffix(WIDE)])
+    model = tiny.build(name, 0, case)
     return str(path if path.exists() else tiny.write(path, model)), model.prompt.tolist()
 
 

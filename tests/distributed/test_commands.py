@@ -247,3 +247,13 @@ def test_one_process_needs_no_ring(hosts, code, model, tmp_path, monkeypatch):
     result = CliRunner().invoke(app, ["generate", model, "-p", "Hi", "-m", "2"])
     assert result.exit_code == code, result.output
     assert ("mlxfuse: rank 0: MLX cannot connect the ranks: " in result.stderr) is bool(code)
+
+
+@pytest.mark.parametrize(("error", "code"), [("KeyboardInterrupt", 130), ("OSError", 1)])
+def test_ctrl_c_says_nothing_wherever_it_is_noticed(error, code):
+    raising = f"import sys, mlxfuse.process as p; sys.excepthook = p.unexpected; raise {error}"
+    ended = subprocess.run(
+        [sys.executable, "-c", raising], capture_output=True, text=True, check=False, timeout=LIMIT
+    )
+    assert ended.returncode == code
+    assert bool(ended.stderr) is (code == 1)

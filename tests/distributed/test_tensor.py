@@ -12,11 +12,16 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
+from mlxfuse.errors import UnsupportedError
 from mlxfuse.export.mlx_checkpoint import export_mlx
 from mlxfuse.export.streams import export
+from mlxfuse.gguf.reader import open_gguf
 from mlxfuse.hub.demo import demo_path
 from mlxfuse.loader import load
-from tests.distributed.results import LIMIT, Results, job
+from mlxfuse.models.config import read_config
+from mlxfuse.models.plan import plan
+from mlxfuse.models.shard import shares
+from tests.distributed.results import LIMIT, WIDE, Results, job, written
 from tests.distributed.worker import Job
 from tests.models import tiny
 
@@ -187,10 +192,26 @@ def test_three_ranks(tmp_path: Path) -> None:
     check_demo(found)
 
 
+def shared_by(folder: Path, ranks: int) -> list[str]:
+    """Every tiny file, those that are too small for so many ranks wider."""
+    found = []
+    for case in (*tiny.CASES, "uneven"):
+        path, _ = written(folder, case)
+        with open_gguf(path) as file:
+            try:
+                shares(plan(file, read_config(file)), ranks)
+            except UnsupportedError:
+                wider = case in tiny.CASES and case != "lfm2"  # which names its heads' rows
+                found.append(case + WIDE if wider else case)
+            else:
+                found.append(case)
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_every_case_is_shared(ranks: int, tmp_path: Path) -> None:
-    made = [job(tmp_path, case, **way) for case in (*tiny.CASES, "uneven") for way in WAYS]
+    made = [job(tmp_path, case, **way) for case in shared_by(tmp_path, ranks) for way in WAYS]
     found = Results(tmp_path, ranks, made, 3600)
     for one in made:
         if not found.facts[0][one.name].get("refused"):

@@ -7,7 +7,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx_lm.models import (
+    bailing_moe,
     gemma4_text,
+    glm4_moe,
+    glm4_moe_lite,
     gpt_oss,
     kimi_k3,
     llama,
@@ -53,6 +56,20 @@ def test_mlx_lm_is_covered() -> None:
     assert "llama.Attention" in found[0]
     assert "deepseek_v3.DeepseekV3MLP" in found[FIRST_MLP]
     assert all(found[i] for i in range(len(KNOWN)))  # no text is there for nothing
+
+
+def test_a_function_that_a_method_calls_is_known_by_its_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert certify(glm4_moe.MoEGate, "sigmoid_router").form["eps"] == 0
+    assert certify(glm4_moe_lite.MoEGate, "sigmoid_router").form["eps"] == 1e-20
+    monkeypatch.setattr(glm4_moe, "group_expert_select", glm4_moe_lite.group_expert_select)
+    assert certify(glm4_moe.MoEGate, "sigmoid_router").form["eps"] == 1e-20
+    for other in (bailing_moe.group_expert_select, mx.softmax, None):
+        monkeypatch.setattr(glm4_moe, "group_expert_select", other)
+        assert refusal(glm4_moe.MoEGate, "sigmoid_router") == (
+            "glm4_moe.MoEGate.__call__ has another group_expert_select"
+        )
 
 
 class Sparse(nn.Module):

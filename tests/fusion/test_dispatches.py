@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx_lm.models import llama, qwen3
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
 from mlxfuse.errors import KernelError
 from mlxfuse.fusion import patch_model, unpatch_model
@@ -163,6 +163,34 @@ def test_a_layer_of_a_delta_net(name: str, net: int, attention: int) -> None:
     assert before > 2 * after
 
 
+@pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v3", "dots1", "exaone_moe"])
+def test_a_router_of_sigmoids(name: str) -> None:
+    """One dispatch behind its product, and no addition beside it; it is the router as it is now."""
+    model = zoo.build(name, "affine4")
+    want = zoo.logits(model)
+    patch_model(model, fuse="all")
+    cache = make_prompt_cache(model)
+    with using(Counting(Counter())):
+        mx.eval(model(mx.array([[1, 2]]), cache=cache))
+        found = dispatches(lambda: model(mx.array([[3]]), cache=cache))
+    routers = [layer.mlp.gate for layer in model.layers if "gate" in layer.mlp]
+    assert found["route"] == len(routers) == 3
+    assert not {"Add", "ArgPartition", "Compiled", "Sigmoid", "Sum"} & set(found)
+    assert zoo.apart(zoo.logits(model), want) < 1e-5
+    last = want
+    for change in (
+        lambda gate: setattr(gate, "e_score_correction_bias", -gate.e_score_correction_bias),
+        lambda gate: setattr(gate, "routed_scaling_factor", gate.routed_scaling_factor * 2),
+    ):
+        for gate in routers:
+            change(gate)
+        changed = zoo.logits(model)
+        assert zoo.apart(changed, last) > 1e-3
+        last = changed
+    unpatch_model(model)
+    assert zoo.apart(last, zoo.logits(model)) < 1e-5
+
+
 def test_granites_experts_are_chosen_by_a_module_of_their_own() -> None:
     """As that module says now, and by no other in its place."""
     model = zoo.build("granitemoe", "affine4")
@@ -177,6 +205,63 @@ def test_granites_experts_are_chosen_by_a_module_of_their_own() -> None:
     router.top_k = 2
     block.router = type(router)(router.input_size, router.num_experts, 2)
     assert of_layer(model)["route"] == 0
+
+
+@pytest.mark.parametrize(("name", "outside"), [("mamba2", 3), ("nemotron_h", None)])
+def test_a_mixer_of_mamba_takes_five(name: str, outside: int | None) -> None:
+    """Its linears, the convolution, the step and the norm; the layer's norm and addition."""
+    model = zoo.build(name, "affine4")
+    report = patch_model(model, fuse="all")
+    found = of_layer(model)
+    assert found.total() == 7
+    assert all(found[op] == 1 for op in ("causal_conv", "ssm_step", "gated_norm"))
+    if outside is not None:
+        assert (report.dispatches or (0, 0))[1] == 7 * len(model.layers) + outside
+
+
+def test_a_mixer_of_mamba_goes_on_by_its_own_code() -> None:
+    """Where tokens are masked or sequences end apart, without a cache, and with several tokens."""
+    model = zoo.build("mamba2", "affine4")
+    patch_model(model, fuse="all")
+    mixer, cache = model.layers[0].mixer, make_prompt_cache(model)
+    for tokens in ([[1, 2, 3]], [[4]]):
+        mx.eval(model(mx.array(tokens), cache=cache), [c.state for c in cache])
+    x, mask = mx.zeros((1, 1, model.args.hidden_size)), mx.array([[True]])
+    mx.eval(x, mask)
+
+    def steps(x: mx.array, mask: mx.array | None, cache: ArraysCache | None) -> int:
+        def call() -> list[mx.array]:
+            return [mixer(x, mask, cache), *(cache.cache if cache else [])]
+
+        found = dispatches(call)["ssm_step"]
+        mx.eval(cache.cache if cache else [])
+        return found
+
+    assert steps(x, None, cache[0]) == 1
+    assert steps(x, mask, cache[0]) == 0
+    assert steps(x, None, None) == 0
+    assert steps(mx.concatenate([x, x], axis=1), None, cache[0]) == 0
+    cache[1].lengths = mx.array([1])
+    assert steps(x, None, cache[1]) == 0
+    cache[2][1] = cache[2][1].astype(mx.float16)
+    mx.eval(cache[2].cache)
+    assert steps(x, None, cache[2]) == 0
+    weight = mixer.norm.weight
+    mixer.norm.weight = mx.zeros_like(weight)
+    mx.eval(mixer.norm.weight)
+    assert steps(x, None, cache[0]) == 0
+
+
+def test_a_mixer_with_another_method_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = zoo.build("mamba2", "affine4")
+
+    def _conv(self: nn.Module, x: mx.array, cache: object, mask: object) -> mx.array:
+        return x
+
+    monkeypatch.setattr(type(model.layers[0].mixer), "_conv", _conv)
+    report = patch_model(model, fuse="all")
+    assert not report.tallies["ssm"].fused
+    assert "mamba2.Mamba2Block._conv is not a body that is known" in str(report)
 
 
 def test_a_layer_of_ministral() -> None:

@@ -106,7 +106,7 @@ def test_patched_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # Of a recurrence without any attention or MLP nothing is fused that these tokens go through.
-REST = sorted(zoo.LOADED - {*EMULATED, "mamba", "mamba2"})
+REST = sorted(zoo.LOADED - {*EMULATED, "mamba"})
 
 
 @pytest.mark.slow

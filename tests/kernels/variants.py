@@ -11,7 +11,7 @@ import numpy as np
 
 from mlxfuse.bench.cases import sample
 from mlxfuse.formats import BY_NAME
-from mlxfuse.kernels import causal_conv, delta_step, route
+from mlxfuse.kernels import causal_conv, delta_step, route, route_sigmoid, ssm_step
 from mlxfuse.kernels.activations import Int8Activations
 from mlxfuse.kernels.kv import dequantize_kv, quantize_kv
 from mlxfuse.kernels.kv.compressed_sdpa import compressed_sdpa
@@ -20,7 +20,7 @@ from mlxfuse.kernels.kv.sdpa_call import Scores
 from mlxfuse.kernels.matmul import dequantize, int8_matmul, quantized_matmul
 from mlxfuse.kernels.matmul.product import Experts
 from mlxfuse.kernels.matmul.tile_program import ACTIVATIONS, GATED
-from mlxfuse.kernels.norm import norm_rope, quantize_int8, rms_norm
+from mlxfuse.kernels.norm import gated_norm, norm_rope, quantize_int8, rms_norm
 from mlxfuse.kernels.runtime import kernel as _kernel
 from mlxfuse.kernels.runtime.self_test import calls
 from mlxfuse.kernels.runtime.source import header
@@ -292,6 +292,8 @@ def norms() -> Iterator[Variant]:
     logits, gate = _normal(half, (2, 128), (2, 1))
     yield Variant("route 128", route.KERNEL, (logits, 8, False, gate))
     (logits,) = _normal(single, (2, 300))
+    how = route_sigmoid.SigmoidOptions(5, 6, 2, scale=2.5)
+    yield Variant("route 300 by sigmoids", route_sigmoid.KERNEL, (logits, logits[0], how))
     yield Variant("route 300 whole", route.KERNEL, (logits, 5, True, None))
     x, state, weight = _normal(half, (2, 3, 40), (2, 3, 40), (40, 4))
     lengths = mx.array([3, 1])
@@ -306,6 +308,15 @@ def norms() -> Iterator[Variant]:
         a_log, dt_bias, state = _normal(single, (4,), (4,), (1, 4, size, size))
         step = delta_step._Call(qkv, z, a, b, a_log, dt_bias, weight, state, 1e-6, tiled)
         yield Variant(f"delta_step {size}", delta_step.KERNEL, (step,))
+    for size, limits in ((128, (0.001, 100.0)), (20, (0.0, float("inf")))):
+        xbc, dt = _normal(half, (1, 1, 8 * size), (1, 1, 4))
+        a_log, dt_bias, skip, state = _normal(single, (4,), (4,), (4,), (1, 4, size, size))
+        update = ssm_step._Call(xbc, dt, a_log, dt_bias, skip, state, limits)
+        yield Variant(f"ssm_step {size}", ssm_step.KERNEL, (update,))
+    for columns, dtype in ((2048, half), (186, bfloat)):
+        x, gate, weight = _normal(dtype, (2, columns), (2, columns), (columns,))
+        norm_call = gated_norm._Call(x, gate, weight, 1e-5, 2)
+        yield Variant(f"gated_norm {columns}", gated_norm.KERNEL, (norm_call,))
 
 
 def _normal(dtype: mx.Dtype, *shapes: tuple[int, ...]) -> list[mx.array]:

@@ -28,6 +28,8 @@ class Body:
     source    the method.
     names     global name -> the module, or the object of a module, that it must be.
     form      what the fused class has to know about it.
+    functions  global name -> kind of the known function that it must be; what is known of that is
+              part of the form.
     fragment  it is a part of a method: these statements, one after the other, somewhere in it.
     """
 
@@ -36,6 +38,7 @@ class Body:
     names: Mapping[str, str] = field(default_factory=dict)
     form: Mapping[str, Any] = field(default_factory=dict)
     fragment: bool = False
+    functions: Mapping[str, str] = field(default_factory=dict)
 
 
 def _gated(source: str, activation: str, names: Mapping[str, str]) -> Body:

@@ -149,8 +149,110 @@ _GPT_OSS = (
     + _SHARDED_SUM
 )
 
+# glm4_moe, deepseek_v3 and others: a router of its own, and a shared expert or none
+_SHARING_SUM = """
+    inds, scores = self.GATE(x)
+    y = self.EXPERTS(x, inds)
+    y = (y * scores[..., None]).sum(axis=-2).astype(y.dtype)
+    if self.{} is not None:
+        y = y + self.SHARED(x)
+"""
+_OWN, _SETTING, _CONFIG = "shared_experts", "n_shared_experts", "config.n_shared_experts"
+_RETURN = "    return y\n"
+_SHARING = tuple(
+    Body("routed", before + _SHARING_SUM.format(shares) + after, MX, {"shares": shares})
+    for before, shares, after in (
+        (_SHARDED_CALL, _CONFIG, _SHARDED_SUM),
+        (_SHARDED_CALL, _OWN, _SHARDED_SUM),
+        (_CALL, _CONFIG, _RETURN),
+        (_CALL, _SETTING, _RETURN),
+    )
+)
+_SIGMOIDS = """
+def __call__(self, x):
+    return group_expert_select(
+        x @ self.weight.T,
+        self.e_score_correction_bias,
+        self.top_k,
+        self.n_group,
+        self.topk_group,
+        self.routed_scaling_factor,
+        self.norm_topk_prob,
+    )
+"""
+_SELECT = """
+def group_expert_select(
+    gates,
+    e_score_correction_bias,
+    top_k,
+    n_group,
+    topk_group,
+    routed_scaling_factor,
+    norm_topk_prob,
+):
+    scores = mx.sigmoid(gates.astype(mx.float32))
+    orig_scores = scores
+    scores = scores + e_score_correction_bias
+    if n_group > 1:
+        scores = mx.unflatten(scores, axis=-1, shape=(n_group, -1))
+        group_scores = mx.topk(scores, 2, axis=-1).sum(axis=-1, keepdims=True)
+        k = n_group - topk_group
+        group_idx = mx.argpartition(group_scores, kth=k - 1, axis=-2)[..., :k, :]
+        scores = mx.put_along_axis(
+            scores, mx.stop_gradient(group_idx), mx.array(0.0), axis=-2
+        )
+        scores = mx.flatten(scores, -2, -1)
+    k = top_k
+    inds = mx.argpartition(-scores, kth=k - 1, axis=-1)[..., :k]
+    inds = mx.stop_gradient(inds)
+    scores = mx.take_along_axis(orig_scores, inds, axis=-1)
+    if top_k > 1 and norm_topk_prob:
+        denominator = scores.sum(axis=-1, keepdims=True)
+        scores = scores / denominator
+    scores = scores * routed_scaling_factor
+    return inds, scores
+"""
+_WITH_EPS = _SELECT.replace("/ denominator", "/ (denominator + 1e-20)")
+# nemotron_h
+_AT_ONCE = _WITH_EPS.replace(
+    "    scores = mx.sigmoid(gates.astype(mx.float32))\n    orig_scores = scores\n",
+    "    orig_scores = scores = mx.sigmoid(gates.astype(mx.float32))\n",
+)
+# dots1
+_DOTS1 = """
+def group_expert_select(
+    gates,
+    e_score_correction_bias,
+    top_k,
+    n_group,
+    topk_group,
+    routed_scaling_factor,
+    norm_topk_prob,
+):
+    k = top_k
+    scores = mx.sigmoid(gates.astype(mx.float32))
+    orig_scores = scores
+    scores = scores + e_score_correction_bias
+    k = n_group - topk_group
+    if k != 0:
+        scores = mx.unflatten(scores, axis=-1, shape=(n_group, -1))
+        group_scores = mx.topk(scores, 2, axis=-1).sum(axis=-1, keepdims=True)
+        group_idx = mx.argpartition(group_scores, kth=k - 1, axis=-2)[..., :k, :]
+        group_idx = mx.stop_gradient(group_idx)
+        scores = mx.put_along_axis(scores, group_idx, mx.array(0.0), axis=-2)
+        scores = mx.flatten(scores, -2, -1)
+    k = top_k
+    inds = mx.argpartition(-scores, kth=k - 1, axis=-1)[..., :k]
+    inds = mx.stop_gradient(inds)
+    scores = mx.take_along_axis(orig_scores, inds, axis=-1)
+    if top_k > 1 and norm_topk_prob:
+        denominator = scores.sum(axis=-1, keepdims=True)
+        scores = scores / denominator
+    scores = scores * routed_scaling_factor
+    return inds, scores
+"""
 # gemma4_text
-_ROUTER = """
+_NORMED_ROUTER = """
 def __call__(self, x):
     x = mx.fast.rms_norm(x, self.SCALE * self.ROOT, self.EPS)
     expert_scores = self.PROJ(x)
@@ -163,10 +265,16 @@ def __call__(self, x):
 """
 
 MOES: tuple[Body, ...] = (
-    Body("router", _ROUTER, MX),
+    Body("normed_router", _NORMED_ROUTER, MX),
     *(Body("moe", text, MX, {"whole": True}) for text in (_QWEN3, _QWEN3_NEXT, _QWEN2)),
     Body("moe", _MIXTRAL, MX),
     Body("moe", _GPT_OSS, {**MX, "mlx_topk": "mlx_lm.models.gpt_oss.mlx_topk"}),
+    *_SHARING,
+    Body("sigmoid_router", _SIGMOIDS, functions={"group_expert_select": "select"}),
+    Body("select", _SELECT, form={"eps": 0.0}),
+    Body("select", _WITH_EPS, form={"eps": 1e-20}),
+    Body("select", _AT_ONCE, form={"eps": 1e-20}),
+    Body("select", _DOTS1, form={"eps": 0.0}),
     Body("moe", _ROUTED),
     Body("moe", _ROUTED.replace("(axis=-2)", "(axis=-2).astype(y.dtype)")),
     Body("router", _ROUTER, MX),

@@ -127,6 +127,8 @@ class Call(Generic[X]):
             names = tuple(n for n in names if n != "batch")
         if not tensors() or self.x.dtype == mx.float32:
             names = tuple(n for n in names if n != "tensor")
+        if self.gated:  # eight rows of the gate and eight of up take more than 128 registers
+            names = tuple(n for n in names if n != "rows8")
         return tuple(sorted(names, key=lambda n: n != self.usual))
 
     @property

@@ -128,7 +128,8 @@ def tuned(call: Call[mx.array]) -> Call[mx.array]:
     """The call in the variant that `mlxfuse tune` has found to be the fastest, if it has run."""
     if not tuning.active():
         return call
-    return replace(call, variant=tuning.winner("quantized_matmul", call.case))
+    name = tuning.winner("quantized_matmul", call.case)
+    return replace(call, variant=name) if name in call.variants else call
 
 
 def run_call(call: Call[mx.array], *, emulated: bool = False) -> list[mx.array]:

@@ -26,25 +26,32 @@ class Mixer(nemotron_h.NemotronHMamba2Mixer):
         cache: Any,
         mask: mx.array | None,
     ) -> mx.array:
-        """hidden_states [N, L, heads * head size] -> the same shape."""
-        x = mx.unflatten(hidden_states, -1, (self.num_heads, self.head_dim))
-        groups = (self.n_groups, self.ssm_state_size)
+        """hidden_states [B, L, heads * head size] -> the same shape."""
+        batch_size, seq_len, _ = hidden_states.shape
+        hidden_states = hidden_states.reshape(batch_size, seq_len, self.num_heads, self.head_dim)
+        B = B.reshape(batch_size, seq_len, self.n_groups, self.ssm_state_size)
+        C = C.reshape(batch_size, seq_len, self.n_groups, self.ssm_state_size)
+        if cache:
+            state = cache[1]
+            lengths = cache.lengths
+        else:
+            state, lengths = None, None
         y, state = ssm_update(
-            x,
+            hidden_states,
             self.A_log,
-            mx.unflatten(B, -1, groups),
-            mx.unflatten(C, -1, groups),
-            self.D.astype(x.dtype),
+            B,
+            C,
+            self.D.astype(hidden_states.dtype),
             dt,
             self.dt_bias,
-            cache[1] if cache else None,
+            state,
             self.time_step_limit,
             mask,
-            cache.lengths if cache else None,
+            lengths,
         )
         if cache:
             cache[1] = state
-        return y.reshape(hidden_states.shape)
+        return y.reshape(batch_size, seq_len, self.intermediate_size)
 
 
 class Model(nemotron_h.Model):
