@@ -196,8 +196,9 @@ class _Split:
         tokens = "vocab", config.sizes["vocab"]
         vocabulary = self.bounds(tokens, {"layer": 0}) if tokens in self.steps else []
         every = [_sizes(config, i) for i in range(config.layers)]
-        most = max((sizes["kv_heads"] for sizes in every), default=0)
-        kv = [self._units("kv_heads", sizes, rank) for sizes in every if sizes["cache"]]
+        attend = [sizes for sizes in every if sizes["cache"]]
+        most = max((sizes["kv_heads"] for sizes in attend), default=0)
+        kv = [self._units("kv_heads", sizes, rank) for sizes in attend]
         return Share(
             rank=rank,
             ranks=self.ranks,

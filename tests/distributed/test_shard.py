@@ -137,6 +137,7 @@ def test_what_cannot_be_shared_is_said(tmp_path: Path) -> None:
         "attention (key/value heads) is whole on every machine: 1 in units of 1 cannot be shared "
         "by 2",
     )
+    assert shares(planned(tmp_path, "mamba"), 2)[0].kv_heads == (0, 0)  # none of whole ones
     with pytest.raises(UnsupportedError, match="2 layers cannot be shared by 3 machines"):
         stages(weights, 3)
 
