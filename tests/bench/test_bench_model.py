@@ -435,13 +435,13 @@ def test_a_compressed_cache_is_labelled_and_compared_with_its_like(model, begins
 
 
 def test_a_wrong_compressed_attention_is_not_timed(model, monkeypatch):
-    real = kv_cache.compressed_sdpa
+    real = kv_cache.kept_sdpa
 
     def planted(*args, **how):
         out, plain = real(*args, **how)
         return out * 1.01, plain
 
-    monkeypatch.setattr(kv_cache, "compressed_sdpa", planted)
+    monkeypatch.setattr(kv_cache, "kept_sdpa", planted)
     result = invoke("bench", model, *SMALL, "--fuse", "all", *COMPRESSED)
     assert (result.exit_code, result.stdout) == (1, "")
     assert "not timed: its logits differ" in " ".join(result.stderr.split())
