@@ -136,6 +136,7 @@ def _matching(found: ast.FunctionDef, kind: str) -> Match | None:
     return None
 
 
+@cache
 def _parsed(cls: type[nn.Module], call: Callable[..., Any]) -> ast.FunctionDef:
     """The class's own plain method."""
     name = f"{_name(cls)}.{call.__name__}"

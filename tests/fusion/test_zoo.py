@@ -82,7 +82,15 @@ def examine(name: str, form: str) -> None:
         assert 0 < fused <= stock, "a token takes more dispatches"
 
 
-@pytest.mark.parametrize(("name", "form"), CASES)
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        pytest.param(
+            *case, marks=[pytest.mark.slow] * (case[1] == "float32" and case[0] not in zoo.LOADED)
+        )
+        for case in CASES
+    ],
+)
 def test_patched_and_back(name: str, form: str) -> None:
     examine(name, form)
 

@@ -77,10 +77,11 @@ def settings(text, count, **more):
     return Settings(prompt=text, max_tokens=count, ignore_chat_template=True, **more)
 
 
-def test_tokens_are_plains_over_200_prompts(pair):
+@pytest.mark.parametrize("prompts", [60, pytest.param(200, marks=pytest.mark.slow)])
+def test_tokens_are_plains(pair, prompts):
     rng = random.Random(0)
     accepted = 0
-    for i in range(200):
+    for i in range(prompts):
         text = " ".join(rng.choices(WORDS, k=rng.randint(1, 12)))
         # With a bias the tiny model repeats itself now and then, as real ones do.
         more = {"logit_bias": {97: 8.0, 98: 8.0}} if i % 2 else {}
@@ -91,7 +92,7 @@ def test_tokens_are_plains_over_200_prompts(pair):
         assert (drafted.finish_reason, drafted.text) == (plain.finish_reason, plain.text)
         assert (plain.accepted, drafted.generation_tokens) == (None, plain.generation_tokens)
         accepted += drafted.accepted
-    assert accepted > 50  # control: drafts were taken at all
+    assert accepted > prompts / 4  # control: drafts were taken at all
 
 
 def test_fewer_forward_passes_on_text_that_repeats(pair, monkeypatch):

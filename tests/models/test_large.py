@@ -252,7 +252,7 @@ with open_gguf(path) as file:
     )
     assert found["fused 2"] == {
         **{"gate_up": 1, "experts": 1, "experts_sum": 1},
-        **{"add_rms_norm": 1, "in_proj": 1, "residual": 0},
+        **{"in_proj": 1, "recurrence": 1, "residual": 1},
     }
     assert found["fused 3"] == {
         **{"qkv": 1, "gate_up": 1, "experts": 1, "experts_sum": 1},

@@ -8,7 +8,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -369,7 +369,9 @@ def check(
 LANGUAGES = (310, 320, 400)
 
 
-def check_languages(source: str, name: str) -> dict[int, tuple[Finding, ...]]:
+def check_languages(
+    source: str, name: str, versions: Sequence[int] = LANGUAGES
+) -> dict[int, tuple[Finding, ...]]:
     """The errors of a kernel in each of MSL 3.1, 3.2 and 4.0; empty tuples if it compiles.
 
     Paths are followed in the first, since they are the same in all.
@@ -380,5 +382,5 @@ def check_languages(source: str, name: str) -> dict[int, tuple[Finding, ...]]:
             for f in check(source, name, version, paths=version == LANGUAGES[0])
             if f.severity == "error"
         )
-        for version in LANGUAGES
+        for version in versions
     }

@@ -235,7 +235,7 @@ def test_garbage_beyond_the_lengths_changes_nothing(kernels: str) -> None:
         assert not mx.array_equal(compressed_sdpa(*problem.arguments, **problem.given)[0], clean[0])
 
 
-@pytest.mark.parametrize("case", [USUAL, USUAL | {"queries": 5, "window": 300, "heads": 7}])
+@pytest.mark.parametrize("case", [USUAL, USUAL | {"queries": 3, "window": 300, "heads": 5}])
 def test_any_number_of_splits_agrees(
     case: Case, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

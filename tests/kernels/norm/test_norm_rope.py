@@ -298,7 +298,7 @@ def test_what_the_kernel_does_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"q": q.astype(mx.int32)}, "q is float16, bfloat16 or float32, not mlx.core.int32"),
         (
             {"options": replace(how, q_weight=weight)},
-            "q is mlx.core.float16, k or a weight mlx.core.float32",
+            "q is mlx.core.float16, k, v or a weight mlx.core.float32",
         ),
         ({"options": replace(how, heads=80)}, "heads of fewer than 8 or more than 512 values"),
     ):

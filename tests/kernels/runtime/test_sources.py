@@ -10,11 +10,21 @@ from tests.kernels.variants import capture, variants
 VARIANTS = list(variants())
 
 
+@pytest.mark.parametrize(
+    "versions", [msl.LANGUAGES[:1], pytest.param(msl.LANGUAGES[1:], marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_generated_text_compiles_in_every_language_version(variant):
+def test_generated_text_compiles_in_every_language_version(variant, versions):
     for launch in variant.launch.chain():
         found = capture(launch)
-        assert msl.check_languages(found.source, found.name) == dict.fromkeys(msl.LANGUAGES, ())
+        assert msl.check_languages(found.source, found.name, versions) == dict.fromkeys(versions, ())
+
+
+@pytest.mark.parametrize("variant", VARIANTS[::12], ids=str)
+def test_some_texts_compile_in_the_newer_versions(variant):
+    found = capture(variant.launch)
+    newer = msl.LANGUAGES[1:]
+    assert msl.check_languages(found.source, found.name, newer) == dict.fromkeys(newer, ())
 
 
 def test_a_text_that_needs_a_newer_language_is_found():
