@@ -114,6 +114,13 @@ class KVScheme:
     def v_block(self) -> int:
         return min(V_BLOCK, self.v.dim & -self.v.dim) if self.v.rotate else 1
 
+    def check_packed(self) -> None:
+        """Raises:
+        ValueError: packed rows have no such codes.
+        """
+        for side in (self.k, self.v):
+            _check_packed(side)
+
     @property
     def offsets(self) -> tuple[int, int, int, int]:
         """First word of K's codes, V's codes, K's scales and V's scales.
@@ -121,8 +128,7 @@ class KVScheme:
         Raises:
             ValueError: packed rows have no such codes.
         """
-        for side in (self.k, self.v):
-            _check_packed(side)
+        self.check_packed()
         v = self.k.code_words(self.dtype)
         k_scales = v + self.v.code_words(self.dtype)
         return 0, v, k_scales, k_scales + self.k.scale_words(self.dtype)

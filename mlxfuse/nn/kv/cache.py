@@ -279,7 +279,9 @@ class CompressedKVCache(mlx_lm_cache._BaseCache):
             group = next((g for g in (self.group_size, 32) if dim % g == 0), dim)
             return KVSide(dim, bits, group, rotate=self.rotate and bits < 16)
 
-        return KVScheme(side(k_dim, self.k_bits), side(v_dim, self.v_bits), dtype)
+        scheme = KVScheme(side(k_dim, self.k_bits), side(v_dim, self.v_bits), dtype)
+        scheme.check_packed()
+        return scheme
 
     def _prepare(self, keys: mx.array, values: mx.array) -> KVScheme:
         """Seal what the tail has no room for beside the new tokens, before anything is read.
