@@ -11,13 +11,17 @@ VARIANTS = list(variants())
 
 
 @pytest.mark.parametrize(
-    "versions", [msl.LANGUAGES[:1], pytest.param(msl.LANGUAGES[1:], marks=pytest.mark.slow)], ids=str
+    "versions",
+    [msl.LANGUAGES[:1], pytest.param(msl.LANGUAGES[1:], marks=pytest.mark.slow)],
+    ids=str,
 )
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_generated_text_compiles_in_every_language_version(variant, versions):
     for launch in variant.launch.chain():
         found = capture(launch)
-        assert msl.check_languages(found.source, found.name, versions) == dict.fromkeys(versions, ())
+        assert msl.check_languages(found.source, found.name, versions) == dict.fromkeys(
+            versions, ()
+        )
 
 
 @pytest.mark.parametrize("variant", VARIANTS[::12], ids=str)
