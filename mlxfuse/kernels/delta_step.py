@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from functools import cache, lru_cache
-from typing import Any
+from dataclasses import dataclass, fields
+from functools import cache
 
 import mlx.core as mx
 
-from .runtime.kernel import Kernel, Launch, Program, normal
-from .weight import FLOATS
+from .one_token import check_shapes, constants, refuse_types, small
+from .runtime.kernel import Kernel, Launch, Program
 
 MAX_KEY_SIZE, MAX_SIZE = 256, 1024
 """Largest heads of keys, of which a lane holds 8 values, and of values."""
@@ -102,21 +101,13 @@ class _Call:
             "weight": (size,),
             "state": (batch, heads, size, key_size),
         }
-        for name, array in self.arrays.items():
-            if array.shape != shapes[name]:
-                raise ValueError(f"{name}: expected {shapes[name]}, found {array.shape}")
+        check_shapes(self.arrays, shapes)
 
 
 def _refuse(call: _Call) -> str | None:
-    dtype = call.qkv.dtype
+    if reason := refuse_types(call.arrays, ("a_log", "dt_bias")):
+        return reason
     _, _, key_size, size = call.sizes
-    for name, array in call.arrays.items():
-        wanted = mx.float32 if name == "state" else dtype
-        parameter = name in ("a_log", "dt_bias") and array.dtype == mx.float32
-        if array.dtype not in FLOATS or (array.dtype != wanted and not parameter):
-            return f"{name} is {array.dtype}, where qkv is {dtype}"
-    if call.qkv.size == 0:
-        return "there are no sequences"
     if key_size > MAX_KEY_SIZE or size > MAX_SIZE:
         return f"heads of more than {MAX_KEY_SIZE} of keys or {MAX_SIZE} of values"
     return None
@@ -129,20 +120,13 @@ def _launch(call: _Call) -> Launch:
     types = {"T": call.qkv, "L": call.a_log, "D": call.dt_bias}
     return Launch(
         program=_program(-(-key_size // 32), key_size % 32 == 0, size, call.tiled),
-        arrays=(*call.arrays.values(), *_constants(call.eps, call.sizes)),
+        arrays=(*call.arrays.values(), *constants((EPS, call.eps), call.sizes)),
         grid=(32 * groups, heads, batch),
         threadgroup=(32 * groups, 1, 1),
         template=tuple((name, array.dtype) for name, array in types.items()),
         shapes=((batch, 1, heads * size), call.state.shape),
         dtypes=(call.qkv.dtype, mx.float32),
     )
-
-
-@lru_cache(maxsize=64)
-def _constants(eps: float, sizes: tuple[int, ...]) -> tuple[mx.array, mx.array]:
-    arrays = mx.array([EPS, eps], mx.float32), mx.array(sizes, mx.uint32)
-    mx.eval(arrays)
-    return arrays
 
 
 @cache
@@ -192,14 +176,7 @@ def _reference(call: _Call) -> list[mx.array]:
 
 
 def _small(call: _Call) -> tuple[_Call]:
-    """Two random sequences at most, of heads of the same sizes."""
-    draw, single = normal(call.qkv.dtype), normal(mx.float32)
-    batch = min(call.qkv.shape[0], 2)
-    found: dict[str, Any] = {}
-    for name, array in call.arrays.items():
-        shape = array.shape if array.ndim == 1 else (batch, *array.shape[1:])
-        found[name] = (single if array.dtype == mx.float32 else draw)(*shape)
-    return (replace(call, **found),)
+    return small(call, call.arrays)
 
 
 KERNEL = Kernel("delta_step", _launch, _refuse, _reference, _small)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from functools import cache, lru_cache
-from typing import Any
+from dataclasses import dataclass, fields
+from functools import cache
 
 import mlx.core as mx
 
-from .runtime.kernel import Kernel, Launch, Program, normal
-from .weight import FLOATS
+from .one_token import check_shapes, constants, refuse_types, small
+from .runtime.kernel import Kernel, Launch, Program
 
 MAX_STATE = 256
 """Longest row of a state, of which a lane holds 8 values."""
@@ -88,20 +87,12 @@ class _Call:
             **dict.fromkeys(("a_log", "dt_bias", "skip"), (heads,)),
             "state": (batch, heads, size, columns),
         }
-        for name, array in self.arrays.items():
-            if array.shape != shapes[name]:
-                raise ValueError(f"{name}: expected {shapes[name]}, found {array.shape}")
+        check_shapes(self.arrays, shapes)
 
 
 def _refuse(call: _Call) -> str | None:
-    dtype = call.xbc.dtype
-    for name, array in call.arrays.items():
-        wanted = mx.float32 if name == "state" else dtype
-        parameter = array.ndim == 1 and array.dtype == mx.float32
-        if array.dtype not in FLOATS or (array.dtype != wanted and not parameter):
-            return f"{name} is {array.dtype}, where xbc is {dtype}"
-    if call.xbc.size == 0:
-        return "there are no sequences"
+    if reason := refuse_types(call.arrays, ("a_log", "dt_bias", "skip")):
+        return reason
     if call.state.shape[-1] > MAX_STATE:
         return f"states with rows of more than {MAX_STATE}"
     return None
@@ -115,20 +106,13 @@ def _launch(call: _Call) -> Launch:
     types = {"T": call.xbc, "L": call.a_log, "D": call.dt_bias, "K": call.skip}
     return Launch(
         program=_program(-(-columns // 32), whole),
-        arrays=(*call.arrays.values(), *_constants(call.limits, call.sizes)),
+        arrays=(*call.arrays.values(), *constants(call.limits, call.sizes)),
         grid=(32 * groups, heads, batch),
         threadgroup=(32 * groups, 1, 1),
         template=tuple((name, array.dtype) for name, array in types.items()),
         shapes=((batch, 1, heads * size), call.state.shape),
         dtypes=(call.xbc.dtype, mx.float32),
     )
-
-
-@lru_cache(maxsize=64)
-def _constants(limits: tuple[float, float], sizes: tuple[int, ...]) -> tuple[mx.array, mx.array]:
-    arrays = mx.array(limits, mx.float32), mx.array(sizes, mx.uint32)
-    mx.eval(arrays)
-    return arrays
 
 
 @cache
@@ -169,14 +153,7 @@ def _reference(call: _Call) -> list[mx.array]:
 
 
 def _small(call: _Call) -> tuple[_Call]:
-    """Two random sequences at most, of heads of the same sizes."""
-    draw, single = normal(call.xbc.dtype), normal(mx.float32)
-    batch = min(call.xbc.shape[0], 2)
-    found: dict[str, Any] = {}
-    for name, array in call.arrays.items():
-        shape = array.shape if array.ndim == 1 else (batch, *array.shape[1:])
-        found[name] = (single if array.dtype == mx.float32 else draw)(*shape)
-    return (replace(call, **found),)
+    return small(call, call.arrays)
 
 
 KERNEL = Kernel("ssm_step", _launch, _refuse, _reference, _small)

@@ -118,7 +118,8 @@ _ATTEND_IN_FLOAT32 = """
     output = output.transpose(0, 2, 1, 3).reshape(B, L, -1)
     return self.O(output)
 """
-_PHI = """
+_PHI = (
+    """
 def __call__(self, x, mask=None, cache=None):
     queries, keys, values = self.Q(x), self.K(x), self.V(x)
     B, L, D = queries.shape
@@ -126,13 +127,9 @@ def __call__(self, x, mask=None, cache=None):
     queries = queries.reshape(B, L, n_heads, -1).moveaxis(1, 2)
     keys = keys.reshape(B, L, n_kv_heads, -1).moveaxis(1, 2)
     values = values.reshape(B, L, n_kv_heads, -1).moveaxis(1, 2)
-    if cache is not None:
-        queries = self.ROPE(queries, offset=cache.offset)
-        keys = self.ROPE(keys, offset=cache.offset)
-        keys, values = cache.update_and_fetch(keys, values)
-    else:
-        queries = self.ROPE(queries)
-        keys = self.ROPE(keys)
+"""
+    + _ROPE
+    + """
     scale = math.sqrt(1 / queries.shape[-1])
     output = scaled_dot_product_attention(
         queries.astype(mx.float32), keys, values, cache=cache, scale=scale, mask=mask
@@ -140,6 +137,7 @@ def __call__(self, x, mask=None, cache=None):
     output = output.moveaxis(2, 1).reshape(B, L, -1)
     return self.O(output)
 """
+)
 _MUSE_GLIMMER = """
 def __call__(self, x, mask=None, cache=None):
     B, L, _ = x.shape

@@ -180,7 +180,7 @@ def __call__(self, x):
         self.norm_topk_prob,
     )
 """
-_SELECT = """
+_SELECT_CALL = """
 def group_expert_select(
     gates,
     e_score_correction_bias,
@@ -190,6 +190,21 @@ def group_expert_select(
     routed_scaling_factor,
     norm_topk_prob,
 ):
+"""
+_SELECTED = """
+    k = top_k
+    inds = mx.argpartition(-scores, kth=k - 1, axis=-1)[..., :k]
+    inds = mx.stop_gradient(inds)
+    scores = mx.take_along_axis(orig_scores, inds, axis=-1)
+    if top_k > 1 and norm_topk_prob:
+        denominator = scores.sum(axis=-1, keepdims=True)
+        scores = scores / denominator
+    scores = scores * routed_scaling_factor
+    return inds, scores
+"""
+_SELECT = (
+    _SELECT_CALL
+    + """
     scores = mx.sigmoid(gates.astype(mx.float32))
     orig_scores = scores
     scores = scores + e_score_correction_bias
@@ -202,16 +217,9 @@ def group_expert_select(
             scores, mx.stop_gradient(group_idx), mx.array(0.0), axis=-2
         )
         scores = mx.flatten(scores, -2, -1)
-    k = top_k
-    inds = mx.argpartition(-scores, kth=k - 1, axis=-1)[..., :k]
-    inds = mx.stop_gradient(inds)
-    scores = mx.take_along_axis(orig_scores, inds, axis=-1)
-    if top_k > 1 and norm_topk_prob:
-        denominator = scores.sum(axis=-1, keepdims=True)
-        scores = scores / denominator
-    scores = scores * routed_scaling_factor
-    return inds, scores
 """
+    + _SELECTED
+)
 _WITH_EPS = _SELECT.replace("/ denominator", "/ (denominator + 1e-20)")
 # nemotron_h
 _AT_ONCE = _WITH_EPS.replace(
@@ -219,16 +227,9 @@ _AT_ONCE = _WITH_EPS.replace(
     "    orig_scores = scores = mx.sigmoid(gates.astype(mx.float32))\n",
 )
 # dots1
-_DOTS1 = """
-def group_expert_select(
-    gates,
-    e_score_correction_bias,
-    top_k,
-    n_group,
-    topk_group,
-    routed_scaling_factor,
-    norm_topk_prob,
-):
+_DOTS1 = (
+    _SELECT_CALL
+    + """
     k = top_k
     scores = mx.sigmoid(gates.astype(mx.float32))
     orig_scores = scores
@@ -241,16 +242,9 @@ def group_expert_select(
         group_idx = mx.stop_gradient(group_idx)
         scores = mx.put_along_axis(scores, group_idx, mx.array(0.0), axis=-2)
         scores = mx.flatten(scores, -2, -1)
-    k = top_k
-    inds = mx.argpartition(-scores, kth=k - 1, axis=-1)[..., :k]
-    inds = mx.stop_gradient(inds)
-    scores = mx.take_along_axis(orig_scores, inds, axis=-1)
-    if top_k > 1 and norm_topk_prob:
-        denominator = scores.sum(axis=-1, keepdims=True)
-        scores = scores / denominator
-    scores = scores * routed_scaling_factor
-    return inds, scores
 """
+    + _SELECTED
+)
 # gemma4_text
 _NORMED_ROUTER = """
 def __call__(self, x):
