@@ -11,9 +11,8 @@ from mlx_lm.models.gated_delta import gated_delta_update, normalize_qk
 
 from mlxfuse.fusion.dispatches import dispatches
 from mlxfuse.kernels.delta_step import KERNEL, _Call, delta_step
-from mlxfuse.kernels.runtime import kernel as _kernel
 
-from .matmul_cases import EPS
+from .steps import check_step, far
 from .weights import to_float64
 
 # Sequences, heads of keys and of values, their sizes, type, order of the heads.
@@ -80,26 +79,11 @@ def exact(call: _Call) -> tuple[np.ndarray, np.ndarray]:
     return result, states
 
 
-def far(got: mx.array, want: np.ndarray) -> float:
-    """The largest error, of the largest value."""
-    return float(np.abs(to_float64(got) - want).max() / np.abs(want).max())
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_step(case: tuple, kernels: str) -> None:
     call = call_of(*case)
-    before = _kernel.launches["delta_step"]
-    got = run(call)
-    assert _kernel.launches["delta_step"] - before == 1
-    want = exact(call)
-    for found in (got, KERNEL.reference(call)):
-        assert far(found[0], want[0]) <= EPS[call.qkv.dtype] / 2 + 2e-6
-        assert far(found[1], want[1]) <= 1e-6
-        assert (found[0].dtype, found[1].dtype) == (call.qkv.dtype, mx.float32)
-    # Controls: each argument matters, as does the order of the heads.
-    for name, array in call.arrays.items():
-        changed = exact(replace(call, **{name: array[..., ::-1] if array.size > 1 else -array}))
-        assert max(far(got[0], changed[0]), far(got[1], changed[1])) > 1e-3, name
+    got = check_step(KERNEL, call, run, exact)
+    # Control: the order of the heads.
     if call.tiled:
         assert far(got[0], exact(replace(call, tiled=False))[0]) > 1e-1
 

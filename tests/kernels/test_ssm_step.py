@@ -10,10 +10,9 @@ import pytest
 from mlx_lm.models.ssm import ssm_update
 
 from mlxfuse.fusion.dispatches import dispatches
-from mlxfuse.kernels.runtime import kernel as _kernel
 from mlxfuse.kernels.ssm_step import KERNEL, _Call, ssm_step
 
-from .matmul_cases import EPS
+from .steps import check_step, far
 from .weights import to_float64
 
 # Sequences, heads, groups of them, sizes of a head and of a row of its state, type.
@@ -68,27 +67,11 @@ def exact(call: _Call) -> tuple[np.ndarray, np.ndarray]:
     return result, states
 
 
-def far(got: mx.array, want: np.ndarray) -> float:
-    """The largest error, of the largest value."""
-    return float(np.abs(to_float64(got) - want).max() / np.abs(want).max())
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_step(case: tuple, kernels: str) -> None:
     call = call_of(*case)
-    before = _kernel.launches["ssm_step"]
-    got = run(call)
-    assert _kernel.launches["ssm_step"] - before == 1
-    want = exact(call)
-    for found in (got, KERNEL.reference(call)):
-        assert far(found[0], want[0]) <= EPS[call.xbc.dtype] / 2 + 2e-6
-        assert far(found[1], want[1]) <= 1e-6
-        assert (found[0].dtype, found[1].dtype) == (call.xbc.dtype, mx.float32)
-    # Controls: each argument matters, and the limits of the step.
-    changes = {n: a[..., ::-1] if a.size > 1 else -a for n, a in call.arrays.items()}
-    for name, array in changes.items():
-        changed = exact(replace(call, **{name: array}))
-        assert max(far(got[0], changed[0]), far(got[1], changed[1])) > 1e-3, name
+    got = check_step(KERNEL, call, run, exact)
+    # Control: the limits of the step.
     assert far(got[1], exact(replace(call, limits=(0.5, 0.6)))[1]) > 1e-3
 
 
