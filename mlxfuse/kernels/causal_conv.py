@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .runtime.kernel import Kernel, Launch, Program, normal
-from .weight import FLOATS
+from .weight import FLOATS, refuse_other_types
 
 MAX_TAPS = 8
 """Longest filter: each thread holds one."""
@@ -103,11 +103,8 @@ def _refuse(call: _Call) -> str | None:
         return "x has no tokens"
     if call.taps > MAX_TAPS:
         return f"filters of more than {MAX_TAPS} values"
-    for name in ("state", "weight", "bias"):
-        other = call.given.get(name)
-        if other is not None and other.dtype != x.dtype:
-            return f"x is {x.dtype}, its {name} {other.dtype}"
-    return None
+    others = {name: a for name, a in call.given.items() if name not in ("x", "mask", "lengths")}
+    return refuse_other_types(x, others)
 
 
 def _launch(call: _Call) -> Launch:

@@ -24,6 +24,14 @@ _DTYPES: dict[str, mx.Dtype] = {
 }
 
 
+def refuse_other_types(x: mx.array, others: Mapping[str, mx.array]) -> str | None:
+    """Why a kernel of one type does not take ``others`` with ``x``; None if it does."""
+    for name, other in others.items():
+        if other.dtype != x.dtype:
+            return f"x is {x.dtype}, its {name} {other.dtype}"
+    return None
+
+
 def type_name(dtype: mx.Dtype) -> str:
     """For example ``float16``."""
     return str(dtype).removeprefix("mlx.core.")

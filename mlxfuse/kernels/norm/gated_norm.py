@@ -8,7 +8,7 @@ from functools import cache, lru_cache
 import mlx.core as mx
 
 from ..runtime.kernel import Kernel, Launch, Program, normal
-from ..weight import FLOATS
+from ..weight import FLOATS, refuse_other_types
 from .rms_norm import MAX_COLUMNS, launch_size
 
 
@@ -73,10 +73,7 @@ def _refuse(call: _Call) -> str | None:
         return "x has no rows"
     if call.columns > MAX_COLUMNS:
         return f"groups of more than {MAX_COLUMNS} values"
-    for name, other in (("gate", call.gate), ("weight", call.weight)):
-        if other.dtype != x.dtype:
-            return f"x is {x.dtype}, its {name} {other.dtype}"
-    return None
+    return refuse_other_types(x, {"gate": call.gate, "weight": call.weight})
 
 
 def _launch(call: _Call) -> Launch:

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from ..activations import GROUP, Int8Activations
 from ..runtime.kernel import Kernel, Launch, Program, normal
-from ..weight import FLOATS
+from ..weight import FLOATS, refuse_other_types
 from . import quantize_int8
 
 MAX_COLUMNS = 16384
@@ -185,10 +185,7 @@ def _refuse(call: _Call) -> str | None:
         return "x has no rows"
     if call.columns > MAX_COLUMNS:
         return f"rows of more than {MAX_COLUMNS} values"
-    for name, other in call.given.items():
-        if other.dtype != x.dtype:
-            return f"x is {x.dtype}, its {name} {other.dtype}"
-    return None
+    return refuse_other_types(x, call.given)
 
 
 def launch_size(columns: int) -> tuple[int, int]:
